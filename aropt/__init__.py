@@ -1,0 +1,1 @@
+"""aropt: an optimizing compiler for generation loops."""

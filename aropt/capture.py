@@ -1,0 +1,245 @@
+"""Capture: a plain `forward(ids) -> logits` (or any tensor function) becomes a Graph.
+
+The graph is torch.export's functional ATen graph; linear, norms, convolutions and SDPA stay whole. Sequence length and
+batch are symbolic. Metadata checks, identity slices and repeated subexpressions are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from aropt.errors import Unsupported, UsageError
+from aropt.program import Graph, Spec
+from aropt.torch_compat import build, example_sizes, examples
+
+aten = torch.ops.aten
+MAXINT = 2**63 - 1
+DROPPED = {
+    "aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range",
+    "aten::sym_constrain_range_for_size",
+}  # fmt: skip
+PASS_THROUGH = {"aten::alias", "aten::detach", "aten::lift_fresh_copy", "aten::detach_", "aten::contiguous"}
+
+
+class Forward(nn.Module):
+    """Calls a model as `forward(ids)` and returns its logits, whatever its output type."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.huggingface = hasattr(model, "config") and hasattr(model, "prepare_inputs_for_generation")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output = self.model(input_ids=ids, use_cache=False) if self.huggingface else self.model(ids)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"forward must return logits as a tensor, not {type(logits).__name__}")
+        return logits
+
+
+def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, dict[str, Tensor]]:
+    """Captures `forward(ids int64[B, T]) -> logits float[B, T, V]` with B and T symbolic (1 <= T <= capacity).
+
+    `vocab` bounds the example ids. Returns the graph (input "ids", output "logits") and the weights by name.
+    Raises Unsupported when torch can't export the forward, or exports it with a fixed length.
+    """
+    model = model.eval().requires_grad_(False)
+    example = torch.randint(0, vocab, (3, min(7, capacity)), generator=torch.Generator().manual_seed(0))
+    check_weights(model)
+    exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
+    specs = {"ids": Spec(torch.int64, ("B", "T"))}
+    graph, weights = from_exported("model", exported, specs, ["logits"])
+    dims = graph.outputs["logits"].dims
+    if len(dims) != 3 or dims[:2] != ("B", "T"):
+        raise Unsupported(
+            what="the forward does not return one row of logits for each token",
+            where="output 'logits'", why=f"its shape is {graph.outputs['logits']}, expected [B, T, vocabulary]",
+            hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
+        )  # fmt: skip
+    return graph, weights
+
+
+def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
+    """Captures a tensor function (a rule): keyword arguments named as `inputs`, a tensor or tuple out."""
+
+    class Wrapped(nn.Module):
+        def forward(self, *values: Tensor) -> Any:
+            result = function(**dict(zip(inputs, values, strict=True)))
+            return result if isinstance(result, tuple) else (result,)
+
+    known = {s: Dim(s) for s in example_sizes(inputs)}
+    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values())
+    exported = export(Wrapped(), tuple(examples(inputs).values()), (shapes,))
+    graph, weights = from_exported(name, exported, inputs, outputs)
+    if weights:
+        raise UsageError(what=f"the rule '{name}' holds tensors", where=", ".join(weights), why="rules have no weights",
+                         hint="pass the tensor as an input of the rule")  # fmt: skip
+    return graph
+
+
+def dynamic(dim: str, known: dict[str, Any]) -> Any:
+    """torch.export's Dim of "B" or "2*B"."""
+    factor, _, name = dim.rpartition("*")
+    root = known.setdefault(name, Dim(name))
+    return int(factor) * root if factor else root
+
+
+def export(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """torch.export, made functional, without decompositions."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            return exported.run_decompositions({})
+    except Exception as error:
+        raise export_failure(error) from error
+
+
+def export_failure(error: Exception) -> Unsupported:
+    """Names the user's line and the op of a failed export."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    where = user_frame(error) or "forward"
+    if "ConstraintViolation" in type(error).__name__ or "Constraints violated" in text or "specialized" in text:
+        return Unsupported(what="the forward fixes the sequence length or the batch", where=where,
+                           why=lines[0][:300] if lines else type(error).__name__,
+                           hint="avoid int(x.shape[1]), loops over the length and lengths stored in the module")  # fmt: skip
+    if "data-dependent" in text or "unbacked" in text.lower():
+        why = next((line for line in lines if "data-dependent" in line or "guard on" in line), lines[0])
+        return Unsupported(what="the forward branches on the values of a tensor", where=where, why=why[:300],
+                           hint="replace `if tensor:` and `.item()` by torch.where or torch.cond")  # fmt: skip
+    return Unsupported(what="the forward can't be exported", where=where,
+                       why=f"{type(error).__name__}: {lines[0][:300] if lines else ''}",
+                       hint="run torch.export.export(model, (ids,)) alone to see the whole trace, or -vv here")  # fmt: skip
+
+
+def user_frame(error: BaseException) -> str | None:
+    """file:line of the innermost frame outside torch and aropt, with the source line."""
+    import traceback
+    from pathlib import Path
+
+    own, torch_dir = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not f.filename.startswith((own, torch_dir)) and "<" not in f.filename]
+    if not outside:
+        return None
+    frame = outside[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises Unsupported if a weight holds NaN or infinity."""
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise Unsupported(what="a weight is not finite", where=name, why=f"{bad} of {value.numel()} values are NaN or infinite",
+                              hint="check the checkpoint; it may be damaged or of a diverged training run")  # fmt: skip
+
+
+def from_exported(
+    name: str, exported: ExportedProgram, inputs: dict[str, Spec], outputs: list[str]
+) -> tuple[Graph, dict[str, Tensor]]:
+    """An ExportedProgram as a Graph with weights lifted by name. Raises Unsupported for a mutation."""
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind not in (OutputKind.USER_OUTPUT,):
+            raise Unsupported(what="the forward changes a buffer or an input", where=str(spec.target or spec.arg),
+                              why=f"torch.export reports {spec.kind.name}; state must be a value",
+                              hint="make forward(ids) a pure function; aropt derives the caches itself")  # fmt: skip
+    graph = fx.Graph()
+    weights: dict[str, Tensor] = {}
+    copied: dict[fx.Node, fx.Node] = {}
+    lifted = {s.arg.name: s for s in signature.input_specs if s.kind != InputKind.USER_INPUT}
+    names = iter(inputs)
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name not in lifted:
+            copied[node] = graph.placeholder(next(names))
+    constants = {**exported.state_dict, **exported.constants}
+    seen: dict[tuple[int, ...], str] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            target = str(lifted[node.name].target)
+            value = constants[target].detach()
+            target = target.removeprefix("model.") if target.startswith("model.") else target
+            key = (value.data_ptr(), *value.shape, *value.stride())  # tied weights are stored once
+            target = seen.setdefault(key, target) if value.numel() else target
+            weights[target] = value
+            copied[node] = graph.get_attr(target)
+        elif node.op == "call_function":
+            copy_call(graph, node, copied)
+        elif node.op == "output":
+            graph.output(tuple(copied[n] for n in node.args[0]))
+    share(graph)
+    result = build(name, graph, inputs, outputs, weights)
+    return result, {w: weights[w] for w in result.weights()}
+
+
+def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+    """Copies a call, or maps it to its input where it does nothing."""
+    kind = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    base = kind.split(".")[0]
+    if base in DROPPED:
+        return
+    if base in PASS_THROUGH or is_identity_slice(node):
+        copied[node] = copied[node.args[0]]  # type: ignore[index]
+        return
+    new = graph.node_copy(node, lambda n: copied[n])
+    new.meta = {"where": module_path(node), "dtype": getattr(node.meta.get("val"), "dtype", None)}
+    copied[node] = new
+
+
+def is_identity_slice(node: fx.Node) -> bool:
+    """x[0:end] over a whole axis."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[:5]
+    return start in (0, None) and (end is None or (isinstance(end, int) and end == MAXINT)) and step == 1
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module that made the node, e.g. "layers.0.self_attn"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()] if isinstance(stack, Mapping) else []
+    return paths[-1].removeprefix("model.") if paths else ""
+
+
+def share(graph: fx.Graph) -> None:
+    """Common subexpression elimination: all our ops are pure."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, str(node.target), freeze(node.args), freeze(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def freeze(value: Any) -> Any:
+    """A hashable copy of fx arguments that tells 1, 1.0 and True apart."""
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
+    return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))
+
+
+class quiet:
+    """Silences torch's export loggers: their warnings speak of internals."""
+
+    def __enter__(self) -> None:
+        self.level = logging.getLogger("torch").level
+        logging.getLogger("torch").setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("torch").setLevel(self.level)

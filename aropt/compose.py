@@ -1,0 +1,70 @@
+"""Composing and trimming graphs: calls in a row become one graph, unused outputs and inputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx
+
+from aropt.capture import share
+from aropt.program import Call, Graph, Spec
+from aropt.torch_compat import build
+
+
+def compose(name: str, sequence: Sequence[Call], graphs: Mapping[str, Graph], specs: Mapping[str, Spec],
+            weights: Mapping[str, Tensor]) -> tuple[Graph, Call]:  # fmt: skip
+    """The calls of a sequence as one graph and one call. `specs` types the values that it reads.
+
+    Every value written is an output, under the value's own name; `trim` drops those that nobody reads.
+    """
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
+    inputs: dict[str, Spec] = {}
+    written: dict[str, fx.Node] = {}
+    read = [v for c in sequence for v in c.reads.values()]
+    produced: set[str] = set()
+    for call in sequence:  # placeholders first
+        for value in call.reads.values():
+            if value not in produced and value not in inputs:
+                inputs[value] = specs[value]
+                values[value] = graph.placeholder(value)
+        produced |= set(call.writes.values())
+    assert set(inputs) <= set(read)
+    for call in sequence:
+        part = graphs[call.graph]
+        results = inline(graph, part, {i: values[v] for i, v in call.reads.items()})
+        for output, value in call.writes.items():
+            values[value] = written[value] = results[output]
+    graph.output(tuple(written.values()))
+    share(graph)
+    composed = build(name, graph, inputs, list(written), weights)
+    return composed, Call(name, {n: n for n in inputs}, {n: n for n in written})
+
+
+def inline(graph: fx.Graph, part: Graph, inputs: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    """Copies a graph's nodes into another; returns the nodes of its outputs."""
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in part.fx.nodes:
+        if node.op == "placeholder":
+            copied[node] = inputs[node.name]
+        elif node.op == "get_attr":
+            copied[node] = graph.get_attr(str(node.target))
+        elif node.op == "call_function":
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+            copied[node].meta = {k: v for k, v in node.meta.items() if k != "val"}
+    return {o: copied[n] for o, n in zip(part.outputs, part.results(), strict=True)}
+
+
+def trim(part: Graph, outputs: set[str], weights: Mapping[str, Tensor]) -> Graph:
+    """The graph with only these outputs, and without inputs that they don't need."""
+    kept = [o for o in part.outputs if o in outputs]
+    graph = fx.Graph()
+    placeholders = {n: graph.placeholder(n) for n in part.inputs}
+    results = inline(graph, part, placeholders)
+    graph.output(tuple(results[o] for o in kept))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    for node in placeholders.values():
+        if not node.users:
+            graph.erase_node(node)
+    inputs = {n: s for n, s in part.inputs.items() if placeholders[n].users}
+    return build(part.name, graph, inputs, kept, weights)

@@ -1,0 +1,77 @@
+"""The reference interpreter: runs any Program eagerly, and is the semantics that everything is validated against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.program import Call, Control, If, Loop, Program, Seq, sizes_of
+
+Values = dict[str, Tensor]
+
+
+class Executor(Protocol):
+    """Runs one graph. Values in `donated` may be overwritten: the program does not read them again."""
+
+    def call(self, graph: str, inputs: Values) -> Values: ...
+
+
+class Eager:
+    """Executes graphs by calling their ATen ops one by one; pure, nothing is overwritten."""
+
+    def __init__(self, program: Program) -> None:
+        ops.load_all()
+        self.program = program
+        self.modules: dict[str, fx.GraphModule] = {}
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        g = self.program.graphs[graph]
+        if graph not in self.modules:
+            self.modules[graph] = g.bind(self.program.weights)
+        with torch.no_grad():
+            results = self.modules[graph](*[inputs[n] for n in g.inputs])
+        return dict(zip(g.outputs, results, strict=True))
+
+
+def run(program: Program, inputs: Mapping[str, Tensor], slots: int, executor: Executor | None = None,
+        on_round: Callable[[Values], None] | None = None) -> Values:  # fmt: skip
+    """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
+
+    `on_round` sees the values after each round of a loop (for streaming and for validation).
+    """
+    sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
+    values: Values = dict(inputs)
+    for name, state in program.state.items():
+        if state.init is not None:
+            values[name] = state.create(sizes)
+    step(program.control, values, executor or Eager(program), on_round)
+    return values
+
+
+def step(control: Control, values: Values, executor: Executor, on_round: Callable[[Values], None] | None) -> None:
+    """Executes one control node, updating `values`."""
+    match control:
+        case Call(graph, reads, writes):
+            results = executor.call(graph, {name: values[value] for name, value in reads.items()})
+            for output, value in writes.items():
+                values[value] = results[output]
+        case Seq(body):
+            for part in body:
+                step(part, values, executor, on_round)
+        case If(cond, then, orelse):
+            step(then if bool(values[cond]) else orelse, values, executor, on_round)
+        case Loop(_, until, body, emits):
+            emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
+            while not bool(values[until]):
+                step(body, values, executor, on_round)
+                for name, kept in emitted.items():
+                    kept.append(values[name].clone())
+                if on_round is not None:
+                    on_round(values)
+            for name, kept in emitted.items():
+                batch = values["prompt"].shape[0]
+                values[emits[name]] = torch.stack(kept, 1) if kept else torch.zeros(batch, 0, dtype=torch.int64)

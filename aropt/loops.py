@@ -1,0 +1,146 @@
+"""Builds the programs: a captured forward and a rule become a whole generation in the IR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt import ops
+from aropt.capture import capture_function
+from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.rules import BOOL, DEFAULT, I64, Processor, chosen, rule
+
+SCALAR = Spec(I64)
+ROWS = Spec(I64, ("B",))
+
+
+def autoregressive(
+    model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: tuple[str, ...] = DEFAULT
+) -> Program:
+    """The plain loop: the whole forward over all tokens so far, the rule on the last row, append, until done.
+
+    `meta` holds vocab and capacity. Greedy and sampled generation are two loops behind an `If` on the input `greedy`.
+    """
+    ops.load_all()
+    processors = chosen(rules)
+    vocab = int(meta["vocab"])
+    guided, penalized = "guidance" in processors, "repetition-penalty" in processors
+    graphs = {"model": model, "start": start(guided), "append": append(guided), "commit": commit(), "last": last(vocab)}
+    if penalized:
+        graphs |= {"seen": first_seen(vocab), "mark": mark(vocab)}
+    for name, sampled in (("greedy", False), ("sample", True)):
+        function, inputs = rule(processors, vocab, sampled)
+        graphs[name] = capture_function(name, function, inputs, ["token"])
+    graphs["position"] = capture_function(
+        "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"])  # fmt: skip
+    control = Seq((
+        Call("start", {n: n for n in graphs["start"].inputs}, {n: n for n in graphs["start"].outputs}),
+        *([Call("seen", {"prompt": "prompt", "lengths": "lengths"}, {"seen": "seen"})] if penalized else []),
+        If("greedy", loop(graphs, "greedy", penalized), loop(graphs, "sample", penalized)),
+    ))  # fmt: skip
+    batch = "2*B" if guided else "B"
+    state = {
+        "tokens": StateSpec("tokens", Spec(I64, (batch, "T"))), "done": StateSpec("flag", Spec(BOOL, ("B",))),
+        "count": StateSpec("counter", SCALAR), "finished": StateSpec("flag", Spec(BOOL)),
+    }  # fmt: skip
+    if penalized:
+        state["seen"] = StateSpec("flag", Spec(BOOL, ("B", vocab)))
+    return Program(meta.get("name", "program"), graphs, program_inputs(processors, vocab, guided), state, control,
+                   ("generated",), weights, {**meta, "rules": list(processors), "ragged": False})  # fmt: skip
+
+
+def program_inputs(processors: dict[str, Processor], vocab: int, guided: bool) -> dict[str, Input]:
+    """What the caller of a generation gives."""
+    inputs = {
+        "prompt": Input(Spec(I64, ("B", "P")), doc="token ids, padded on the left"),
+        "lengths": Input(ROWS, doc="tokens of each prompt without padding"),
+        "limit": Input(SCALAR, doc="new tokens at most"),
+        "stop": Input(Spec(I64, ("K",)), doc="tokens that end a sequence; -1 never matches"),
+        "greedy": Input(Spec(BOOL), True, "argmax instead of a draw"),
+        "seed": Input(SCALAR, 0, "seed of the noise"),
+        "streams": Input(ROWS, doc="which sequence each row is, for the noise"),
+    }
+    if guided:
+        inputs["negative"] = Input(Spec(I64, ("B", "P")), doc="the unconditional prompt, shaped as the prompt")
+    for processor in processors.values():
+        for name, given in processor.params.items():
+            dims = tuple(vocab if d == "V" else d for d in given.spec.dims)
+            inputs[name] = Input(Spec(given.spec.dtype, dims), given.default, given.doc)
+    return inputs
+
+
+def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
+    """One generation loop with the named rule."""
+
+    def same(graph: str) -> Call:
+        g = graphs[graph]
+        return Call(graph, {n: n for n in g.inputs}, {n: n for n in g.outputs})
+
+    body = [Call("model", {"ids": "tokens"}, {"logits": "logits"}), Call("last", {"logits": "logits"}, {"row": "row"})]
+    if rule_name == "sample":
+        body.append(same("position"))
+    reads = {n: "row" if n == "logits" else n for n in graphs[rule_name].inputs}
+    body.append(Call(rule_name, reads, {"token": "token"}))
+    body.append(same("append"))
+    if penalized:
+        body.append(same("mark"))
+    body.append(same("commit"))
+    return Loop("positions", "finished", Seq(tuple(body)), {"emitted": "generated"}, {"limit": "limit"})
+
+
+def start(guided: bool) -> Graph:
+    """The state before the first round."""
+
+    def function(prompt: Tensor, limit: Tensor, negative: Tensor | None = None) -> tuple[Tensor, ...]:
+        tokens = prompt.clone() if negative is None else torch.cat([prompt, negative])
+        return tokens, prompt[:, 0] < -1, limit - limit, limit <= 0
+
+    inputs = {"prompt": Spec(I64, ("B", "P")), "limit": SCALAR}
+    if guided:
+        inputs["negative"] = Spec(I64, ("B", "P"))
+    return capture_function("start", function, inputs, ["tokens", "done", "count", "finished"])
+
+
+def append(guided: bool) -> Graph:
+    """tokens [B, T], token [B] -> tokens [B, T + 1]; both branches get the same token when guided."""
+
+    def function(tokens: Tensor, token: Tensor) -> Tensor:
+        return torch.cat([tokens, (torch.cat([token, token]) if guided else token).unsqueeze(1)], 1)
+
+    return capture_function("append", function, {"tokens": Spec(I64, ("2*B" if guided else "B", "T")), "token": ROWS}, ["tokens"])
+
+
+def last(vocab: int) -> Graph:
+    """The last row of logits [B, R, V]."""
+    inputs = {"logits": Spec(torch.float32, ("B", "R", vocab))}
+    return capture_function("last", lambda logits: logits[:, -1].to(torch.float32), inputs, ["row"])
+
+
+def commit() -> Graph:
+    """Counts, matches stop tokens, decides whether all is done. A finished row emits -1."""
+
+    def function(token: Tensor, done: Tensor, count: Tensor, limit: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
+        emitted = torch.where(done, -1, token)
+        ended = done | (token.unsqueeze(1) == stop).any(1)
+        return emitted, ended, count + 1, ended.all() | (count + 1 >= limit)
+
+    inputs = {"token": ROWS, "done": Spec(BOOL, ("B",)), "count": SCALAR, "limit": SCALAR, "stop": Spec(I64, ("K",))}
+    return capture_function("commit", function, inputs, ["emitted", "done", "count", "finished"])
+
+
+def first_seen(vocab: int) -> Graph:
+    """Which tokens each prompt holds, padding left out: bool [B, V]."""
+
+    def function(prompt: Tensor, lengths: Tensor) -> Tensor:
+        real = torch.arange(prompt.shape[1]) >= prompt.shape[1] - lengths.unsqueeze(1)
+        return ((prompt.unsqueeze(2) == torch.arange(vocab)) & real.unsqueeze(2)).any(1)
+
+    return capture_function("seen", function, {"prompt": Spec(I64, ("B", "P")), "lengths": ROWS}, ["seen"])
+
+
+def mark(vocab: int) -> Graph:
+    """Adds the token to what was seen."""
+    inputs = {"seen": Spec(BOOL, ("B", vocab)), "token": ROWS}
+    return capture_function("mark", lambda seen, token: seen | (token.unsqueeze(1) == torch.arange(vocab)), inputs, ["seen"])

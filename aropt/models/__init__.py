@@ -1,0 +1,106 @@
+"""Two trained reference models, forward only: what the compiler's tests, examples and measurements start from.
+
+Neither torch nor transformers is imported until a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def _record(name: str, section: Literal["heldout", "training"]) -> dict[str, Any]:
+    """A section of what training wrote about the checkpoint called name; empty while there is none."""
+    path = CHECKPOINTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    record: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return record[section]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A trained model and what is known of it."""
+
+    name: str
+    modality: Literal["image", "text"]
+    description: str
+    checkpoint: Path
+    """A safetensors file (digits-ar) or a Hugging Face directory (text-ar)."""
+    capacity: int
+    """The most ids the model takes in one sequence."""
+    vocab: int
+    """The size of the last dimension of its logits."""
+    prompts: tuple[tuple[int, ...], ...]
+    """Example prompts, as ids."""
+    heldout: dict[str, Any]
+    """Measured on data kept out of training, with the shipped bfloat16 weights; NLLs in nats per pixel or byte."""
+    training: dict[str, Any]
+    """How the checkpoint was made: steps, seconds, seed, parameters, data and its sha256."""
+
+
+REFERENCES: dict[str, Reference] = {
+    reference.name: reference
+    for reference in (
+        Reference(
+            name="digits-ar",
+            modality="image",
+            description="class-conditional raster transformer over scikit-learn's 8x8 digits",
+            checkpoint=CHECKPOINTS / "digits-ar.safetensors",
+            capacity=64,
+            vocab=17,
+            prompts=tuple((17 + label,) for label in range(10)),
+            heldout=_record("digits-ar", "heldout"),
+            training=_record("digits-ar", "training"),
+        ),
+        Reference(
+            name="text-ar",
+            modality="text",
+            description="byte-level Llama over English text and Python code from the Python distribution",
+            checkpoint=CHECKPOINTS / "text-ar",
+            capacity=1024,
+            vocab=260,
+            prompts=tuple(
+                tuple(prompt.encode("utf-8"))
+                for prompt in (
+                    "The following is a list of ",
+                    "A mapping object maps ",
+                    "def __init__(self, ",
+                    'import os\nimport sys\n\n__all__ = ["',
+                    "    for key, value in ",
+                )
+            ),
+            heldout=_record("text-ar", "heldout"),
+            training=_record("text-ar", "training"),
+        ),
+    )
+}
+
+
+def load(name: str) -> torch.nn.Module:
+    """The reference model called name: float32, in eval mode, without gradients.
+
+    digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17]; text-ar is a LlamaForCausalLM.
+    """
+    if name not in REFERENCES:
+        raise KeyError(f"no reference model {name!r}; known: {', '.join(REFERENCES)}")
+    checkpoint = REFERENCES[name].checkpoint
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint} is missing; make it with: python -m aropt.models.train {name}")
+    model: torch.nn.Module
+    if name == "digits-ar":
+        from aropt.models import digits
+
+        model = digits.load(checkpoint)
+    else:
+        from aropt.models import text
+
+        model = text.load(checkpoint)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,102 @@
+"""One op, one definition: everything aropt knows about an op of its own, in a frozen `OpDef`.
+
+The eager reference is the meaning of the op. The rest (fake, Triton launcher, ONNX translation) is compared with it
+by one parametrized test that every op gets by being listed in `aropt.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+NAMESPACE = "aropt"
+
+
+class Cost(NamedTuple):
+    """What one call costs at least, for the roofline: arithmetic operations and bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+class Aot(NamedTuple):
+    """One ahead-of-time compilation of a Triton kernel: a `triton.jit` function and how to specialise it.
+
+    `signature` maps parameter names to Triton's types ("*fp32", "i64", "constexpr"), `constants` gives the constexprs,
+    `expects` holds pieces of assembly that must occur for a GPU architecture: `{90: ("wgmma",)}`.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    expects: Mapping[int, Sequence[str]] = {}
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """The definition of `torch.ops.aropt.<name>`. All ops are functional: no argument is written to.
+
+    Attributes:
+        name: the op's name, also the name of its file in `kernels/`.
+        schema: arguments and results in torch's schema language, without the name.
+        reference: the eager implementation in plain torch ops, on any device; Inductor may inline it.
+        fake: shapes and dtypes of the results, from those of the arguments.
+        cost: from the same arguments to `Cost`.
+        samples: makes a hypothesis strategy of argument tuples on CPU, including the edge cases. Its keyword
+            arguments pin arguments that are not tensors: `samples(n=260)`. It imports hypothesis itself.
+        onnx: translation for `torch.onnx.export(custom_translation_table=...)`, standard ONNX ops only.
+        launch: runs the Triton kernel; only called on arguments for which `supports` returns None.
+        supports: why the Triton kernel can't take these arguments, or None if it can.
+        aot: ahead-of-time compilations to check without a GPU.
+        tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cost: Callable[..., Cost]
+    samples: Callable[..., Any]
+    onnx: Callable[..., Any] | None = None
+    launch: Callable[..., Any] | None = None
+    supports: Callable[..., str | None] = lambda *_: None
+    aot: Callable[[], Sequence[Aot]] = tuple
+    tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered op, as it stands in captured graphs."""
+        register(self)
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        overload: torch._ops.OpOverload = packet.default
+        return overload
+
+
+_registered: dict[str, OpDef] = {}
+
+
+def register(op: OpDef) -> None:
+    """Defines the op in torch; the second time for the same definition does nothing.
+
+    Raises:
+        ValueError: if another definition has taken the name.
+    """
+    known = _registered.get(op.name)
+    if known is op:
+        return
+    if known is not None:
+        raise ValueError(f"op {NAMESPACE}::{op.name} is defined twice")
+
+    def on_cuda(*args: Any) -> Any:
+        if op.launch is None or op.supports(*args) is not None:
+            return op.reference(*args)
+        return op.launch(*args)
+
+    custom = torch.library.custom_op(f"{NAMESPACE}::{op.name}", op.reference, mutates_args=(), schema=op.schema)
+    custom.register_fake(op.fake)
+    custom.register_kernel("cuda")(on_cuda)
+    _registered[op.name] = op

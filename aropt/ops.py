@@ -1,0 +1,38 @@
+"""aropt's own ops by name. The list is explicit so that it can be searched; nothing is imported before it's asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+    from aropt.opdef import OpDef
+
+NAMES: tuple[str, ...] = ("noise",)
+
+
+def load(name: str) -> OpDef:
+    """The definition in `kernels/<name>.py`; registers the op as `torch.ops.aropt.<name>`."""
+    from aropt.opdef import register
+
+    op: OpDef = import_module(f"aropt.kernels.{name}").OP
+    register(op)
+    return op
+
+
+def load_all() -> dict[str, OpDef]:
+    """All ops, registered. Needed before a captured program that calls them is loaded from a file."""
+    return {name: load(name) for name in NAMES}
+
+
+def translation_table() -> dict[OpOverload, Callable[..., Any]]:
+    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`."""
+    return {op.overload: op.onnx for op in load_all().values() if op.onnx is not None}
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """From op to reference, for compilers that do better with the plain ops in sight (Inductor)."""
+    return {op.overload: op.reference for op in load_all().values()}

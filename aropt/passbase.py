@@ -1,0 +1,102 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with a contract, `plan` and `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from aropt.program import Call, Control, If, Loop, Program, Seq
+
+LEVELS = ("bitwise", "rounding", "distribution", "lossy")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`level`: bitwise (same bits), rounding (same function up to reassociation), distribution (same sampling
+    distribution), lossy (spends from a budget, and must name its metrics)."""
+
+    level: str
+    requires: tuple[str, ...] = ()
+    establishes: tuple[str, ...] = ()
+    budget: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS or (self.level == "lossy") != bool(self.budget):
+            raise ValueError(f"a contract's level is one of {LEVELS}, and lossy ones name their budget")
+
+
+@dataclass(frozen=True)
+class Applies:
+    """The pass will change the program. `matches`: where; `rejected`: (where, why not)."""
+
+    matches: tuple[str, ...]
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The pass has nothing to do, or may not do it."""
+
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+class Pass(Protocol):
+    """A rewrite of programs. Pure: returns a new program, changes nothing in place."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    def plan(self, program: Program, target: str) -> Applies | Skips: ...
+
+    def run(self, program: Program) -> Program: ...
+
+
+@dataclass
+class Result:
+    """What the manager saw of one pass. `seconds` of the pass alone, `verify` what validation measured."""
+
+    name: str
+    status: str  # applied | skipped | reverted
+    level: str
+    reason: str = ""
+    options: dict[str, object] = field(default_factory=dict)
+    seconds: float = 0.0
+    nodes: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
+    verify: dict[str, float] = field(default_factory=dict)
+    matches: tuple[str, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    diff: str = ""
+
+
+def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Control:
+    """The control with each call replaced by a list of nodes."""
+    match control:
+        case Call():
+            new = change(control)
+            return new[0] if len(new) == 1 else Seq(tuple(new))
+        case Seq(body):
+            parts: list[Control] = []
+            for part in body:
+                done = rewrite(part, change)
+                parts.extend(done.body if isinstance(done, Seq) else [done])
+            return Seq(tuple(parts))
+        case If(cond, then, orelse):
+            return If(cond, rewrite(then, change), rewrite(orelse, change))
+        case Loop():
+            return Loop(control.kind, control.until, rewrite(control.body, change), control.emits, control.params)
+
+
+def loops(control: Control, kind: str | None = None) -> list[Loop]:
+    """All loops, outer ones first."""
+    match control:
+        case Call():
+            return []
+        case Seq(body):
+            return [loop for part in body for loop in loops(part, kind)]
+        case If(_, then, orelse):
+            return loops(then, kind) + loops(orelse, kind)
+        case Loop():
+            return ([control] if kind in (None, control.kind) else []) + loops(control.body, kind)

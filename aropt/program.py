@@ -1,0 +1,263 @@
+"""The program: graphs, state, control and ledger (all frozen; a pass returns a new Program).
+
+A `Graph` is a functional ATen graph without hidden state. A `Program` says which graphs run in which order
+(`control`), which values survive an iteration (`state`), and what was done to it (`ledger`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Dim = int | str  # a size, or an expression over the graph's symbols such as "B" or "4*B"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The type of a value: dtype and dims (ints, or expressions over named symbols)."""
+
+    dtype: torch.dtype
+    dims: tuple[Dim, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A pure function over tensors: placeholders are `inputs`, `get_attr` nodes are weights by name.
+
+    `aliases[output] = input`: the output may be written into that input's buffer, because no other node reads it.
+    """
+
+    name: str
+    fx: fx.Graph
+    inputs: dict[str, Spec]
+    outputs: dict[str, Spec]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def weights(self) -> list[str]:
+        """Names of the weights that the graph reads, in order of first use."""
+        return list(dict.fromkeys(str(n.target) for n in self.fx.nodes if n.op == "get_attr"))
+
+    def results(self) -> list[fx.Node]:
+        """The nodes returned, in the order of `outputs`."""
+        return list(output_node(self.fx).args[0])  # type: ignore[arg-type]
+
+    def bind(self, weights: Mapping[str, Tensor]) -> fx.GraphModule:
+        """A module that runs the graph eagerly: positional inputs in, a tuple of outputs out."""
+        return fx.GraphModule(dict_root(self.weights(), weights), self.fx, class_name="aropt_" + self.name)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A value that survives an iteration. `init` fills it before the program starts (None: a graph writes it first).
+
+    Kinds: tokens, append-kv, recurrent, counter, flag, lengths. `axis` is the slot axis that grows (append-kv).
+    """
+
+    kind: str
+    spec: Spec
+    init: float | None = None
+    axis: int | None = None
+
+    def create(self, sizes: Mapping[str, int]) -> Tensor:
+        """A fresh value, symbols resolved by `sizes`."""
+        if self.init is None:
+            raise ValueError("this state has no initial value")
+        return torch.full([resolve(d, sizes) for d in self.spec.dims], self.init, dtype=self.spec.dtype)
+
+    def grow(self, value: Tensor, size: int) -> Tensor:
+        """The value with `size` slots along `axis`, new slots holding `init`."""
+        if self.axis is None or self.init is None:
+            raise ValueError("this state does not grow")
+        shape = list(value.shape)
+        kept, shape[self.axis] = shape[self.axis], size
+        bigger = value.new_full(shape, self.init)
+        bigger.narrow(self.axis, 0, kept).copy_(value)
+        return bigger
+
+    def truncate(self, value: Tensor, size: int) -> Tensor:
+        """The value with the slots from `size` on emptied (rollback)."""
+        if self.axis is None or self.init is None:
+            raise ValueError("this state does not roll back")
+        kept = value.clone()
+        kept.narrow(self.axis, size, value.shape[self.axis] - size).fill_(self.init)
+        return kept
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that the value takes."""
+        count = 1
+        for dim in self.spec.dims:
+            count *= resolve(dim, sizes)
+        return count * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Call:
+    """Runs a graph: `reads` maps its inputs to values, `writes` maps its outputs to values."""
+
+    graph: str
+    reads: dict[str, str]
+    writes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Seq:
+    body: tuple[Control, ...]
+
+
+@dataclass(frozen=True)
+class If:
+    """`cond` names a bool[] value."""
+
+    cond: str
+    then: Control
+    orelse: Control
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Runs `body` while the bool[] value `until` is false (tested before each round).
+
+    `emits` maps a value written in the body to the value that collects it over the rounds, stacked along axis 1.
+    `kind` ("positions", "blocks", "unmask", ...) and `params` carry the intent that passes match on.
+    """
+
+    kind: str
+    until: str
+    body: Control
+    emits: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+
+
+Control = Seq | If | Loop | Call
+
+
+@dataclass(frozen=True)
+class Input:
+    """A value that the caller gives; `default` makes it optional."""
+
+    spec: Spec
+    default: float | int | bool | None = None
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: a pass, its level and what was measured."""
+
+    name: str
+    level: str
+    options: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A whole generation. `outputs` are the values that it returns; `meta` is JSON-able (modality, capacity, ...)."""
+
+    name: str
+    graphs: dict[str, Graph]
+    inputs: dict[str, Input]
+    state: dict[str, StateSpec]
+    control: Control
+    outputs: tuple[str, ...]
+    weights: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+    ledger: tuple[Entry, ...] = ()
+
+    def replace(self, **changes: Any) -> Program:
+        return dataclasses.replace(self, **changes)
+
+    def generate(self, prompts: list[list[int]], n: int, **options: Any) -> list[list[int]]:
+        """Up to `n` new token ids for each prompt; see `aropt.runtime.generate` for the options."""
+        from aropt.runtime import generate
+
+        return generate(self, prompts, n, **options)
+
+    def save(self, path: str, **options: Any) -> None:
+        """Writes the artifact folder; see `aropt.artifact.save`."""
+        from aropt.artifact import save
+
+        save(self, path, **options)
+
+    def __str__(self) -> str:
+        from aropt.printer import text
+
+        return text(self)
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The graph's single output node."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def dict_root(names: list[str], weights: Mapping[str, Tensor]) -> torch.nn.Module:
+    """A module tree that holds the named weights (shared, not copied) as frozen parameters or buffers."""
+    root = torch.nn.Module()
+    for name in names:
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_buffer(leaf, weights[name])
+    return root
+
+
+def calls(control: Control) -> Iterator[Call]:
+    """All calls, in textual order."""
+    match control:
+        case Call():
+            yield control
+        case Seq(body):
+            for part in body:
+                yield from calls(part)
+        case If(_, then, orelse):
+            yield from calls(then)
+            yield from calls(orelse)
+        case Loop():
+            yield from calls(control.body)
+
+
+def resolve(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The integer value of a dim, e.g. resolve("4*B", {"B": 2}) == 8. Raises KeyError for an unknown symbol."""
+    if isinstance(dim, int):
+        return dim
+    if dim in sizes:
+        return sizes[dim]
+    total = 0
+    for term in dim.replace("-", "+-").split("+"):
+        if term.strip():
+            value = 1
+            for factor in term.split("*"):
+                factor = factor.strip()
+                sign, factor = (-1, factor[1:].strip()) if factor.startswith("-") else (1, factor)
+                value *= sign * (int(factor) if factor.isdigit() else sizes[factor])
+            total += value
+    return total
+
+
+def symbols(dim: Dim) -> set[str]:
+    """The symbols of a dim."""
+    if isinstance(dim, int):
+        return set()
+    parts = dim.replace("+", " ").replace("-", " ").replace("*", " ").split()
+    return {part for part in parts if not part.isdigit()}
+
+
+def sizes_of(specs: Mapping[str, Spec], values: Mapping[str, Tensor]) -> dict[str, int]:
+    """Binds the symbols that stand alone in `specs` to the sizes of `values`."""
+    sizes: dict[str, int] = {}
+    for name, spec in specs.items():
+        for dim, size in zip(spec.dims, values[name].shape, strict=True):
+            if isinstance(dim, str) and dim.isidentifier():
+                sizes.setdefault(dim, size)
+    return sizes

@@ -1,0 +1,127 @@
+"""Rules: what happens between the logits and the next token, as small tensor functions that are captured like a model.
+
+Order: guidance, repetition penalty, bias, temperature, top-k, top-p, min-p, draw. A rule holds no state and no random
+generator: noise is the op `aropt::noise`, a function of seed, sequence and position, so that every target draws alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aropt.errors import UsageError
+from aropt.program import Input, Spec
+
+F32, I64, BOOL = torch.float32, torch.int64, torch.bool
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A step of the rule: `apply(logits[B, V], **params) -> logits[B, V]`. `draws`: only used when sampling."""
+
+    params: dict[str, Input]
+    apply: Callable[..., Tensor]
+    draws: bool = True
+    reads: tuple[str, ...] = ()  # values of the program, besides the parameters
+
+
+def guidance(logits: Tensor, guidance: Tensor) -> Tensor:
+    """Classifier-free guidance: logits [2B, V] (conditional, then unconditional) -> [B, V] (Ho & Salimans 2022, eq. 6)."""
+    branches = logits.reshape(2, -1, logits.shape[1])
+    return branches[1] + guidance * (branches[0] - branches[1])
+
+
+def repetition_penalty(logits: Tensor, repetition_penalty: Tensor, seen: Tensor) -> Tensor:
+    """Divides positive and multiplies negative logits of tokens seen before (Keskar et al. 2019, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+
+
+def bias(logits: Tensor, bias: Tensor) -> Tensor:
+    """Adds bias [V]."""
+    return logits + bias
+
+
+def temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    return logits / temperature.clamp(min=1e-6)
+
+
+def top_k(logits: Tensor, top_k: Tensor) -> Tensor:
+    """Keeps the k largest logits, and what ties with the last of them; k = 0 keeps all."""
+    size = logits.shape[-1]
+    ordered = torch.sort(logits, dim=-1, descending=True).values
+    last = (top_k.clamp(1, size) - 1).reshape(1, 1).expand(logits.shape[0], 1)
+    return torch.where((logits >= ordered.gather(-1, last)) | (top_k <= 0), logits, -torch.inf)
+
+
+def top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, section 3.1)."""
+    ordered = torch.sort(logits, dim=-1, descending=True).values
+    probabilities = torch.softmax(ordered, dim=-1)
+    before = torch.cumsum(probabilities, dim=-1) - probabilities
+    count = (before < top_p).to(I64).sum(-1, keepdim=True).clamp(min=1)
+    return torch.where((logits >= ordered.gather(-1, count - 1)) | (top_p >= 1), logits, -torch.inf)
+
+
+def min_p(logits: Tensor, min_p: Tensor) -> Tensor:
+    """Keeps tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, section 3)."""
+    return torch.where(logits >= logits.amax(-1, keepdim=True) + torch.log(min_p), logits, -torch.inf)
+
+
+def draw(logits: Tensor, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:
+    """A sample from softmax(logits) by the Gumbel-max trick: int64 [B]. `position`: int64 [B], of the token drawn."""
+    uniform = torch.ops.aropt.noise(seed, streams, position, logits.shape[-1])
+    return torch.argmax(logits - torch.log(-torch.log(uniform)), dim=-1)
+
+
+def scalar(dtype: torch.dtype, default: float | int, doc: str) -> Input:
+    return Input(Spec(dtype), default, doc)
+
+
+PROCESSORS: dict[str, Processor] = {
+    "guidance": Processor({"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off")}, guidance, draws=False),
+    "repetition-penalty": Processor(
+        {"repetition_penalty": scalar(F32, 1.0, "repetition penalty; 1 is off")}, repetition_penalty, False, ("seen",)
+    ),
+    "bias": Processor({"bias": Input(Spec(F32, ("V",)), 0.0, "added to the logits, one value a token")}, bias, False),
+    "temperature": Processor({"temperature": scalar(F32, 0.0, "0 is greedy")}, temperature),
+    "top-k": Processor({"top_k": scalar(I64, 0, "0 is off")}, top_k),
+    "top-p": Processor({"top_p": scalar(F32, 1.0, "1 is off")}, top_p),
+    "min-p": Processor({"min_p": scalar(F32, 0.0, "0 is off")}, min_p),
+}
+DEFAULT = ("temperature", "top-k", "top-p")
+
+
+def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
+    """The processors of those names, in their fixed order. Raises UsageError for an unknown one."""
+    unknown = [n for n in names if n not in PROCESSORS]
+    if unknown:
+        raise UsageError(what=f"unknown rule '{unknown[0]}'", why="it is not in the list of rules",
+                         hint="choose from " + ", ".join(PROCESSORS))  # fmt: skip
+    return {n: p for n, p in PROCESSORS.items() if n in names or n == "temperature"}
+
+
+def rule(processors: dict[str, Processor], vocab: int, sampled: bool) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
+    """The rule made of these processors and its inputs; logits of 2B rows if guided, else B. Returns token int64 [B]."""
+    used = {n: p for n, p in processors.items() if sampled or not p.draws}
+    rows = "2*B" if "guidance" in used else "B"
+    inputs = {"logits": Spec(F32, (rows, vocab))}
+    for processor in used.values():
+        for name, given in processor.params.items():
+            inputs[name] = Spec(given.spec.dtype, tuple(vocab if d == "V" else d for d in given.spec.dims))
+        if "seen" in processor.reads:
+            inputs["seen"] = Spec(BOOL, ("B", vocab))
+    if sampled:
+        inputs |= {"seed": Spec(I64), "streams": Spec(I64, ("B",)), "position": Spec(I64, ("B",))}
+
+    def function(logits: Tensor, **values: Tensor) -> Tensor:
+        for processor in used.values():
+            names = (*processor.params, *processor.reads)
+            logits = processor.apply(logits, **{n: values[n] for n in names})
+        if sampled:
+            return draw(logits, values["seed"], values["streams"], values["position"])
+        return torch.argmax(logits, dim=-1)
+
+    return function, inputs

@@ -1,0 +1,1 @@
+"""Targets: what a program can be lowered to."""

@@ -1,0 +1,115 @@
+"""Every private or unstable name of torch that aropt uses, behind functions of our own (one test each)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from aropt.program import Dim, Graph, Spec, resolve, symbols
+
+HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71)  # distinct sizes, so that equal hints mean equal symbols
+
+
+def example_sizes(specs: Mapping[str, Spec]) -> dict[str, int]:
+    """A distinct example size for each symbol that stands alone as a dim."""
+    names = dict.fromkeys(symbol for s in specs.values() for d in s.dims for symbol in sorted(symbols(d)))
+    return dict(zip(names, HINTS, strict=False))
+
+
+def examples(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Zero tensors of the specs' types, with example sizes."""
+    sizes = example_sizes(specs)
+    return {n: torch.zeros([resolve(d, sizes) for d in s.dims], dtype=s.dtype) for n, s in specs.items()}
+
+
+def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str, Tensor]) -> dict[Any, str]:
+    """Runs the graph on fake tensors, sets `meta["val"]` of each node, returns {symbol: its name in `inputs`}.
+
+    Raises whatever an op's shape rule raises; the failing node is then in `error.aropt_node`.
+    """
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    fakes: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}
+    for name, example in examples(inputs).items():
+        dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in inputs[name].dims]
+        context = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * len(dynamic))
+        fakes[name] = mode.from_tensor(example, symbolic_context=context)
+        for dim, size in zip(inputs[name].dims, fakes[name].shape, strict=True):
+            if isinstance(dim, str) and isinstance(size, torch.SymInt):
+                names.setdefault(size.node.expr, dim)
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = fakes[node.name]
+        elif node.op == "get_attr":
+            values[node] = mode.from_tensor(weights[str(node.target)], static_shapes=True)
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            try:
+                with mode, torch.no_grad():
+                    values[node] = node.target(*args, **kwargs)
+            except Exception as error:
+                error.aropt_node = node  # type: ignore[attr-defined]
+                raise
+        else:
+            continue
+        node.meta["val"] = values[node]
+    return names
+
+
+def dim_text(size: Any, names: Mapping[Any, str]) -> Dim:
+    """A size as an int or as text over named symbols."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    if expr.is_number:
+        return int(expr)
+    return str(expr.subs({symbol: named_expression(name) for symbol, name in names.items()})).replace(" ", "")
+
+
+def symbol_named(name: str) -> Any:
+    """An integer symbol for sympy."""
+    import sympy
+
+    return sympy.Symbol(name, integer=True)
+
+
+def named_expression(text: str) -> Any:
+    """ "2*B" as a sympy expression over named symbols."""
+    total = 1
+    for part in text.split("*"):
+        total *= int(part) if part.isdigit() else symbol_named(part)
+    return total
+
+
+def spec_of(value: Any, names: Mapping[Any, str]) -> Spec:
+    """The Spec of a fake tensor."""
+    return Spec(value.dtype, tuple(dim_text(s, names) for s in value.shape))
+
+
+def build(name: str, graph: fx.Graph, inputs: dict[str, Spec], outputs: list[str], weights: Mapping[str, Tensor]) -> Graph:
+    """A Graph from an fx graph whose output is a tuple: shapes re-derived, dead code removed, aliases found."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    names = propagate(graph, inputs, weights)
+    results = list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+    specs = {o: spec_of(r.meta["val"], names) for o, r in zip(outputs, results, strict=True)}
+    return Graph(name, graph, dict(inputs), specs, aliases(graph, specs))
+
+
+def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
+    """Outputs that are a row update of an input which nothing else reads: {output: input}."""
+    found = {}
+    results = list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+    for name, node in zip(outputs, results, strict=True):
+        if node.op == "call_function" and node.target is torch.ops.aten.index_copy.default:
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {node}:
+                found[name] = source.name
+    return found

@@ -1,0 +1,143 @@
+"""prune: dead values, dead calls, dead code, and constants computed once.
+
+A value is live if a later call, condition or output reads it (through loops too). Graph outputs that are never live
+go, with all that only they needed; so do states and graphs. Nodes that depend on weights alone are folded.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from aropt.compose import inline, trim
+from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
+from aropt.torch_compat import build
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Options: `fold`, whether constants are folded; `limit`, the largest folded constant in MiB."""
+
+    fold: bool = True
+    limit: int = 64
+    name: ClassVar[str] = "prune"
+    contract: ClassVar[Contract] = Contract("bitwise", (), ("no dead values",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        dead = sorted(n for n, kept in outputs_needed(program).items() if kept < set(program.graphs[n].outputs))
+        constant = [n for n, g in program.graphs.items() if self.fold and constants(g)]
+        found = tuple([f"outputs of {n}" for n in dead] + [f"constants of {n}" for n in constant])
+        return Applies(found) if found else Skips("nothing is dead or constant")
+
+    def run(self, program: Program) -> Program:
+        weights = dict(program.weights)
+        while True:
+            needed = outputs_needed(program)
+            graphs = {}
+            for name, kept in needed.items():
+                graph = program.graphs[name]
+                if kept:
+                    graphs[name] = trim(graph, kept, weights) if kept < set(graph.outputs) else graph
+            control = rewrite(program.control, lambda call, g=graphs: shorten(call, g))  # type: ignore[misc]
+            done = set(graphs) == set(program.graphs) and all(graphs[n] is program.graphs[n] for n in graphs)
+            program = program.replace(graphs=graphs, control=control)
+            if done:
+                break
+        if self.fold:
+            program = program.replace(graphs={n: fold(g, weights, self.limit) for n, g in program.graphs.items()})
+        touched = {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())}
+        used = {w for g in program.graphs.values() for w in g.weights()}
+        return program.replace(state={n: s for n, s in program.state.items() if n in touched},
+                               weights={w: v for w, v in weights.items() if w in used})  # fmt: skip
+
+
+PASS = Prune
+
+
+def shorten(call: Call, graphs: dict[str, Graph]) -> list[Control]:
+    """The call without dead outputs and inputs; nothing if none is left."""
+    if call.graph not in graphs:
+        return []
+    graph = graphs[call.graph]
+    return [Call(call.graph, {i: call.reads[i] for i in graph.inputs}, {o: v for o, v in call.writes.items() if o in graph.outputs})]
+
+
+def outputs_needed(program: Program) -> dict[str, set[str]]:
+    """For each graph, the outputs that some call's value makes live."""
+    needed: dict[str, set[str]] = defaultdict(set, {c.graph: set() for c in calls(program.control)})
+    depends = {n: dependencies(g) for n, g in program.graphs.items()}
+    live_before(program.control, set(program.outputs), needed, depends)
+    return dict(needed)
+
+
+def dependencies(graph: Graph) -> dict[str, set[str]]:
+    """For each output, the inputs that it is computed from."""
+    sources: dict[fx.Node, set[str]] = {}
+    for node in graph.fx.nodes:
+        sources[node] = {node.name} if node.op == "placeholder" else set().union(*(sources[n] for n in node.all_input_nodes))
+    return {o: sources[n] for o, n in zip(graph.outputs, graph.results(), strict=True)}
+
+
+def live_before(control: Control, live: set[str], needed: dict[str, set[str]],
+                depends: dict[str, dict[str, set[str]]]) -> set[str]:  # fmt: skip
+    """Values that must exist before the node, for `live` to be right after it."""
+    match control:
+        case Call(graph, reads, writes):
+            used = {o for o, v in writes.items() if v in live}
+            needed[graph] |= used
+            return (live - set(writes.values())) | {reads[i] for o in used for i in depends[graph][o]}
+        case Seq(body):
+            for part in reversed(body):
+                live = live_before(part, live, needed, depends)
+            return live
+        case If(cond, then, orelse):
+            return live_before(then, live, needed, depends) | live_before(orelse, live, needed, depends) | {cond}
+        case Loop(_, until, body, emits):
+            around = (live - set(emits.values())) | {until}
+            while True:
+                before = live_before(body, around | set(emits), needed, depends) | around
+                if before == around:
+                    return around
+                around = before
+
+
+def constants(graph: Graph) -> list[fx.Node]:
+    """Calls that depend on weights alone (sizes and random ops aside)."""
+    known: set[fx.Node] = set()
+    found = []
+    for node in graph.fx.nodes:
+        if node.op == "get_attr":
+            known.add(node)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            if isinstance(node.meta.get("val"), Tensor):
+                known.add(node)
+                found.append(node)
+    return found
+
+
+def fold(graph: Graph, weights: dict[str, Tensor], limit: int) -> Graph:
+    """Replaces constant nodes by weights "folded.<hash>"."""
+    found = [n for n in constants(graph) if n.meta["val"].numel() * n.meta["val"].element_size() <= limit * 2**20]
+    edge = [n for n in found if any(u not in found for u in n.users)]
+    if not edge:
+        return graph
+    new = fx.Graph()
+    results = inline(new, graph, {n: new.placeholder(n) for n in graph.inputs})
+    new.output(tuple(results.values()))
+    memo: dict[fx.Node, Tensor] = {}
+    twins = dict(zip([n for n in graph.fx.nodes if n.op == "call_function"], [n for n in new.nodes if n.op == "call_function"], strict=True))
+    with torch.no_grad():
+        for node in found:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: memo[n] if n in memo else weights[str(n.target)])
+            memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node in edge:
+        name = f"folded.{graph.name}.{node.name}"
+        weights[name] = memo[node].contiguous().clone()
+        with new.inserting_before(twins[node]):
+            twins[node].replace_all_uses_with(new.get_attr(name))
+    return build(graph.name, new, graph.inputs, list(graph.outputs), weights)

@@ -1,0 +1,172 @@
+"""The shipped reference models: shapes, sizes, quality on held-out data, causality and the text tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from aropt.models import REFERENCES, digits, load, text, train
+
+
+@pytest.fixture(scope="module")
+def digits_model() -> nn.Module:
+    return load("digits-ar")
+
+
+@pytest.fixture(scope="module")
+def text_model() -> nn.Module:
+    pytest.importorskip("transformers")
+    return load("text-ar")
+
+
+@pytest.fixture(scope="module")
+def digits_heldout() -> tuple[Tensor, Tensor]:
+    """(labels int64 [N], pixels int64 [N, 64]) kept out of training."""
+    pytest.importorskip("sklearn")
+    return train.digits_data()[2]
+
+
+@pytest.fixture(scope="module")
+def forwards(digits_model: nn.Module, text_model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """ids to logits, by model name."""
+    return {"digits-ar": digits_model, "text-ar": lambda ids: text_model(input_ids=ids, use_cache=False).logits}
+
+
+def example(name: str, rows: int, length: int) -> Tensor:
+    """ids int64 [rows, length]: an example prompt of the model, then random ids."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(REFERENCES[name].vocab, (rows, length), generator=generator)
+    prompt = torch.tensor(REFERENCES[name].prompts[0])[:length]
+    ids[:, : len(prompt)] = prompt
+    return ids
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_forward_is_float32_without_gradients_up_to_capacity(
+    name: str, forwards: dict[str, Callable[[Tensor], Tensor]]
+) -> None:
+    reference = REFERENCES[name]
+    for rows, length in ((1, 1), (3, 5), (1, reference.capacity)):
+        logits = forwards[name](example(name, rows, length))
+        assert logits.shape == (rows, length, reference.vocab)
+        assert logits.dtype == torch.float32
+        assert not logits.requires_grad
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_later_ids_leave_earlier_logits_alone(name: str, forwards: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    before = example(name, 2, 40)
+    for position in (1, 17, 39):
+        after = before.clone()
+        after[:, position] = (after[:, position] + 1) % 17
+        moved = (forwards[name](before) - forwards[name](after)).abs().amax(dim=(0, 2))
+        assert moved[:position].max() < 1e-5
+        assert moved[position] > 1e-3
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_checkpoint_is_small(name: str) -> None:
+    checkpoint = REFERENCES[name].checkpoint
+    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    assert 0 < weights.stat().st_size <= 4_000_000
+
+
+def test_digits_heldout_nll_is_as_recorded(digits_model: nn.Module, digits_heldout: tuple[Tensor, Tensor]) -> None:
+    recorded = REFERENCES["digits-ar"].heldout
+    assert train.digits_nll(digits_model, *digits_heldout) == pytest.approx(recorded["nll"], abs=1e-3)
+    assert recorded["nll"] < recorded["unigram_nll"] - 0.6
+
+
+def test_digits_model_uses_its_class(digits_model: nn.Module, digits_heldout: tuple[Tensor, Tensor]) -> None:
+    labels, pixels = (values[:120] for values in digits_heldout)
+    right = train.digits_nll(digits_model, labels, pixels)
+    assert train.digits_nll(digits_model, (labels + 1) % digits.CLASSES, pixels) > right + 0.05
+    assert train.digits_nll(digits_model, torch.full_like(labels, digits.CLASSES), pixels) > right
+
+
+def test_text_heldout_nll_is_as_recorded(text_model: nn.Module) -> None:
+    _, held = text.split()
+    ids = torch.tensor(text.stream(held))
+    # One window in eight, so that every kind of document is in the slice.
+    windows = ids[: len(ids) // 256 * 256].view(-1, 256)[::8]
+    recorded = REFERENCES["text-ar"].heldout
+    # The slice is not the whole, and another Python release has slightly other documents.
+    assert train.text_nll(text_model, windows.flatten(), 256) == pytest.approx(recorded["nll"], abs=0.1)
+    assert recorded["nll"] < recorded["unigram_nll"] - 1.2
+
+
+def test_text_splits_do_not_share_documents() -> None:
+    kept, held = text.split()
+    assert set(held) == set(text.HELD_OUT)
+    assert not set(kept) & set(held)
+    assert not any("site-packages" in name or "_sysconfigdata" in name for name in kept)
+
+
+def test_digits_exports_with_symbolic_batch_and_length(digits_model: nn.Module) -> None:
+    shapes = {"ids": {0: Dim("b"), 1: Dim("s", max=64)}}
+    exported = torch.export.export(digits_model, (example("digits-ar", 2, 5),), dynamic_shapes=shapes, strict=False)
+    for rows, length in ((1, 1), (3, 64)):
+        ids = example("digits-ar", rows, length)
+        torch.testing.assert_close(exported.module()(ids), digits_model(ids))
+
+
+def test_digits_forward_takes_only_ids() -> None:
+    assert list(inspect.signature(digits.DigitsAR.forward).parameters) == ["self", "ids"]
+
+
+def test_digits_prompts_and_images(digits_heldout: tuple[Tensor, Tensor]) -> None:
+    assert [digits.prompt(label) for label in (0, 9, None)] == [[17], [26], [27]]
+    with pytest.raises(ValueError, match="class 10"):
+        digits.prompt(10)
+    labels, pixels = digits_heldout
+    picture = digits.image(digits.prompt(int(labels[0])) + pixels[0].tolist())
+    assert picture.shape == (8, 8)
+    assert picture.dtype == np.uint8
+    assert picture.flatten().tolist() == pixels[0].tolist()
+    with pytest.raises(ValueError, match="64 pixel tokens"):
+        digits.image([0] * 63)
+
+
+def test_tokenizer_maps_each_byte_to_its_value() -> None:
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        REFERENCES["text-ar"].checkpoint, local_files_only=True
+    )
+    assert len(tokenizer) == text.VOCAB
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id) == (text.PAD, text.BOS)
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id) == (text.EOS, text.UNKNOWN)
+    ascii_text = "".join(map(chr, range(128)))
+    for sample in (ascii_text, "naïve café, ü, 日本, 😀", "a\n\n\tb\r\n  c \n", " lead", "def f(x):\n\treturn x  # é"):
+        ids = tokenizer(sample).input_ids
+        assert ids == list(sample.encode("utf-8")) == text.encode(sample)
+        assert tokenizer.decode(ids) == text.decode(ids) == sample
+    assert text.decode([text.BOS, 72, 105, 255, text.EOS]) == "Hi\ufffd"
+
+
+def test_checkpoint_is_a_plain_hugging_face_directory() -> None:
+    transformers = pytest.importorskip("transformers")
+    directory = REFERENCES["text-ar"].checkpoint
+    assert transformers.AutoConfig.from_pretrained(directory).dtype == torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch.float32
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(KeyError, match="digits-ar, text-ar"):
+        load("nothing")
+
+
+def test_registry_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, aropt.models; assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

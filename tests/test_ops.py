@@ -1,0 +1,195 @@
+"""What holds for every op of aropt. An op listed in `aropt.ops.NAMES` gets all of these tests."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from aropt import opdef, ops
+from aropt.opdef import OpDef
+
+ROOT = Path(__file__).parent.parent
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+every_op = pytest.mark.parametrize("op", ops.load_all().values(), ids=lambda op: op.name)
+
+
+def examples(count: int) -> Any:
+    """Settings for slow properties: the same `count` examples each time."""
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet, print_blob=True
+    )
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def assert_matches(op: OpDef, got: Any, want: Any) -> None:
+    """Equality within the op's tolerance; bit for bit where it states none."""
+    assert len(tensors(got)) == len(tensors(want))
+    for g, w in zip(tensors(got), tensors(want)):
+        rtol, atol = op.tolerance.get(w.dtype, (0.0, 0.0))
+        torch.testing.assert_close(g.cpu(), w.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+class Call(torch.nn.Module):
+    """The op as a model of its tensor arguments, the others held."""
+
+    def __init__(self, op: OpDef, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.overload, self.args = op.overload, args
+
+    def forward(self, *given: torch.Tensor) -> Any:
+        rest = iter(given)
+        return self.overload(*(next(rest) if isinstance(arg, torch.Tensor) else arg for arg in self.args))
+
+
+def held(op: OpDef, args: tuple[Any, ...]) -> dict[str, Any]:
+    names = [argument.name for argument in op.overload._schema.arguments]
+    return {name: arg for name, arg in zip(names, args) if not isinstance(arg, torch.Tensor)}
+
+
+def test_every_file_is_listed() -> None:
+    assert {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")} == set(ops.NAMES)
+    assert all(name == op.name for name, op in ops.load_all().items())
+
+
+def test_an_op_is_defined_once() -> None:
+    op = ops.load(ops.NAMES[0])
+    opdef.register(op)
+    with pytest.raises(ValueError, match="twice"):
+        opdef.register(OpDef(op.name, op.schema, op.reference, op.fake, op.cost, op.samples))
+
+
+@every_op
+@examples(10)
+@given(data=st.data())
+def test_registration(op: OpDef, data: st.DataObject) -> None:
+    """Schema, fake and tracing, by torch's own checks."""
+    torch.library.opcheck(op.overload, data.draw(op.samples()))
+
+
+@every_op
+@examples(30)
+@given(data=st.data())
+def test_reference(op: OpDef, data: st.DataObject) -> None:
+    """Pure, and of the shape, dtype and strides that the fake promises; its cost is sane."""
+    args = data.draw(op.samples())
+    want = op.reference(*args)
+    for again in (op.reference(*args), op.overload(*args)):
+        torch.testing.assert_close(again, want, rtol=0, atol=0, equal_nan=True)
+    with FakeTensorMode() as mode:
+        promised = op.fake(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+    for fake, real in zip(tensors(promised), tensors(want), strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    flops, size = op.cost(*args)
+    assert flops >= 0 and size >= sum(real.nbytes for real in tensors(want))
+
+
+@every_op
+@examples(5)
+@given(data=st.data())
+def test_decomposition(op: OpDef, data: st.DataObject) -> None:
+    """`ops.decompositions` replaces the op by plain ones without a change of result."""
+    args = data.draw(op.samples())
+    given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*given)
+    assert op.overload not in {node.target for node in traced.graph.nodes}
+    assert_matches(op, traced(*given), op.reference(*args))
+
+
+@every_op
+@examples(2)
+@given(data=st.data())
+def test_onnx(op: OpDef, data: st.DataObject) -> None:
+    """ONNX Runtime on the translation, exported once with symbolic sizes and run on other sizes."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    if op.onnx is None:
+        pytest.skip("no ONNX translation")
+    # Export specialises sizes 0 and 1, so the example may not have them.
+    args = data.draw(op.samples().filter(lambda a: all(0 not in t.shape and 1 not in t.shape for t in only(a))))
+    shapes = tuple({dim: torch.export.Dim.AUTO for dim in range(tensor.dim())} for tensor in only(args))
+    model = torch.onnx.export(
+        Call(op, args).eval(),
+        tuple(only(args)),
+        dynamo=True,
+        dynamic_shapes=(shapes,),
+        custom_translation_table=ops.translation_table(),
+        verbose=False,
+    ).model_proto
+    assert {node.domain for node in model.graph.node} == {""}, "standard ops only"
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for _ in range(5):
+        feeds = {spec.name: tensor.numpy() for spec, tensor in zip(session.get_inputs(), only(args), strict=True)}
+        got = [torch.from_numpy(array) for array in session.run(None, feeds)]
+        assert_matches(op, got, op.reference(*args))
+        args = data.draw(op.samples(**held(op, args)))
+
+
+def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    return (arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+@every_op
+@examples(30)
+@given(data=st.data())
+def test_kernel(op: OpDef, data: st.DataObject) -> None:
+    """The Triton kernel, on a GPU or in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if not (INTERPRET or torch.cuda.is_available()):
+        pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
+    if op.launch is None:
+        pytest.skip("no Triton kernel")
+    args = data.draw(op.samples())
+    if not INTERPRET:
+        args = tuple(arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    if op.supports(*args) is None:
+        assert_matches(op, op.launch(*args), op.reference(*args))
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs itself")
+def test_kernels_in_the_interpreter() -> None:
+    """`test_kernel` in a process of its own: Triton decides when it's imported whether to compile or to interpret."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_kernel"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@every_op
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_ahead_of_time(op: OpDef, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compile for GPUs that aren't there, keep all values in registers and use the instructions meant."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not op.aot():
+        pytest.skip("nothing to compile")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for number, variant in enumerate(op.aot()):
+        source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants))
+        options = {"num_warps": variant.num_warps}
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        cubin = tmp_path / f"{op.name}-{number}.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        print(f"sm_{arch} {variant.kernel.__name__}: {used}")
+        assert used.pop("REG") < 255 and used == {"STACK": 0, "LOCAL": 0}, usage
+        assert all(text in built.asm["ptx"] for text in variant.expects.get(arch, ()))
