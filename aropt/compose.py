@@ -35,15 +35,17 @@ def compose(name: str, sequence: Sequence[Call], graphs: Mapping[str, Graph], sp
         results = inline(graph, part, {i: values[v] for i, v in call.reads.items()})
         for output, value in call.writes.items():
             values[value] = written[value] = results[output]
+            results[output].meta["value"] = value  # what validation and reports call it
     graph.output(tuple(written.values()))
     share(graph)
     composed = build(name, graph, inputs, list(written), weights)
     return composed, Call(name, {n: n for n in inputs}, {n: n for n in written})
 
 
-def inline(graph: fx.Graph, part: Graph, inputs: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
-    """Copies a graph's nodes into another; returns the nodes of its outputs."""
-    copied: dict[fx.Node, fx.Node] = {}
+def inline(graph: fx.Graph, part: Graph, inputs: Mapping[str, fx.Node],
+           copied: dict[fx.Node, fx.Node] | None = None) -> dict[str, fx.Node]:  # fmt: skip
+    """Copies a graph's nodes into another; returns the nodes of its outputs (all of them in `copied`)."""
+    copied = {} if copied is None else copied
     for node in part.fx.nodes:
         if node.op == "placeholder":
             copied[node] = inputs[node.name]
@@ -68,3 +70,12 @@ def trim(part: Graph, outputs: set[str], weights: Mapping[str, Tensor]) -> Graph
             graph.erase_node(node)
     inputs = {n: s for n, s in part.inputs.items() if placeholders[n].users}
     return build(part.name, graph, inputs, kept, weights)
+
+
+def expose(part: Graph, nodes: Mapping[str, fx.Node], weights: Mapping[str, Tensor]) -> Graph:
+    """The graph with more outputs: {output: one of its nodes}."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    results = inline(graph, part, {n: graph.placeholder(n) for n in part.inputs}, copied)
+    graph.output((*results.values(), *(copied[n] for n in nodes.values())))
+    return build(part.name, graph, part.inputs, [*part.outputs, *nodes], weights)

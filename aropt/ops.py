@@ -1,4 +1,4 @@
-"""aropt's own ops by name. The list is explicit so that it can be searched; nothing is imported before it's asked for."""
+"""aropt's own ops by name: an explicit list, and nothing is imported before it's asked for."""
 
 from __future__ import annotations
 

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from os.path import commonprefix
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# JSON has no NaN, and an error may well be one: it is stored as null and shown as "not finite".
+Number = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
 Image = list[list[Annotated[int, Field(ge=0, le=16)]]]
 CLIP, SHOWN = 3000, 24  # characters of a text and samples shown, so that the page stays below 1 MB
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN, and an error may well be one: it is stored as null and shown as "not finite"."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Strict(BaseModel):
@@ -42,11 +34,9 @@ class Tool(Strict):
 
 
 class Env(Strict):
-    """Where the report was made; None for what is not installed."""
-
     python: str
     torch: str
-    onnxruntime: str | None = None
+    onnxruntime: str | None = None  # None: not installed
     transformers: str | None = None
     platform: str
     cpu: str
@@ -117,14 +107,15 @@ class Verification(Strict):
 
     @model_validator(mode="after")
     def _has_evidence(self) -> Verification:
-        if self.status == "pass" and not (self.cases or self.metrics):
-            raise ValueError("status is pass, but there are neither cases nor metrics")
-        if self.status == "pass" and (self.diverges or any(case.status == "fail" for case in self.cases)):
-            raise ValueError("status is pass, but a case failed or diverges is set")
+        failed = self.diverges or any(case.status == "fail" for case in self.cases)
+        if self.status == "pass" and (failed or not (self.cases or self.metrics)):
+            raise ValueError("status is pass, but a case failed, or diverges is set, or nothing was verified")
         return self
 
 
 class Measurement(Strict):
+    """Quantiles over n runs of one variant: the program as given, a peer, or aropt's."""
+
     variant: str
     phase: Literal["generate", "prefill", "decode"]
     median: NonNegative
@@ -154,10 +145,9 @@ class Sample(Strict):
     @model_validator(mode="after")
     def _is_of_its_kind(self) -> Sample:
         shapes = [None if isinstance(x, str) else [len(row) for row in x] for x in (self.before, self.after)]
-        if shapes[0] != shapes[1] or (shapes[0] is None) != (self.kind == "text"):
-            raise ValueError(f"before and after are not of the same shape, or not of kind {self.kind}")
-        if shapes[0] is not None and (not sum(shapes[0]) or len(set(shapes[0])) > 1):
-            raise ValueError("an image is a list of rows of equal length")
+        rows, is_text = shapes[0], self.kind == "text"
+        if shapes[0] != shapes[1] or (rows is None) != is_text or (rows is not None and len({0, *rows}) != 2):
+            raise ValueError("before and after are not two texts, or not two images of the same size, as kind says")
         if self.same and self.before != self.after:
             raise ValueError("same is true, but before and after differ")
         return self
@@ -206,8 +196,7 @@ def number(value: float | None) -> str:
 
 def amount(value: float, unit: str) -> str:
     """A number with its unit; "B" and "s" get a prefix."""
-    prefixes = {"B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "s": ((1, "s"), (0, "ms"))}.get(unit, ())
-    for scale, name in prefixes:
+    for scale, name in {"B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "s": ((1, "s"), (0, "ms"))}.get(unit, ()):
         if value >= scale:
             return f"{number(value / (scale or 1e-3))} {name}"
     return f"{number(value)} {unit}".strip()
@@ -229,25 +218,36 @@ def summary(report: Report) -> str:
     if not cases:
         return "No cases were run."
     worst = max(math.inf if case.ratio is None else case.ratio for case in cases)
-    failed, tokens, ties = (
-        sum(c.status == "fail" for c in cases),
-        sum(c.tokens for c in cases),
-        sum(c.ties for c in cases),
-    )
+    error = f"{number(worst)} times the noise floor" if worst < math.inf else "not finite"
+    tokens, ties = sum(case.tokens for case in cases), sum(case.ties for case in cases)
+    passed, tied = sum(case.status == "pass" for case in cases), "tie" if ties == 1 else "ties"
     return (
-        f"{len(cases)} cases, {failed} failed. {number(tokens)} tokens compared, "
-        f"largest error {number(worst)} × the noise floor, {number(ties)} ties."
+        f"{passed} of {len(cases)} cases pass: {number(tokens)} tokens compared, largest error {error}, {ties} {tied}."
     )
+
+
+def merged(report: Report) -> dict[tuple[str, str], dict[bool, Measurement]]:
+    """The measurements of each (phase, variant): under False its latency, under True its rate."""
+    found: dict[tuple[str, str], dict[bool, Measurement]] = {}
+    for row in report.bench:
+        found.setdefault((row.phase, row.variant), {})[row.unit == "tok/s"] = row
+    return found
+
+
+def own(report: Report) -> str | None:
+    """The variant that is aropt's: named after the tool or the target, or else the last one not measured against."""
+    names = [row.variant for row in report.bench if row.variant not in (*report.speedup, "eager")]
+    named = (name for name in names if name.startswith(report.tool.name) or name == report.target)
+    return next(named, names[-1] if names else None)
 
 
 def deltas(report: Report) -> list[tuple[str, float, float, str]]:
     """(what, before, after, unit), where before is eager, or else the first variant measured against."""
     base = "eager" if "eager" in report.speedup else next(iter(report.speedup), "eager")
     found: list[tuple[str, float, float, str]] = []
+    rows = {key: units[False] for key, units in merged(report).items() if False in units}
     for phase in ("generate", "prefill", "decode"):
-        rows = [row for row in report.bench if row.phase == phase and row.unit != "tok/s"]
-        old = next((row for row in rows if row.variant == base), None)
-        new = next((row for row in rows if row.variant != base and row.variant not in report.speedup), None)
+        old, new = rows.get((phase, base)), rows.get((phase, own(report) or ""))
         if old and new and old.unit == new.unit:
             found.append((f"latency, {phase}", old.median, new.median, new.unit))
     kept = [p for p in report.passes if p.status == "applied"]
@@ -259,9 +259,9 @@ def deltas(report: Report) -> list[tuple[str, float, float, str]]:
 
 def marked(text: str, other: str) -> Markup:
     """The text as HTML, its first difference from the other marked."""
-    at = len(commonprefix([text, other]))
     if text == other:
         return escape(text[:CLIP]) + ("…" if len(text) > CLIP else "")
+    at = next((i for i, pair in enumerate(zip(text, other)) if pair[0] != pair[1]), min(len(text), len(other)))
     start = max(0, at - CLIP // 2)
     here = {"": "end", "\n": "↵\n"}.get(text[at : at + 1], text[at : at + 1])
     parts = ("…" if start else "", text[start:at], here, text[at + 1 : start + CLIP])
@@ -271,25 +271,21 @@ def marked(text: str, other: str) -> Markup:
 def html(report: Mapping[str, Any]) -> str:
     """report.html: one page with everything inline, no script and nothing to load."""
     r = validate(report)
-    groups: dict[tuple[str, str], list[Measurement]] = {}
-    for row in r.bench:
-        groups.setdefault((row.phase, row.unit), []).append(row)
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    charts: dict[tuple[str, str], list[tuple[Measurement, Measurement | None]]] = {}
+    for units in merged(r).values():
+        row = units.get(False) or units[True]
+        charts.setdefault((row.phase, row.unit), []).append((row, units.get(True)))
+    env = Environment(loader=PackageLoader("aropt"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.globals.update(number=number, amount=amount, marked=marked, log10=math.log10)
-    return env.get_template("report.html.j2").render(
-        r=r, verdict=verdict(r), summary=summary(r), deltas=deltas(r), groups=groups, shown=SHOWN
-    )
+    page, claim = env.get_template("report.html.j2"), verdict(r)
+    return page.render(r=r, verdict=claim, summary=summary(r), deltas=deltas(r), charts=charts, own=own(r), shown=SHOWN)
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The measurements as a markdown table that also reads well as plain text; a dash for what was not measured."""
     r = validate(report)
-    merged: dict[tuple[str, str], dict[bool, Measurement]] = {}
-    for row in r.bench:
-        merged.setdefault((row.phase, row.variant), {})[row.unit == "tok/s"] = row
     lines = [["variant", "phase", "median latency", "tokens/s", "p10-p90", "n", "speedup against it"]]
-    for (phase, variant), units in merged.items():
+    for (phase, variant), units in merged(r).items():
         row = units.get(False) or units[True]
         latency = f"{number(row.median)} {row.unit}" if False in units else "-"
         rate = number(units[True].median) if True in units else "-"

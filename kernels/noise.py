@@ -89,7 +89,7 @@ def reference(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> Tensor:
     """The definition: see the module's text for shapes and ranges."""
     row = _row_words(seed % P, seed // P, stream[:, None], position[:, None])
     column = _column_words(torch.arange(n, device=seed.device))
-    word = _join(row, column)
+    word: Tensor = _join(row, column)
     # 2k+1 has 24 bits and the factors are powers of two: both float32 operations are exact.
     return (word // 256).to(torch.float32) * 2.0**-23 + 2.0**-24
 

@@ -6,7 +6,6 @@ The op is a pure function and the inputs here are fixed, so the statistics come 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from aropt import ops

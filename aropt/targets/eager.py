@@ -1,0 +1,53 @@
+"""The eager target: ATen ops one by one, with caches updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from aropt import ops
+from aropt.interpreter import Executor, Values
+from aropt.program import Graph, Program
+
+aten = torch.ops.aten
+
+
+def in_place(graph: Graph) -> fx.Graph:
+    """The graph with each aliased output written into its input's buffer: no copy of the cache a step."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph.fx, nodes))  # type: ignore[arg-type]
+    for output, result in zip(graph.outputs, graph.results(), strict=True):
+        if output in graph.aliases and graph.aliases[output] == output:
+            nodes[result].target = aten.index_copy_.default
+    return copy
+
+
+class InPlace:
+    """Executes graphs eagerly; values under an alias are overwritten."""
+
+    def __init__(self, program: Program) -> None:
+        ops.load_all()
+        self.program = program
+        self.modules: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {}
+
+    def module(self, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+        graph = self.program.graphs[name]
+        bound = graph.bind(self.program.weights)
+        bound.graph = in_place(graph)
+        bound.recompile()
+        return bound
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        if graph not in self.modules:
+            self.modules[graph] = self.module(graph)
+        spec = self.program.graphs[graph]
+        with torch.no_grad():
+            return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
+
+
+def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
+    return InPlace(program)

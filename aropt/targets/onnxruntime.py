@@ -1,0 +1,128 @@
+"""The onnxruntime target: one session a graph, state bound to it and updated in place.
+
+Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache row update)
+is bound to its input's own buffer, which ONNX Runtime's ScatterElements then doesn't copy. Other outputs alternate
+between two sets of buffers, so that after two rounds the same bindings come back and binding costs nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt.errors import MissingTool
+from aropt.interpreter import Eager, Executor, Values
+from aropt.program import Graph, Program, Spec, calls, resolve, sizes_of
+from aropt.passbase import loops
+
+KEPT = 64  # bindings kept a graph
+
+
+class Session:
+    """One graph's session and its bindings."""
+
+    def __init__(self, graph: Graph, path: Path, threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.graph, self.ort = graph, ort
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.taken = {i.name for i in self.session.get_inputs()}
+        self.types = {name: numpy_type(spec) for name, spec in {**graph.outputs, **graph.inputs}.items()}
+        self.names = list(graph.inputs)
+        self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
+        self.turn = 0
+
+    def call(self, inputs: Values) -> Values:
+        key = (self.turn, *[(t.data_ptr(), t.shape) for t in map(inputs.__getitem__, self.names)])
+        self.turn ^= 1
+        found = self.bindings.get(key)
+        if found is None:
+            if len(self.bindings) >= KEPT:
+                self.bindings.clear()
+            found = self.bindings[key] = self.bind(inputs)
+        binding, outputs, _ = found
+        self.session.run_with_iobinding(binding)
+        return dict(outputs)
+
+    def bind(self, inputs: Values) -> tuple[Any, Values, Values]:
+        """A binding for these buffers, and the outputs' buffers."""
+        binding = self.session.io_binding()
+        inputs = {n: t.contiguous() for n, t in inputs.items()}
+        sizes = sizes_of(self.graph.inputs, inputs)
+        outputs: Values = {}
+        for name, value in inputs.items():
+            if name in self.taken:
+                binding.bind_input(name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
+        for name, spec in self.graph.outputs.items():
+            alias = self.graph.aliases.get(name)
+            shape = [resolve(d, sizes) for d in spec.dims]
+            value = inputs[alias] if alias else torch.empty(shape, dtype=spec.dtype)
+            binding.bind_output("out." + name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
+            outputs[name] = value
+        return binding, outputs, inputs  # the inputs stay alive as long as their binding
+
+
+def pointer(value: Tensor) -> int:
+    return value.data_ptr() or torch.empty(1).data_ptr()
+
+
+def numpy_type(spec: Spec) -> Any:
+    import numpy as np
+
+    return np.dtype(str(spec.dtype).removeprefix("torch.").replace("bool", "bool_"))
+
+
+class OnnxRuntime:
+    """Runs the graphs inside loops as sessions; what runs once a generation stays eager."""
+
+    def __init__(self, program: Program, folder: Path, threads: int | None) -> None:
+        self.eager = Eager(program)
+        self.program, self.folder, self.threads = program, folder, threads
+        self.sessions: dict[str, Session] = {}
+        self.hot = hot_graphs(program)
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        if graph not in self.hot:
+            return self.eager.call(graph, inputs)
+        if graph not in self.sessions:
+            self.sessions[graph] = Session(self.program.graphs[graph], file(self.folder, graph), self.threads)
+        return self.sessions[graph].call(inputs)
+
+
+def hot_graphs(program: Program) -> list[str]:
+    """Graphs that run in a loop, once each."""
+    return list(dict.fromkeys(c.graph for loop in loops(program.control) for c in calls(loop.body)))
+
+
+def file(folder: Path, graph: str) -> Path:
+    return folder / "models" / graph / "onnxruntime" / "model.onnx"
+
+
+def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
+    """Exports the graphs that are missing in `folder` (a temporary one by default)."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingTool(what="ONNX Runtime is not installed", why=str(error), hint="pip install 'aropt[onnx]'") from error
+    kept = None
+    if folder is None:
+        kept = tempfile.TemporaryDirectory(prefix="aropt-")
+        folder = Path(kept.name)
+    for name in hot_graphs(program):
+        if not file(folder, name).exists():
+            from aropt.exporters.onnx import export
+
+            progress(f"export {name}")
+            export(program.graphs[name], program.weights, file(folder, name))
+    executor = OnnxRuntime(program, folder, threads)
+    executor.kept = kept  # type: ignore[attr-defined]
+    return executor

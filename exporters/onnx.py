@@ -1,0 +1,98 @@
+"""Graphs as ONNX files: standard operators only, so that any runtime takes them.
+
+torch's own exporter translates; aropt adds what it would do badly for decoding: a cache update as one ScatterElements
+(which a runtime may do in place) and attention without checks for rows that see nothing (ours always see themselves).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt import ops
+from aropt.capture import dynamic, quiet
+from aropt.errors import MissingTool, Unsupported
+from aropt.program import Graph
+from aropt.torch_compat import example_sizes, examples
+
+OPSET = 20
+EXTERNAL_OVER = 256 * 2**20  # bytes of weights from which they go to a file beside the model
+
+
+def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes the graph to `path`: inputs and outputs named as the graph's ("out." before the outputs' names).
+
+    Raises MissingTool without the [onnx] extra, Unsupported for an op without a translation.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingTool(what="the ONNX exporter is not installed", why=str(error), hint="pip install 'aropt[onnx]'") from error
+    module = graph.bind(weights)
+    known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
+    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values())
+    names = {"input_names": list(graph.inputs), "output_names": ["out." + o for o in graph.outputs]}
+    try:
+        with torch.no_grad(), silence():
+            exported = torch.export.export(module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False)
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False,
+                                        custom_translation_table=translations(), **names)  # fmt: skip
+    except Exception as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise Unsupported(what=f"the graph '{graph.name}' has no ONNX form", where=f"graph {graph.name}", why=reason[:300],
+                          hint="choose --target eager or inductor, or report the op") from error  # fmt: skip
+    assert program is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(weights[w].nbytes for w in graph.weights())
+    program.save(str(path), external_data=size > EXTERNAL_OVER)
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Translations that replace torch's, for aropt's own ops and for the ops named above."""
+    from onnxscript import opset20 as op
+
+    def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
+        rank = len(source.shape)
+        shape = [1] * rank
+        shape[dim] = -1
+        slots = op.Expand(op.Reshape(index, op.Constant(value_ints=shape)), op.Shape(source))
+        return op.ScatterElements(self, slots, source, axis=dim)
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+                  scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+        if attn_mask is None or is_causal or enable_gqa or query.dtype is None:
+            raise NotImplementedError("attention without an explicit mask")
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        order = [*range(len(query.shape) - 2), len(query.shape) - 1, len(query.shape) - 2]
+        scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query))
+        if attn_mask.dtype is not None and attn_mask.dtype.name == "BOOL":
+            zero, gone = (op.CastLike(op.Constant(value_float=v), query) for v in (0.0, -math.inf))
+            attn_mask = op.Where(attn_mask, zero, gone)
+        return op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
+
+    aten = torch.ops.aten
+    own: dict[Any, Callable[..., Any]] = dict(ops.translation_table())
+    return {**own, aten.index_copy.default: index_copy, aten.scaled_dot_product_attention.default: attention}
+
+
+@contextlib.contextmanager
+def silence() -> Any:
+    """torch's exporters print and warn about their own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), quiet(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
