@@ -1,1 +1,24 @@
 """aropt: an optimizing compiler for generation loops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aropt.api import capture, optimize
+    from aropt.artifact import load
+    from aropt.program import Program
+
+__version__ = "0.1.0"
+__all__ = ["Program", "capture", "load", "optimize"]
+
+_HOMES = {"capture": "aropt.api", "optimize": "aropt.api", "load": "aropt.artifact", "Program": "aropt.program"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when first used: `import aropt` alone does not import torch."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'aropt' has no attribute '{name}'")

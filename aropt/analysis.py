@@ -2,7 +2,7 @@
 
 Runs over a captured `forward(ids[B, T]) -> logits[B, T, V]`. The result says for every content node what its axes are;
 each op is on the whitelist of `axes`, or is one of attention's products (written out or SDPA), or is refused by name.
-An append cache is exact if no row sees a later one; the masks' tables are evaluated to find that out.
+An append cache is exact if no row sees a later one; the masks' tables are evaluated to find that out (see `bounds`).
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import COLUMN, ROW, Axes, B, NotRowwise, arg, broadcast, find, from_sizes, has, op_name, plain, positive, rule_for
+from aropt.axes import (
+    COLUMN, RESHAPES, ROW, Axes, B, NotRowwise, align, bind, broadcast, check, draws, find, from_sizes, has, op_name, pointwise,
+    positive, reduced_axes, rule_for, tensor_inputs, without,
+)  # fmt: skip
+from aropt.bounds import (
+    CONTENT, FRESH, Bias, Hide, NotCausal, Operand, Range, Scores, bias_of, column_reduction, require_causal, transfer,
+    use_of,
+)  # fmt: skip
 from aropt.errors import Unsupported
-from aropt.positions import Positions, content_nodes, hidden_by, hides_future, refusal
+from aropt.positions import Positions, content_nodes, is_number, refusal
 
-aten = torch.ops.aten
 SDPA = "aten::scaled_dot_product_attention"
-PRODUCTS = {"aten::matmul", "aten::bmm", "aten::baddbmm"}
-# ops that keep "hidden" (a very negative score) hidden, when their other operands are harmless
-KEEP_HIDDEN = {
-    "aten::add", "aten::sub", "aten::_to_copy", "aten::to", "aten::clone", "aten::view", "aten::_unsafe_view", "aten::reshape",
-    "aten::expand", "aten::unsqueeze", "aten::squeeze", "aten::dropout", "aten::where", "aten::masked_fill", "aten::cat",
-    "aten::maximum", "aten::clamp_min", "aten::slice", "aten::permute", "aten::transpose",
-}  # fmt: skip
-SCALINGS = {"aten::mul", "aten::div"}
-KEEP_ZEROED = KEEP_HIDDEN | SCALINGS
-SOFTMAXES = {"aten::softmax", "aten::_softmax"}
+PRODUCTS = {"aten::matmul", "aten::bmm"}
+REDUCTIONS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::max", "aten::logsumexp", "aten::sum"}
+FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elementwise, but don't broadcast
+SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
+HINT = "aropt needs ops that work on each position alone, or causal attention; please report the model"
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
+BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask when your version has it"
 
 
 @dataclass
 class Info:
-    """Facts about a content node. `hidden` [n, n]: columns that each row ignores; `zeroed`: those are exactly 0."""
+    """Facts about a content node."""
 
     axes: Any  # Axes, or a list of them for an op with several results
-    hidden: Tensor | None = None
-    zeroed: bool = False
+    scores: Scores | None = None  # of a value with columns
+    range: Range = CONTENT  # of a value without
     role: str = "row"  # row | score (q k^T) | mix (p v) | sdpa
     operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
+    hides: dict[fx.Node, Hide] = field(default_factory=dict)  # those of them that hide entries
 
 
 class Analysis:
@@ -50,16 +53,30 @@ class Analysis:
     def __init__(self, graph: fx.Graph, weights: Mapping[str, Tensor], names: Mapping[Any, str], capacity: int) -> None:
         self.graph = graph
         self.positions = Positions(weights, names, capacity)
-        self.content = content_nodes(graph)
+        self.content = content_nodes(graph, names)
+        self.biases: dict[Any, Bias] = {}
         self.info: dict[fx.Node, Info] = {}
         for node in graph.nodes:
-            if node in self.content and node.op != "output":
-                try:
+            if node not in self.content:
+                continue
+            try:
+                if node.op == "output":
+                    self.require_rows(node)
+                else:
                     self.info[node] = self.classify(node)
-                except NotRowwise as reason:
-                    raise refusal(node, f"{op_name(node)} {reason}", HINT) from None
-                except (IndexError, TypeError, ValueError, KeyError, AssertionError) as reason:
-                    raise refusal(node, f"{op_name(node)} has a form that is not known: {reason}", HINT) from reason
+            except NotCausal as reason:
+                raise refusal(node, f"{op_name(node)} {reason}", BIDIRECTIONAL_HINT, BIDIRECTIONAL) from None
+            except NotRowwise as reason:
+                raise refusal(node, f"{op_name(node)} {reason}", HINT) from None
+            except (IndexError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as reason:
+                raise refusal(node, f"{op_name(node)} has a form that is not known: {reason!r}", HINT) from reason
+
+    def require_rows(self, output: fx.Node) -> None:
+        """The logits must be [B, T, vocabulary]."""
+        (logits,) = output.args[0]  # type: ignore[misc]
+        axes = self.info[logits].axes if logits in self.info else ()  # type: ignore[index]
+        if len(axes) != 3 or axes[:2] != (B, ROW) or has(axes[2], "brc?"):
+            raise NotRowwise("returns something other than one row of logits for each token")
 
     def dims(self, node: fx.Node) -> Any:
         """The node's dims: a tuple, or a list of tuples for several results."""
@@ -68,215 +85,188 @@ class Analysis:
             return [self.positions.dims(node, v) for v in value]
         return self.positions.dims(node)
 
+    # --- one node --------------------------------------------------------------------------------------------------
+
     def classify(self, node: fx.Node) -> Info:
         if node.op == "placeholder":
             return Info((B, ROW))
         name = op_name(node)
         if name == "getitem":
             source = self.info[node.args[0]]  # type: ignore[index]
-            return Info(source.axes[node.args[1]], source.hidden, source.zeroed)
-        if name == SDPA:
-            return self.sdpa(node)
-        rule = rule_for(node)
-        if rule is None:
-            raise NotRowwise("is not known to work row by row")
-        info = Info(())
-        inputs = self.inputs(node, info, pointwise=rule.__name__ == "pointwise")
-        if name in PRODUCTS and (product := self.product(node, inputs)) is not None:
-            product.operands = info.operands
-            return product
-        info.axes = rule(node, inputs, self.dims(node))
-        self.check_size_arguments(node, name)
-        self.follow_mask(node, name, info)
+            return Info(source.axes[node.args[1]], source.scores, source.range)
+        self.check_numbers(node, name)
+        info = self.sdpa(node) if name == SDPA else self.product(node) if name in PRODUCTS else None
+        if info is None:
+            rule = rule_for(node)
+            if rule is None:
+                raise NotRowwise("draws random numbers" if draws(node) else "is not known to work row by row")
+            info = Info(())
+            bound = self.inputs(node, info, self.beside(node, name, rule is pointwise))
+            if name in REDUCTIONS and self.over_columns(node, bound, info):
+                pass
+            else:
+                info.axes = rule(bound, self.dims(node))
+                self.follow_scores(node, info)
+        dims = self.dims(node)
+        for axes, sizes in zip(info.axes, dims, strict=True) if isinstance(dims, list) else [(info.axes, dims)]:
+            check(axes, sizes)
         return info
 
-    def inputs(self, node: fx.Node, info: Info, pointwise: bool) -> list[Axes]:
-        """Axes of the tensor inputs in order; position operands get theirs from the content beside them."""
-        tensors = tensor_inputs(node)
-        known = [self.info[t].axes for t in tensors if t in self.content]
-        merged = broadcast(known) if pointwise else ()
-        result = []
-        for tensor in tensors:
-            if tensor in self.content:
-                result.append(self.info[tensor].axes)
-                continue
-            dims = self.positions.dims(tensor)
-            if pointwise:
-                axes = self.align(dims, merged)
-            else:
-                axes = from_sizes(dims, (("?", 0),))
-            info.operands[tensor] = axes
-            result.append(axes)
-        return result
+    def check_numbers(self, node: fx.Node, name: str) -> None:
+        """A number that depends on the length may only be a size of a shape (`axes.check` decides if it is right)."""
+        columns = name == "aten::slice" and has(self.info[node.args[0]].axes[node.args[1]], "c")  # type: ignore[index]
+        if name not in SIZED and not columns:
+            for source in node.all_input_nodes:
+                if source not in self.content and is_number(source):
+                    self.positions.number(source)
+                elif source in self.content and not isinstance(source.meta["val"], (Tensor, list, tuple)):
+                    raise NotRowwise("takes a number from the tokens")
 
-    def align(self, dims: tuple[int | str, ...], beside: Axes) -> Axes:
-        """Meaning of a position operand's axes from the value that it is combined with."""
-        axes = []
-        for i, dim in enumerate(dims):
-            other = beside[i - len(dims)] if len(dims) - i <= len(beside) else ()
-            if isinstance(dim, int):
-                axes.append(plain(dim))
-            elif other and (has(other, "rcb")):
-                axes.append(other)
-            elif dim == "B":
-                axes.append(B)
-            else:
-                raise NotRowwise(f"combines a value of size {dim} with one that has no such axis")
-        return tuple(axes)
+    def beside(self, node: fx.Node, name: str, elementwise: bool) -> Axes | None:
+        """The axes with which position operands line up; None for an op that is not elementwise."""
+        known = [self.info[t].axes for t in tensor_inputs(node) if t in self.content]
+        if elementwise:
+            return broadcast(known)
+        if name in FULL_SIZE:
+            along = bind(node).get("dim")
+            return broadcast([a if along is None else without(a, positive(along, len(a))) for a in known])
+        return None
 
-    def check_size_arguments(self, node: fx.Node, name: str) -> None:
-        """A size used as a number (not as a shape) would make the value depend on the length."""
-        from aropt.axes import RESHAPES
+    def inputs(self, node: fx.Node, info: Info, beside: Axes | None) -> dict[str, Any]:
+        """The bound arguments with tensors given by their axes; records the position operands."""
 
-        if name in RESHAPES or name in ("aten::slice", "aten::split_with_sizes", "aten::split"):
+        def axes_of(source: fx.Node) -> Any:
+            if source in self.content:
+                return self.info[source].axes
+            if is_number(source):
+                return source
+            dims = self.positions.dims(source)
+            if beside is None and any(isinstance(d, str) for d in dims):
+                raise NotRowwise(f"uses a value of shape {list(dims)} in a way that is not elementwise")
+            axes = info.operands[source] = from_sizes(dims) if beside is None else align(dims, beside)
+            return axes
+
+        return dict(fx.node.map_arg(bind(node), axes_of))
+
+    # --- scores ----------------------------------------------------------------------------------------------------
+
+    def operand(self, node: fx.Node, source: fx.Node, info: Info) -> Operand:
+        """What is known of an operand's values; records the operands that hide entries."""
+        if source in self.content:
+            facts = self.info[source]
+            return facts.range if facts.scores is None else facts.scores
+        axes = info.operands[source]
+        row, column = find(axes, "r"), find(axes, "c")
+        table = self.positions.value(source, self.positions.capacity)
+        if row is None or column is None:
+            return (float(table.min()), float(table.max())) if table.numel() else (0.0, 0.0)
+        scored = [t for t in tensor_inputs(node) if t in self.content and self.info[t].scores is not None]
+        use = "no" if op_name(node) == SDPA and table.dtype == torch.bool else "add" if op_name(node) == SDPA else use_of(node, source, scored)
+        key = (source, row, column, use)
+        if key not in self.biases:
+            self.biases[key] = bias_of(table, row, column, use)
+        bias = self.biases[key]
+        if bias.hide is not None:
+            info.hides[source] = bias.hide
+        return bias
+
+    def follow_scores(self, node: fx.Node, info: Info) -> None:
+        """Carries scores through an op that keeps columns; an op that loses them otherwise has no rule."""
+        sources = list(dict.fromkeys(tensor_inputs(node)))
+        if not any(s in self.content and self.info[s].scores is not None for s in sources):
             return
-        for source in node.all_input_nodes:
-            if self.positions.is_size(source) and source not in self.content:
-                small = {self.positions.value(source, n, b) for n in (2, 3) for b in (1, 2)}
-                if len(small) > 1:
-                    raise NotRowwise("computes with the sequence length itself")
+        several = isinstance(info.axes, list)
+        if any(not any(has(a, "c") for a in axes) for axes in (info.axes if several else [info.axes])):
+            raise NotRowwise("reduces along the sequence")
+        info.scores = transfer(node, {s: self.operand(node, s, info) for s in sources if isinstance(s.meta["val"], Tensor)})
+
+    def over_columns(self, node: fx.Node, bound: Mapping[str, Any], info: Info) -> bool:
+        """A softmax or reduction over columns. False: over other axes."""
+        axes, over = bound["self"], reduced_axes(bound)
+        column = next((i for i in over if has(axes[i], "c")), None)
+        if column is None:
+            return False
+        source = self.info[bind(node)["self"]].scores
+        if len(over) > 1 or source is None or len(axes[column]) > 1:
+            raise NotRowwise("reduces or sorts along the sequence")
+        info.scores, info.range = column_reduction(node, source, self.positions.capacity)
+        if info.scores is not None:
+            info.axes = axes
+            return True
+        kept = without(axes, column) if bound.get("keepdim") else (*axes[:column], *axes[column + 1 :])
+        several = isinstance(node.meta["val"], (tuple, list))
+        info.axes = [kept, kept] if several else kept
+        if several and any(user.args[1] != 0 for user in node.users):
+            raise NotRowwise("takes the index of a column")
+        return True
 
     # --- attention -----------------------------------------------------------------------------------------------
 
-    def product(self, node: fx.Node, inputs: list[Axes]) -> Info | None:
+    def product(self, node: fx.Node) -> Info | None:
         """q k^T and p v: the two products of written-out attention. None: an ordinary product."""
-        left, right = inputs[-2], inputs[-1]
+        first, second = tensor_inputs(node)
+        if first not in self.content or second not in self.content:
+            return None
+        left, right = self.info[first].axes, self.info[second].axes
         if len(left) < 2 or len(right) < 2:
             return None
         lead = broadcast([left[:-2], right[:-2]])
         if left[-2] == ROW and right[-1] == ROW and not has(left[-1], "rcb") and not has(right[-2], "rcb"):
-            axes: Axes = (*lead, ROW, COLUMN)
-            return Info(broadcast([inputs[0], axes]) if len(inputs) == 3 else axes, role="score")
-        if left[-1] == COLUMN and right[-2] == ROW:
-            weights = self.info.get(tensor_inputs(node)[-2])
-            if weights is None or not weights.zeroed:
-                raise NotRowwise("sums over the sequence with weights that no causal mask has zeroed")
+            return Info((*lead, ROW, COLUMN), FRESH, role="score")
+        if left[-1] == COLUMN and right[-2] == ROW and not has(right[-1], "rcb"):
+            weights = self.info[first].scores
+            if weights is None or not weights.is_zeroed():
+                raise NotCausal("sums over the sequence with weights that no causal mask has zeroed")
             return Info((*lead, left[-2], right[-1]), role="mix")
         return None
 
     def sdpa(self, node: fx.Node) -> Info:
         """scaled_dot_product_attention(q, k, v, mask): each row of q over all rows of k and v."""
-        query, key, value = node.args[:3]
-        mask, causal = arg(node, 3, "attn_mask"), arg(node, 5, "is_causal", False)
-        if arg(node, 4, "dropout_p", 0.0):
+        x = bind(node)
+        query, mask = x["query"], x["attn_mask"]
+        if x["dropout_p"]:
             raise NotRowwise("has dropout; call model.eval()")
-        axes = [self.info[n].axes if n in self.content else () for n in (query, key, value)]  # type: ignore[index]
-        if not all(len(a) >= 3 and a[-2] == ROW for a in axes):
+        if any(x[k] not in self.content for k in ("query", "key", "value")):
+            raise NotRowwise("attends to something that does not depend on the tokens")
+        axes = [self.info[x[k]].axes for k in ("query", "key", "value")]
+        batches = [tuple(a if has(a, "brc") else () for a in one[:-2]) for one in axes]
+        if not all(len(a) >= 3 and a[-2] == ROW and not has(a[-1], "brc") for a in axes) or len(set(batches)) > 1:
             raise NotRowwise("attends over something other than the sequence")
         info = Info((*axes[0][:-1], axes[2][-1]), role="sdpa")
-        n = self.positions.capacity
-        if causal:
-            info.hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        if x["is_causal"]:
+            n = self.positions.capacity
+            hidden = self.causal = getattr(self, "causal", None)
+            hidden = self.causal = torch.ones(n, n, dtype=torch.bool).triu(1) if hidden is None else hidden
+            info.hides[query] = Hide(hidden, False)
         elif mask is None:
-            raise refusal(node, "attention without a mask: each position sees later ones", BIDIRECTIONAL_HINT, BIDIRECTIONAL)
+            raise NotCausal("has no mask: each position sees later ones")
         elif mask in self.content:
             raise NotRowwise("has a mask that depends on the tokens")
         else:
-            dims = self.positions.dims(mask)
-            if dims[-2:] != ("T", "T") or any(isinstance(d, str) and d != "B" for d in dims[:-2]):
-                raise NotRowwise(f"has a mask of shape {list(dims)}")
-            info.operands[mask] = tuple(plain(d) if isinstance(d, int) else B for d in dims[:-2]) + (ROW, COLUMN)
-            info.hidden = self.hidden(mask, info.operands[mask], above=False)
-        self.require_causal(node, info.hidden)
+            info.operands[mask] = align(self.positions.dims(mask), (*axes[0][:-1], COLUMN))
+            bias = self.operand(node, mask, info)
+            self.require_causal_sdpa(bias)
         return info
 
-    def hidden(self, mask: fx.Node, axes: Axes, above: bool | None) -> Tensor | None:
-        """Which columns the mask hides; None when it doesn't span rows and columns. Bool masks: True sees, if above=False."""
-        row, column = find(axes, "r"), find(axes, "c")
-        if row is None or column is None:
-            return None
-        table = self.positions.table(mask)
-        if table.dtype == torch.bool:
-            return hidden_by(table, row, column, above if above is not None else False)
-        return hidden_by(table, row, column) if table.is_floating_point() else None
-
-    def require_causal(self, node: fx.Node, hidden: Tensor | None) -> None:
-        if hidden is None:
-            raise refusal(node, "no mask hides later positions here", BIDIRECTIONAL_HINT, BIDIRECTIONAL)
-        if not hides_future(hidden):
-            i, j = (int(x) for x in (~hidden).triu(1).nonzero()[0])
-            raise refusal(node, f"the mask lets position {i} see position {j}", BIDIRECTIONAL_HINT, BIDIRECTIONAL)
-        if hidden.diagonal().any():
-            raise NotRowwise("has a mask that hides a position from itself")
-
-    def follow_mask(self, node: fx.Node, name: str, info: Info) -> None:
-        """Carries what is hidden and what is zero through the ops between the scores and the weighted sum."""
-        scored = [t for t in tensor_inputs(node) if t in self.content and axis_of(self.info[t].axes, "c") is not None]
-        if not scored:
-            return
-        source = self.info[scored[0]]
-        if name in SOFTMAXES or name in ("aten::amax", "aten::max", "aten::logsumexp", "aten::sum", "aten::mean"):
-            self.reduce_columns(node, name, info, source)
-            return
-        if axis_of(info.axes, "c") is None:
-            raise NotRowwise("reduces over the sequence")
-        others = all(t in info.operands or axis_of(self.info[t].axes, "c") is None for t in tensor_inputs(node) if t is not scored[0])
-        if name in KEEP_ZEROED and source.zeroed and (name in SCALINGS or len(tensor_inputs(node)) == 1):
-            info.hidden, info.zeroed = source.hidden, True
-        elif name == "aten::exp" and source.hidden is not None and not source.zeroed:
-            info.hidden, info.zeroed = source.hidden, True
-        elif others and not source.zeroed and (name in KEEP_HIDDEN or (name in SCALINGS and positive_factor(node))):
-            info.hidden = source.hidden
-        added = self.mask_of(node, name, info)
-        if added is not None:
-            info.hidden = added if info.hidden is None else info.hidden | added
-
-    def mask_of(self, node: fx.Node, name: str, info: Info) -> Tensor | None:
-        """Columns that this op hides, if it applies a mask."""
-        if name == "aten::add":
-            masks = [self.hidden(p, a, None) for p, a in info.operands.items() if p.meta["val"].is_floating_point()]
-            return masks[0] if masks else None
-        if name == "aten::where" and node.args[0] in info.operands:
-            mask, yes, no = node.args[:3]
-            if self.is_minimum(no):
-                return self.hidden(mask, info.operands[mask], above=False)  # type: ignore[index,arg-type]
-            if self.is_minimum(yes):
-                return self.hidden(mask, info.operands[mask], above=True)  # type: ignore[index,arg-type]
-        if name == "aten::masked_fill" and node.args[1] in info.operands and self.is_minimum(node.args[2]):
-            return self.hidden(node.args[1], info.operands[node.args[1]], above=True)  # type: ignore[index,arg-type]
-        return None
-
-    def is_minimum(self, value: Any) -> bool:
-        """Whether a number or a one-element tensor is so negative that softmax makes it zero."""
-        if isinstance(value, fx.Node):
-            if value in self.content or value.meta["val"].numel() != 1:
-                return False
-            value = float(self.positions.value(value, 2))
-        return isinstance(value, (int, float)) and value <= -1e4
-
-    def reduce_columns(self, node: fx.Node, name: str, info: Info, source: Info) -> None:
-        column = axis_of(source.axes, "c")
-        if name in SOFTMAXES and positive(arg(node, 1, "dim"), len(source.axes)) == column:
-            self.require_causal(node, source.hidden)
-            info.hidden, info.zeroed = source.hidden, True
-        elif axis_of(info.axes, "c") is not None:
-            info.hidden, info.zeroed = source.hidden, source.zeroed
-        elif name == "aten::sum" and source.zeroed:
-            return
-        elif name in ("aten::amax", "aten::max", "aten::logsumexp") and source.hidden is not None and not source.zeroed:
-            self.require_causal(node, source.hidden)
+    @staticmethod
+    def require_causal_sdpa(bias: Operand) -> None:
+        """The check of written-out attention, for a mask given to SDPA."""
+        if not isinstance(bias, Bias) or bias.hide is None:
+            raise NotCausal("has no mask that hides later positions")
+        entries = bias.hide.entries
+        if bias.hide.value is False:
+            scores = Scores(entries, (-torch.inf, -torch.inf), CONTENT, CONTENT)
         else:
-            raise NotRowwise("reduces over the sequence without a causal mask")
+            low, high = CONTENT
+            ranges = [(r[0] + low, r[1] + high) for r in (bias.over(entries, True), bias.over(entries, False), bias.own())]
+            scores = Scores(entries, *ranges)
+        require_causal(scores, 104.0, "its softmax")
 
 
-HINT = "aropt needs ops that work on each position alone, or causal attention; please report the model"
-BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask when your version has it"
-
-
-def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The node's tensor arguments in order, repeats kept."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
-    return [n for n in found if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
-
-
-def axis_of(axes: Any, kind: str) -> int | None:
-    """Index of the axis of that kind (a lone factor); None for several results or no such axis."""
-    return find(axes, kind) if isinstance(axes, tuple) else None
-
-
-def positive_factor(node: fx.Node) -> bool:
-    """Whether a mul or div is by a positive number."""
-    return len(node.args) > 1 and isinstance(node.args[1], (int, float)) and node.args[1] > 0
-
-
+def unsupported(error: Exception, what: str) -> Unsupported:
+    """An error of torch's shape rules as a refusal."""
+    node = getattr(error, "aropt_node", None)
+    why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    if node is None:
+        return Unsupported(what=what, why=why, hint="please report the model")
+    return refusal(node, why, "please report the model", what)

@@ -6,9 +6,10 @@ batch are symbolic. Metadata checks, identity slices and repeated subexpressions
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, d
     model = model.eval().requires_grad_(False)
     example = torch.randint(0, vocab, (3, min(7, capacity)), generator=torch.Generator().manual_seed(0))
     check_weights(model)
-    exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
+    with batched_experts(model):
+        exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
     specs = {"ids": Spec(torch.int64, ("B", "T"))}
     graph, weights = from_exported("model", exported, specs, ["logits"])
     dims = graph.outputs["logits"].dims
@@ -67,6 +69,23 @@ def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, d
     return graph, weights
 
 
+def capture_exported(exported: ExportedProgram) -> tuple[Graph, dict[str, Tensor]]:
+    """As capture_model, from a program that torch.export made: one input ids[B, T], one output logits."""
+    given = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
+    shape = getattr(given[0].meta.get("val"), "shape", ()) if len(given) == 1 else ()
+    if len(shape) != 2:
+        raise Unsupported(what="the exported program does not take ids alone", where=", ".join(n.name for n in given),
+                          why="aropt needs forward(ids[batch, length])", hint="export a module whose forward takes ids only")  # fmt: skip
+    fixed = [name for name, size in zip(("batch", "length"), shape, strict=True) if isinstance(size, int)]
+    if fixed:
+        raise Unsupported(what=f"the exported program fixes the {' and the '.join(fixed)}", where=given[0].name,
+                          why=f"ids have shape {list(shape)}",
+                          hint="export with dynamic_shapes=({0: Dim('b'), 1: Dim('s')},)")  # fmt: skip
+    with torch.no_grad(), quiet():
+        functional = exported.run_decompositions({})
+    return from_exported("model", functional, {"ids": Spec(torch.int64, ("B", "T"))}, ["logits"])
+
+
 def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
     """Captures a tensor function (a rule): keyword arguments named as `inputs`, a tensor or tuple out."""
 
@@ -77,7 +96,7 @@ def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, 
 
     known = {s: Dim(s) for s in example_sizes(inputs)}
     shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values())
-    exported = export(Wrapped(), tuple(examples(inputs).values()), (shapes,))
+    exported = export(Wrapped(), tuple(examples(inputs).values()), (shapes,), functional=False)
     graph, weights = from_exported(name, exported, inputs, outputs)
     if weights:
         raise UsageError(what=f"the rule '{name}' holds tensors", where=", ".join(weights), why="rules have no weights",
@@ -92,15 +111,37 @@ def dynamic(dim: str, known: dict[str, Any]) -> Any:
     return int(factor) * root if factor else root
 
 
-def export(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    """torch.export, made functional, without decompositions."""
+def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bool = True) -> ExportedProgram:
+    """torch.export, made functional (rules are so already), without decompositions other than baddbmm's (its fake form takes no symbolic sizes)."""
     try:
         with torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-            return exported.run_decompositions({})
+            return exported if not functional else exported.run_decompositions({aten.baddbmm.default: baddbmm})
     except Exception as error:
         raise export_failure(error) from error
+
+
+def baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """torch.baddbmm as a product and a sum."""
+    product = torch.bmm(left, right)
+    product = product if alpha == 1 else product * alpha
+    return product + (bias if beta == 1 else bias * beta)
+
+
+@contextlib.contextmanager
+def batched_experts(model: nn.Module) -> Iterator[None]:
+    """Makes transformers' mixtures of experts compute without data-dependent shapes, where the model has the choice."""
+    change = getattr(model, "set_experts_implementation", None)
+    if change is None:
+        yield
+        return
+    before = model.get_experts_implementation()  # type: ignore[operator]
+    change("batched_mm")
+    try:
+        yield
+    finally:
+        change(before)
 
 
 def export_failure(error: Exception) -> Unsupported:
@@ -178,7 +219,12 @@ def from_exported(
         elif node.op == "output":
             graph.output(tuple(copied[n] for n in node.args[0]))
     share(graph)
-    result = build(name, graph, inputs, outputs, weights)
+    try:
+        result = build(name, graph, inputs, outputs, weights)
+    except Exception as error:
+        node = getattr(error, "aropt_node", None)
+        raise Unsupported(what="an op's shape rule fails for symbolic sizes", where=f"{node.meta.get('where')}, {node}" if node else "",
+                          why=(str(error).splitlines() or [""])[0][:300], hint="please report the model") from error  # fmt: skip
     return result, {w: weights[w] for w in result.weights()}
 
 

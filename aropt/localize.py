@@ -6,6 +6,8 @@ the failing case and compared value by value, each against its own noise floor.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,31 +16,29 @@ from torch import Tensor, fx
 from aropt.axes import op_name
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.program import Graph, Program
-from aropt.runtime import make_inputs, slots
+from aropt.runtime import slots
 
 if TYPE_CHECKING:
     from aropt.validate import Case, Oracle
 
 
 class Recorder(Eager):
-    """Executes eagerly and keeps every node's value of the latest call of each graph."""
+    """Executes eagerly and keeps every node's value of the latest call of each graph, also of a call that fails."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.values: dict[str, dict[fx.Node, Any]] = {}
-        self.rounds: list[dict[str, dict[fx.Node, Any]]] = []
 
     def call(self, graph: str, inputs: Values) -> Values:
         g = self.program.graphs[graph]
-        found = node_values(g, [inputs[n] for n in g.inputs], {w: self.program.weights[w] for w in g.weights()})
-        self.values[graph] = found
+        self.values[graph] = found = {}
+        node_values(g, [inputs[n] for n in g.inputs], {w: self.program.weights[w] for w in g.weights()}, found)
         return {o: found[n] for o, n in zip(g.outputs, g.results(), strict=True)}
 
 
-def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor]) -> dict[fx.Node, Any]:
-    """Every node's value."""
+def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], found: dict[fx.Node, Any]) -> None:
+    """Puts every node's value into `found`."""
     module = fx.GraphModule(graph.bind(weights), graph.fx)
-    found: dict[fx.Node, Any] = {}
 
     class Keep(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -47,51 +47,83 @@ def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor]) 
 
     with torch.no_grad():
         Keep(module, garbage_collect_values=False).run(*inputs)
-    return found
 
 
-def localize(oracle: Oracle, candidate: Program, executor: Executor, case: Case) -> dict[str, Any] | None:
-    """The first op that differs: {module, node, op, error, round, case}. None: the graphs agree op by op."""
-    found = first_in_program(oracle, candidate, case)
+def localize(oracle: Oracle, candidate: Program, executor: Executor, case: Case, row: int = 0) -> dict[str, Any] | None:
+    """The first op that differs for prompt `row`: {module, node, op, error, round, repro}, or no node and `where`."""
+    found = first_in_program(oracle, candidate, case, row)
     if found is None:
-        found = first_in_target(candidate, executor, case)
+        found = first_in_target(candidate, executor, case, row)
     if found is None:
         return {"module": "", "node": "", "op": "", "error": 0.0, "where": "outside the model: rule, loop or state",
                 "repro": case.repro("program")}  # fmt: skip
     return {**found, "repro": case.repro("program")}
 
 
-def first_in_program(oracle: Oracle, candidate: Program, case: Case) -> dict[str, Any] | None:
+@dataclass
+class Round:
+    """One call of the model: the tokens that it stands for [branches, T], and the values of nodes with an origin."""
+
+    ids: Tensor
+    values: dict[fx.Node, Any]
+
+
+def first_in_program(oracle: Oracle, candidate: Program, case: Case, row: int) -> dict[str, Any] | None:
     """Compares the candidate's graphs, run eagerly, with the captured forward."""
-    prompt = case.prompts[0]
-    recorder = Recorder(candidate)
-    inputs = make_inputs(candidate, [prompt], case.n, case.seed, case.stop, [0], None, dict(case.params))
-    rounds: list[dict[fx.Node, Any]] = []
-    tokens: list[int] = []
-
-    def keep(values: Values) -> None:
-        rounds.append({n: v for graph in recorder.values.values() for n, v in graph.items() if "origin" in n.meta})
-        tokens.append(int(values["token"][0]) if "token" in values else int(values["emitted"][0]))
-
-    run(candidate, inputs, slots(candidate, inputs), recorder, keep)
+    group = next(g for g in case.groups(candidate) if row in g)
+    place, pads = group.index(row), max(len(case.prompts[i]) for i in group) - len(case.prompts[row])
     captured = oracle.program.graphs[oracle.model.graph]
     weights = {w: oracle.program.weights[w] for w in captured.weights()}
     by_name = {n.name: n for n in captured.fx.nodes}
-    full = list(prompt)
-    for number, mine in enumerate(rounds):
-        ids = torch.tensor([full])
-        single = node_values(captured, [ids], weights)
-        exact = exact_values(oracle, captured, ids)
-        for node, value in mine.items():
+    for number, one in enumerate(rounds(candidate, case, group, place, pads)):
+        single: dict[fx.Node, Any] = {}
+        node_values(captured, [one.ids], weights, single)
+        exact = exact_values(oracle, captured, one.ids)
+        for node, value in one.values.items():
             origin = by_name.get(node.meta["origin"])
             if origin is None or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            error, floor = distance(value, single[origin], exact[origin])
+            mine = own(value, single[origin], place, len(group), len(one.ids))
+            error, floor = distance(mine, single[origin], exact[origin], pads)
             if error > 16 * floor:
                 return {"module": node.meta.get("where", ""), "node": node.name, "op": op_name(node), "error": error,
                         "floor": floor, "round": number}  # fmt: skip
-        full.append(max(tokens[number], 0))
     return None
+
+
+def rounds(candidate: Program, case: Case, group: list[int], place: int, pads: int) -> list[Round]:
+    """Runs the candidate eagerly on a batch, until the prompt at `place` ends or an op fails."""
+    recorder, inputs, kept = Recorder(candidate), case.inputs(candidate, group), []
+    ids = torch.stack([inputs[n][place, pads:] for n in ("prompt", "negative") if n in inputs])
+
+    def latest() -> Round:
+        return Round(ids, {n: v for graph in recorder.values.values() for n, v in graph.items() if "origin" in n.meta})
+
+    def keep(values: Values) -> None:
+        nonlocal ids
+        kept.append(latest())
+        token = int(values["token" if "token" in values else "emitted"][place])
+        if token < 0 or len(kept) >= case.n:
+            raise Enough
+        ids = torch.cat([ids, torch.full((len(ids), 1), token)], 1)
+
+    try:
+        with contextlib.suppress(Enough):
+            run(candidate, inputs, slots(candidate, inputs), recorder, keep)
+    except Exception:  # the candidate fails: what it computed before may show why
+        kept.append(latest())
+    return kept
+
+
+class Enough(Exception):
+    """Nothing more to see."""
+
+
+def own(value: Tensor, like: Tensor, place: int, batch: int, branches: int) -> Tensor:
+    """The rows of one prompt in a batch, where the first axis holds branches x batch sequences; else the whole value."""
+    if batch == 1 or value.dim() == 0 or like.dim() == 0 or value.shape[0] != like.shape[0] * batch:
+        return value
+    return value.reshape(branches, batch, -1, *value.shape[1:])[:, place].flatten(0, 1)
 
 
 def exact_values(oracle: Oracle, captured: Graph, ids: Tensor) -> dict[fx.Node, Any]:
@@ -109,7 +141,7 @@ def exact_values(oracle: Oracle, captured: Graph, ids: Tensor) -> dict[fx.Node, 
     return found
 
 
-def distance(mine: Tensor, theirs: Tensor, exact: Tensor) -> tuple[float, float]:
+def distance(mine: Tensor, theirs: Tensor, exact: Tensor, pads: int) -> tuple[float, float]:
     """Largest difference over the rows that both have, and the noise floor of that value."""
     eps = torch.finfo(torch.float32).eps
     if mine.dim() != theirs.dim():
@@ -117,8 +149,8 @@ def distance(mine: Tensor, theirs: Tensor, exact: Tensor) -> tuple[float, float]
     for axis, (a, b) in enumerate(zip(mine.shape, theirs.shape, strict=True)):
         if a < b:  # rows: the candidate has the last ones
             theirs, exact = theirs.narrow(axis, b - a, a), exact.narrow(axis, b - a, a)
-        elif a > b:  # columns: the candidate has more slots
-            mine = mine.narrow(axis, 0, b)
+        elif a > b:  # rows or slots: the candidate has padding before, and empty slots after
+            mine = mine.narrow(axis, min(pads, a - b), b)
     finite = torch.isfinite(theirs) & torch.isfinite(exact)
     if not finite.any():
         return 0.0, 1.0
@@ -128,27 +160,38 @@ def distance(mine: Tensor, theirs: Tensor, exact: Tensor) -> tuple[float, float]
     return (float(error) if torch.isfinite(error) else float("inf")), floor
 
 
-def first_in_target(candidate: Program, executor: Executor, case: Case) -> dict[str, Any] | None:
+def first_in_target(candidate: Program, executor: Executor, case: Case, row: int) -> dict[str, Any] | None:
     """Compares what the target's graphs compute with the same graphs run eagerly, if the target can show it."""
     show = getattr(executor, "intermediates", None)
     if show is None:
         return None
     recorder = Recorder(candidate)
-    inputs = make_inputs(candidate, [case.prompts[0]], case.n, case.seed, case.stop, [0], None, dict(case.params))
-    problem: list[dict[str, Any]] = []
+    inputs = case.inputs(candidate, next(g for g in case.groups(candidate) if row in g))
+    problem: dict[str, Any] = {}
 
     class Both:
         def call(self, graph: str, values: Values) -> Values:
             kept = {n: v.clone() for n, v in values.items()}
             results = recorder.call(graph, values)
-            names = {n.name: v for n, v in recorder.values[graph].items() if isinstance(v, Tensor) and v.is_floating_point()}
-            for name, value in (show(graph, kept, list(names)) if not problem else {}).items():
-                error, floor = distance(value, names[name], names[name].double()) if value.shape == names[name].shape else (0.0, 1.0)
-                if error > 64 * floor and not problem:
-                    node = next(n for n in recorder.values[graph] if n.name == name)
-                    problem.append({"module": node.meta.get("where", ""), "node": name, "op": op_name(node), "error": error,
-                                    "floor": floor, "where": f"in the target's graph {graph}"})  # fmt: skip
+            floats = (n for n, v in recorder.values[graph].items() if isinstance(v, Tensor) and v.is_floating_point())
+            nodes = {n.name: n for n in floats}
+            for name, mine in show(graph, kept, list(nodes)).items():
+                node, value = nodes[name], recorder.values[graph][nodes[name]]
+                error, floor = distance(mine, value, value.double(), 0) if mine.shape == value.shape else (0.0, 1.0)
+                if error > 64 * floor:
+                    problem.update(module=node.meta.get("where", ""), node=name, op=op_name(node), error=error,
+                                   floor=floor, where=f"in the target's graph {graph}")  # fmt: skip
+                    raise Enough
             return results
 
-    run(candidate, inputs, slots(candidate, inputs), Both())
-    return problem[0] if problem else None
+    seen = 0
+
+    def keep(values: Values) -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= case.n:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        run(candidate, inputs, slots(candidate, inputs), Both(), keep)
+    return problem or None

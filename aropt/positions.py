@@ -8,31 +8,39 @@ depend on the total length (then no cache is exact).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import op_name
+from aropt.axes import Axes, Dims, NotRowwise, draws, op_name
 from aropt.errors import Unsupported
 from aropt.torch_compat import named_expression, symbol_named
 
-SHAPE_ONLY = {"aten::sym_size", "aten::sym_numel", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty"}
-LIKE = {"aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand_like", "aten::randn_like"}
-RANDOM = {"aten::rand", "aten::randn", "aten::bernoulli", "aten::rand_like", "aten::randn_like", "aten::multinomial"}
-HIDDEN_BELOW = -1e4  # exp(x - max) is exactly zero in fp32 for any score a trained model has
+SHAPE_ONLY = {
+    "aten::sym_size", "aten::sym_numel", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
+}  # fmt: skip
+LIKE = {"aten::zeros_like", "aten::ones_like", "aten::full_like"}
+EMPTY = {"aten::empty", "aten::new_empty"}  # any values will do
+NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
-def content_nodes(graph: fx.Graph) -> set[fx.Node]:
+def is_number(node: fx.Node) -> bool:
+    """Whether the node is a size or computed from sizes."""
+    return isinstance(node.meta.get("val"), NUMBERS)
+
+
+def content_nodes(graph: fx.Graph, names: Mapping[Any, str]) -> set[fx.Node]:
     """Nodes that depend on token values."""
     content: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
             content.add(node)
         elif node.op in ("call_function", "output"):
-            if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-                continue  # a size
-            name = op_name(node)
+            value, name = node.meta.get("val"), op_name(node)
+            if isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= names.keys():
+                continue  # a size, and not one that the tokens' values decide
             sources = node.all_input_nodes
             if name in SHAPE_ONLY or (name in LIKE and all(s.op == "placeholder" for s in sources)):
                 continue
@@ -41,15 +49,36 @@ def content_nodes(graph: fx.Graph) -> set[fx.Node]:
     return content
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A position-only value at full capacity. `keys` name its dims: "r", "c", or (axis from the right, factor).
+
+    Dims along which the value is constant are left out, so a value that is the same everywhere has no dims.
+    """
+
+    value: Tensor
+    keys: tuple[Any, ...]
+
+    def matrix(self, n: int) -> Tensor:
+        """The value as [..., rows, columns]."""
+        value, keys = self.value, list(self.keys)
+        for key in "rc":
+            if key not in keys:
+                value = value.unsqueeze(-1).expand(*value.shape, n)
+                keys.append(key)
+        return value.movedim((keys.index("r"), keys.index("c")), (-2, -1))
+
+
 class Positions:
     """Evaluates position-only nodes at any length, and checks that they are stable as the length grows."""
 
     def __init__(self, weights: Mapping[str, Tensor], names: Mapping[Any, str], capacity: int) -> None:
         self.weights, self.capacity = weights, capacity
-        self.names = {symbol: named_expression(name) for symbol, name in names.items()}
+        self.symbols = {symbol: named_expression(name) for symbol, name in names.items()}
         self.memo: dict[tuple[int, int], dict[fx.Node, Any]] = {}
+        self.tables: dict[tuple[fx.Node, Axes], Table] = {}
 
-    def dims(self, node: fx.Node, value: Any = None) -> tuple[int | str, ...]:
+    def dims(self, node: fx.Node, value: Any = None) -> Dims:
         """The node's dims as ints or text over B and T."""
         value = node.meta["val"] if value is None else value
         return tuple(self.dim(s) for s in value.shape)
@@ -57,8 +86,10 @@ class Positions:
     def dim(self, size: Any) -> int | str:
         if isinstance(size, int):
             return size
-        expr = size.node.expr.subs(self.names)
+        expr = size.node.expr.subs(self.symbols)
         return int(expr) if expr.is_number else str(expr).replace(" ", "")
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def value(self, node: fx.Node, length: int, batch: int = 1) -> Any:
         """The node's value for sequences of `length` tokens. Needs no token values."""
@@ -66,91 +97,107 @@ class Positions:
         pending = [node]
         while pending:
             current = pending[-1]
-            if current in memo:
-                pending.pop()
-                continue
-            missing = [] if self.is_size(current) or op_name(current) in SHAPE_ONLY else [
-                n for n in current.all_input_nodes if n not in memo]  # fmt: skip
-            if op_name(current) in SHAPE_ONLY:
-                missing = [n for n in current.all_input_nodes if n not in memo and self.is_size(n)]
+            missing = [] if current in memo else [n for n in self.needs(current) if n not in memo]
             if missing:
                 pending.extend(missing)
                 continue
-            memo[current] = self.evaluate(current, length, batch, memo)
+            if current not in memo:
+                memo[current] = self.evaluate(current, length, batch, memo)
             pending.pop()
         return memo[node]
 
-    @staticmethod
-    def is_size(node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), (torch.SymInt, int)) and not isinstance(node.meta.get("val"), bool)
+    def needs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose values decide the node's value; new_zeros needs only sizes."""
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return []
+        sources = node.all_input_nodes
+        return [n for n in sources if is_number(n)] if op_name(node) in SHAPE_ONLY else sources
 
     def evaluate(self, node: fx.Node, length: int, batch: int, memo: Mapping[fx.Node, Any]) -> Any:
-        if self.is_size(node):
-            value = node.meta["val"]
-            if isinstance(value, int):
-                return value
-            return int(value.node.expr.subs(self.names).subs({symbol_named("T"): length, symbol_named("B"): batch}))
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            sizes = {symbol_named("T"): length, symbol_named("B"): batch}
+            return int(value.node.expr.subs(self.symbols).subs(sizes))
         if node.op == "get_attr":
             return self.weights[str(node.target)]
         if node.op == "placeholder":
             return torch.zeros(batch, length, dtype=torch.int64)
-        if op_name(node) in RANDOM:
+        if draws(node):
             raise refusal(node, "the forward draws random numbers", "remove dropout or noise, or call model.eval()")
 
-        def lookup(n: fx.Node) -> Any:
-            if n in memo:
-                return memo[n]
-            return torch.zeros((), dtype=n.meta["val"].dtype)  # only its dtype matters (new_zeros and kin)
+        def lookup(n: fx.Node) -> Any:  # without a value only the dtype matters (new_zeros and kin)
+            return memo[n] if n in memo else torch.zeros((), dtype=n.meta["val"].dtype)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lookup)
-        with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def table(self, node: fx.Node) -> Tensor:
-        """The node's value at full capacity, batch 1. Raises Unsupported when it isn't a function of position alone."""
         try:
-            full = self.value(node, self.capacity)
-        except (IndexError, RuntimeError) as error:
-            raise refusal(node, f"no position table for {self.capacity} tokens: {str(error).splitlines()[0]}",
+            with torch.no_grad():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+                return result.zero_() if op_name(node) in EMPTY else result
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise refusal(node, f"no position values for {length} tokens: {str(error).splitlines()[0]}",
                           "give the longest length that the model takes (--capacity)") from error  # fmt: skip
-        for length in {min(5, self.capacity), min(12, self.capacity)}:
-            short = self.value(node, length, batch=2)
-            self.check_stable(node, full, short)
-        return full  # type: ignore[no-any-return]
 
-    def check_stable(self, node: fx.Node, full: Any, short: Any) -> None:
+    def number(self, node: fx.Node) -> Any:
+        """The value of a number that depends on neither length nor batch; raises NotRowwise if it does."""
+        values = {self.value(node, n, b) for n in (2, 3, 5, self.capacity) for b in (1, 2)}
+        if len(values) > 1:
+            raise NotRowwise("computes with the sequence length or the batch size as a number")
+        return values.pop()
+
+    # --- tables --------------------------------------------------------------------------------------------------------
+
+    def table(self, node: fx.Node, axes: Axes) -> Table:
+        """The node's value at full capacity, its axes meaning `axes`.
+
+        Raises Unsupported where the value changes with the total length or from sequence to sequence.
+        """
+        if (node, axes) in self.tables:
+            return self.tables[node, axes]
+        full = self.split(self.value(node, self.capacity), axes, self.capacity, 1)
+        for length in sorted({min(n, self.capacity) for n in (1, 5, 12, self.capacity - 1) if n > 0}):
+            self.check_stable(node, full, self.split(self.value(node, length, 2), axes, length, 2), axes)
+        keys = [f[0] if f[0] in "brc" else (i - len(axes), k) for i, axis in enumerate(axes) for k, f in enumerate(axis)]
+        kept = [i for i, key in enumerate(keys) if key != "b" and not constant_along(full, i)]
+        for i in reversed(range(full.dim())):
+            full = full if i in kept else full.select(i, 0)
+        result = self.tables[node, axes] = Table(full, tuple(keys[i] for i in kept))
+        return result
+
+    @staticmethod
+    def split(value: Tensor, axes: Axes, length: int, batch: int) -> Tensor:
+        """One dim for each factor of the axes (none for axes of size 1). Batch may be given as 1 for all sequences."""
+        sizes = []
+        for dim, axis in zip(value.shape, axes, strict=True):
+            full = [{"b": batch, "r": length, "c": length + n}.get(kind, n) for kind, n in axis]
+            sizes += full if dim == torch.Size(full).numel() else [1 if f[0] == "b" else n for f, n in zip(axis, full)]
+        return value.reshape(sizes)
+
+    @staticmethod
+    def check_stable(node: fx.Node, full: Tensor, short: Tensor, axes: Axes) -> None:
         """Raises Unsupported unless `short` is a prefix of `full` and the same for each sequence."""
-        if not isinstance(full, Tensor):
-            if full != short:
-                raise refusal(node, "a number depends on the total length", "pass it as a constant, or per position")
-            return
         expected = full
-        for axis, dim in enumerate(self.dims(node)):
-            if isinstance(dim, str) and "T" in dim:
-                expected = expected.narrow(axis, 0, short.shape[axis])
-            elif isinstance(dim, str) and "B" in dim and expected.shape[axis] == 1:
-                expected = expected.expand(*(-1 if i != axis else short.shape[axis] for i in range(expected.dim())))
-        if expected.shape != short.shape:
-            return  # an axis such as B*H: the consumer decides
-        if not torch.allclose(expected.double(), short.double(), rtol=1e-5, atol=1e-6, equal_nan=True):
+        for i, (kind, n) in enumerate([f for axis in axes for f in axis]):
+            if kind in "rc" and n == 0:
+                expected = expected.narrow(i, 0, short.shape[i])
+            elif kind != "." and kind != "b":
+                raise refusal(node, "a position value has appended columns", "please report the model")
+        same_size = torch.broadcast_shapes(expected.shape, short.shape) == short.shape
+        if not same_size or not torch.allclose(expected.double(), short.double(), rtol=1e-5, atol=1e-6, equal_nan=True):
             raise refusal(node, "a position value changes with the total length (such as dynamic rotary scaling)",
                           "use a fixed scaling; no cache is exact when the past is re-scaled")  # fmt: skip
 
 
-def hidden_by(table: Tensor, rows: int, columns: int, above: bool | None = None) -> Tensor:
-    """[n, n] bool, True where no head lets row i see column j.
-
-    `table` is a float bias (hidden below -1e4), or a bool whose value `above` means hidden.
-    """
-    hidden = table <= HIDDEN_BELOW if above is None else table == above
-    hidden = hidden.movedim((rows, columns), (-2, -1))
-    return hidden.reshape(-1, *hidden.shape[-2:]).all(0)
+def constant_along(value: Tensor, dim: int) -> bool:
+    """Whether all slices along `dim` are equal."""
+    return value.shape[dim] == 1 or bool((value == value.narrow(dim, 0, 1)).all())
 
 
 def classify(hidden: Tensor) -> tuple[str, int]:
-    """("causal", 0), ("window", w) or ("table", 0) for a [n, n] hidden matrix."""
+    """("all", 0), ("causal", 0), ("window", w) or ("table", 0) for a [n, n] matrix of hidden columns."""
     n = hidden.shape[0]
     i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+    if not hidden.any():
+        return "all", 0
     if torch.equal(hidden, j > i):
         return "causal", 0
     width = int((~hidden[-1]).sum())

@@ -171,6 +171,8 @@ class Program:
     weights: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[Entry, ...] = ()
+    executor: Any = None  # what generate() runs on; None is the reference interpreter. Not part of the program
+    report: dict[str, Any] = field(default_factory=dict)  # what optimize() measured. Not part of the program
 
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
@@ -181,11 +183,11 @@ class Program:
 
         return generate(self, prompts, n, **options)
 
-    def save(self, path: str, **options: Any) -> None:
+    def save(self, path: str, force: bool = False) -> None:
         """Writes the artifact folder; see `aropt.artifact.save`."""
         from aropt.artifact import save
 
-        save(self, path, **options)
+        save(self, path, force)
 
     def __str__(self) -> str:
         from aropt.printer import text

@@ -80,7 +80,7 @@ class Case(Strict):
     """One validated input. `ratio` is error over noise floor, `ties` the differing tokens below the floor."""
 
     name: str
-    kind: Literal["greedy", "sampled", "ragged", "boundary"]
+    kind: Literal["greedy", "sampled", "ragged", "boundary", "stop"]
     prompt: NonNegativeInt
     tokens: NonNegativeInt
     error: Number
@@ -97,6 +97,8 @@ class Divergence(Strict):
     node: str
     op: str
     error: Number
+    where: str = ""  # which graph or part, where it is not an op of the model
+    repro: str = ""  # a line of Python that shows it
 
 
 class Verification(Strict):

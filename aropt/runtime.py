@@ -32,7 +32,7 @@ def generate(
     otherwise one by one; the tokens are the same. Raises UsageError for a bad prompt or parameter.
     """
     check(program, prompts, n, params)
-    executor = executor or program_executor(program)
+    executor = executor or program.executor
     ragged = len({len(p) for p in prompts}) > 1
     groups = [[i] for i in range(len(prompts))] if ragged and not program.meta.get("ragged") else [list(range(len(prompts)))]
     results: dict[int, list[int]] = {}
@@ -43,13 +43,6 @@ def generate(
         for i, row in zip(group, values["generated"].tolist(), strict=True):
             results[i] = [t for t in row if t >= 0]
     return [results[i] for i in range(len(prompts))]
-
-
-def program_executor(program: Program) -> Executor:
-    """The executor that `aropt.optimize` or `aropt.load` attached to the program, or the reference interpreter's."""
-    from aropt.interpreter import Eager
-
-    return program.meta.get("executor") or Eager(program)
 
 
 def slots(program: Program, inputs: Values) -> int:

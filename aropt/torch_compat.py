@@ -113,3 +113,19 @@ def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
             if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {node}:
                 found[name] = source.name
     return found
+
+
+def to_onnx(exported: Any, translations: Mapping[Any, Any], opset: int) -> Any:
+    """torch's ONNX translation without its decompositions, which take most of its time; our ops have translations.
+
+    Returns a torch.onnx.ONNXProgram. Raises torch.onnx's ConversionError for an op that has none.
+    """
+    from torch.onnx._internal.exporter import _core, _fx_passes, _registration
+
+    _fx_passes.insert_type_promotion_nodes(exported.graph_module)
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    for target, function in translations.items():
+        registry.register_op(target, function, None)
+    program = _core._exported_program_to_onnx_program(exported, registry=registry)
+    program.optimize()
+    return program

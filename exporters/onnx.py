@@ -22,7 +22,7 @@ from aropt import ops
 from aropt.capture import dynamic, quiet
 from aropt.errors import MissingTool, Unsupported
 from aropt.program import Graph
-from aropt.torch_compat import example_sizes, examples
+from aropt.torch_compat import example_sizes, examples, to_onnx
 
 OPSET = 20
 EXTERNAL_OVER = 256 * 2**20  # bytes of weights from which they go to a file beside the model
@@ -40,17 +40,23 @@ def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
     module = graph.bind(weights)
     known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
     shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values())
-    names = {"input_names": list(graph.inputs), "output_names": ["out." + o for o in graph.outputs]}
     try:
         with torch.no_grad(), silence():
             exported = torch.export.export(module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False)
-            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False,
-                                        custom_translation_table=translations(), **names)  # fmt: skip
+            try:
+                program = to_onnx(exported, translations(), OPSET)
+            except torch.onnx.OnnxExporterError:  # an op that only torch's decompositions bring to ONNX
+                program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False,
+                                            custom_translation_table=translations())  # fmt: skip
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise Unsupported(what=f"the graph '{graph.name}' has no ONNX form", where=f"graph {graph.name}", why=reason[:300],
                           hint="choose --target eager or inductor, or report the op") from error  # fmt: skip
     assert program is not None
+    for value, name in zip(program.model.graph.inputs, graph.inputs, strict=True):
+        value.name = name
+    for value, name in zip(program.model.graph.outputs, graph.outputs, strict=True):
+        value.name = "out." + name
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(weights[w].nbytes for w in graph.weights())
     program.save(str(path), external_data=size > EXTERNAL_OVER)
@@ -79,8 +85,15 @@ def translations() -> dict[Any, Callable[..., Any]]:
             attn_mask = op.Where(attn_mask, zero, gone)
         return op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
 
+    def either(left: Any, right: Any) -> Any:
+        return op.Or(left, right) if left.dtype is None or left.dtype.name == "BOOL" else op.BitwiseOr(left, right)
+
+    def both(left: Any, right: Any) -> Any:
+        return op.And(left, right) if left.dtype is None or left.dtype.name == "BOOL" else op.BitwiseAnd(left, right)
+
     aten = torch.ops.aten
     own: dict[Any, Callable[..., Any]] = dict(ops.translation_table())
+    own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both}
     return {**own, aten.index_copy.default: index_copy, aten.scaled_dot_product_attention.default: attention}
 
 

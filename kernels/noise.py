@@ -51,11 +51,16 @@ SEED_KEY, INDEX_KEY = 0x243F6A88, 0x05A308D3  # the fraction of pi in hexadecima
 BLOCK = 256
 
 
-# `Any` in these four is an int64 tensor of torch or a value of an ONNX graph: one text is both definitions.
+# `Any` in these five is an int64 tensor of torch or a value of an ONNX graph: one text is both definitions.
+
+
+def _square(x: Any) -> Any:
+    # For Inductor: it inlines x twice into x * x, so a chain of steps would take exponential time to compile.
+    return torch.square(x) if isinstance(x, Tensor) else x * x
 
 
 def _step(a: Any, b: Any, k: Any = None) -> tuple[Any, Any]:
-    return b, (b * b + (a if k is None else a + k)) % P
+    return b, (_square(b) + (a if k is None else a + k)) % P
 
 
 def _row_words(seed: Any, seed_high: Any, stream: Any, position: Any) -> tuple[Any, Any]:
@@ -80,13 +85,26 @@ def _column_words(index: Any) -> tuple[Any, Any]:
 def _join(row: tuple[Any, Any], column: tuple[Any, Any]) -> Any:
     (a, b), (u, v) = row, column
     y = (a * u + b) % P
-    z = (y * y + v) % P
+    z = (_square(y) + v) % P
     # Adding b again makes the result exactly uniform over the row words for each index.
-    return (z * z + b) % P
+    return (_square(z) + b) % P
+
+
+def _check(seed: Tensor, stream: Tensor, position: Tensor) -> None:
+    torch._check(seed.dim() == 0 and stream.dim() == 1, lambda: "seed must be [], stream and position [B]")
+    torch._check(position.shape == stream.shape, lambda: "stream and position differ in shape")
+    words = all(word.dtype == torch.int64 for word in (seed, stream, position))
+    torch._check_type(words, lambda: "seed, stream and position must be int64")
 
 
 def reference(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> Tensor:
-    """The definition: see the module's text for shapes and ranges."""
+    """The definition: see the module's text for shapes and ranges.
+
+    Raises:
+        RuntimeError: on other shapes.
+        TypeError: on other dtypes, in which the products would overflow.
+    """
+    _check(seed, stream, position)
     row = _row_words(seed % P, seed // P, stream[:, None], position[:, None])
     column = _column_words(torch.arange(n, device=seed.device))
     word: Tensor = _join(row, column)
@@ -96,7 +114,7 @@ def reference(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> Tensor:
 
 def fake(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> Tensor:
     """Shape [B, n], float32, contiguous."""
-    torch._check(seed.dim() == 0 and stream.dim() == 1 and position.shape == stream.shape)
+    _check(seed, stream, position)
     return stream.new_empty((stream.shape[0], n), dtype=torch.float32)
 
 

@@ -4,6 +4,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ def test_linked_package(name: str) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {"aropt", *(f"aropt.{name}" for name in LINKED)}
     for top in ("aropt", *LINKED):

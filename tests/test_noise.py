@@ -48,6 +48,15 @@ def test_numbers_never_change() -> None:
     assert (drawn.double() * 2**24).long().tolist() == golden
 
 
+def test_wrong_arguments_are_refused() -> None:
+    seed, row = torch.tensor(0), torch.tensor([0])
+    for bad in [(row, row, row), (seed, seed, seed), (seed, row, torch.tensor([0, 1]))]:
+        with pytest.raises(RuntimeError, match=r"seed must be|differ in shape"):
+            sample(*bad, 4)
+    with pytest.raises(TypeError, match="int64"):
+        sample(seed, row.int(), row, 4)
+
+
 def test_ends_are_open() -> None:
     ends = torch.tensor([0, P - 1]) // 256
     uniform = ends.to(torch.float32) * 2.0**-23 + 2.0**-24
@@ -122,8 +131,9 @@ def axis(name: str) -> Tensor:
         return noise.reference(torch.tensor(0), zero, count, 1)[:, 0]
     if name == "stream":
         return noise.reference(torch.tensor(0), count, zero, 1)[:, 0]
-    if name == "seed":  # the op takes one seed a call; its reference broadcasts
-        return noise.reference(count[:, None], zero[:1], zero[:1], 1).flatten()
+    if name == "seed":  # the op takes one seed a call, so this is spelled out
+        word = noise._join(noise._row_words(count % P, count // P, zero, zero), noise._column_words(zero))
+        return (word // 256).to(torch.float32) * 2.0**-23 + 2.0**-24
     return noise.reference(torch.tensor(42), count[: DRAWS // 16] % 8, count[: DRAWS // 16] // 8, 16).flatten()
 
 

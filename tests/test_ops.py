@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ class Call(torch.nn.Module):
         return self.overload(*(next(rest) if isinstance(arg, torch.Tensor) else arg for arg in self.args))
 
 
+def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    return (arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+def sizable(op: OpDef) -> Any:
+    """Samples without sizes 0 and 1, which export and compilation would make constants."""
+    return op.samples().filter(lambda args: all(size > 1 for tensor in only(args) for size in tensor.shape))
+
+
 def held(op: OpDef, args: tuple[Any, ...]) -> dict[str, Any]:
     names = [argument.name for argument in op.overload._schema.arguments]
     return {name: arg for name, arg in zip(names, args) if not isinstance(arg, torch.Tensor)}
@@ -103,10 +113,21 @@ def test_reference(op: OpDef, data: st.DataObject) -> None:
 def test_decomposition(op: OpDef, data: st.DataObject) -> None:
     """`ops.decompositions` replaces the op by plain ones without a change of result."""
     args = data.draw(op.samples())
-    given = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*given)
+    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*only(args))
     assert op.overload not in {node.target for node in traced.graph.nodes}
-    assert_matches(op, traced(*given), op.reference(*args))
+    assert_matches(op, traced(*only(args)), op.reference(*args))
+
+
+@every_op
+@examples(1)
+@given(data=st.data())
+def test_inductor(op: OpDef, data: st.DataObject) -> None:
+    """Inductor on the decomposition, in reasonable time: an op may expand exponentially as it inlines operands."""
+    args = data.draw(sizable(op))
+    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*only(args))
+    began = time.process_time()
+    assert_matches(op, torch.compile(traced)(*only(args)), op.reference(*args))
+    assert time.process_time() - began < 60
 
 
 @every_op
@@ -118,8 +139,7 @@ def test_onnx(op: OpDef, data: st.DataObject) -> None:
     runtime = pytest.importorskip("onnxruntime")
     if op.onnx is None:
         pytest.skip("no ONNX translation")
-    # Export specialises sizes 0 and 1, so the example may not have them.
-    args = data.draw(op.samples().filter(lambda a: all(0 not in t.shape and 1 not in t.shape for t in only(a))))
+    args = data.draw(sizable(op))
     shapes = tuple({dim: torch.export.Dim.AUTO for dim in range(tensor.dim())} for tensor in only(args))
     model = torch.onnx.export(
         Call(op, args).eval(),
@@ -138,10 +158,6 @@ def test_onnx(op: OpDef, data: st.DataObject) -> None:
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
         assert_matches(op, got, op.reference(*args))
         args = data.draw(op.samples(**held(op, args)))
-
-
-def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    return (arg for arg in args if isinstance(arg, torch.Tensor))
 
 
 @every_op

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from aropt.errors import MissingTool
 from aropt.interpreter import Eager, Executor, Values
-from aropt.program import Graph, Program, Spec, calls, resolve, sizes_of
 from aropt.passbase import loops
+from aropt.program import Graph, Program, Spec, calls, resolve, sizes_of
 
 KEPT = 64  # bindings kept a graph
 
@@ -89,6 +90,7 @@ class OnnxRuntime:
         self.program, self.folder, self.threads = program, folder, threads
         self.sessions: dict[str, Session] = {}
         self.hot = hot_graphs(program)
+        self.kept: Any = None  # a temporary folder that lives as long as this
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph not in self.hot:
@@ -96,6 +98,41 @@ class OnnxRuntime:
         if graph not in self.sessions:
             self.sessions[graph] = Session(self.program.graphs[graph], file(self.folder, graph), self.threads)
         return self.sessions[graph].call(inputs)
+
+
+    def without(self, output: str) -> OnnxRuntime:
+        """The same sessions with an output less: what validation looked at is not in the product."""
+        import onnx
+
+        graphs = dict(self.program.graphs)
+        for name in self.hot:
+            if output in graphs[name].outputs:
+                model = onnx.load(file(self.folder, name), load_external_data=False)
+                kept = [o for o in model.graph.output if o.name != "out." + output]
+                del model.graph.output[:]
+                model.graph.output.extend(kept)
+                onnx.save(model, file(self.folder, name))
+                graphs[name] = replace(graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output})
+        executor = OnnxRuntime(self.program.replace(graphs=graphs), self.folder, self.threads)
+        executor.kept = self.kept
+        return executor
+
+    def intermediates(self, graph: str, inputs: Values, names: list[str]) -> Values:
+        """Values inside a graph's session by name, for localisation; those that the session still has."""
+        import onnx
+        import onnxruntime as ort
+
+        if graph not in self.hot:
+            return {}
+        model = onnx.load(file(self.folder, graph))
+        made = {o for n in model.graph.node for o in n.output}
+        wanted = [n for n in names if n in made]
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        taken = {i.name for i in session.get_inputs()}
+        results = session.run(wanted, {n: v.numpy() for n, v in inputs.items() if n in taken})
+        return {n: torch.from_numpy(r) for n, r in zip(wanted, results, strict=True)}
 
 
 def hot_graphs(program: Program) -> list[str]:
@@ -124,5 +161,5 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
             progress(f"export {name}")
             export(program.graphs[name], program.weights, file(folder, name))
     executor = OnnxRuntime(program, folder, threads)
-    executor.kept = kept  # type: ignore[attr-defined]
+    executor.kept = kept
     return executor

@@ -1,0 +1,217 @@
+"""What the commands do, apart from reading their flags: optimize with staging, benchmark and report; run; bench."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aropt import artifact, bench
+from aropt.api import capture
+from aropt.api import optimize as optimize_program
+from aropt.errors import UsageError, VerificationFailed
+from aropt.passmanager import Instruments, bisect, pipeline
+from aropt.program import Program
+from aropt.sources import Source, resolve
+
+Say = Callable[[str], None]
+TOKENS = 200  # new tokens of a benchmark, where the model has room
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `aropt optimize` was asked for."""
+
+    model: str
+    out: Path
+    target: str = "onnxruntime"
+    passes: Sequence[str] = ()
+    dropped: Sequence[str] = ()
+    rules: Sequence[str] = ("temperature", "top-k", "top-p")
+    capacity: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    runs: int = 5
+    tokens: int = TOKENS
+    against: Sequence[str] = bench.DEFAULT_AGAINST
+    force: bool = False
+    check: bool = True
+    trust_remote_code: bool = False
+    print_after: frozenset[str] = frozenset()
+    print_diff: bool = False
+    dump_dir: Path | None = None
+    say: Say = field(default=lambda _: None)
+    show: Say = field(default=lambda _: None)
+
+
+def optimize(request: Request) -> dict[str, Any]:
+    """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
+    say = request.say
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    artifact.check_free(request.out, request.force)
+    chosen = pipeline(request.passes, request.dropped)
+    say("load")
+    source = resolve(request.model, request.capacity, request.trust_remote_code)
+    source.meta["source"] = str(Path(request.model).resolve()) if Path(request.model).exists() else request.model
+    say("capture")
+    program = capture(source, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    instruments = Instruments(say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check)
+    failed: list[dict[str, Any]] = []
+    with artifact.staged(request.out, request.force) as folder:
+        done = optimize_program(program, request.target, chosen, check=request.check, folder=folder, threads=request.threads,
+                                instruments=instruments, seed=request.seed, strict=False)  # fmt: skip
+        report = done.report
+        if request.check and report["verify"]["status"] == "fail":
+            failed.append(report)
+            artifact.write(done, folder, report, source.files)
+            put_aside(folder, request.out)
+            raise VerificationFailed(what=f"the optimized program does not match '{request.model}'", where=f"{request.out}.failed/report.html",
+                                     why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
+                                     hint="see the report; leave a pass out with --no-pass NAME, or try --target eager")  # fmt: skip
+        say("samples")
+        report["samples"] = samples(program, done, source)
+        artifact.write(done, folder, {}, source.files)
+        timed(report, folder, done, source, request)
+        artifact.write(done, folder, report, source.files)
+    return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def put_aside(folder: Path, out: Path) -> None:
+    """Keeps a copy of a failed result as OUT.failed."""
+    aside = out.parent / f"{out.name}.failed"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder, aside)
+
+
+def timed(report: dict[str, Any], folder: Path, program: Program, source: Source, request: Request) -> None:
+    """Adds benchmark, speedups and roofline to the report."""
+    if request.runs == 0:
+        report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
+        return
+    variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
+    for unknown in [v for v in variants if v not in bench.AGAINST and v != "aropt"]:
+        raise UsageError(what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(bench.AGAINST))
+    prompt = [int(t) for t in program.meta["prompts"][0]]
+    n = min(request.tokens, int(program.meta["capacity"]) - len(prompt) + 1)
+    timings = bench.measure(folder, variants, prompt, n, request.threads or torch.get_num_threads(), request.runs, request.say)
+    add_timings(report, timings, n)
+    add_roofline(report, timings, program, n, len(prompt), request.threads or torch.get_num_threads())
+
+
+def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int) -> None:
+    """Measurements, speedups of aropt's variant, and notes on what could not be timed or gave other tokens."""
+    notes: list[str] = report.setdefault("notes", [])
+    report["bench"], report["speedup"] = [], {}
+    own = timings["aropt"]
+    for variant, timing in timings.items():
+        if timing.error or not timing.runs:
+            notes.append(f"{variant} could not be timed: {timing.error}")
+            continue
+        name = f"aropt ({report['target']})" if variant == "aropt" else variant
+        common = {"variant": name, "n": len(timing.runs)}
+        report["bench"].append({**common, "phase": "generate", "unit": "ms", "median": timing.median,
+                                "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)})  # fmt: skip
+        report["bench"].append({**common, "phase": "generate", "unit": "tok/s", "median": n * 1e3 / timing.median,
+                                "p10": n * 1e3 / timing.quantile(0.9), "p90": n * 1e3 / timing.quantile(0.1)})  # fmt: skip
+        first = sorted(timing.first)
+        report["bench"].append({**common, "phase": "prefill", "unit": "ms", "median": first[len(first) // 2], "p10": first[0],
+                                "p90": first[-1]})  # fmt: skip
+        if variant != "aropt":
+            report["speedup"][variant] = timing.median / own.median if own.runs else None
+        if variant != "aropt" and timing.tokens != own.tokens:
+            at = next((i for i, (a, b) in enumerate(zip(timing.tokens, own.tokens, strict=False)) if a != b), min(len(timing.tokens), len(own.tokens)))
+            notes.append(f"{variant} gives other tokens than aropt from new token {at} on.")
+
+
+def add_roofline(report: dict[str, Any], timings: dict[str, bench.Timing], program: Program, n: int, prompt: int, threads: int) -> None:
+    """Bytes that a decoding step must read, over the measured bandwidth, over the time of a step."""
+    from aropt.passbase import loops
+    from aropt.program import calls
+
+    own = timings["aropt"]
+    if not own.runs:
+        return
+    loop = loops(program.control, "positions")[0]
+    weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}
+    table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
+    size = sum(program.weights[w].nbytes for w in weights - table)
+    sizes = {"B": 1, "S": prompt + n // 2, "R": 1, "T": prompt + n // 2, "P": prompt, "K": 1}
+    size += sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
+    rate = bench.bandwidth(size, threads)
+    step = own.median / n / 1e3
+    report["roofline"] = {"bytes_per_step": size, "bandwidth_gb_s": rate, "share": size / rate / 1e9 / step}
+
+
+def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:
+    """The same prompts through the reference interpreter and through the result: pictures or texts."""
+    prompts = [list(map(int, p)) for p in program.meta["prompts"]]
+    capacity = int(program.meta["capacity"])
+    found = []
+    for i, prompt in enumerate(prompts[:10]):
+        n = min(64, capacity - len(prompt) + 1)
+        options = {"seed": i, "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0}
+        before, after = (p.generate([prompt], n, **options)[0] for p in (reference, program))
+        image = program.meta["modality"] == "image"
+        found.append({
+            "label": f"class {prompt[0] - 17}" if image else f"prompt {i}" + (", sampled" if options["temperature"] else ", greedy"),
+            "before": shown(before, prompt, program, source), "after": shown(after, prompt, program, source),
+            "same": before == after, "kind": "image" if image else "text",
+        })  # fmt: skip
+    return found
+
+
+def shown(tokens: list[int], prompt: list[int], program: Program, source: Source) -> Any:
+    """Tokens as rows of pixels or as text."""
+    if program.meta["modality"] == "image":
+        return [tokens[i : i + 8] for i in range(0, 64, 8)]
+    if program.meta["modality"] == "text":
+        return decoder(source.files)([*prompt, *tokens])
+    return " ".join(map(str, [*prompt, *tokens]))
+
+
+def decoder(files: Sequence[Path]) -> Callable[[list[int]], str]:
+    """Text of token ids, by the tokenizer that lies beside the model; ids where there is none."""
+    coder = tokenizer(files)
+    return (lambda ids: " ".join(map(str, ids))) if coder is None else lambda ids: str(coder.decode(ids))
+
+
+def tokenizer(files: Sequence[Path]) -> Any:
+    """The tokenizer of a tokenizer.json, or None."""
+    file = next((f for f in files if f.name == "tokenizer.json"), None)
+    if file is None:
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def run_bisect(request: Request) -> str | None:
+    """The first pass after which the lowered program fails."""
+    program = capture(request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    return bisect(program, pipeline(request.passes, request.dropped), request.target, request.say)
+
+
+def plan(request: Request) -> list[dict[str, Any]]:
+    """What each pass would do, without doing it: [{name, level, status, reason, matches, rejected}]."""
+    from aropt.passbase import Skips
+
+    program = capture(request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    found = []
+    for one in pipeline(request.passes, request.dropped):
+        planned = one.plan(program, request.target)
+        skipped = isinstance(planned, Skips)
+        found.append({"name": one.name, "level": one.contract.level, "status": "skips" if skipped else "applies",
+                      "reason": planned.reason if isinstance(planned, Skips) else "",
+                      "matches": [] if isinstance(planned, Skips) else list(planned.matches),
+                      "rejected": [list(r) for r in planned.rejected]})  # fmt: skip
+        if not skipped:
+            program = one.run(program)
+    return found
+
+

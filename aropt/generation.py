@@ -1,0 +1,171 @@
+"""What `run`, `bench`, `export`, `inspect` and `doctor` do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aropt import artifact
+from aropt.errors import UsageError
+from aropt.program import Program
+
+
+def run(out: Path, prompts: Sequence[str] | None, n: int | None, params: dict[str, Any], seed: int, stop: Sequence[int] | None,
+        image: Path | None, target: str | None) -> dict[str, Any]:  # fmt: skip
+    """Generates with an artifact: {tokens, text or image, prompts}."""
+    program = artifact.load(out, target)
+    if program.meta["modality"] == "image":
+        return run_images(program, n or 10, prompts, params, seed, image or out.parent / f"{out.name}.png")
+    coder = tokenizer(out)
+    ids = [encode(p, program, coder) for p in prompts or []] or [list(map(int, program.meta["prompts"][0]))]
+    ends = list(stop) if stop is not None else list(program.meta.get("eos", []))
+    room = int(program.meta["capacity"]) - max(map(len, ids)) + 1
+    tokens = program.generate(ids, n if n is not None else min(200, room), seed=seed, stop=ends, **params)
+    result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
+    if coder is not None:
+        result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]
+    return result
+
+
+def run_images(program: Program, n: int, prompts: Sequence[str] | None, params: dict[str, Any], seed: int, path: Path) -> dict[str, Any]:
+    """n pictures, classes in turn, side by side in one PNG."""
+    classes = [list(map(int, p)) for p in program.meta["prompts"]]
+    ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
+    room = int(program.meta["capacity"]) - max(map(len, ids)) + 1
+    tokens = program.generate(ids, room, seed=seed, **{"temperature": 0.8, **params})
+    pictures = [[*p[1:], *t] for p, t in zip(ids, tokens, strict=True)]
+    write_png(pictures, path)
+    return {"prompts": ids, "tokens": tokens, "image": str(path)}
+
+
+def write_png(pictures: Sequence[Sequence[int]], path: Path, scale: int = 16) -> None:
+    """8x8 pictures of grey levels 0..16 in rows of ten."""
+    import numpy as np
+    from PIL import Image
+
+    columns = min(10, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * 10, columns * 10), 64, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * 10 + 1, i % columns * 10 + 1
+        sheet[y : y + 8, x : x + 8] = np.asarray(picture[:64], np.float32).reshape(8, 8) * 255 / 16
+    try:
+        Image.fromarray(sheet).resize((columns * 10 * scale, rows * 10 * scale), Image.Resampling.NEAREST).save(path)
+    except OSError as error:
+        raise UsageError(what=f"can't write '{path}'", why=str(error), hint="choose another place with --image") from error
+
+
+def encode(text: str, program: Program, coder: Any) -> list[int]:
+    """Token ids of a prompt: numbers as they are, text by the model's tokenizer."""
+    parts = text.replace(",", " ").split()
+    if coder is None:
+        if parts and all(p.isdigit() for p in parts):
+            return [int(p) for p in parts]
+        raise UsageError(what=f"can't read the prompt '{text[:40]}'", why="this artifact has no tokenizer",
+                         hint="give token ids: --prompt '1 2 3'")  # fmt: skip
+    return list(coder.encode(text).ids)
+
+
+def tokenizer(out: Path) -> Any:
+    """The tokenizer in the artifact, or None."""
+    from aropt.command import tokenizer as read
+
+    return read(list(out.glob("tokenizer.json")))
+
+
+def text(result: dict[str, Any]) -> str:
+    """What `run` prints: the picture's path, the text, or the ids."""
+    if "image" in result:
+        return str(result["image"])
+    if "text" in result:
+        return "\n".join(result["text"])
+    return "\n".join(" ".join(map(str, row)) for row in result["tokens"])
+
+
+def bench(out: Path, against: Sequence[str], runs: int, tokens: int, threads: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Times an artifact again; returns its report with the new measurements."""
+    import torch
+
+    from aropt import bench as timing
+    from aropt.command import add_roofline, add_timings
+
+    unknown = [v for v in against if v not in timing.AGAINST]
+    if unknown:
+        raise UsageError(what=f"unknown variant '{unknown[0]}'", where="--against", hint="choose from " + ", ".join(timing.AGAINST))
+    program = artifact.load(out)
+    report = {**program.report, "notes": []}
+    if not report.get("target"):
+        raise UsageError(what="the artifact has no report to compare with", where=str(out), hint="make it with aropt optimize")
+    threads = threads or torch.get_num_threads()
+    prompt = [int(t) for t in program.meta["prompts"][0]]
+    n = min(tokens, int(program.meta["capacity"]) - len(prompt) + 1)
+    timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say)
+    add_timings(report, timings, n)
+    add_roofline(report, timings, program, n, len(prompt), threads)
+    return report
+
+
+def export(out: Path, to: str, folder: Path, force: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The graphs as ONNX files, and loop.json: control, state and inputs, for other runtimes."""
+    if to != "onnx":
+        raise UsageError(what=f"can't export to '{to}'", where="--to", hint="this version exports to onnx")
+    from aropt.exporters.onnx import export as export_graph
+    from aropt.serialize import to_json
+
+    program = artifact.load(out, target="eager")
+    with artifact.staged_export(folder, force) as staging:
+        for name, graph in program.graphs.items():
+            say(f"export {name}")
+            export_graph(graph, program.weights, staging / f"{name}.onnx")
+        data = to_json(program)
+        loop = {k: data[k] for k in ("inputs", "state", "control", "outputs", "meta") if k in data}
+        (staging / "loop.json").write_text(json.dumps(loop, indent=1))
+    return {"files": [{"path": str(folder / f["path"]), "sha256": f["sha256"]} for f in artifact.listing(folder)]}
+
+
+def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, trusted: bool, as_json: bool) -> str:
+    """The program's text, or its JSON form."""
+    from aropt.printer import graph_text
+    from aropt.printer import text as program_text
+    from aropt.serialize import to_json
+
+    if (Path(model) / "manifest.json").is_file():
+        program = artifact.load(model, target="eager")
+    else:
+        from aropt.api import capture
+
+        program = capture(model, capacity=capacity, trust_remote_code=trusted)
+    if graph is not None and graph not in program.graphs:
+        raise UsageError(what=f"no graph '{graph}'", hint="graphs: " + ", ".join(program.graphs))
+    if as_json:
+        return json.dumps(to_json(program), indent=1)
+    return program_text(program, fold=fold) if graph is None else graph_text(program.graphs[graph], program.weights, fold=fold)
+
+
+def doctor() -> dict[str, str]:
+    """Versions, devices, and which targets work here."""
+    from importlib.util import find_spec
+
+    from aropt import __version__
+    from aropt.api import environment
+
+    found = environment(None)
+    result = {"aropt": __version__, **{k: "not installed" if v is None and k != "gpu" else str(v or "none") for k, v in found.items()}}
+    installed = {p: find_spec(p) is not None for p in ("onnxruntime", "onnxscript", "transformers", "triton", "tensorrt", "tensorrt_rtx")}
+    ready = installed["onnxruntime"] and installed["onnxscript"]
+    result["target eager"] = "ready"
+    result["target inductor"] = "ready" if compiler() else "needs a C++ compiler (g++ or clang++)"
+    result["target onnxruntime"] = "ready" if ready else "pip install 'aropt[onnx]'"
+    result["models from Hugging Face directories"] = "ready" if installed["transformers"] else "pip install 'aropt[hf]'"
+    result["python"] = sys.version.split()[0]
+    return result
+
+
+def compiler() -> bool:
+    """Whether a C++ compiler is on the path."""
+    from shutil import which
+
+    return any(which(c) for c in ("g++", "clang++", "c++"))

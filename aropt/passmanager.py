@@ -1,0 +1,214 @@
+"""The pass manager: plans, runs, verifies, validates, reverts, and says what happened (design section 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from aropt.errors import AroptError, UsageError
+from aropt.passbase import Pass, Result, Skips
+from aropt.program import Entry, Program, calls
+from aropt.validate import Verdict, cases, validate, with_probe
+
+PASSES = {"kv-cache": "kv_cache", "fuse-sampler": "fuse_sampler", "prune": "prune"}  # name -> module, in pipeline order
+PIPELINE = tuple(PASSES)
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What to show on the way. `say` takes progress lines, `show` takes text dumps."""
+
+    say: Callable[[str], None] = lambda _: None
+    show: Callable[[str], None] = lambda _: None
+    print_after: frozenset[str] = frozenset()  # pass names, or "all"
+    print_diff: bool = False
+    dump_dir: Path | None = None
+    check: bool = True  # validate after each pass
+
+
+def pass_class(name: str) -> Any:
+    """The pass of that name. Raises UsageError."""
+    if name not in PASSES:
+        raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(PASSES))
+    return import_module(f"aropt.passes.{PASSES[name]}").PASS
+
+
+def make(name: str, options: dict[str, str] | None = None) -> Pass:
+    """A pass with its options, given as text. Raises UsageError for an unknown option or a bad value."""
+    cls = pass_class(name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, text in (options or {}).items():
+        if key not in fields:
+            raise UsageError(what=f"the pass '{name}' has no option '{key}'", hint="its options: " + (", ".join(fields) or "none"))
+        default = fields[key].default
+        try:
+            values[key] = {"true": True, "false": False}[text.lower()] if isinstance(default, bool) else type(default)(text)
+        except (ValueError, KeyError):
+            raise UsageError(what=f"'{text}' is no value for {name}:{key}", hint=f"give a {type(default).__name__}, as {default}") from None
+    made: Pass = cls(**values)
+    return made
+
+
+def parse(text: str) -> tuple[str, dict[str, str]]:
+    """ "name:k=v,k=v" -> (name, options)."""
+    name, _, rest = text.partition(":")
+    pairs = [p.partition("=") for p in rest.split(",") if p]
+    wrong = [k for k, eq, _ in pairs if not eq]
+    if wrong:
+        raise UsageError(what=f"'{wrong[0]}' is not an option", where=f"--pass {text}", hint="write NAME:option=value,option=value")
+    return name, {k: v for k, _, v in pairs}
+
+
+def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pass]:
+    """The default passes with the options of `chosen` ("name:k=v"), without `dropped`."""
+    options = dict(parse(text) for text in chosen)
+    dropped = set(dropped)
+    for name in (*options, *dropped):
+        pass_class(name)
+    return [make(name, options.get(name)) for name in PIPELINE if name not in dropped]
+
+
+def run_passes(program: Program, passes: Sequence[Pass], target: str, instruments: Instruments = Instruments()) -> tuple[Program, list[Result]]:
+    """Runs the passes in order; each one that changes the program is verified and validated, or reverted."""
+    reference, results = program, []
+    for number, one in enumerate(passes):
+        instruments.say(one.name)
+        start = time.perf_counter()
+        result = Result(one.name, "skipped", one.contract.level, options=dataclasses.asdict(one))  # type: ignore[call-overload]
+        result.nodes = (nodes(program), nodes(program))
+        result.bytes = (step_bytes(program), step_bytes(program))
+        results.append(result)
+        plan = one.plan(program, target)
+        result.rejected = plan.rejected
+        if isinstance(plan, Skips):
+            result.reason = plan.reason
+            result.seconds = time.perf_counter() - start
+            continue
+        result.matches = plan.matches
+        changed, result.seconds = one.run(program), time.perf_counter() - start
+        result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
+        problem = check(reference, changed, result, instruments)
+        dump(program, changed, number, one.name, instruments)
+        if problem:
+            result.status, result.reason = "reverted", problem
+            continue
+        result.status = "applied"
+        program = changed.replace(ledger=(*program.ledger, Entry(one.name, one.contract.level, result.options, dict(result.verify))))
+    return program, results
+
+
+def check(reference: Program, changed: Program, result: Result, instruments: Instruments) -> str:
+    """What is wrong with the changed program, or nothing."""
+    from aropt.verifier import verify
+
+    try:
+        verify(changed)
+    except AroptError as error:
+        return str(error)
+    if not instruments.check:
+        return ""
+    instruments.say(f"{result.name}: check")
+    verdict = validate(reference, with_probe(changed), chosen=cases(reference, quick=True))
+    result.verify = verdict.metrics()
+    return "" if verdict.passed else describe(verdict)
+
+
+def describe(verdict: Verdict) -> str:
+    """The first failing case in words, with the op that diverges first."""
+    failed = next(o for o in verdict.outcomes if not o.passed)
+    text = f"case '{failed.case.name}': {failed.problem}"
+    found = verdict.diverges
+    if found and found["node"]:
+        text += f"\nfirst to differ: {found['module'] or 'top level'}, {found['op']} ({found['node']}), by {found['error']:.3g}"
+    elif found:
+        text += f"\nfirst to differ: {found['where']}"
+    return text + f"\nrepro: {failed.case.repro('program')}"
+
+
+def dump(before: Program, after: Program, number: int, name: str, instruments: Instruments) -> None:
+    """Prints or writes the program after a pass."""
+    if not (instruments.print_after or instruments.print_diff or instruments.dump_dir):
+        return
+    from aropt.printer import diff, text
+
+    if {"all", name} & instruments.print_after:
+        instruments.show(f"// after {name}\n{text(after)}")
+    if instruments.print_diff:
+        instruments.show(f"// diff of {name}\n{diff(before, after)}")
+    if instruments.dump_dir is not None:
+        instruments.dump_dir.mkdir(parents=True, exist_ok=True)
+        stem = instruments.dump_dir / f"{number + 1:02d}-{name}"
+        stem.with_suffix(".after.txt").write_text(text(after))
+        stem.with_suffix(".diff").write_text(diff(before, after))
+
+
+def bisect(program: Program, passes: Sequence[Pass], target: str, say: Callable[[str], None]) -> str | None:
+    """The first pass after which the program lowered to `target` fails; None if it never does."""
+    from aropt.targets import lower
+
+    def fails(count: int) -> bool:
+        say(f"bisect: the first {count} passes")
+        changed, _ = run_passes(program, passes[:count], target, Instruments(check=False))
+        probed = with_probe(changed)
+        return not validate(program, probed, lower(probed, target), cases(program, quick=True), explain=False).passed
+
+    if not fails(len(passes)):
+        return None
+    good, bad = 0, len(passes)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (good, middle) if fails(middle) else (middle, bad)
+    return passes[bad - 1].name
+
+
+def nodes(program: Program) -> int:
+    """Ops in the graphs that run each round."""
+    from aropt.passbase import loops
+
+    hot = {c.graph for loop in loops(program.control) for c in calls(loop.body)}
+    return sum(sum(n.op == "call_function" for n in program.graphs[g].fx.nodes) for g in hot)
+
+
+def step_bytes(program: Program) -> int:
+    """Bytes that a decoding round of one sequence touches at half capacity: weights, state read, and recomputed rows.
+
+    A full forward touches its activations of all tokens; they are counted as one read and one write of each value.
+    """
+    from aropt.passbase import loops
+
+    half = max(1, int(program.meta["capacity"]) // 2)
+    sizes = {"B": 1, "R": 1, "T": half, "S": half, "P": 1, "K": 1}
+    loop = loops(program.control, "positions")[0]
+    weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights() if program.weights[w].dim() > 1}
+    total = sum(program.weights[w].nbytes for w in weights)
+    read = {v for c in calls(loop.body) for v in c.reads.values()}
+    total += sum(s.nbytes(sizes) for n, s in program.state.items() if n in read)
+    model = [program.graphs[c.graph] for c in calls(loop.body) if list(c.reads) == ["ids"]]
+    for graph in model:
+        for node in graph.fx.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and hasattr(value, "shape"):
+                total += 2 * value.element_size() * product(value.shape, half)
+    return total
+
+
+def product(shape: Sequence[Any], tokens: int) -> int:
+    """Elements of a fake shape, its symbols read as one sequence of `tokens`."""
+    count = 1
+    batch_seen = False
+    for size in shape:
+        if isinstance(size, int):
+            count *= size
+        elif not batch_seen and len(shape) > 1:
+            batch_seen = True
+        else:
+            count *= tokens
+    return count
+
+

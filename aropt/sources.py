@@ -1,0 +1,223 @@
+"""Where models come from: a reference model's name, a Hugging Face directory, file.py:factory, or a .pt2."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aropt.capture import capture_exported, capture_model
+from aropt.errors import MissingTool, Unsupported, UsageError
+from aropt.program import Graph
+
+LONGEST = 2048  # default capacity where the model takes more
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+             "tokenizer.model", "generation_config.json", "config.json")  # fmt: skip
+
+
+@dataclass
+class Source:
+    """A model to optimize. `module` runs eagerly; `meta` is what programs carry (vocab, capacity, prompts, ...)."""
+
+    module: nn.Module
+    meta: dict[str, Any]
+    files: list[Path] = field(default_factory=list)  # tokenizer and configuration, copied into the artifact
+    exported: Any = None  # the ExportedProgram of a .pt2
+
+    def captured(self) -> tuple[Graph, dict[str, Tensor]]:
+        """The forward as a graph, and its weights."""
+        if self.exported is not None:
+            return capture_exported(self.exported)
+        return capture_model(self.module, int(self.meta["input_vocab"]), int(self.meta["capacity"]))
+
+
+def resolve(model: str, capacity: int | None = None, trust_remote_code: bool = False) -> Source:
+    """Loads MODEL. Raises UsageError for what isn't there or is damaged, Unsupported for what aropt can't take."""
+    from aropt.models import REFERENCES
+
+    path = Path(model)
+    if model in REFERENCES:
+        return reference(model, capacity)
+    if path.is_dir():
+        return huggingface(path, capacity, trust_remote_code)
+    if ".py:" in model:
+        return factory(model, capacity)
+    if path.suffix == ".pt2" and path.is_file():
+        return exported(path, capacity)
+    close = "; reference models: " + ", ".join(REFERENCES)
+    raise UsageError(what=f"no model '{model}'", why="it is neither a reference model, a directory, file.py:factory, nor a .pt2 file",
+                     hint="aropt models lists the reference models" + close)  # fmt: skip
+
+
+def reference(name: str, capacity: int | None) -> Source:
+    """A reference model with its trained weights."""
+    from aropt.models import REFERENCES, load
+
+    found = REFERENCES[name]
+    module = load(name)
+    meta = {
+        "name": name, "source": name, "modality": found.modality, "vocab": found.vocab, "input_vocab": found.vocab,
+        "capacity": min(capacity or found.capacity, found.capacity), "prompts": [list(p) for p in found.prompts],
+        "heldout": found.heldout,
+    }  # fmt: skip
+    if name == "digits-ar":
+        meta |= {"input_vocab": 28, "null": 27}
+    files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
+    return Source(module, meta, sorted(files))
+
+
+def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> Source:
+    """A directory that AutoModelForCausalLM loads: config.json and safetensors."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingTool(what="transformers is not installed", why=str(error), hint="pip install 'aropt[hf]'") from error
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UsageError(what=f"'{path}' is not a model directory", where=str(config_file), why="config.json is missing",
+                         hint="give a directory written by save_pretrained")  # fmt: skip
+    read_json(config_file)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UsageError(what="no weights in safetensors", where=str(path), why="aropt never loads pickled weights",
+                         hint="save the model again: model.save_pretrained(dir, safe_serialization=True)")  # fmt: skip
+    for file in weights:
+        check_safetensors(file)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=trust_remote_code)  # fmt: skip
+    except Exception as error:
+        raise loading_error(path, error, trust_remote_code) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(what="the checkpoint lacks weights of its own model", where=missing[0], why=f"{len(missing)} weights are missing",
+                         hint="the download or the conversion may be incomplete; get the checkpoint again")  # fmt: skip
+    meta = {"name": path.resolve().name, "source": str(path), **facts(module, capacity), "modality": "text"}
+    files = [path / name for name in TOKENIZER if (path / name).is_file()]
+    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    ends = generation.get("eos_token_id")
+    meta["eos"] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not (path / "tokenizer.json").is_file():
+        meta["modality"] = "tokens"
+    return Source(module.eval().requires_grad_(False), meta, files)
+
+
+def loading_error(path: Path, error: Exception, trusted: bool) -> Exception:
+    """What to tell of a failed from_pretrained."""
+    text = str(error)
+    if "trust_remote_code" in text and not trusted:
+        return UsageError(what="the model needs Python code of its own repository", where=str(path), why="remote code runs only when asked for",
+                          hint="read that code, then add --trust-remote-code")  # fmt: skip
+    if "size mismatch" in text or "mismatched" in text.lower():
+        line = next((x.strip() for x in text.splitlines() if "size mismatch" in x or "mismatch" in x.lower()), text[:200])
+        return UsageError(what="the weights don't have the shapes that config.json says", where=str(path), why=line[:300],
+                          hint="check vocab_size and hidden_size in config.json against the checkpoint")  # fmt: skip
+    if isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text):
+        return Unsupported(what="transformers can't load this as a causal language model", where=str(path), why=text.splitlines()[0][:300],
+                           hint="write a factory: aropt optimize model.py:factory")  # fmt: skip
+    return UsageError(what="the model can't be loaded", where=str(path), why=(text.splitlines() or [type(error).__name__])[0][:300],
+                      hint="check that AutoModelForCausalLM.from_pretrained loads it")  # fmt: skip
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises UsageError for a truncated or corrupted file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise UsageError(what="the weights file is damaged", where=str(file), why=str(error),
+                         hint="get the file again, and compare its size and hash") from error  # fmt: skip
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises UsageError where the file is not a JSON object."""
+    try:
+        data = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise UsageError(what=f"'{file.name}' can't be read", where=str(file), why=str(error), hint="check the file") from error
+    if not isinstance(data, dict):
+        raise UsageError(what=f"'{file.name}' can't be read", where=str(file), why="it is not a JSON object", hint="check the file")
+    return data
+
+
+def factory(model: str, capacity: int | None) -> Source:
+    """file.py:factory, where factory() returns an nn.Module with forward(ids) -> logits."""
+    file, _, name = model.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(what=f"no file '{file}'", hint="give a path such as model.py:factory")
+    spec = importlib.util.spec_from_file_location("aropt_user_" + path.stem, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(loaded)
+        make = getattr(loaded, name, None)
+        module = make() if callable(make) else None
+    except Exception as error:
+        raise UsageError(what=f"'{model}' fails", where=str(path), why=f"{type(error).__name__}: {error}",
+                         hint=f"run it alone: python -c 'import {path.stem}; {path.stem}.{name}()'") from error  # fmt: skip
+    if make is None:
+        raise UsageError(what=f"no function '{name}' in {path.name}", where=str(path), hint="name a function that returns an nn.Module")
+    if not isinstance(module, nn.Module):
+        raise UsageError(what=f"'{name}' does not return an nn.Module", where=str(path), why=f"it returns {type(module).__name__}",
+                         hint="return the model itself")  # fmt: skip
+    module = module.float().eval().requires_grad_(False)
+    return Source(module, {"name": path.stem, "source": model, "modality": "tokens", **facts(module, capacity)})
+
+
+def exported(path: Path, capacity: int | None) -> Source:
+    """A program saved by torch.export.save, its sequence length dynamic."""
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise UsageError(what="the .pt2 file can't be loaded", where=str(path), why=str(error).splitlines()[0][:300] if str(error) else "",
+                         hint="write it with torch.export.save") from error  # fmt: skip
+    module = program.module()
+    meta = {"name": path.stem, "source": str(path), "modality": "tokens", **facts(module, capacity or 512)}
+    return Source(module, meta, exported=program)
+
+
+def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
+    """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
+
+    A module may say `capacity`, `input_vocab`, `null` and `prompts` as attributes.
+    """
+    config = getattr(module, "config", None)
+    longest = next((int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None)
+    if capacity is not None and longest is not None and capacity > longest:
+        raise UsageError(what=f"capacity {capacity} is more than the model takes", why=f"its positions end at {longest}",
+                         hint=f"use --capacity {longest} or less")  # fmt: skip
+    vocab = logits_size(module)
+    known = getattr(module, "input_vocab", None) or getattr(config, "vocab_size", None) or vocab
+    prompts = getattr(module, "prompts", None) or [[min(1, int(known) - 1)]]
+    found: dict[str, Any] = {"vocab": vocab, "input_vocab": int(known), "capacity": capacity or min(longest or 512, LONGEST),
+                             "prompts": [list(map(int, p)) for p in prompts]}  # fmt: skip
+    if isinstance(getattr(module, "null", None), int):
+        found["null"] = module.null
+    return found
+
+
+def logits_size(module: nn.Module) -> int:
+    """The last dimension of the logits of a short run."""
+    from aropt.capture import Forward, export_failure
+
+    try:
+        with torch.no_grad():
+            logits = Forward(module)(torch.zeros(1, 2, dtype=torch.int64))
+    except Exception as error:
+        raise export_failure(error) from error
+    if logits.dim() != 3:
+        raise Unsupported(what="the forward does not return logits", why=f"its result has shape {list(logits.shape)}",
+                          hint="return logits of shape [batch, length, vocabulary] from forward(ids)")  # fmt: skip
+    return int(logits.shape[-1])

@@ -1,0 +1,63 @@
+"""The inductor target: torch.compile of each graph, caches updated in place.
+
+The cache update is written as a copy into the input, which Inductor turns into an update of the rows. aropt's own ops
+are inlined, so that they fuse with what is around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.interpreter import Executor, Values
+from aropt.passbase import loops
+from aropt.program import Program, calls
+from aropt.targets.eager import InPlace, in_place
+
+
+class Inductor(InPlace):
+    """Graphs inside loops are compiled at their first call (and again for a prompt's shape); others run eagerly."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.hot = {c.graph for loop in loops(program.control) for c in calls(loop.body)}
+
+    def module(self, name: str) -> Callable[..., tuple[Tensor, ...]]:
+        if name not in self.hot:
+            return super().module(name)
+        graph = self.program.graphs[name]
+        bound = graph.bind(self.program.weights)
+        bound.graph = inline_ops(in_place(graph))
+        bound.recompile()
+        compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(bound, fullgraph=True, dynamic=None)
+        return compiled
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        spec = self.program.graphs[graph]
+        if graph in self.hot:
+            for name, value in inputs.items():
+                state = self.program.state.get(name)
+                if state is not None and state.axis is not None:
+                    torch._dynamo.mark_dynamic(value, state.axis)
+        with torch.no_grad():
+            if graph not in self.modules:
+                self.modules[graph] = self.module(graph)
+            return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
+
+
+def inline_ops(graph: fx.Graph) -> fx.Graph:
+    """aropt's ops by their references, which torch.compile can look into."""
+    references: dict[Any, Callable[..., Any]] = ops.decompositions()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in references:
+            node.target = references[node.target]
+    return graph
+
+
+def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
+    return Inductor(program)

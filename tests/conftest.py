@@ -1,0 +1,104 @@
+"""Shared by all tests: a tiny program, and goldens."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aropt.program import Program
+
+VOCAB, CAPACITY, WIDTH = 11, 16, 4
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Layer(nn.Module):
+    """Causal attention of one head, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
+
+
+class Tiny(nn.Module):
+    """ids [B, T] -> logits [B, T, 11]."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> Program:
+    """The plain generation loop of a `Tiny` with seeded weights."""
+    from aropt.capture import capture_model
+    from aropt.loops import autoregressive
+
+    torch.manual_seed(0)
+    graph, weights = capture_model(Tiny(layers), VOCAB, CAPACITY)
+    meta = {"name": "tiny", "vocab": VOCAB, "capacity": CAPACITY, "null": 0}
+    return autoregressive(graph, weights, meta, rules)
+
+
+def make_stages(program: Program) -> dict[str, Program]:
+    """The program as captured, and after each pass of the pipeline."""
+    from aropt.passmanager import PIPELINE, make
+
+    stages = {"captured": program}
+    for name in PIPELINE:
+        program = make(name).run(program)
+        stages[name] = program
+    return stages
+
+
+@pytest.fixture(scope="session")
+def tiny_program() -> Program:
+    """Two layers of causal attention over 11 tokens, capacity 16; do not change it in place."""
+    return make_program()
+
+
+@pytest.fixture(scope="session")
+def tiny_stages(tiny_program: Program) -> dict[str, Program]:
+    """{"captured": the tiny program, pass name: the program after it}."""
+    return make_stages(tiny_program)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what goldens should hold instead of failing")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Compares a text with tests/golden/<test id>.txt."""
+
+    def check(text: str) -> None:
+        name = re.sub(r"[^\w.-]+", "_", request.node.nodeid.split("/")[-1]).strip("_")
+        file = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            GOLDEN.mkdir(exist_ok=True)
+            file.write_text(text)
+        known = file.read_text() if file.exists() else ""
+        if text != known:
+            changes = difflib.unified_diff(known.splitlines(), text.splitlines(), f"golden/{file.name}", "now", lineterm="")
+            command = f"pytest '{request.node.nodeid}' --update-golden"
+            pytest.fail("\n".join([*changes, f"If this is meant: {command}"]), pytrace=False)
+
+    return check
