@@ -124,6 +124,7 @@ def align(dims: Dims, beside: Axes) -> Axes:
         if isinstance(dim, int):
             axes.append(plain(dim))
         elif has(other, "rcb"):
+            check((other,), (dim,))
             axes.append(other)
         elif dim == "B":
             axes.append(B)

@@ -167,7 +167,7 @@ def eager(spec: Spec) -> Generate:
     import torch
 
     from aropt.artifact import source_of
-    from aropt.capture import Forward
+    from aropt.trace import Forward
 
     forward = Forward(source_of(Path(spec.artifact)).module)
 

@@ -139,10 +139,18 @@ def transfer(node: fx.Node, operands: dict[fx.Node, Operand]) -> Scores:
         return Scores(None, ANY, seen, own)
     cells = []  # a hidden entry is hidden by at least one of the masks
     for choice in itertools.product((False, True), repeat=len(masks)):
-        if any(choice):
+        if any(choice) and (all(choice) or overlap(list(masks.values()), choice)):  # empty slots are hidden by all masks
             where = dict(zip(masks, ["out" if c else "seen" for c in choice]))
             cells.append(combine({n: at(o, where.get(n, "seen"), masks.get(n)) for n, o in operands.items()}))
     return Scores(hidden, joined(cells), seen, own)
+
+
+def overlap(regions: Sequence[Tensor], inside: Sequence[bool]) -> bool:
+    """Whether some entry lies in (or outside, as `inside` says) each of the regions."""
+    left = torch.ones((), dtype=torch.bool)
+    for region, wanted in zip(regions, inside):
+        left = left & (region if wanted else ~region)
+    return bool(left.any())
 
 
 def entries_of(operand: Operand) -> Tensor | None:
@@ -173,6 +181,9 @@ def evaluate(node: fx.Node, ranges: dict[fx.Node, Range]) -> Range:
     if name not in CORNERS:
         return ANY
     tensors = list(dict.fromkeys(tensor_inputs(node)))
+    factors = {"aten::mul": tensors, "aten::div": [x["self"]] if name == "aten::div" else []}.get(name, [])
+    if any(ranges[f] == (0.0, 0.0) for f in factors):
+        return 0.0, 0.0  # the other factor is finite, or the forward itself gives no number
     if name == "aten::div":
         low, high = range_of(x["other"], ranges)
         if low <= 0 <= high or x.get("rounding_mode"):

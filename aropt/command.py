@@ -14,7 +14,8 @@ import torch
 from aropt import artifact, bench
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
-from aropt.errors import UsageError, VerificationFailed
+from aropt.errors import Unsupported, UsageError, VerificationFailed
+from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
 from aropt.sources import Source, resolve
@@ -199,19 +200,20 @@ def run_bisect(request: Request) -> str | None:
 
 def plan(request: Request) -> list[dict[str, Any]]:
     """What each pass would do, without doing it: [{name, level, status, reason, matches, rejected}]."""
-    from aropt.passbase import Skips
-
     program = capture(request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code)
-    found = []
+    found: list[dict[str, Any]] = []
     for one in pipeline(request.passes, request.dropped):
-        planned = one.plan(program, request.target)
-        skipped = isinstance(planned, Skips)
-        found.append({"name": one.name, "level": one.contract.level, "status": "skips" if skipped else "applies",
-                      "reason": planned.reason if isinstance(planned, Skips) else "",
-                      "matches": [] if isinstance(planned, Skips) else list(planned.matches),
-                      "rejected": [list(r) for r in planned.rejected]})  # fmt: skip
-        if not skipped:
+        entry: dict[str, Any] = {"name": one.name, "level": one.contract.level, "reason": "", "matches": [], "rejected": []}
+        found.append(entry)
+        try:
+            planned = one.plan(program, request.target)
+        except Unsupported as refused:
+            entry |= {"status": "refused", "reason": str(refused), "rejected": [[refused.where, refused.why]]}
+            break
+        entry["rejected"] = [list(r) for r in planned.rejected]
+        if isinstance(planned, Skips):
+            entry |= {"status": "skips", "reason": planned.reason}
+        else:
+            entry |= {"status": "applies", "matches": list(planned.matches)}
             program = one.run(program)
     return found
-
-

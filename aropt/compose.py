@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from aropt.capture import share
+from aropt.trace import share
 from aropt.program import Call, Graph, Spec
 from aropt.torch_compat import build
 

@@ -90,15 +90,15 @@ def variation(rounds: list[list[Line]]) -> list[str] | None:
     local = [{line.defines: i for i, line in enumerate(block) if line.defines is not None} for block in rounds]
     outer: dict[int, int] = {}  # a value from outside -> what stands in its place in the second round
     notes: dict[str, None] = {}
-    adjacent = True
+    steps: set[int] = set()  # of indices; one for all
     for row in zip(*rounds):
         for numbers in zip(*(line.indices for line in row)):
             values = [n for _, n in numbers]
             step = stride(values)
-            if step is None or step < 0:
+            if step is None or step < 0 or (step and steps and step not in steps):
                 return None
             notes |= span(numbers[0][0], values)
-            adjacent = adjacent and step <= 1
+            steps |= {step} if step else set()
         for uses in zip(*(line.ids for line in row)):
             places = [names.get(use) for names, use in zip(local, uses)]
             if places[0] is not None:
@@ -112,7 +112,7 @@ def variation(rounds: list[list[Line]]) -> list[str] | None:
                 continue
             if len(handed) == 1 and None not in handed:
                 notes[f"%{uses[0]} then %{uses[1]}"] = None
-            elif stride(uses) is not None and not local[0] and adjacent:  # what layers that were folded return
+            elif stride(uses) is not None and not local[0] and steps == {1}:  # what layers that were folded return
                 notes |= span("%", uses)
             else:
                 return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt import ops
-from aropt.program import Call, Control, If, Loop, Program, Seq, sizes_of
+from aropt.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
 
 Values = dict[str, Tensor]
 
@@ -48,12 +48,20 @@ def run(program: Program, inputs: Mapping[str, Tensor], slots: int, executor: Ex
     for name, state in program.state.items():
         if state.init is not None:
             values[name] = state.create(sizes)
-    step(program.control, values, executor or Eager(program), on_round)
+    specs = {v: program.graphs[c.graph].outputs[o] for c in calls(program.control) for o, v in c.writes.items()}
+
+    def nothing(name: str) -> Tensor:
+        """What a loop without rounds emits of a value."""
+        first, *rest = [resolve(d, sizes) for d in specs[name].dims]
+        return torch.zeros([first, 0, *rest], dtype=specs[name].dtype)
+
+    step(program.control, values, executor or Eager(program), on_round, nothing)
     return values
 
 
-def step(control: Control, values: Values, executor: Executor, on_round: Callable[[Values], None] | None) -> None:
-    """Executes one control node, updating `values`."""
+def step(control: Control, values: Values, executor: Executor, on_round: Callable[[Values], None] | None,
+         nothing: Callable[[str], Tensor]) -> None:  # fmt: skip
+    """Executes one control node, updating `values`. `nothing(value)`: what a loop without rounds emits."""
     match control:
         case Call(graph, reads, writes):
             results = executor.call(graph, {name: values[value] for name, value in reads.items()})
@@ -61,17 +69,16 @@ def step(control: Control, values: Values, executor: Executor, on_round: Callabl
                 values[value] = results[output]
         case Seq(body):
             for part in body:
-                step(part, values, executor, on_round)
+                step(part, values, executor, on_round, nothing)
         case If(cond, then, orelse):
-            step(then if bool(values[cond]) else orelse, values, executor, on_round)
+            step(then if bool(values[cond]) else orelse, values, executor, on_round, nothing)
         case Loop(_, until, body, emits):
             emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
             while not bool(values[until]):
-                step(body, values, executor, on_round)
+                step(body, values, executor, on_round, nothing)
                 for name, kept in emitted.items():
                     kept.append(values[name].clone())
                 if on_round is not None:
                     on_round(values)
             for name, kept in emitted.items():
-                batch = values["prompt"].shape[0]
-                values[emits[name]] = torch.stack(kept, 1) if kept else torch.zeros(batch, 0, dtype=torch.int64)
+                values[emits[name]] = torch.stack(kept, 1) if kept else nothing(name)

@@ -7,6 +7,7 @@ the failing case and compared value by value, each against its own noise floor.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ class Recorder(Eager):
 
     def call(self, graph: str, inputs: Values) -> Values:
         g = self.program.graphs[graph]
-        self.values[graph] = found = {}
+        found: dict[fx.Node, Any] = {}
+        self.values[graph] = found
         node_values(g, [inputs[n] for n in g.inputs], {w: self.program.weights[w] for w in g.weights()}, found)
         return {o: found[n] for o, n in zip(g.outputs, g.results(), strict=True)}
 
@@ -120,7 +122,7 @@ class Enough(Exception):
 
 
 def own(value: Tensor, like: Tensor, place: int, batch: int, branches: int) -> Tensor:
-    """The rows of one prompt in a batch, where the first axis holds branches x batch sequences; else the whole value."""
+    """The rows of one prompt in a batch, where the first axis holds branches x batch sequences; else all of it."""
     if batch == 1 or value.dim() == 0 or like.dim() == 0 or value.shape[0] != like.shape[0] * batch:
         return value
     return value.reshape(branches, batch, -1, *value.shape[1:])[:, place].flatten(0, 1)
@@ -162,9 +164,9 @@ def distance(mine: Tensor, theirs: Tensor, exact: Tensor, pads: int) -> tuple[fl
 
 def first_in_target(candidate: Program, executor: Executor, case: Case, row: int) -> dict[str, Any] | None:
     """Compares what the target's graphs compute with the same graphs run eagerly, if the target can show it."""
-    show = getattr(executor, "intermediates", None)
-    if show is None:
+    if not hasattr(executor, "intermediates"):
         return None
+    show: Callable[[str, Values, list[str]], Values] = executor.intermediates
     recorder = Recorder(candidate)
     inputs = case.inputs(candidate, next(g for g in case.groups(candidate) if row in g))
     problem: dict[str, Any] = {}

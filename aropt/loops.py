@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aropt import ops
-from aropt.capture import capture_function
+from aropt.trace import capture_function
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, DEFAULT, I64, Processor, chosen, rule
 

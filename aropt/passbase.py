@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from aropt.program import Call, Control, If, Loop, Program, Seq
+from aropt.program import Call, Control, If, Loop, Program, Seq, calls
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy")
 
@@ -100,3 +100,13 @@ def loops(control: Control, kind: str | None = None) -> list[Loop]:
             return loops(then, kind) + loops(orelse, kind)
         case Loop():
             return ([control] if kind in (None, control.kind) else []) + loops(control.body, kind)
+
+
+def donated(program: Program) -> dict[str, dict[str, str]]:
+    """For each graph, the aliases that a target may update in place: every call writes the very value that it reads."""
+    found = {n: dict(g.aliases) for n, g in program.graphs.items()}
+    for call in calls(program.control):
+        for output, source in list(found[call.graph].items()):
+            if call.writes.get(output) != call.reads[source]:
+                del found[call.graph][output]
+    return found

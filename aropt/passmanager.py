@@ -15,7 +15,7 @@ from aropt.passbase import Pass, Result, Skips
 from aropt.program import Entry, Program, calls
 from aropt.validate import Verdict, cases, validate, with_probe
 
-PASSES = {"kv-cache": "kv_cache", "fuse-sampler": "fuse_sampler", "prune": "prune"}  # name -> module, in pipeline order
+PASSES = {"canonicalize": "canonicalize", "kv-cache": "kv_cache", "fuse-sampler": "fuse_sampler", "prune": "prune"}  # name -> module, in pipeline order
 PIPELINE = tuple(PASSES)
 
 

@@ -87,7 +87,18 @@ class Positions:
         if isinstance(size, int):
             return size
         expr = size.node.expr.subs(self.symbols)
-        return int(expr) if expr.is_number else str(expr).replace(" ", "")
+        if expr.is_number:
+            return int(expr)
+        text = str(expr).replace(" ", "")
+        return self.clamped_dim(expr, text) if "M" in text else text
+
+    def clamped_dim(self, expr: Any, text: str) -> int | str:
+        """What a size with Max or Min in it is for lengths up to the capacity: "T", a number, or the text as it is."""
+        steps = range(1, self.capacity + 1, max(1, self.capacity // 64))
+        sizes = [expr.subs({symbol_named("T"): n, symbol_named("B"): 3}) for n in (*steps, self.capacity)]
+        if all(size == n for size, n in zip(sizes, (*steps, self.capacity))):
+            return "T"
+        return int(sizes[0]) if all(size == sizes[0] for size in sizes) and not expr.has(symbol_named("B")) else text
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 

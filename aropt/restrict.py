@@ -125,7 +125,7 @@ class Restriction:
     def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         node = self.out.call_function(target, args, kwargs)
         if like is not None:
-            node.meta = {"where": like.meta.get("where", ""), "origin": like.name}
+            node.meta = {"where": like.meta.get("where", ""), "origin": like.meta.get("origin", like.name)}
         return node
 
     def write(self, node: fx.Node) -> fx.Node:
@@ -246,8 +246,8 @@ class Restriction:
     def replay(self, node: fx.Node) -> list[fx.Node]:
         """The layout ops to replay on the full value: those after the best value to cache.
 
-        That is the smallest one (before heads are repeated), with rows and batch as axes of their own and rows last but
-        one where there is such a value, and as late as possible.
+        That is the smallest one (before heads are repeated), as [batch, heads, rows, features] or at least with rows and
+        batch as axes of their own where there is such a value, and as late as possible.
         """
         chain = [node]
         while op_name(chain[0]) in REPLICATES and chain[0].args[0] in self.analysis.content:
@@ -257,7 +257,7 @@ class Restriction:
             axes = self.info[chain[i]].axes
             if not isinstance(axes, tuple) or find(axes, "r") is None:
                 return (False,)
-            return True, -elements(axes), find(axes, "b") is not None, find(axes, "r") == len(axes) - 2, -axes.count(()), i
+            return True, -elements(axes), find(axes, "b") is not None, find(axes, "r") == len(axes) - 2, len(axes) == 4, i
 
         best = max(range(len(chain)), key=merit)
         return chain[best + 1 :]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aropt.capture import capture_exported, capture_model
+from aropt.trace import capture_exported, capture_model, check_exported, quiet
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.program import Graph
 
@@ -179,10 +179,12 @@ def factory(model: str, capacity: int | None) -> Source:
 def exported(path: Path, capacity: int | None) -> Source:
     """A program saved by torch.export.save, its sequence length dynamic."""
     try:
-        program = torch.export.load(path)
+        with quiet():
+            program = torch.export.load(path)
     except Exception as error:
         raise UsageError(what="the .pt2 file can't be loaded", where=str(path), why=str(error).splitlines()[0][:300] if str(error) else "",
                          hint="write it with torch.export.save") from error  # fmt: skip
+    check_exported(program)
     module = program.module()
     meta = {"name": path.stem, "source": str(path), "modality": "tokens", **facts(module, capacity or 512)}
     return Source(module, meta, exported=program)
@@ -210,7 +212,7 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
 
 def logits_size(module: nn.Module) -> int:
     """The last dimension of the logits of a short run."""
-    from aropt.capture import Forward, export_failure
+    from aropt.trace import Forward, export_failure
 
     try:
         with torch.no_grad():

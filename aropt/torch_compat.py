@@ -12,12 +12,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from aropt.program import Dim, Graph, Spec, resolve, symbols
 
-HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71)  # distinct sizes, so that equal hints mean equal symbols
+HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89, 101, 107, 113, 131)  # distinct sizes, so that equal hints mean equal symbols
 
 
 def example_sizes(specs: Mapping[str, Spec]) -> dict[str, int]:
     """A distinct example size for each symbol that stands alone as a dim."""
     names = dict.fromkeys(symbol for s in specs.values() for d in s.dims for symbol in sorted(symbols(d)))
+    if len(names) > len(HINTS):
+        raise ValueError(f"a graph has at most {len(HINTS)} symbolic sizes, this one has {len(names)}")
     return dict(zip(names, HINTS, strict=False))
 
 

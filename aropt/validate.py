@@ -3,8 +3,8 @@
 The candidate generates; the reference then sees the same tokens in one full forward (teacher forcing), so one early
 difference does not hide later ones. Logits must agree within a multiple of the noise floor: the distance between the
 reference in fp32 and in fp64. Tokens must be those of the reference's own rule; a token may differ only where the
-reference's rule picks it too, given logits within the tolerance of its own (a tie). A failing case is shrunk before it is
-reported.
+reference's rule picks it too, given logits within the tolerance of its own (a tie). A failing case is shrunk before it
+is reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ BLOCK = 64  # caches grow in blocks of so many slots
 EPS = torch.finfo(torch.float32).eps
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 # Parameters that decide most draws, each in a case of its own: what goes wrong with one is then seen in few tokens.
-STRONG: dict[str, float] = {"top_k": 2, "top_p": 0.2, "min_p": 0.5, "guidance": 4.0, "repetition_penalty": 5.0, "bias": 0.0}
+# A repetition penalty far below 1 makes tokens win that were seen before, so that it shows which ones count as seen.
+STRONG: tuple[tuple[str, float], ...] = (
+    ("top_k", 2), ("top_p", 0.2), ("min_p", 0.5), ("guidance", 4.0), ("repetition_penalty", 5.0),
+    ("repetition_penalty", 0.1), ("bias", 0.0),
+)  # fmt: skip
 Value = float | tuple[float, ...]
 
 
@@ -48,12 +52,16 @@ class Case:
     def repro(self, name: str) -> str:
         """A line of Python that runs the case."""
         prompts, negative = [list(p) for p in self.prompts], [list(p) for p in self.negative] or None
-        values = {k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if isinstance(v, tuple) else repr(v) for k, v in self.params}
+        values = {
+            k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if isinstance(v, tuple) else repr(v) for k, v in self.params
+        }
         if self.streams:  # generate() numbers the streams itself
-            params = ", ".join(f"{k!r}: {v}" for k, v in values.items())
-            return (f"from aropt import interpreter, runtime; values = runtime.make_inputs({name}, {prompts}, {self.n}, {self.seed}, "
-                    f"{list(self.stop)}, {list(self.streams)}, {negative}, {{{params}}}); "
-                    f"print(interpreter.run({name}, values, runtime.slots({name}, values))['generated'].tolist())")  # fmt: skip
+            params = "{" + ", ".join(f"{k!r}: {v}" for k, v in values.items()) + "}"
+            given = f"{prompts}, {self.n}, {self.seed}, {list(self.stop)}, {list(self.streams)}, {negative}, {params}"
+            return (
+                f"from aropt import interpreter as i, runtime as r; values = r.make_inputs({name}, {given}); "
+                f"print(i.run({name}, values, r.slots({name}, values))['generated'].tolist())"
+            )
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params})"
 
@@ -119,7 +127,15 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     def prompt(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, vocab, (max(length, 1),), generator=generator).tolist())
 
-    def case(name: str, kind: str, lengths: Sequence[int], n: int, seed: int = 0, params: Params = (), streams: Sequence[int] = ()) -> None:
+    def case(
+        name: str,
+        kind: str,
+        lengths: Sequence[int],
+        n: int,
+        seed: int = 0,
+        params: Params = (),
+        streams: Sequence[int] = (),
+    ) -> None:
         prompts = tuple(prompt(length) for length in lengths)
         negative = tuple(prompt(len(p)) for p in prompts) if needs_negative else ()
         room = max(0, min(n, capacity - max(map(len, prompts)) + 1))
@@ -135,10 +151,11 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     case("ragged greedy", "ragged", [five, 1, three], few, params=fixed)
     case("sampled", "sampled", [three], many, seed + 1, (("temperature", 1.0), *fixed))
     case("ragged sampled", "ragged", [1, five], few, seed + 2, some, (3, 1))
-    for name, value in STRONG.items():
+    for name, value in STRONG:
         if name in program.inputs:
             strong = bias_pattern(program) if name == "bias" else value
-            case(name, "sampled", [nine, five], few, seed + 3, (("temperature", 2.0), (name, strong)))
+            label = name if name == "bias" else f"{name} {value:g}"
+            case(label, "sampled", [nine, 1, 1], few, seed + 3, (("temperature", 2.0), (name, strong)))
     ends = {capacity - 1, capacity} if quick else {BLOCK - 1, BLOCK, BLOCK + 1, capacity - 3, capacity - 1, capacity}
     for length in sorted(n for n in ends if 1 < n <= min(capacity, 2048)):
         case(f"prompt of {length}", "boundary", [length], 3, params=fixed)
@@ -165,8 +182,14 @@ def bias_pattern(program: Program) -> tuple[float, ...]:
     return (PATTERN * vocab)[:vocab]
 
 
-def validate(reference: Program, candidate: Program, executor: Executor | None = None, chosen: Sequence[Case] | None = None,
-             progress: Callable[[str], None] = lambda _: None, explain: bool = True) -> Verdict:  # fmt: skip
+def validate(
+    reference: Program,
+    candidate: Program,
+    executor: Executor | None = None,
+    chosen: Sequence[Case] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    explain: bool = True,
+) -> Verdict:
     """Compares the candidate (with its probe, see `with_probe`) against the reference, up to the first case that fails.
 
     `explain`: the failing case is shrunk, and the first op to differ is looked for.
@@ -188,45 +211,55 @@ def validate(reference: Program, candidate: Program, executor: Executor | None =
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
-    """The cases, and ragged ones again with stop tokens that did occur: the third token of one row, the second of another."""
+    """The cases, and ragged ones again with stop tokens that do occur: the third token of one row, another's second."""
     yield from chosen
     for kind, sampled in (("stop token", False), ("stop token, sampled", True)):
-        found = [o for o in verdict.outcomes if o.case.kind == "ragged" and o.case.n > 3 and ("temperature" in dict(o.case.params)) is sampled]
+        found = [
+            o
+            for o in verdict.outcomes
+            if o.case.kind == "ragged" and o.case.n > 3 and ("temperature" in dict(o.case.params)) is sampled
+        ]
         if found:
             case, tokens = found[0].case, found[0].generated
             yield replace(case, name=kind, kind="stop", stop=(tokens[0][2], tokens[1][1]))
 
 
 def shrink(fails: Callable[[Case], bool], case: Case, runs: int = 20) -> Case:
-    """A smaller case that still fails, after at most `runs` tries."""
+    """A smaller case that still fails, after at most `runs` tries. Steps that failed are tried again at the end."""
+    useless: set[str] = set()
     while True:
-        for smaller in simpler(case):
+        start = case
+        while step := next(((k, smaller) for k, smaller in simpler(case) if k not in useless), None):
             if runs == 0:
                 return case
-            runs -= 1
+            runs, (kind, smaller) = runs - 1, step
             if fails(smaller):
                 case = smaller
-                break
-        else:
+            else:
+                useless.add(kind)
+        if case == start:
             return case
+        useless.clear()
 
 
-def simpler(case: Case) -> Iterator[Case]:
-    """Simpler cases, the boldest first: one prompt, fewer tokens, shorter prompts, no streams, stops or parameters."""
+def simpler(case: Case) -> Iterator[tuple[str, Case]]:
+    """Steps to simpler cases, the boldest first: one prompt, fewer tokens, shorter prompts, less of everything else."""
     for i in range(len(case.prompts) if len(case.prompts) > 1 else 0):
-        yield replace(case, prompts=case.prompts[i : i + 1], streams=case.streams[i : i + 1], negative=case.negative[i : i + 1])
-    for n in sorted({1, case.n // 2, case.n - 1}):
+        streams, negative = case.streams[i : i + 1], case.negative[i : i + 1]
+        yield f"prompt {i} alone", replace(case, prompts=case.prompts[i : i + 1], streams=streams, negative=negative)
+    for kind, n in (("one token", 1), ("half the tokens", case.n // 2), ("a token less", case.n - 1)):
         if 0 < n < case.n:
-            yield replace(case, n=n)
-    for keep in (1, 2):  # of each prompt: one token, or half of it
-        lengths = [1 if keep == 1 else max(1, len(p) // 2) for p in case.prompts]
+            yield kind, replace(case, n=n)
+    for kind, keep in (("prompts of one", 0), ("half the prompts", 2)):
+        lengths = [max(1, len(p) // keep if keep else 1) for p in case.prompts]
         if lengths != [len(p) for p in case.prompts]:
-            yield replace(case, prompts=tail(case.prompts, lengths), negative=tail(case.negative, lengths))
-    for empty in ({"streams": ()}, {"stop": ()}):
-        if any(getattr(case, name) for name in empty):
-            yield replace(case, **empty)  # type: ignore[arg-type]
+            yield kind, replace(case, prompts=tail(case.prompts, lengths), negative=tail(case.negative, lengths))
+    if case.streams:
+        yield "streams", replace(case, streams=())
+    if case.stop:
+        yield "stop", replace(case, stop=())
     for name, _ in case.params:
-        yield replace(case, params=tuple((k, v) for k, v in case.params if k != name))
+        yield name, replace(case, params=tuple((k, v) for k, v in case.params if k != name))
 
 
 def tail(prompts: tuple[tuple[int, ...], ...], lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -267,7 +300,9 @@ class Forced:
             ids = inputs["ids"]
             if self.single is None:
                 forced = torch.tensor(tokens[:-1] or [0], dtype=torch.int64).expand(ids.shape[0], -1)
-                self.single, self.double = self.oracle.logits(torch.cat([ids, forced], 1)[:, : ids.shape[1] + len(tokens) - 1])
+                self.single, self.double = self.oracle.logits(
+                    torch.cat([ids, forced], 1)[:, : ids.shape[1] + len(tokens) - 1]
+                )
             if ids.shape[1] > self.single.shape[1]:
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
             return {"logits": self.single[:, : ids.shape[1]]}
@@ -363,12 +398,14 @@ def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequen
                 problem = f"new token {step} is {token}, the reference's rule picks {forced.decided[step]}"
     outcome.error, outcome.floor = max(outcome.error, error), max(outcome.floor, floor)
     if error > TOLERANCE * floor:
-        problem = f"logits differ by {error:.3g}, {error / floor:.0f} times the noise floor" + (f"; {problem}" if problem else "")
+        problem = f"logits differ by {error:.3g}, {error / floor:.0f} times the noise floor" + (
+            f"; {problem}" if problem else ""
+        )
     return problem
 
 
 def ties(oracle: Oracle, graph: str, read: Values, mine: Tensor, token: int, tolerance: float) -> bool:
-    """Whether the reference's rule picks the token too, from the candidate's logits or with its logit a little higher."""
+    """Whether the reference's rule picks the token too, from the candidate's logits or with a slightly higher logit."""
     nudged = read["logits"].clone()
     nudged[0, token] += 2 * tolerance  # two logits, each off by the tolerance
     return any(int(oracle.eager.call(graph, {**read, "logits": x})["token"]) == token for x in (mine, nudged))
@@ -385,7 +422,7 @@ def in_double(graph: fx.Graph, weights: dict[str, Tensor]) -> fx.GraphModule:
     """The graph in fp64: weights, constants and casts to fp32."""
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, nodes))  # type: ignore[arg-type]
+    copy.output(copy.graph_copy(graph, nodes))
 
     def widen(value: Any) -> Any:
         return torch.float64 if value in (torch.float32, torch.bfloat16, torch.float16) else value

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from aropt.capture import freeze
 from aropt.flow import check_control, fail
 from aropt.printer import node_lines, symbol_names, value_text
 from aropt.program import Graph, Program, output_node
 from aropt.torch_compat import aliases, propagate, spec_of
+from aropt.trace import freeze
 
 ARITHMETIC = (
     "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg",
@@ -45,7 +45,8 @@ def verify(program: Program) -> None:
 
 def stamp(graph: Graph, weights: Mapping[str, Tensor]) -> int:
     """A hash of all that a graph's check depends on."""
-    nodes = tuple((n, n.name, n.op, str(n.target), freeze(n.args), freeze(n.kwargs)) for n in graph.fx.nodes)
+    ops = ((n, n.name, n.op, str(n.target), freeze(n.args), freeze(n.kwargs)) for n in graph.fx.nodes)
+    nodes = (*ops, *(id(n.meta.get("val")) for n in graph.fx.nodes))
     types = tuple((n, weights[n].dtype, weights[n].shape) for n in graph.weights() if n in weights)
     declared = [tuple(part.items()) for part in (graph.inputs, graph.outputs, graph.aliases)]
     return hash((nodes, types, *declared))

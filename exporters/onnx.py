@@ -6,11 +6,7 @@ torch's own exporter translates; aropt adds what it would do badly for decoding:
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,13 @@ import torch
 from torch import Tensor
 
 from aropt import ops
-from aropt.capture import dynamic, quiet
+from aropt.trace import dynamic, quiet
 from aropt.errors import MissingTool, Unsupported
 from aropt.program import Graph
 from aropt.torch_compat import example_sizes, examples, to_onnx
 
 OPSET = 20
+EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given
 EXTERNAL_OVER = 256 * 2**20  # bytes of weights from which they go to a file beside the model
 
 
@@ -41,7 +38,7 @@ def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
     known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
     shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values())
     try:
-        with torch.no_grad(), silence():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False)
             try:
                 program = to_onnx(exported, translations(), OPSET)
@@ -75,15 +72,29 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
                   scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
-        if attn_mask is None or is_causal or enable_gqa or query.dtype is None:
+        if attn_mask is None or is_causal:
             raise NotImplementedError("attention without an explicit mask")
-        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        heads, groups, size = query.shape[1], query.shape[1] // key.shape[1], query.shape[-1]
+        factor = 1 / math.sqrt(size) if scale is None else scale
         order = [*range(len(query.shape) - 2), len(query.shape) - 1, len(query.shape) - 2]
-        scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query))
         if attn_mask.dtype is not None and attn_mask.dtype.name == "BOOL":
             zero, gone = (op.CastLike(op.Constant(value_float=v), query) for v in (0.0, -math.inf))
             attn_mask = op.Where(attn_mask, zero, gone)
-        return op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
+        if enable_gqa and groups > 1:  # the heads of a group are rows of one product: keys and values are read once
+            query = op.Reshape(query, op.Constant(value_ints=[0, heads // groups, -1, size]))
+            attn_mask = op.Tile(attn_mask, op.Constant(value_ints=[1, 1, groups, 1]))
+        scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query))
+        mixed = op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
+        if enable_gqa and groups > 1:
+            mixed = op.Reshape(mixed, op.Constant(value_ints=[0, heads, -1, value.shape[-1]]))
+        return mixed
+
+    def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        epsilon = op.CastLike(op.Constant(value_float=EPS if eps is None else eps), x)
+        axes = op.Constant(value_ints=[-1 - i for i in range(len(normalized_shape))])
+        mean = op.ReduceMean(op.Pow(x, op.CastLike(op.Constant(value_float=2.0), x)), axes, keepdims=1)
+        scaled = op.Div(x, op.Sqrt(op.Add(mean, epsilon)))  # the form that ONNX Runtime fuses
+        return scaled if weight is None else op.Mul(scaled, weight)
 
     def either(left: Any, right: Any) -> Any:
         return op.Or(left, right) if left.dtype is None or left.dtype.name == "BOOL" else op.BitwiseOr(left, right)
@@ -94,18 +105,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     own: dict[Any, Callable[..., Any]] = dict(ops.translation_table())
     own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both}
-    return {**own, aten.index_copy.default: index_copy, aten.scaled_dot_product_attention.default: attention}
-
-
-@contextlib.contextmanager
-def silence() -> Any:
-    """torch's exporters print and warn about their own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), quiet(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return {**own, aten.index_copy.default: index_copy, aten.scaled_dot_product_attention.default: attention,
+            aten.rms_norm.default: rms_norm}  # fmt: skip

@@ -49,7 +49,9 @@ class FuseSampler:
     def join(self, program: Program, graphs: dict[str, Graph], specs: dict[str, Spec], body: list[Call]) -> Call:
         """Adds the composed graph; its name says which rule it holds."""
         rules = [c.graph for c in body if "token" in c.writes.values()]
-        name = "step_" + (rules[0] if rules else str(len(graphs)))
+        name = "step_" + (rules[0] if rules else "loop")
+        while name in graphs:
+            name += "_"
         graphs[name], call = compose(name, body, program.graphs, specs, program.weights)
         return call
 

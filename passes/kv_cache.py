@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aropt.capture import capture_function
-from aropt.errors import Unsupported
+from aropt.trace import capture_function
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import restrict
@@ -23,7 +22,10 @@ I64 = torch.int64
 
 @dataclass(frozen=True)
 class KvCache:
-    """Options: `rows`, "last" (logits of the last row only, default) or "all"."""
+    """Options: `rows`, "last" (logits of the last row only, default) or "all".
+
+    `plan` raises Unsupported where no append cache is exact: skipping would hide that from whoever asked for speed.
+    """
 
     rows: str = "last"
     name: ClassVar[str] = "kv-cache"
@@ -33,10 +35,7 @@ class KvCache:
         model = full_forward(program)
         if model is None:
             return Skips("no loop runs a full forward over growing tokens")
-        try:
-            facts = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows).facts
-        except Unsupported as error:
-            return Skips(str(error), ((error.where, error.why),))
+        facts = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows).facts
         return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
 
     def run(self, program: Program) -> Program:

@@ -6,6 +6,7 @@ go, with all that only they needed; so do states and graphs. Nodes that depend o
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
@@ -50,7 +51,8 @@ class Prune:
                 break
         if self.fold:
             program = program.replace(graphs={n: fold(g, weights, self.limit) for n, g in program.graphs.items()})
-        touched = {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())}
+        touched = {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())} | conditions(program.control)
+        touched |= set(program.outputs)
         used = {w for g in program.graphs.values() for w in g.weights()}
         return program.replace(state={n: s for n, s in program.state.items() if n in touched},
                                weights={w: v for w, v in weights.items() if w in used})  # fmt: skip
@@ -106,6 +108,19 @@ def live_before(control: Control, live: set[str], needed: dict[str, set[str]],
                 around = before
 
 
+def conditions(control: Control) -> set[str]:
+    """Values that branches and loops test."""
+    match control:
+        case Call():
+            return set()
+        case Seq(body):
+            return set().union(*(conditions(part) for part in body))
+        case If(cond, then, orelse):
+            return {cond} | conditions(then) | conditions(orelse)
+        case Loop(_, until, body):
+            return {until} | conditions(body)
+
+
 def constants(graph: Graph) -> list[fx.Node]:
     """Calls that depend on weights alone (sizes and random ops aside)."""
     known: set[fx.Node] = set()
@@ -120,8 +135,14 @@ def constants(graph: Graph) -> list[fx.Node]:
     return found
 
 
+def fingerprint(value: Tensor) -> str:
+    """12 hex digits of a hash of type and content: equal constants share a name, others never do."""
+    data = value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    return hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode() + data).hexdigest()[:12]
+
+
 def fold(graph: Graph, weights: dict[str, Tensor], limit: int) -> Graph:
-    """Replaces constant nodes by weights "folded.<hash>"."""
+    """Replaces constant nodes by weights "folded.<hash of the content>"."""
     found = [n for n in constants(graph) if n.meta["val"].numel() * n.meta["val"].element_size() <= limit * 2**20]
     edge = [n for n in found if any(u not in found for u in n.users)]
     if not edge:
@@ -136,8 +157,9 @@ def fold(graph: Graph, weights: dict[str, Tensor], limit: int) -> Graph:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: memo[n] if n in memo else weights[str(n.target)])
             memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     for node in edge:
-        name = f"folded.{graph.name}.{node.name}"
-        weights[name] = memo[node].contiguous().clone()
+        value = memo[node].contiguous().clone()
+        name = f"folded.{fingerprint(value)}"
+        weights[name] = value
         with new.inserting_before(twins[node]):
             twins[node].replace_all_uses_with(new.get_attr(name))
     return build(graph.name, new, graph.inputs, list(graph.outputs), weights)

@@ -49,8 +49,8 @@ class Tiny(nn.Module):
 
 def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> Program:
     """The plain generation loop of a `Tiny` with seeded weights."""
-    from aropt.capture import capture_model
     from aropt.loops import autoregressive
+    from aropt.trace import capture_model
 
     torch.manual_seed(0)
     graph, weights = capture_model(Tiny(layers), VOCAB, CAPACITY)
@@ -81,6 +81,13 @@ def tiny_stages(tiny_program: Program) -> dict[str, Program]:
     return make_stages(tiny_program)
 
 
+@pytest.fixture(scope="session")
+def guided_stages() -> dict[str, Program]:
+    """As `tiny_stages`, of one layer with guidance (twice the rows) and all other rules."""
+    rules = ("guidance", "repetition-penalty", "bias", "top-k", "top-p", "min-p")
+    return make_stages(make_program(1, rules))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write what goldens should hold instead of failing")
 
@@ -97,7 +104,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
             file.write_text(text)
         known = file.read_text() if file.exists() else ""
         if text != known:
-            changes = difflib.unified_diff(known.splitlines(), text.splitlines(), f"golden/{file.name}", "now", lineterm="")
+            changes = difflib.unified_diff(
+                known.splitlines(), text.splitlines(), f"golden/{file.name}", "now", lineterm=""
+            )
             command = f"pytest '{request.node.nodeid}' --update-golden"
             pytest.fail("\n".join([*changes, f"If this is meant: {command}"]), pytrace=False)
 

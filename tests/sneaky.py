@@ -35,24 +35,22 @@ def causal(n: Any) -> Tensor:
 
 
 class Tiny(nn.Module):
-    """Embedding, one attention, one MLP, a head; each step may be replaced."""
+    """Embedding, one attention, a head; each step may be replaced."""
 
     def __init__(self, **changes: Step) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(VOCAB, D), nn.Embedding(CAPACITY, D)
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down, self.head = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.Linear(D, VOCAB)
-        self.norm = nn.LayerNorm(D)
+        self.up, self.head = nn.Linear(D, 2 * D), nn.Linear(D, VOCAB)
         self.conv = nn.Conv1d(D, D, 3, padding=2)
         self.changes = changes
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) + self.position(torch.arange(ids.shape[1]))
         x = self.step("embed", x, ids)
-        q, k, v = (heads(t) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (heads(t) for t in self.qkv(x).chunk(3, -1))
         x = x + self.out(merge(self.step("attend", q, k, v)))
         x = self.step("mix", x, ids)
-        x = x + self.down(F.gelu(self.up(x)))
         return self.step("logits", self.head(x), ids)  # type: ignore[no-any-return]
 
     def step(self, name: str, *values: Any) -> Any:
@@ -166,9 +164,9 @@ def mixture(m: Tiny, x: Tensor, ids: Tensor) -> Tensor:
     return x + out.view(-1, 2, D).sum(1).view(x.shape)
 
 
-def talking(scores: Tensor, sees: Tensor) -> Tensor:
-    probs = torch.softmax(bias(scores, sees), -1)
-    return torch.einsum("bhij,hg->bgij", probs, torch.tensor([[0.5, 0.5], [0.2, 0.8]]))
+def talk(scores: Tensor) -> Tensor:
+    """Mixes heads."""
+    return torch.einsum("bhij,hg->bgij", scores, torch.tensor([[0.5, 0.5], [0.2, 0.8]]))
 
 
 def log_n(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,10 +175,6 @@ def log_n(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def log_total(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(m, q * torch.log(torch.ones(q.shape[2]).sum() + 1.0), k, v)
-
-
-def sub(a: Tensor, value: Any) -> Tensor:
-    return a - value
 
 
 REFUSED: dict[str, dict[str, Step]] = {
@@ -304,6 +298,7 @@ EXACT: dict[str, dict[str, Step]] = {
     "softmax by hand": attention(written(lambda s, sees: normalized(torch.exp(bias(s, sees) - bias(s, sees).amax(-1, True))))),
     "sigmoid attention": attention(written(lambda s, sees: torch.sigmoid(bias(s, sees)))),
     "linear attention": attention(written(lambda s, sees: s * sees)),
+    "talking heads before softmax": attention(written(lambda s, sees: torch.softmax(bias(talk(s), sees), -1))),
     "mask on probabilities too": attention(written(lambda s, sees: normalized(torch.softmax(bias(s, sees), -1) * sees))),
     "flattened heads": attention(flat_heads),
     "rotary": attention(lambda m, q, k, v: attend(m, rope(q), rope(k), v)),

@@ -39,17 +39,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "mistral": {"sliding_window": 5}, "exaone4": {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "roberta": {"is_decoder": True}, "xlnet": {"max_position_embeddings": None},
+    "roberta": {"is_decoder": True}, 
     "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 64, "scale_embedding": True},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "phi3": {"sliding_window": 6}, "gpt_bigcode": {"n_inner": 64}, "cpmant": {"max_position_embeddings": None},
-    "bert": {}, "bert-generation": {"is_decoder": True}, "megatron-bert": {"is_decoder": True}, "electra": {"is_decoder": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"]}, "bert-generation": {"is_decoder": True}, "megatron-bert": {"is_decoder": True}, "electra": {"is_decoder": True},
     "openai-gpt": {}, "moshi": {"num_codebooks": 2}, "flex_olmo": {"num_key_value_heads": 4}, "olmoe": {"num_key_value_heads": 4},
 }  # fmt: skip
 NAMES = """llama gpt2 gpt_neox gptj opt bloom falcon phi phi3 gemma gemma2 gemma3_text qwen2 qwen3 qwen3_moe mixtral olmo olmo2
 stablelm starcoder2 cohere cohere2 mpt gpt_bigcode gpt_neo gpt_oss granite granitemoe codegen xglm biogpt glm glm4 nemotron
 persimmon smollm3 mistral deepseek_v3 ernie4_5 exaone4 helium hunyuan_v1_dense arcee apertus phimoe olmoe qwen2_moe diffllama
-doge nanochat modernbert-decoder vaultgemma bert roberta bert-generation roformer ctrl lfm2 mamba rwkv recurrent_gemma xlnet
+doge nanochat modernbert-decoder vaultgemma bert roberta bert-generation roformer ctrl lfm2 mamba rwkv recurrent_gemma
 openai-gpt""".split()
 
 

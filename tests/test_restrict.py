@@ -16,7 +16,11 @@ from tests import grammar, sneaky
 from tests.equivalence import Result, Subject, check, random_splits
 
 
-@pytest.mark.parametrize(("name", "verdict", "changes"), sneaky.CASES, ids=[c[0] for c in sneaky.CASES])
+QUICK = 3  # one case in so many runs in the quick suite; all are marked "slow" together
+SPREAD = [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] if i % QUICK else []) for i, case in enumerate(sneaky.CASES)]
+
+
+@pytest.mark.parametrize(("name", "verdict", "changes"), SPREAD)
 def test_mixing_is_refused_or_exact(name: str, verdict: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = sneaky.Tiny(**changes)

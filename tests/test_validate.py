@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aropt.capture import capture_model
 from aropt.errors import MissingTool
 from aropt.interpreter import Eager, Values
 from aropt.loops import autoregressive
 from aropt.program import Program
+from aropt.trace import capture_model
 from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, simpler, validate
 from tests.mutants import CAPACITY, MUTANTS, check, optimized, reference, swap
 
@@ -123,7 +123,9 @@ def test_ragged_batches_equal_single_prompts(base: str) -> None:
     case = Case("ragged", "ragged", ((1, 2, 3, 4, 5, 6), (7,), (8, 9, 10)), 9, 5, params, streams=(4, 0, 2))
     batch = Trace(program, case, Eager(program))
     for i, prompt in enumerate(case.prompts):
-        alone = Trace(program, Case("one", "sampled", (prompt,), 9, 5, params, streams=case.streams[i : i + 1]), Eager(program))
+        alone = Trace(
+            program, Case("one", "sampled", (prompt,), 9, 5, params, streams=case.streams[i : i + 1]), Eager(program)
+        )
         assert alone.tokens[0] == batch.tokens[i]
         assert torch.stack(alone.logits[0]).allclose(torch.stack(batch.logits[i]), rtol=0, atol=1e-5)
 
@@ -204,7 +206,16 @@ def test_repro_lines_run(base: str) -> None:
 
 
 def test_shrink_keeps_what_fails_and_drops_the_rest() -> None:
-    case = Case("long", "ragged", ((1,) * 8, (2, 13, 2, 2), (3,) * 3), 24, 7, (("temperature", 1.0), ("top_k", 4)), (5, 6), (1, 2, 3))
+    case = Case(
+        "long",
+        "ragged",
+        ((1,) * 8, (2, 13, 2, 2), (3,) * 3),
+        24,
+        7,
+        (("temperature", 1.0), ("top_k", 4)),
+        (5, 6),
+        (1, 2, 3),
+    )
     tried: list[Case] = []
 
     def fails(smaller: Case) -> bool:
@@ -225,7 +236,7 @@ def test_shrink_keeps_what_fails_and_drops_the_rest() -> None:
 
 def test_simpler_cases_are_valid() -> None:
     case = Case("c", "ragged", ((1, 2, 3), (4,)), 4, 0, (("temperature", 1.0),), (1,), (8, 9), ((5, 6, 7), (8,)))
-    for one in simpler(case):
+    for _, one in simpler(case):
         assert one != case
         assert [len(p) for p in one.negative] == [len(p) for p in one.prompts]
         assert len(one.streams) in (0, len(one.prompts))

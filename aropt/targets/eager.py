@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,18 +10,19 @@ from torch import fx
 
 from aropt import ops
 from aropt.interpreter import Executor, Values
+from aropt.passbase import donated
 from aropt.program import Graph, Program
 
 aten = torch.ops.aten
 
 
-def in_place(graph: Graph) -> fx.Graph:
-    """The graph with each aliased output written into its input's buffer: no copy of the cache a step."""
+def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:
+    """The graph with the aliased outputs written into their inputs' buffers: no copy of the cache a step."""
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph.fx, nodes))  # type: ignore[arg-type]
     for output, result in zip(graph.outputs, graph.results(), strict=True):
-        if output in graph.aliases and graph.aliases[output] == output:
+        if output in aliases:
             nodes[result].target = aten.index_copy_.default
     return copy
 
@@ -31,13 +32,13 @@ class InPlace:
 
     def __init__(self, program: Program) -> None:
         ops.load_all()
-        self.program = program
+        self.program, self.aliases = program, donated(program)
         self.modules: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {}
 
     def module(self, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         graph = self.program.graphs[name]
         bound = graph.bind(self.program.weights)
-        bound.graph = in_place(graph)
+        bound.graph = in_place(graph, self.aliases[name])
         bound.recompile()
         return bound
 

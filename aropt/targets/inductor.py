@@ -32,7 +32,7 @@ class Inductor(InPlace):
             return super().module(name)
         graph = self.program.graphs[name]
         bound = graph.bind(self.program.weights)
-        bound.graph = inline_ops(in_place(graph))
+        bound.graph = inline_ops(in_place(graph, self.aliases[name]))
         bound.recompile()
         compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(bound, fullgraph=True, dynamic=None)
         return compiled

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aropt.errors import MissingTool
 from aropt.interpreter import Eager, Executor, Values
-from aropt.passbase import loops
+from aropt.passbase import donated, loops
 from aropt.program import Graph, Program, Spec, calls, resolve, sizes_of
 
 KEPT = 64  # bindings kept a graph
@@ -27,14 +27,14 @@ KEPT = 64  # bindings kept a graph
 class Session:
     """One graph's session and its bindings."""
 
-    def __init__(self, graph: Graph, path: Path, threads: int | None) -> None:
+    def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.graph, self.ort = graph, ort
+        self.graph, self.aliases = graph, aliases
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
         self.types = {name: numpy_type(spec) for name, spec in {**graph.outputs, **graph.inputs}.items()}
@@ -64,7 +64,7 @@ class Session:
             if name in self.taken:
                 binding.bind_input(name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
         for name, spec in self.graph.outputs.items():
-            alias = self.graph.aliases.get(name)
+            alias = self.aliases.get(name)
             shape = [resolve(d, sizes) for d in spec.dims]
             value = inputs[alias] if alias else torch.empty(shape, dtype=spec.dtype)
             binding.bind_output("out." + name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
@@ -89,14 +89,14 @@ class OnnxRuntime:
         self.eager = Eager(program)
         self.program, self.folder, self.threads = program, folder, threads
         self.sessions: dict[str, Session] = {}
-        self.hot = hot_graphs(program)
+        self.hot, self.aliases = hot_graphs(program), donated(program)
         self.kept: Any = None  # a temporary folder that lives as long as this
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph not in self.hot:
             return self.eager.call(graph, inputs)
         if graph not in self.sessions:
-            self.sessions[graph] = Session(self.program.graphs[graph], file(self.folder, graph), self.threads)
+            self.sessions[graph] = Session(self.program.graphs[graph], self.aliases[graph], file(self.folder, graph), self.threads)
         return self.sessions[graph].call(inputs)
 
 

@@ -7,6 +7,7 @@ batch are symbolic. Metadata checks, identity slices and repeated subexpressions
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from aropt.decompositions import TABLE
 from aropt.errors import Unsupported, UsageError
 from aropt.program import Graph, Spec
 from aropt.torch_compat import build, example_sizes, examples
@@ -71,6 +73,14 @@ def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, d
 
 def capture_exported(exported: ExportedProgram) -> tuple[Graph, dict[str, Tensor]]:
     """As capture_model, from a program that torch.export made: one input ids[B, T], one output logits."""
+    check_exported(exported)
+    with torch.no_grad(), quiet():
+        functional = exported.run_decompositions({})
+    return from_exported("model", functional, {"ids": Spec(torch.int64, ("B", "T"))}, ["logits"])
+
+
+def check_exported(exported: ExportedProgram) -> None:
+    """Raises Unsupported unless the program takes ids[B, T] alone, with both sizes dynamic."""
     given = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
     shape = getattr(given[0].meta.get("val"), "shape", ()) if len(given) == 1 else ()
     if len(shape) != 2:
@@ -81,9 +91,6 @@ def capture_exported(exported: ExportedProgram) -> tuple[Graph, dict[str, Tensor
         raise Unsupported(what=f"the exported program fixes the {' and the '.join(fixed)}", where=given[0].name,
                           why=f"ids have shape {list(shape)}",
                           hint="export with dynamic_shapes=({0: Dim('b'), 1: Dim('s')},)")  # fmt: skip
-    with torch.no_grad(), quiet():
-        functional = exported.run_decompositions({})
-    return from_exported("model", functional, {"ids": Spec(torch.int64, ("B", "T"))}, ["logits"])
 
 
 def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
@@ -101,6 +108,8 @@ def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, 
     if weights:
         raise UsageError(what=f"the rule '{name}' holds tensors", where=", ".join(weights), why="rules have no weights",
                          hint="pass the tensor as an input of the rule")  # fmt: skip
+    for node in graph.fx.nodes:
+        node.meta.pop("origin", None)  # only nodes of the model are compared with the captured forward
     return graph
 
 
@@ -112,21 +121,13 @@ def dynamic(dim: str, known: dict[str, Any]) -> Any:
 
 
 def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bool = True) -> ExportedProgram:
-    """torch.export, made functional (rules are so already), without decompositions other than baddbmm's (its fake form takes no symbolic sizes)."""
+    """torch.export, made functional (rules are so already), without decompositions other than those of `decompositions`."""
     try:
-        with torch.no_grad(), warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-            return exported if not functional else exported.run_decompositions({aten.baddbmm.default: baddbmm})
+            return exported if not functional else exported.run_decompositions(TABLE)
     except Exception as error:
         raise export_failure(error) from error
-
-
-def baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """torch.baddbmm as a product and a sum."""
-    product = torch.bmm(left, right)
-    product = product if alpha == 1 else product * alpha
-    return product + (bias if beta == 1 else bias * beta)
 
 
 @contextlib.contextmanager
@@ -234,11 +235,17 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
     base = kind.split(".")[0]
     if base in DROPPED:
         return
+    from aropt.verifier import op_problem
+
+    problem = op_problem(node.target, node.args, node.kwargs)
+    if problem:
+        raise Unsupported(what="the forward uses an op that a pure graph can't hold", where=f"{module_path(node)}, node {node.name} ({base})",
+                          why=problem, hint="replace torch.cond by torch.where; remove dropout, noise and in-place changes")  # fmt: skip
     if base in PASS_THROUGH or is_identity_slice(node):
         copied[node] = copied[node.args[0]]  # type: ignore[index]
         return
     new = graph.node_copy(node, lambda n: copied[n])
-    new.meta = {"where": module_path(node), "dtype": getattr(node.meta.get("val"), "dtype", None)}
+    new.meta = {"where": module_path(node), "origin": new.name}
     copied[node] = new
 
 
@@ -280,12 +287,15 @@ def freeze(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))
 
 
-class quiet:
-    """Silences torch's export loggers: their warnings speak of internals."""
-
-    def __enter__(self) -> None:
-        self.level = logging.getLogger("torch").level
-        logging.getLogger("torch").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("torch").setLevel(self.level)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences torch's exporters: their warnings and dumps speak of internals."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,312 @@
+"""The command line: the main job, and every kind of bad input with its exit status and one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+MODEL = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Model(nn.Module):
+    capacity = 20
+
+    def __init__(self, kind="causal"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed, self.qkv, self.out = nn.Embedding(11, 8), nn.Linear(8, 24), nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.kind == "branch" and x.sum() > 0:
+            x = x * 2
+        if self.kind == "cumsum":
+            x = x.cumsum(1)
+        q, k, v = (y[:, None] for y in self.qkv(x).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=self.kind != "bidirectional")[:, 0]
+        return self.out(x)
+
+def good(): return Model()
+def branch(): return Model("branch")
+def bidirectional(): return Model("bidirectional")
+def cumsum(): return Model("cumsum")
+def broken():
+    model = Model()
+    model.qkv.weight.data[0, 0] = float("nan")
+    return model
+def number(): return 3
+'''
+QUICK = ["--runs", "0", "--target", "eager"]
+
+
+def aropt(*args: object, timeout: int = 300, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "aropt.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One message with these words, this exit status, no traceback."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, f"{word!r} not in:\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "model.py").write_text(MODEL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face directory with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("hf") / "llama"
+    config = LlamaConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Path:
+    out = folder / "artifact"
+    done = aropt("optimize", f"{folder}/model.py:good", "-o", out, *QUICK)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_digits_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = aropt("optimize", "digits-ar", "-o", out, "--json", "--runs", "1", "--against", "cached")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verify"]["status"] == "pass" and report["target"] == "onnxruntime" and report["speedup"]["cached"] > 0
+    assert {p["name"]: p["status"] for p in report["passes"]}["kv-cache"] == "applied"
+    assert (out / "report.html").stat().st_size < 2**20
+    assert {f.name for f in out.iterdir()} >= {"manifest.json", "program.txt", "program.json", "weights.safetensors", "models", "report.json"}
+    run = aropt("run", out, "-n", "10", "--image", tmp_path / "ten.png", "--json")
+    assert run.returncode == 0, run.stderr
+    from PIL import Image
+
+    picture = Image.open(tmp_path / "ten.png")
+    assert picture.size == (1600, 160) and len(picture.getcolors()) > 8
+    again = aropt("run", out, "-n", "10", "--image", tmp_path / "ten2.png", "--json", "--target", "eager")
+    assert json.loads(again.stdout)["tokens"] == json.loads(run.stdout)["tokens"], "the same noise on another target"
+
+
+@pytest.mark.slow
+def test_huggingface_directory_gives_transformers_tokens(llama: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    done = aropt("optimize", llama, "-o", tmp_path / "out", "--runs", "1", "--against", "hf", "--tokens", "20")
+    assert done.returncode == 0, done.stderr
+    run = aropt("run", tmp_path / "out", "--prompt", "5 6 7", "-n", "200", "--json", "--stop", "-1")
+    tokens = json.loads(run.stdout)["tokens"][0]
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200, eos_token_id=None)
+    assert tokens == theirs[0, 3:].tolist() and len(tokens) == 200
+
+
+def test_pt2_and_inspect(folder: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(folder))
+    try:
+        import model
+
+        shapes = ({0: torch.export.Dim("b"), 1: torch.export.Dim("s", max=20)},)
+        exported = torch.export.export(model.Model(), (torch.zeros(2, 5, dtype=torch.int64),), dynamic_shapes=shapes)
+        fixed = torch.export.export(model.Model(), (torch.zeros(2, 5, dtype=torch.int64),))
+    finally:
+        sys.path.remove(str(folder))
+    torch.export.save(exported, tmp_path / "m.pt2")
+    torch.export.save(fixed, tmp_path / "fixed.pt2")
+    (tmp_path / "bad.pt2").write_bytes(b"not a zip")
+    done = aropt("optimize", tmp_path / "m.pt2", "-o", tmp_path / "out", "--capacity", "20", *QUICK)
+    assert done.returncode == 0, done.stderr
+    text = aropt("inspect", tmp_path / "out").stdout
+    assert "step_greedy" in text and str(tmp_path) not in text
+    refused(aropt("inspect", tmp_path / "out", "--graph", "nope"), 2, "no graph 'nope'", "step_greedy")
+    refused(aropt("optimize", tmp_path / "fixed.pt2", "-o", tmp_path / "o2", *QUICK), 4, "fixes the")
+    refused(aropt("optimize", tmp_path / "bad.pt2", "-o", tmp_path / "o2", *QUICK), 2, "can't be loaded")
+
+
+@pytest.mark.parametrize(("name", "code", "words"), [
+    ("branch", 4, ("branches on the values", "model.py:17", "if self.kind")),
+    ("bidirectional", 4, ("bidirectional", "--loop unmask", "scaled_dot_product_attention")),
+    ("cumsum", 4, ("cumsum", "accumulates along the sequence", "where:")),
+    ("broken", 4, ("not finite", "qkv.weight")),
+    ("number", 2, ("does not return an nn.Module", "int")),
+    ("missing", 2, ("no function 'missing'",)),
+])  # fmt: skip
+def test_models_that_are_refused(folder: Path, tmp_path: Path, name: str, code: int, words: tuple[str, ...]) -> None:
+    refused(aropt("optimize", f"{folder}/model.py:{name}", "-o", tmp_path / "out", *QUICK), code, *words)
+    assert not any(tmp_path.iterdir()), "nothing is left behind"
+
+
+def damaged(llama: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in llama.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_damaged_directories(llama: Path, tmp_path: Path) -> None:
+    cut = damaged(llama, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:-1000])
+    refused(aropt("optimize", cut, "-o", tmp_path / "out", *QUICK), 2, "damaged", "model.safetensors")
+    garbage = damaged(llama, tmp_path / "garbage")
+    (garbage / "model.safetensors").write_bytes(b"\xff" * 4096)
+    refused(aropt("optimize", garbage, "-o", tmp_path / "out", *QUICK), 2, "damaged")
+    vocabulary = damaged(llama, tmp_path / "vocabulary")
+    config = json.loads((llama / "config.json").read_text())
+    (vocabulary / "config.json").write_text(json.dumps({**config, "vocab_size": 41}))
+    refused(aropt("optimize", vocabulary, "-o", tmp_path / "out", *QUICK), 2, "shapes that config.json says", "vocab_size")
+    missing = damaged(llama, tmp_path / "missing")
+    weights = load_file(llama / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, missing / "model.safetensors", {"format": "pt"})
+    refused(aropt("optimize", missing, "-o", tmp_path / "out", *QUICK), 2, "lacks weights", "model.norm.weight")
+    nan = damaged(llama, tmp_path / "nan")
+    weights = load_file(llama / "model.safetensors")
+    weights["model.norm.weight"][0] = float("inf")
+    save_file(weights, nan / "model.safetensors", {"format": "pt"})
+    refused(aropt("optimize", nan, "-o", tmp_path / "out", *QUICK), 4, "not finite", "model.norm.weight")
+    empty = damaged(llama, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    refused(aropt("optimize", empty, "-o", tmp_path / "out", *QUICK), 2, "no weights in safetensors", "save_pretrained")
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors(folder: Path, artifact: Path, tmp_path: Path) -> None:
+    good = f"{folder}/model.py:good"
+    refused(aropt("optimize", "nonesuch", "-o", tmp_path / "out"), 2, "no model 'nonesuch'", "digits-ar")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--pass", "kv-cash"), 2, "unknown pass 'kv-cash'")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--pass", "prune:x=1"), 2, "no option 'x'")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--target", "tpu"), 2, "unknown target")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--rule", "top-q", *QUICK), 2, "unknown rule")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--capacity", "99", *QUICK), 2, "more than the model takes")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--wrong"), 2, "No such option")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--loop", "unmask"), 2, "unknown loop")
+    refused(aropt("optimize", good, "-o", artifact, *QUICK), 2, "exists", "--force")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(aropt("optimize", good, "-o", tmp_path / "mine", "--force", *QUICK), 2, "not an aropt artifact")
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+    refused(aropt("run", artifact, "--prompt", "1 2", "-n", "40"), 2, "don't fit", "20 tokens")
+    refused(aropt("run", artifact, "--prompt", "1 99"), 2, "token 99 is not in the vocabulary")
+    refused(aropt("run", artifact, "--prompt", "hello"), 2, "no tokenizer")
+    refused(aropt("run", artifact, "--param", "min_p=0.1"), 2, "unknown sampling parameter 'min_p'")
+    refused(aropt("run", artifact, "--seed", "-1"), 2, "out of range")
+    refused(aropt("run", tmp_path), 2, "not an aropt artifact")
+    refused(aropt("bench", artifact, "--against", "warp"), 2, "unknown variant")
+
+
+def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
+    good = f"{folder}/model.py:good"
+    refused(aropt("optimize", good, "-o", "/proc/aropt-out", *QUICK), 2, "can't write")
+    script = ("import errno, aropt.artifact as a, aropt.cli as c, sys\n"
+              "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+              "a.save_file = full\n"
+              f"sys.argv = ['aropt', 'optimize', {good!r}, '-o', {str(tmp_path / 'out')!r}, '--runs', '0', '--target', 'eager']\n"
+              "c.main()\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    refused(done, 2, "can't write", "No space left")
+    assert not any(tmp_path.iterdir())
+
+
+def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "aropt.cli", "optimize", f"{folder}/model.py:good", "-o", str(tmp_path / "out"), *QUICK],
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "CI": "1"})  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "kv-cache" in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert not any(tmp_path.iterdir())
+
+
+def test_failed_verification_is_put_aside(folder: Path, tmp_path: Path) -> None:
+    """A target that computes something else: exit status 3, OUT.failed with the report, no OUT."""
+    out = tmp_path / "out"
+    script = ("import torch, aropt.targets.eager as e, aropt.cli as c, sys\n"
+              "right = e.InPlace.call\n"
+              "def wrong(self, graph, inputs):\n"
+              "    found = right(self, graph, inputs)\n"
+              "    return {k: v * 1.001 if k == 'row' else v for k, v in found.items()}\n"
+              "e.InPlace.call = wrong\n"
+              f"sys.argv = ['aropt', 'optimize', {str(folder) + '/model.py:good'!r}, '-o', {str(out)!r}, '--runs', '0', '--target', 'eager']\n"
+              "c.main()\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    refused(done, 3, "does not match", "out.failed/report.html")
+    assert not out.exists() and json.loads((tmp_path / "out.failed" / "report.json").read_text())["verify"]["status"] == "fail"
+
+
+def test_a_changed_file_is_noticed(artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(artifact), str(copy)], check=True)
+    data = bytearray((copy / "weights.safetensors").read_bytes())
+    data[-5] ^= 1
+    (copy / "weights.safetensors").write_bytes(data)
+    refused(aropt("run", copy, "--prompt", "1 2"), 3, "changed", "weights.safetensors")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    refused(aropt("run", copy, "--prompt", "1 2"), 6, "newer aropt")
+
+
+def test_run_is_reproducible_and_streams_to_stdout(artifact: Path) -> None:
+    one, two = (aropt("run", artifact, "--prompt", "1 2", "-n", "8", "--temperature", "1", "--seed", "5") for _ in range(2))
+    assert one.returncode == 0 and one.stdout == two.stdout and len(one.stdout.split()) == 8
+
+
+def test_plan_export_and_lists(folder: Path, artifact: Path, tmp_path: Path) -> None:
+    plan = aropt("optimize", f"{folder}/model.py:good", "-o", tmp_path / "out", "--dry-run", "--json")
+    assert [p["status"] for p in json.loads(plan.stdout)["passes"]][1:] == ["applies"] * 3 and not (tmp_path / "out").exists()
+    done = aropt("export", artifact, "--to", "onnx", "-o", tmp_path / "onnx", "--json")
+    assert done.returncode == 0, done.stderr
+    import onnxruntime
+
+    assert len(onnxruntime.InferenceSession(tmp_path / "onnx" / "step_greedy.onnx").get_inputs()) > 5
+    assert "control" in json.loads((tmp_path / "onnx" / "loop.json").read_text())
+    refused(aropt("export", artifact, "--to", "tvm"), 2, "can't export to 'tvm'")
+    assert {m["name"] for m in json.loads(aropt("models", "--json").stdout)} == {"digits-ar", "text-ar"}
+    assert {p["name"] for p in json.loads(aropt("passes", "--json").stdout)} >= {"kv-cache", "fuse-sampler", "prune"}
+    assert json.loads(aropt("doctor", "--json").stdout)["target eager"] == "ready"
+
+
+def test_python_interface(tmp_path: Path) -> None:
+    """capture, optimize, save, load with an nn.Module: the README's lines."""
+    import aropt as package
+
+    namespace: dict[str, object] = {}
+    exec(MODEL, namespace)
+    model = namespace["good"]()  # type: ignore[operator]
+    assert isinstance(model, nn.Module)
+    program = package.capture(model, capacity=18)
+    fast = package.optimize(program, target="onnxruntime")
+    assert fast.report["verify"]["status"] == "pass"
+    tokens = fast.generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7)
+    assert tokens == program.generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7)
+    fast.save(str(tmp_path / "out"))
+    assert package.load(tmp_path / "out").generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7) == tokens

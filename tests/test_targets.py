@@ -1,0 +1,81 @@
+"""The reference models on every target: greedy and sampled tokens are those of the plain program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import aropt
+from aropt.interpreter import Eager
+from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.program import Program
+from aropt.targets import lower
+from aropt.validate import cases, validate, with_probe
+
+
+@dataclass
+class Pair:
+    plain: Program
+    fast: Program
+
+
+@pytest.fixture(scope="module", params=["digits-ar", "text-ar"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    plain = aropt.capture(request.param, capacity=64)
+    fast, results = run_passes(plain, pipeline(), "eager", Instruments(check=False))
+    assert all(r.status == "applied" or r.name == "canonicalize" for r in results), results
+    return Pair(plain, fast)
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_target_is_the_reference(pair: Pair, target: str) -> None:
+    probed = with_probe(pair.fast)
+    verdict = validate(pair.plain, probed, lower(probed, target))
+    assert verdict.passed, [o for o in verdict.outcomes if o.problem]
+    assert verdict.metrics()["tokens"] > 200
+
+
+@pytest.mark.slow
+def test_inductor_is_the_reference(pair: Pair) -> None:
+    """Compiling takes long, so the smaller model's greedy and sampled steps only."""
+    if pair.plain.name != "digits-ar":
+        pytest.skip("one compiled model is enough")
+    probed = with_probe(pair.fast)
+    chosen = [c for c in cases(pair.plain, quick=True) if c.name in ("one token", "sampled")]
+    verdict = validate(pair.plain, probed, lower(probed, "inductor"), chosen)
+    assert verdict.passed, [o for o in verdict.outcomes if o.problem]
+
+
+def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
+    """The target may overwrite its inputs; the reference interpreter must not."""
+    graph = pair.fast.graphs["step_greedy"]
+    assert {n for n, s in pair.fast.state.items() if s.kind == "append-kv"} == set(graph.aliases)
+    sizes = {"B": 1, "S": 8, "R": 1, "K": 1}
+    inputs = {n: torch.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in s.dims], dtype=s.dtype) for n, s in graph.inputs.items()}
+    kept = {n: v.clone() for n, v in inputs.items()}
+    Eager(pair.fast).call("step_greedy", inputs)
+    assert all(torch.equal(kept[n], inputs[n]) for n in inputs)
+    out = lower(pair.fast, "eager").call("step_greedy", inputs)
+    assert out["k_0"].data_ptr() == inputs["k_0"].data_ptr()
+
+
+def test_onnxruntime_copies_no_cache(pair: Pair) -> None:
+    """The session writes each cache into its own buffer."""
+    executor = lower(pair.fast, "onnxruntime")
+    pointers: list[set[int]] = []
+    caches = [n for n, s in pair.fast.state.items() if s.kind == "append-kv"]
+    prompt = pair.plain.meta["prompts"][0]
+    pair.fast.generate([prompt], 6, executor=executor, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches}))
+    assert all(p == pointers[0] for p in pointers) and len(pointers[0]) == len(caches)
+
+
+def test_batches_agree_with_single_runs(pair: Pair) -> None:
+    """Padding and batching change nothing, greedy or sampled."""
+    executor = lower(pair.fast, "onnxruntime")
+    prompts = [list(map(int, p)) for p in pair.plain.meta["prompts"][:3]]
+    prompts[1] = [*prompts[1], 3, 5]
+    for params in ({}, {"temperature": 0.9, "top_k": 5}):
+        together = pair.fast.generate(prompts, 8, seed=4, executor=executor, **params)
+        assert together == pair.plain.generate(prompts, 8, seed=4, **params)
