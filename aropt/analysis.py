@@ -15,11 +15,42 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import (
-    COLUMN, RESHAPES, ROW, Axes, B, NotRowwise, align, bind, broadcast, check, draws, find, from_sizes, has, op_name, pointwise,
-    positive, reduced_axes, rule_for, tensor_inputs, without,
+    COLUMN,
+    RESHAPES,
+    ROW,
+    Axes,
+    B,
+    NotRowwise,
+    align,
+    bind,
+    broadcast,
+    check,
+    draws,
+    find,
+    from_sizes,
+    has,
+    op_name,
+    pointwise,
+    positive,
+    reduced_axes,
+    rule_for,
+    tensor_inputs,
+    without,
 )  # fmt: skip
 from aropt.bounds import (
-    CONTENT, FRESH, Bias, Hide, NotCausal, Operand, Range, Scores, bias_of, column_reduction, require_causal, transfer,
+    CONTENT,
+    FRESH,
+    UNDERFLOW,
+    Bias,
+    Hide,
+    NotCausal,
+    Operand,
+    Range,
+    Scores,
+    bias_of,
+    column_reduction,
+    require_causal,
+    transfer,
     use_of,
 )  # fmt: skip
 from aropt.errors import Unsupported
@@ -55,6 +86,7 @@ class Analysis:
         self.positions = Positions(weights, names, capacity)
         self.content = content_nodes(graph, names)
         self.biases: dict[Any, Bias] = {}
+        self.causal = Hide(torch.ones(capacity, capacity, dtype=torch.bool).triu(1), False)
         self.info: dict[fx.Node, Info] = {}
         for node in graph.nodes:
             if node not in self.content:
@@ -73,8 +105,8 @@ class Analysis:
 
     def require_rows(self, output: fx.Node) -> None:
         """The logits must be [B, T, vocabulary]."""
-        (logits,) = output.args[0]  # type: ignore[misc]
-        axes = self.info[logits].axes if logits in self.info else ()  # type: ignore[index]
+        logits = output.all_input_nodes[0]
+        axes: Axes = self.info[logits].axes if logits in self.info else ()
         if len(axes) != 3 or axes[:2] != (B, ROW) or has(axes[2], "brc?"):
             raise NotRowwise("returns something other than one row of logits for each token")
 
@@ -92,8 +124,9 @@ class Analysis:
             return Info((B, ROW))
         name = op_name(node)
         if name == "getitem":
-            source = self.info[node.args[0]]  # type: ignore[index]
-            return Info(source.axes[node.args[1]], source.scores, source.range)
+            of, which = bind(node).values()
+            source = self.info[of]
+            return Info(source.axes[which], source.scores, source.range)
         self.check_numbers(node, name)
         info = self.sdpa(node) if name == SDPA else self.product(node) if name in PRODUCTS else None
         if info is None:
@@ -114,13 +147,17 @@ class Analysis:
 
     def check_numbers(self, node: fx.Node, name: str) -> None:
         """A number that depends on the length may only be a size of a shape (`axes.check` decides if it is right)."""
-        columns = name == "aten::slice" and has(self.info[node.args[0]].axes[node.args[1]], "c")  # type: ignore[index]
-        if name not in SIZED and not columns:
+        if name not in SIZED and not (name == "aten::slice" and self.drops_columns(node)):
             for source in node.all_input_nodes:
                 if source not in self.content and is_number(source):
                     self.positions.number(source)
                 elif source in self.content and not isinstance(source.meta["val"], (Tensor, list, tuple)):
                     raise NotRowwise("takes a number from the tokens")
+
+    def drops_columns(self, node: fx.Node) -> bool:
+        """Whether a slice is along the columns (`axes.slice_` then decides if it is right)."""
+        x = bind(node)
+        return has(self.info[x["self"]].axes[x["dim"]], "c")
 
     def beside(self, node: fx.Node, name: str, elementwise: bool) -> Axes | None:
         """The axes with which position operands line up; None for an op that is not elementwise."""
@@ -160,8 +197,11 @@ class Analysis:
         table = self.positions.value(source, self.positions.capacity)
         if row is None or column is None:
             return (float(table.min()), float(table.max())) if table.numel() else (0.0, 0.0)
-        scored = [t for t in tensor_inputs(node) if t in self.content and self.info[t].scores is not None]
-        use = "no" if op_name(node) == SDPA and table.dtype == torch.bool else "add" if op_name(node) == SDPA else use_of(node, source, scored)
+        if op_name(node) == SDPA:
+            use = "no" if table.dtype == torch.bool else "add"
+        else:
+            scored = [t for t in tensor_inputs(node) if t in self.info and self.info[t].scores is not None]
+            use = use_of(node, source, scored)
         key = (source, row, column, use)
         if key not in self.biases:
             self.biases[key] = bias_of(table, row, column, use)
@@ -178,7 +218,7 @@ class Analysis:
         several = isinstance(info.axes, list)
         if any(not any(has(a, "c") for a in axes) for axes in (info.axes if several else [info.axes])):
             raise NotRowwise("reduces along the sequence")
-        info.scores = transfer(node, {s: self.operand(node, s, info) for s in sources if isinstance(s.meta["val"], Tensor)})
+        info.scores = transfer(node, {s: self.operand(node, s, info) for s in sources})
 
     def over_columns(self, node: fx.Node, bound: Mapping[str, Any], info: Info) -> bool:
         """A softmax or reduction over columns. False: over other axes."""
@@ -234,10 +274,7 @@ class Analysis:
             raise NotRowwise("attends over something other than the sequence")
         info = Info((*axes[0][:-1], axes[2][-1]), role="sdpa")
         if x["is_causal"]:
-            n = self.positions.capacity
-            hidden = self.causal = getattr(self, "causal", None)
-            hidden = self.causal = torch.ones(n, n, dtype=torch.bool).triu(1) if hidden is None else hidden
-            info.hides[query] = Hide(hidden, False)
+            info.hides[query] = self.causal
         elif mask is None:
             raise NotCausal("has no mask: each position sees later ones")
         elif mask in self.content:
@@ -257,10 +294,9 @@ class Analysis:
         if bias.hide.value is False:
             scores = Scores(entries, (-torch.inf, -torch.inf), CONTENT, CONTENT)
         else:
-            low, high = CONTENT
-            ranges = [(r[0] + low, r[1] + high) for r in (bias.over(entries, True), bias.over(entries, False), bias.own())]
-            scores = Scores(entries, *ranges)
-        require_causal(scores, 104.0, "its softmax")
+            regions = bias.over(entries, True), bias.over(entries, False), bias.own()
+            scores = Scores(entries, *((low + CONTENT[0], high + CONTENT[1]) for low, high in regions))
+        require_causal(scores, UNDERFLOW, "its softmax")
 
 
 def unsupported(error: Exception, what: str) -> Unsupported:

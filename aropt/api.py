@@ -27,8 +27,14 @@ from aropt.validate import Verdict, cases, validate, with_probe
 Say = Callable[[str], None]
 
 
-def capture(model: str | nn.Module | Source, *, capacity: int | None = None, rules: Sequence[str] = DEFAULT,
-            trust_remote_code: bool = False, **meta: Any) -> Program:  # fmt: skip
+def capture(
+    model: str | nn.Module | Source,
+    *,
+    capacity: int | None = None,
+    rules: Sequence[str] = DEFAULT,
+    trust_remote_code: bool = False,
+    **meta: Any,
+) -> Program:
     """The plain generation program of a model: the whole forward for each token, then the rule.
 
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
@@ -45,56 +51,109 @@ def capture(model: str | nn.Module | Source, *, capacity: int | None = None, rul
     return autoregressive(graph, weights, source.meta, tuple(rules))
 
 
-def optimize(program: Program, target: str = DEFAULT_TARGET, passes: Sequence[Pass] | None = None, *, check: bool = True,
-             folder: Path | None = None, threads: int | None = None, instruments: Instruments = Instruments(), seed: int = 0,
-             strict: bool = True) -> Program:  # fmt: skip
+def optimize(
+    program: Program,
+    target: str = DEFAULT_TARGET,
+    passes: Sequence[Pass] | None = None,
+    *,
+    check: bool = True,
+    folder: Path | None = None,
+    threads: int | None = None,
+    instruments: Instruments | None = None,
+    seed: int = 0,
+    strict: bool = True,
+) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
-    is validated, and the report says so. Raises VerificationFailed if the lowered program differs (unless not `strict`).
+    is validated, and the report says so. Raises VerificationFailed if the lowered program differs and `strict` is set.
     """
+    instruments = instruments or Instruments()
     chosen = pipeline() if passes is None else list(passes)
     optimized, results = run_passes(program, chosen, target, instruments)
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
     if check:
-        verdict = validate(program, probed, executor, cases(program, seed), lambda name: instruments.say(f"check: {name}"))
-        executor = executor.without("row") if hasattr(executor, "without") else lower(optimized, target, folder, threads=threads)
+        verdict = validate(
+            program, probed, executor, cases(program, seed), lambda name: instruments.say(f"check: {name}")
+        )
+        executor = (
+            executor.without("row")
+            if hasattr(executor, "without")
+            else lower(optimized, target, folder, threads=threads)
+        )
     meta = {**optimized.meta, "target": target}
-    finished = optimized.replace(executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads))
+    finished = optimized.replace(
+        executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
+    )
     if check and not verdict.passed and strict:
-        raise VerificationFailed(what=f"the program lowered to {target} does not match its reference", why=describe(verdict),
-                                 hint="leave a pass out with --no-pass, or try --target eager; report it with the repro line")  # fmt: skip
+        raise VerificationFailed(
+            what=f"the program lowered to {target} does not match its reference",
+            why=describe(verdict),
+            hint="leave a pass out with --no-pass, or try --target eager; report it with the repro line",
+        )
     return finished
 
 
-def describe_run(program: Program, optimized: Program, target: str, results: list[Result], verdict: Verdict,
-                 threads: int | None) -> dict[str, Any]:  # fmt: skip
+def describe_run(
+    program: Program, optimized: Program, target: str, results: list[Result], verdict: Verdict, threads: int | None
+) -> dict[str, Any]:
     """The report without benchmarks, samples and artifacts (see aropt.report for the schema)."""
     meta = program.meta
     passes = []
     for r in results:
         entry = asdict(r)
         del entry["diff"]
-        passes.append({**entry, "nodes": change(r.nodes), "bytes": change(r.bytes), "matches": list(r.matches),
-                       "rejected": [list(x) for x in r.rejected]})  # fmt: skip
-    outcomes = [{
-        "name": o.case.name, "kind": o.case.kind, "prompt": max(len(p) for p in o.case.prompts), "tokens": o.tokens, "error": o.error,
-        "floor": o.floor, "ratio": o.ratio, "ties": o.ties, "status": "pass" if o.passed else "fail",
-    } for o in verdict.outcomes]  # fmt: skip
+        passes.append(
+            {
+                **entry,
+                "nodes": change(r.nodes),
+                "bytes": change(r.bytes),
+                "matches": list(r.matches),
+                "rejected": [list(x) for x in r.rejected],
+            }
+        )
+    outcomes = [
+        {
+            "name": o.case.name,
+            "kind": o.case.kind,
+            "prompt": max(len(p) for p in o.case.prompts),
+            "tokens": o.tokens,
+            "error": o.error,
+            "floor": o.floor,
+            "ratio": o.ratio,
+            "ties": o.ties,
+            "status": "pass" if o.passed else "fail",
+        }
+        for o in verdict.outcomes
+    ]
     notes = [] if verdict.outcomes else ["Nothing was validated: --no-check."]
-    checked = {"status": "pass" if verdict.passed and verdict.outcomes else "fail", "metrics": verdict.metrics(), "cases": outcomes,
-               "diverges": divergence(verdict)}  # fmt: skip
+    checked = {
+        "status": "pass" if verdict.passed and verdict.outcomes else "fail",
+        "metrics": verdict.metrics(),
+        "cases": outcomes,
+        "diverges": divergence(verdict),
+    }
     return {
-        "schema_version": 1, "tool": {"name": "aropt", "version": __version__}, "env": environment(threads), "target": target,
+        "schema_version": 1,
+        "tool": {"name": "aropt", "version": __version__},
+        "env": environment(threads),
+        "target": target,
         "model": {
-            "name": meta["name"], "source": str(meta.get("source", "")), "modality": meta.get("modality", "tokens"),
-            "parameters": sum(w.numel() for w in program.weights.values()), "bytes": sum(w.nbytes for w in program.weights.values()),
-            "vocab": meta["vocab"], "capacity": meta["capacity"], "heldout": meta.get("heldout") or None,
+            "name": meta["name"],
+            "source": str(meta.get("source", "")),
+            "modality": meta.get("modality", "tokens"),
+            "parameters": sum(w.numel() for w in program.weights.values()),
+            "bytes": sum(w.nbytes for w in program.weights.values()),
+            "vocab": meta["vocab"],
+            "capacity": meta["capacity"],
+            "heldout": meta.get("heldout") or None,
         },
-        "passes": passes, "verify": checked, "notes": notes,
-    }  # fmt: skip
+        "passes": passes,
+        "verify": checked,
+        "notes": notes,
+    }
 
 
 def divergence(verdict: Verdict) -> dict[str, Any] | None:
@@ -118,10 +177,15 @@ def environment(threads: int | None) -> dict[str, Any]:
             return None
 
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "onnxruntime": found("onnxruntime"),
-        "transformers": found("transformers"), "platform": f"{platform.system()} {platform.machine()}", "cpu": cpu_name(),
-        "threads": threads or torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": found("onnxruntime"),
+        "transformers": found("transformers"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "threads": threads or torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def cpu_name() -> str:

@@ -46,7 +46,11 @@ def staged_export(out: Path, force: bool) -> Iterator[Path]:
     """As `staged`, with a manifest of what was written."""
     with staged(out, force) as folder:
         yield folder
-        manifest = {"schema_version": SCHEMA, "tool": {"name": "aropt", "version": __version__}, "files": listing(folder)}
+        manifest = {
+            "schema_version": SCHEMA,
+            "tool": {"name": "aropt", "version": __version__},
+            "files": listing(folder),
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
@@ -55,11 +59,16 @@ def check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise UsageError(what=f"'{out}' exists", hint="choose another folder, or overwrite it with --force")
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(what=f"'{out}' is not an aropt artifact", why="--force only replaces folders that aropt wrote",
-                         hint="choose another folder")  # fmt: skip
+        raise UsageError(
+            what=f"'{out}' is not an aropt artifact",
+            why="--force only replaces folders that aropt wrote",
+            hint="choose another folder",
+        )
     parent = next(p for p in out.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK):
-        raise UsageError(what=f"can't write to '{parent}'", why="permission denied or read-only", hint="choose another folder")
+        raise UsageError(
+            what=f"can't write to '{parent}'", why="permission denied or read-only", hint="choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -69,8 +78,12 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UsageError(what=f"can't write '{out}'", why=str(error.strerror), where=str(error.filename or out),
-                             hint="free some space or choose another folder; nothing was left behind") from error  # fmt: skip
+            raise UsageError(
+                what=f"can't write '{out}'",
+                why=str(error.strerror),
+                where=str(error.filename or out),
+                hint="free some space or choose another folder; nothing was left behind",
+            ) from error
         raise
 
 
@@ -89,7 +102,9 @@ def save(program: Program, path: str | Path, force: bool = False) -> None:
         write(program, folder)
 
 
-def write(program: Program, folder: Path, report: dict[str, Any] | None = None, extra: list[Path] | None = None) -> None:
+def write(
+    program: Program, folder: Path, report: dict[str, Any] | None = None, extra: list[Path] | None = None
+) -> None:
     """All files of an artifact into `folder`; those under models/ may be there already."""
     from aropt.printer import text
     from aropt.serialize import to_json
@@ -111,9 +126,13 @@ def write(program: Program, folder: Path, report: dict[str, Any] | None = None, 
         (folder / "report.html").write_text(html(whole))
     (folder / "README.md").write_text(readme(program))
     manifest = {
-        "schema_version": SCHEMA, "tool": {"name": "aropt", "version": __version__}, "target": program.meta.get("target", "eager"),
-        "source": program.meta.get("source", ""), "torch": torch.__version__.split("+")[0], "files": listing(folder),
-    }  # fmt: skip
+        "schema_version": SCHEMA,
+        "tool": {"name": "aropt", "version": __version__},
+        "target": program.meta.get("target", "eager"),
+        "source": program.meta.get("source", ""),
+        "torch": torch.__version__.split("+")[0],
+        "files": listing(folder),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
@@ -124,7 +143,11 @@ def unique(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, value in weights.items():
         shared = value.untyped_storage().data_ptr() in seen
         seen.add(value.untyped_storage().data_ptr())
-        result[name] = value.clone() if shared or value.numel() * value.element_size() != value.untyped_storage().nbytes() else value
+        result[name] = (
+            value.clone()
+            if shared or value.numel() * value.element_size() != value.untyped_storage().nbytes()
+            else value
+        )
     return result
 
 
@@ -164,16 +187,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UsageError where the folder is not an artifact, WrongMachine for a newer format."""
     file = folder / "manifest.json"
     if not file.is_file():
-        raise UsageError(what=f"'{folder}' is not an aropt artifact", why="manifest.json is missing",
-                         hint="make one: aropt optimize MODEL -o OUT")  # fmt: skip
+        raise UsageError(
+            what=f"'{folder}' is not an aropt artifact",
+            why="manifest.json is missing",
+            hint="make one: aropt optimize MODEL -o OUT",
+        )
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         version = int(manifest["schema_version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(what="the manifest can't be read", where=str(file), why=str(error), hint="make the artifact again") from error
+        raise UsageError(
+            what="the manifest can't be read", where=str(file), why=str(error), hint="make the artifact again"
+        ) from error
     if version > SCHEMA:
-        raise WrongMachine(what="the artifact is of a newer aropt", where=str(file), why=f"format {version}, this aropt reads {SCHEMA}",
-                           hint="upgrade aropt, or make the artifact again")  # fmt: skip
+        raise WrongMachine(
+            what="the artifact is of a newer aropt",
+            where=str(file),
+            why=f"format {version}, this aropt reads {SCHEMA}",
+            hint="upgrade aropt, or make the artifact again",
+        )
     return manifest
 
 
@@ -182,10 +214,16 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["files"]:
         file = folder / entry["path"]
         if not file.is_file():
-            raise VerificationFailed(what="a file of the artifact is missing", where=str(file), hint="make the artifact again")
+            raise VerificationFailed(
+                what="a file of the artifact is missing", where=str(file), hint="make the artifact again"
+            )
         if sha256(file) != entry["sha256"]:
-            raise VerificationFailed(what="a file of the artifact was changed", where=str(file), why="its hash is not the manifest's",
-                                     hint="make the artifact again")  # fmt: skip
+            raise VerificationFailed(
+                what="a file of the artifact was changed",
+                where=str(file),
+                why="its hash is not the manifest's",
+                hint="make the artifact again",
+            )
 
 
 def source_of(folder: Path) -> Any:

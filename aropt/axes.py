@@ -231,7 +231,7 @@ def fixed(axes: Axes, message: str) -> None:
         raise NotRowwise(message)
 
 
-# --- rules: (arguments by name, tensors given by their axes; dims of the result) -> axes of the result -----------------
+# --- rules: (arguments by name, tensors given by their axes; dims of the result) -> axes of the result -----------
 
 Args = Mapping[str, Any]
 
@@ -472,22 +472,24 @@ RESHAPES = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten"
 RULES: dict[str, Rule] = {
     "aten::unsqueeze": unsqueeze, "aten::squeeze": squeeze, "aten::permute": permute, "aten::transpose": transpose,
     "aten::t": transpose, "aten::view": view, "aten::_unsafe_view": view, "aten::reshape": view, "aten::flatten": view,
-    "aten::unflatten": view, "aten::expand": expand, "aten::repeat": repeat, "aten::repeat_interleave": repeat_interleave,
-    "aten::slice": slice_, "aten::select": select, "aten::split_with_sizes": split, "aten::split": split,
-    "aten::chunk": split, "aten::unbind": unbind, "aten::cat": cat, "aten::stack": stack, "aten::mean": reduce,
-    "aten::sum": reduce, "aten::prod": reduce, "aten::amax": reduce, "aten::amin": reduce, "aten::max": reduce,
-    "aten::min": reduce, "aten::var": reduce, "aten::std": reduce, "aten::logsumexp": reduce, "aten::softmax": reduce,
-    "aten::_softmax": reduce, "aten::log_softmax": reduce, "aten::_log_softmax": reduce, "aten::argmax": reduce,
-    "aten::argmin": reduce, "aten::topk": reduce, "aten::sort": reduce, "aten::argsort": reduce,
-    "aten::linalg_vector_norm": reduce, "aten::norm": reduce, "aten::any": reduce, "aten::all": reduce,
-    "aten::cumsum": cumulative, "aten::cumprod": cumulative, "aten::glu": glu, "aten::layer_norm": normalize,
-    "aten::rms_norm": normalize, "aten::group_norm": group_norm, "aten::linear": linear, "aten::mm": matmul,
-    "aten::addmm": addmm, "aten::matmul": matmul, "aten::bmm": matmul, "aten::embedding": embedding,
-    "aten::index": index, "aten::index_select": index_select, "aten::copy": copy, "aten::slice_scatter": slice_scatter,
-    "aten::gather": gather, "aten::scatter": gather, "aten::scatter_add": gather,
-    "aten::one_hot": one_hot, "aten::view_as_complex": as_complex, "aten::view_as_real": as_real,
-    "aten::clone": same, "aten::type_as": same, "aten::_to_copy": same, "aten::to": same, "aten::dropout": same, "aten::contiguous": same,
-    "aten::where": pointwise, "aten::maximum": pointwise, "aten::minimum": pointwise, "aten::zeros_like": same, "aten::ones_like": same, "aten::full_like": same, "aten::fill": same,
+    "aten::unflatten": view, "aten::expand": expand, "aten::repeat": repeat,
+    "aten::repeat_interleave": repeat_interleave, "aten::slice": slice_, "aten::select": select,
+    "aten::split_with_sizes": split, "aten::split": split, "aten::chunk": split, "aten::unbind": unbind,
+    "aten::cat": cat, "aten::stack": stack, "aten::mean": reduce, "aten::sum": reduce, "aten::prod": reduce,
+    "aten::amax": reduce, "aten::amin": reduce, "aten::max": reduce, "aten::min": reduce, "aten::var": reduce,
+    "aten::std": reduce, "aten::logsumexp": reduce, "aten::softmax": reduce, "aten::_softmax": reduce,
+    "aten::log_softmax": reduce, "aten::_log_softmax": reduce, "aten::argmax": reduce, "aten::argmin": reduce,
+    "aten::topk": reduce, "aten::sort": reduce, "aten::argsort": reduce, "aten::linalg_vector_norm": reduce,
+    "aten::norm": reduce, "aten::any": reduce, "aten::all": reduce, "aten::cumsum": cumulative,
+    "aten::cumprod": cumulative, "aten::glu": glu, "aten::layer_norm": normalize, "aten::rms_norm": normalize,
+    "aten::group_norm": group_norm, "aten::linear": linear, "aten::mm": matmul, "aten::addmm": addmm,
+    "aten::matmul": matmul, "aten::bmm": matmul, "aten::embedding": embedding, "aten::index": index,
+    "aten::index_select": index_select, "aten::copy": copy, "aten::slice_scatter": slice_scatter,
+    "aten::gather": gather, "aten::scatter": gather, "aten::scatter_add": gather, "aten::one_hot": one_hot,
+    "aten::view_as_complex": as_complex, "aten::view_as_real": as_real, "aten::clone": same, "aten::type_as": same,
+    "aten::_to_copy": same, "aten::to": same, "aten::dropout": same, "aten::contiguous": same,
+    "aten::where": pointwise, "aten::maximum": pointwise, "aten::minimum": pointwise, "aten::zeros_like": same,
+    "aten::ones_like": same, "aten::full_like": same, "aten::fill": same,
 }  # fmt: skip
 
 

@@ -58,8 +58,15 @@ class Timing:
         return ordered[min(len(ordered) - 1, max(0, round(q * (len(ordered) - 1))))]
 
 
-def measure(artifact: Path, variants: Sequence[str], prompt: list[int], n: int, threads: int, runs: int = 5,
-            say: Callable[[str], None] = lambda _: None) -> dict[str, Timing]:  # fmt: skip
+def measure(
+    artifact: Path,
+    variants: Sequence[str],
+    prompt: list[int],
+    n: int,
+    threads: int,
+    runs: int = 5,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Timing]:
     """Times the variants of an artifact in alternating rounds (after one warm-up each). Keys are variants."""
     workers = {v: Worker(Spec(v, str(artifact), prompt, n, threads)) for v in variants}
     try:
@@ -85,8 +92,14 @@ class Worker:
     def __init__(self, spec: Spec) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
         self.timing = Timing(spec.variant, [], [], [])
-        self.process = subprocess.Popen([sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))], env=environment, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None and self.process.stderr is not None
@@ -156,7 +169,9 @@ def variant(spec: Spec) -> Generate:
     def generate() -> tuple[list[int], float]:
         start = time.perf_counter()
         stamps: list[float] = []
-        tokens = program.generate([spec.prompt], spec.n, on_round=lambda _: stamps.append(time.perf_counter()) if not stamps else None)
+        tokens = program.generate(
+            [spec.prompt], spec.n, on_round=lambda _: stamps.append(time.perf_counter()) if not stamps else None
+        )
         return tokens[0], (stamps[0] - start) * 1e3
 
     return generate
@@ -209,8 +224,15 @@ def huggingface(spec: Spec) -> Generate:
     def generate() -> tuple[list[int], float]:
         streamer, start = First(), time.perf_counter()
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=spec.n, eos_token_id=None,
-                                 pad_token_id=0, streamer=streamer)  # type: ignore[operator]  # fmt: skip
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=spec.n,
+                eos_token_id=None,
+                pad_token_id=0,
+                streamer=streamer,
+            )
         return out[0, len(spec.prompt) :].tolist(), (streamer.stamps[1] - start) * 1e3
 
     return generate

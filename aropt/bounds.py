@@ -33,10 +33,11 @@ CORNERS = {
     "aten::exp", "aten::sigmoid", "aten::relu", "aten::clamp", "aten::clamp_min", "aten::clamp_max", "aten::neg",
     "aten::softplus", "aten::_to_copy", "aten::to", "aten::clone", "aten::dropout", "aten::type_as",
 }  # fmt: skip
+CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
 LAYOUT = {
-    "aten::unsqueeze", "aten::squeeze", "aten::permute", "aten::transpose", "aten::t", "aten::view", "aten::_unsafe_view",
-    "aten::reshape", "aten::expand", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::chunk",
-    "aten::unbind", "aten::repeat", "aten::repeat_interleave", "getitem",
+    "aten::unsqueeze", "aten::squeeze", "aten::permute", "aten::transpose", "aten::t", "aten::view", "aten::reshape",
+    "aten::_unsafe_view", "aten::expand", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes",
+    "aten::chunk", "aten::unbind", "aten::repeat", "aten::repeat_interleave", "getitem",
 }  # fmt: skip
 
 
@@ -83,7 +84,8 @@ class Bias:
                 drop = ~region if inside else region
                 low, high = low.masked_fill(drop, math.inf), high.masked_fill(drop, -math.inf)
             found = float(low.min()), float(high.max())
-            self.memo[key] = region, found if found[0] <= found[1] else (0.0, 0.0)  # the region stays alive: its id is ours
+            found = found if found[0] <= found[1] else (0.0, 0.0)
+            self.memo[key] = region, found  # the region stays alive: its id is ours
         return self.memo[key][1]  # type: ignore[no-any-return]
 
     def own(self) -> Range:
@@ -98,10 +100,12 @@ def bias_of(table: Tensor, rows: int, columns: int, kind: str) -> Bias:
     matrix = table.movedim((rows, columns), (-2, -1)).reshape(-1, table.shape[rows], table.shape[columns])
     if matrix.is_complex():
         raise NotRowwise("has complex attention scores")
-    matrix = matrix.float().clamp(min=torch.finfo(table.dtype).min if table.is_floating_point() else None, max=math.inf)
+    matrix = matrix.float()
+    if table.is_floating_point():
+        matrix = matrix.clamp(min=torch.finfo(table.dtype).min)
     low, high = matrix.amin(0), matrix.amax(0)
-    entries = {"add": high <= -HIDES, "sub": low >= HIDES, "mul": (low == 0) & (high == 0), "yes": low == 1, "no": high == 0}
-    hidden = entries.get(kind)
+    zero = (low == 0) & (high == 0)
+    hidden = {"add": high <= -HIDES, "sub": low >= HIDES, "mul": zero, "yes": low == 1, "no": high == 0}.get(kind)
     if hidden is None or not hidden.any():
         return Bias(low, high, None)
     if kind in ("yes", "no"):
@@ -132,14 +136,14 @@ def transfer(node: fx.Node, operands: dict[fx.Node, Operand]) -> Scores:
     seen = combine({n: at(o, "seen", hidden) for n, o in operands.items()})
     if op_name(node) in ("aten::cat", "aten::stack"):
         seen = joined([at(o, "seen", hidden) for o in operands.values()])
-        operands = {n: o for n, o in operands.items() if not isinstance(o, tuple)}  # appended columns are neither out nor own
+        operands = {n: o for n, o in operands.items() if not isinstance(o, tuple)}  # appended columns are all seen
         combine = lambda ranges: joined(list(ranges.values()))  # noqa: E731
     own = combine({n: at(o, "own", hidden) for n, o in operands.items()})
-    if hidden is None:
-        return Scores(None, ANY, seen, own)
+    if hidden is None:  # scores before masking: bounded, whatever the op
+        return Scores(None, ANY, CONTENT if seen == ANY else seen, CONTENT if own == ANY else own)
     cells = []  # a hidden entry is hidden by at least one of the masks
     for choice in itertools.product((False, True), repeat=len(masks)):
-        if any(choice) and (all(choice) or overlap(list(masks.values()), choice)):  # empty slots are hidden by all masks
+        if all(choice) or (any(choice) and overlap(list(masks.values()), choice)):  # all of them hide empty slots
             where = dict(zip(masks, ["out" if c else "seen" for c in choice]))
             cells.append(combine({n: at(o, where.get(n, "seen"), masks.get(n)) for n, o in operands.items()}))
     return Scores(hidden, joined(cells), seen, own)
@@ -188,14 +192,12 @@ def evaluate(node: fx.Node, ranges: dict[fx.Node, Range]) -> Range:
         low, high = range_of(x["other"], ranges)
         if low <= 0 <= high or x.get("rounding_mode"):
             return ANY
-    results = []
-    for corner in itertools.product(*(ranges[t] for t in tensors)):
-        values = dict(zip(tensors, corner, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: torch.tensor(values[n], dtype=torch.float64))
-        if name in ("aten::_to_copy", "aten::to", "aten::type_as"):
-            results.append(corner[0])
-            continue
-        results.append(float(node.target(*args, **kwargs)))  # type: ignore[operator]
+    if name in CASTS:
+        return ranges[tensors[0]]
+    corners = torch.tensor(list(itertools.product(*(ranges[t] for t in tensors))), dtype=torch.float64)
+    values = dict(zip(tensors, corners.unbind(1), strict=True))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    results = node.target(*args, **kwargs).tolist()  # type: ignore[operator]
     return ANY if any(math.isnan(r) for r in results) else (min(results), max(results))
 
 

@@ -14,18 +14,25 @@ import typer
 from aropt.errors import AroptError, UsageError
 
 app = typer.Typer(
-    name="aropt", add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+    name="aropt",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
     help="An optimizing compiler for generation loops: a plain model in, a verified and faster program out.",
     context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+)
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv shows tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A reference model, a Hugging Face directory, file.py:factory or a .pt2.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run Python code that comes with the model.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A reference model, a Hugging Face directory, file.py:factory or a .pt2.")
+]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run Python code that comes with the model.")
+]
 
 
-COMMAND_ERRORS = typer.BadParameter.__mro__[2]  # typer brings its own copy of click; this is its ClickException
+COMMAND_ERRORS: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click; this is its ClickException
 
 
 class Progress:
@@ -71,23 +78,37 @@ def optimize(
     model: ModelArg,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     target: Annotated[str, typer.Option(help="eager, inductor or onnxruntime.")] = "onnxruntime",
-    passes: Annotated[list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")
+    ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, "
-                                                        "bias, guidance.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance."
+        ),
+    ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the result and of the timing.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the validation's inputs.")] = 0,
     runs: Annotated[int, typer.Option(help="Timed runs of each variant; 0 times nothing.")] = 5,
     tokens: Annotated[int, typer.Option(help="New tokens of a timed run.")] = 200,
     against: Annotated[list[str] | None, typer.Option(help="Time against: eager, cached, inductor, hf.")] = None,
-    loop: Annotated[str, typer.Option(help="How the model generates: positions (one token after another).")] = "positions",
+    loop: Annotated[
+        str, typer.Option(help="How the model generates: positions (one token after another).")
+    ] = "positions",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each pass would do.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Say where each pass applied, and where it did not and why.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say where each pass applied, and where it did not and why.")
+    ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not validate; the report says so.")] = False,
-    bisect: Annotated[bool, typer.Option("--bisect", help="Find the first pass after which the lowered program fails.")] = False,
-    print_after: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Print the program after a pass, or after all.")] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Find the first pass after which the lowered program fails.")
+    ] = False,
+    print_after: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Print the program after a pass, or after all.")
+    ] = None,
     print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what each pass changed.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write each stage and its diff here.")] = None,
     trust_remote_code: Remote = False,
@@ -101,10 +122,27 @@ def optimize(
         raise UsageError(what=f"unknown loop '{loop}'", where="--loop", hint="this version knows: positions")
     with Progress() as progress:
         request = command.Request(
-            model, out, target, split_passes(passes), split(no_pass), split(rule) or ["temperature", "top-k", "top-p"], capacity, threads,
-            seed, runs, tokens, split(against) or bench.DEFAULT_AGAINST, force, not no_check, trust_remote_code,
-            frozenset(split(print_after)), print_diff, dump_dir, progress, note,
-        )  # fmt: skip
+            model,
+            out,
+            target,
+            split_passes(passes),
+            split(no_pass),
+            split(rule) or ["temperature", "top-k", "top-p"],
+            capacity,
+            threads,
+            seed,
+            runs,
+            tokens,
+            split(against) or bench.DEFAULT_AGAINST,
+            force,
+            not no_check,
+            trust_remote_code,
+            frozenset(split(print_after)),
+            print_diff,
+            dump_dir,
+            progress,
+            note,
+        )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)
             return
@@ -129,7 +167,10 @@ def show_plan(plans: list[dict[str, Any]], as_json: bool, explain: bool) -> None
         print(json.dumps({"passes": plans}, indent=1))
         return
     for p in plans:
-        print(f"{p['name']:<14} {p['status']:<8} {p['level']:<9} {p['reason'].splitlines()[0] if p['reason'] else '; '.join(p['matches'])}")
+        print(
+            f"{p['name']:<14} {p['status']:<8} {p['level']:<9} "
+            f"{p['reason'].splitlines()[0] if p['reason'] else '; '.join(p['matches'])}"
+        )
         for where, why in p["rejected"] if explain else []:
             print(f"{'':<14} not at {where}: {why}")
 
@@ -140,16 +181,20 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
 
     for p in report["passes"]:
         n = p["nodes"]
-        print(f"{p['name']:<14} {p['status']:<9} {p['level']:<9} {p['seconds']:6.1f} s   nodes {n['before']} -> {n['after']}"
-              + (f"   {p['reason'].splitlines()[0]}" if p["reason"] else ""))  # fmt: skip
+        print(
+            f"{p['name']:<14} {p['status']:<9} {p['level']:<9} {p['seconds']:6.1f} s   "
+            f"nodes {n['before']} -> {n['after']}" + (f"   {p['reason'].splitlines()[0]}" if p["reason"] else "")
+        )
         for match in p["matches"] if explain else []:
             print(f"{'':<14} at {match}")
         for where, why in p["rejected"] if explain else []:
             print(f"{'':<14} not at {where}: {why}")
     m = report["verify"]["metrics"]
     if report["verify"]["cases"]:
-        print(f"verified       {int(m['cases'])} cases, {int(m['tokens'])} tokens, {int(m['ties'])} ties, "
-              f"largest error {m['max_ratio']:.2f} of the noise floor (allowed: {m['tolerance_ratio']:.0f})")  # fmt: skip
+        print(
+            f"verified       {int(m['cases'])} cases, {int(m['tokens'])} tokens, {int(m['ties'])} ties, "
+            f"largest error {m['max_ratio']:.2f} of the noise floor (allowed: {m['tolerance_ratio']:.0f})"
+        )
     print()
     print(table(report))
     for text in report["notes"]:
@@ -160,14 +205,20 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
 @app.command()
 def run(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text, or token ids parted by commas or blanks.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text, or token ids parted by commas or blanks.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Sequences for an image model, new tokens for others.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 is off.")] = None,
-    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the rule.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the rule.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    stop: Annotated[list[int] | None, typer.Option(help="A token that ends a sequence (default: the model's own).")] = None,
+    stop: Annotated[
+        list[int] | None, typer.Option(help="A token that ends a sequence (default: the model's own).")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Where the picture goes (image models).")] = None,
     target: Annotated[str | None, typer.Option(help="Run on another target than the artifact's.")] = None,
     as_json: Json = False,
@@ -178,11 +229,13 @@ def run(
 
     params = {k: v for k, v in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if v is not None}
     for pair in param or []:
-        name, eq, value = pair.partition("=")
+        name, _, value = pair.partition("=")
         try:
             params[name.replace("-", "_")] = float(value)
         except ValueError:
-            raise UsageError(what=f"'{pair}' is not NAME=VALUE", where="--param", hint="e.g. --param min_p=0.05") from None
+            raise UsageError(
+                what=f"'{pair}' is not NAME=VALUE", where="--param", hint="e.g. --param min_p=0.05"
+            ) from None
     result = generation.run(out, prompt, n, params, seed, stop, image, target)
     print(json.dumps(result) if as_json else generation.text(result))
 
@@ -203,8 +256,11 @@ def bench_command(
 
     with Progress() as progress:
         report = generation.bench(out, split(against) or list(bench.DEFAULT_AGAINST), runs, tokens, threads, progress)
-    print(json.dumps({k: report[k] for k in ("env", "bench", "speedup", "roofline", "notes") if k in report}, indent=1) if as_json
-          else table(report) + "".join(f"\nnote: {text}" for text in report["notes"]))  # fmt: skip
+    print(
+        json.dumps({k: report[k] for k in ("env", "bench", "speedup", "roofline", "notes") if k in report}, indent=1)
+        if as_json
+        else table(report) + "".join(f"\nnote: {text}" for text in report["notes"])
+    )
 
 
 @app.command()
@@ -246,12 +302,29 @@ def models(as_json: Json = False, verbose: Verbose = 0) -> None:
     from aropt.models import REFERENCES
 
     if as_json:
-        print(json.dumps([{"name": r.name, "modality": r.modality, "vocab": r.vocab, "capacity": r.capacity, "heldout": r.heldout,
-                           "description": r.description} for r in REFERENCES.values()], indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": r.name,
+                        "modality": r.modality,
+                        "vocab": r.vocab,
+                        "capacity": r.capacity,
+                        "heldout": r.heldout,
+                        "description": r.description,
+                    }
+                    for r in REFERENCES.values()
+                ],
+                indent=1,
+            )
+        )
         return
     for r in REFERENCES.values():
         measured = ", ".join(f"{k} {v}" for k, v in r.heldout.items() if isinstance(v, (int, float)))
-        print(f"{r.name:<12} {r.modality:<6} vocabulary {r.vocab}, up to {r.capacity} tokens. {r.description}\n{'':<12} held out: {measured}")
+        print(
+            f"{r.name:<12} {r.modality:<6} vocabulary {r.vocab}, up to {r.capacity} tokens. {r.description}\n"
+            f"{'':<12} held out: {measured}"
+        )
 
 
 @app.command()
@@ -285,14 +358,16 @@ def doctor(as_json: Json = False, verbose: Verbose = 0) -> None:
 
 def main() -> None:
     """Runs the command line; every error is one message and one exit status."""
-    verbose = sum(a.count("v") for a in sys.argv if a.startswith("-v") and set(a[1:]) == {"v"}) + sys.argv.count("--verbose")
+    verbose = sum(a.count("v") for a in sys.argv if a.startswith("-v") and set(a[1:]) == {"v"}) + sys.argv.count(
+        "--verbose"
+    )
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except COMMAND_ERRORS as error:
-        error.show()  # type: ignore[attr-defined]
-        sys.exit(error.exit_code)  # type: ignore[attr-defined]
+        error.show()
+        sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         fail("interrupted; nothing was left behind", 130)
     except AroptError as error:
@@ -306,7 +381,9 @@ def main() -> None:
     except Exception as error:
         if verbose >= 2:
             raise
-        fail(f"internal error: {type(error).__name__}: {error}\n  try:   run again with -vv and report the traceback", 1)
+        fail(
+            f"internal error: {type(error).__name__}: {error}\n  try:   run again with -vv and report the traceback", 1
+        )
 
 
 def fail(text: str, code: int) -> None:

@@ -21,6 +21,7 @@ from aropt.program import Program
 from aropt.sources import Source, resolve
 
 Say = Callable[[str], None]
+SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread
 TOKENS = 200  # new tokens of a benchmark, where the model has room
 
 
@@ -53,32 +54,49 @@ class Request:
 def optimize(request: Request) -> dict[str, Any]:
     """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
     say = request.say
-    if request.threads:
-        torch.set_num_threads(request.threads)
     artifact.check_free(request.out, request.force)
     chosen = pipeline(request.passes, request.dropped)
     say("load")
     source = resolve(request.model, request.capacity, request.trust_remote_code)
     source.meta["source"] = str(Path(request.model).resolve()) if Path(request.model).exists() else request.model
+    threads = request.threads or torch.get_num_threads()
+    if sum(p.nbytes for p in source.module.parameters()) < SMALL:
+        torch.set_num_threads(
+            1
+        )  # eager reference runs: a second thread costs more than it brings, and on a busy machine far more
     say("capture")
     program = capture(source, rules=request.rules, trust_remote_code=request.trust_remote_code)
-    instruments = Instruments(say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check)
+    instruments = Instruments(
+        say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check
+    )
     failed: list[dict[str, Any]] = []
     with artifact.staged(request.out, request.force) as folder:
-        done = optimize_program(program, request.target, chosen, check=request.check, folder=folder, threads=request.threads,
-                                instruments=instruments, seed=request.seed, strict=False)  # fmt: skip
+        done = optimize_program(
+            program,
+            request.target,
+            chosen,
+            check=request.check,
+            folder=folder,
+            threads=threads,
+            instruments=instruments,
+            seed=request.seed,
+            strict=False,
+        )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":
             failed.append(report)
             artifact.write(done, folder, report, source.files)
             put_aside(folder, request.out)
-            raise VerificationFailed(what=f"the optimized program does not match '{request.model}'", where=f"{request.out}.failed/report.html",
-                                     why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
-                                     hint="see the report; leave a pass out with --no-pass NAME, or try --target eager")  # fmt: skip
+            raise VerificationFailed(
+                what=f"the optimized program does not match '{request.model}'",
+                where=f"{request.out}.failed/report.html",
+                why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
+                hint="see the report; leave a pass out with --no-pass NAME, or try --target eager",
+            )
         say("samples")
         report["samples"] = samples(program, done, source)
         artifact.write(done, folder, {}, source.files)
-        timed(report, folder, done, source, request)
+        timed(report, folder, done, source, request, threads)
         artifact.write(done, folder, report, source.files)
     return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
 
@@ -90,19 +108,23 @@ def put_aside(folder: Path, out: Path) -> None:
     shutil.copytree(folder, aside)
 
 
-def timed(report: dict[str, Any], folder: Path, program: Program, source: Source, request: Request) -> None:
+def timed(
+    report: dict[str, Any], folder: Path, program: Program, source: Source, request: Request, threads: int
+) -> None:
     """Adds benchmark, speedups and roofline to the report."""
     if request.runs == 0:
         report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
     for unknown in [v for v in variants if v not in bench.AGAINST and v != "aropt"]:
-        raise UsageError(what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(bench.AGAINST))
+        raise UsageError(
+            what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(bench.AGAINST)
+        )
     prompt = [int(t) for t in program.meta["prompts"][0]]
     n = min(request.tokens, int(program.meta["capacity"]) - len(prompt) + 1)
-    timings = bench.measure(folder, variants, prompt, n, request.threads or torch.get_num_threads(), request.runs, request.say)
+    timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
     add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(prompt), request.threads or torch.get_num_threads())
+    add_roofline(report, timings, program, n, len(prompt), threads)
 
 
 def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int) -> None:
@@ -116,21 +138,50 @@ def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int
             continue
         name = f"aropt ({report['target']})" if variant == "aropt" else variant
         common = {"variant": name, "n": len(timing.runs)}
-        report["bench"].append({**common, "phase": "generate", "unit": "ms", "median": timing.median,
-                                "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)})  # fmt: skip
-        report["bench"].append({**common, "phase": "generate", "unit": "tok/s", "median": n * 1e3 / timing.median,
-                                "p10": n * 1e3 / timing.quantile(0.9), "p90": n * 1e3 / timing.quantile(0.1)})  # fmt: skip
+        report["bench"].append(
+            {
+                **common,
+                "phase": "generate",
+                "unit": "ms",
+                "median": timing.median,
+                "p10": timing.quantile(0.1),
+                "p90": timing.quantile(0.9),
+            }
+        )
+        report["bench"].append(
+            {
+                **common,
+                "phase": "generate",
+                "unit": "tok/s",
+                "median": n * 1e3 / timing.median,
+                "p10": n * 1e3 / timing.quantile(0.9),
+                "p90": n * 1e3 / timing.quantile(0.1),
+            }
+        )
         first = sorted(timing.first)
-        report["bench"].append({**common, "phase": "prefill", "unit": "ms", "median": first[len(first) // 2], "p10": first[0],
-                                "p90": first[-1]})  # fmt: skip
+        report["bench"].append(
+            {
+                **common,
+                "phase": "prefill",
+                "unit": "ms",
+                "median": first[len(first) // 2],
+                "p10": first[0],
+                "p90": first[-1],
+            }
+        )
         if variant != "aropt":
             report["speedup"][variant] = timing.median / own.median if own.runs else None
         if variant != "aropt" and timing.tokens != own.tokens:
-            at = next((i for i, (a, b) in enumerate(zip(timing.tokens, own.tokens, strict=False)) if a != b), min(len(timing.tokens), len(own.tokens)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(timing.tokens, own.tokens, strict=False)) if a != b),
+                min(len(timing.tokens), len(own.tokens)),
+            )
             notes.append(f"{variant} gives other tokens than aropt from new token {at} on.")
 
 
-def add_roofline(report: dict[str, Any], timings: dict[str, bench.Timing], program: Program, n: int, prompt: int, threads: int) -> None:
+def add_roofline(
+    report: dict[str, Any], timings: dict[str, bench.Timing], program: Program, n: int, prompt: int, threads: int
+) -> None:
     """Bytes that a decoding step must read, over the measured bandwidth, over the time of a step."""
     from aropt.passbase import loops
     from aropt.program import calls
@@ -159,11 +210,17 @@ def samples(reference: Program, program: Program, source: Source) -> list[dict[s
         options = {"seed": i, "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0}
         before, after = (p.generate([prompt], n, **options)[0] for p in (reference, program))
         image = program.meta["modality"] == "image"
-        found.append({
-            "label": f"class {prompt[0] - 17}" if image else f"prompt {i}" + (", sampled" if options["temperature"] else ", greedy"),
-            "before": shown(before, prompt, program, source), "after": shown(after, prompt, program, source),
-            "same": before == after, "kind": "image" if image else "text",
-        })  # fmt: skip
+        found.append(
+            {
+                "label": f"class {prompt[0] - 17}"
+                if image
+                else f"prompt {i}" + (", sampled" if options["temperature"] else ", greedy"),
+                "before": shown(before, prompt, program, source),
+                "after": shown(after, prompt, program, source),
+                "same": before == after,
+                "kind": "image" if image else "text",
+            }
+        )
     return found
 
 
@@ -194,16 +251,26 @@ def tokenizer(files: Sequence[Path]) -> Any:
 
 def run_bisect(request: Request) -> str | None:
     """The first pass after which the lowered program fails."""
-    program = capture(request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    program = capture(
+        request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code
+    )
     return bisect(program, pipeline(request.passes, request.dropped), request.target, request.say)
 
 
 def plan(request: Request) -> list[dict[str, Any]]:
     """What each pass would do, without doing it: [{name, level, status, reason, matches, rejected}]."""
-    program = capture(request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    program = capture(
+        request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code
+    )
     found: list[dict[str, Any]] = []
     for one in pipeline(request.passes, request.dropped):
-        entry: dict[str, Any] = {"name": one.name, "level": one.contract.level, "reason": "", "matches": [], "rejected": []}
+        entry: dict[str, Any] = {
+            "name": one.name,
+            "level": one.contract.level,
+            "reason": "",
+            "matches": [],
+            "rejected": [],
+        }
         found.append(entry)
         try:
             planned = one.plan(program, request.target)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
-from aropt.trace import share
 from aropt.program import Call, Graph, Spec
-from aropt.torch_compat import build
+from aropt.torch_compat import build, spec_of
+from aropt.trace import share
 
 
-def compose(name: str, sequence: Sequence[Call], graphs: Mapping[str, Graph], specs: Mapping[str, Spec],
-            weights: Mapping[str, Tensor]) -> tuple[Graph, Call]:  # fmt: skip
+def compose(
+    name: str,
+    sequence: Sequence[Call],
+    graphs: Mapping[str, Graph],
+    specs: Mapping[str, Spec],
+    weights: Mapping[str, Tensor],
+) -> tuple[Graph, Call]:
     """The calls of a sequence as one graph and one call. `specs` types the values that it reads.
 
     Every value written is an output, under the value's own name; `trim` drops those that nobody reads.
@@ -42,8 +48,9 @@ def compose(name: str, sequence: Sequence[Call], graphs: Mapping[str, Graph], sp
     return composed, Call(name, {n: n for n in inputs}, {n: n for n in written})
 
 
-def inline(graph: fx.Graph, part: Graph, inputs: Mapping[str, fx.Node],
-           copied: dict[fx.Node, fx.Node] | None = None) -> dict[str, fx.Node]:  # fmt: skip
+def inline(
+    graph: fx.Graph, part: Graph, inputs: Mapping[str, fx.Node], copied: dict[fx.Node, fx.Node] | None = None
+) -> dict[str, fx.Node]:
     """Copies a graph's nodes into another; returns the nodes of its outputs (all of them in `copied`)."""
     copied = {} if copied is None else copied
     for node in part.fx.nodes:
@@ -72,10 +79,17 @@ def trim(part: Graph, outputs: set[str], weights: Mapping[str, Tensor]) -> Graph
     return build(part.name, graph, inputs, kept, weights)
 
 
-def expose(part: Graph, nodes: Mapping[str, fx.Node], weights: Mapping[str, Tensor]) -> Graph:
+def expose(part: Graph, nodes: Mapping[str, fx.Node]) -> Graph:
     """The graph with more outputs: {output: one of its nodes}."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    results = inline(graph, part, {n: graph.placeholder(n) for n in part.inputs}, copied)
-    graph.output((*results.values(), *(copied[n] for n in nodes.values())))
-    return build(part.name, graph, part.inputs, [*part.outputs, *nodes], weights)
+    results = graph.graph_copy(part.fx, copied)
+    graph.output((*results, *(copied[n] for n in nodes.values())))  # type: ignore[misc]
+    names: dict[Any, str] = {}
+    for node in part.fx.nodes:
+        if node.op == "placeholder":
+            for dim, size in zip(part.inputs[node.name].dims, node.meta["val"].shape, strict=True):
+                if isinstance(dim, str) and not isinstance(size, int):
+                    names.setdefault(size.node.expr, dim)
+    specs = {output: spec_of(node.meta["val"], names) for output, node in nodes.items()}
+    return Graph(part.name, graph, part.inputs, {**part.outputs, **specs}, part.aliases)

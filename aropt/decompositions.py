@@ -1,4 +1,4 @@
-"""Ops that capture replaces at once: those that torch can't trace with symbolic sizes, or that hide a matrix product."""
+"""Ops that capture replaces at once: those that torch can't trace with symbolic sizes, or that hide a product."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def einsum(equation: str, operands: list[Tensor], *, path: Any = None) -> Tensor
     def arranged(x: Tensor, term: str, groups: tuple[list[str], list[str]]) -> Tensor:
         order = [*shared, *groups[0], *groups[1]]
         x = x.permute([term.index(c) for c in order])
-        return x if len(groups[0]) == len(groups[1]) == 1 else x.reshape(*shape(shared), *map(total, groups))
+        return x if as_is or len(groups[0]) == len(groups[1]) == 1 else x.reshape(*shape(shared), *map(total, groups))
 
     def shape(letters: list[str]) -> list[Any]:
         return [sizes[c] for c in letters]
@@ -49,8 +49,9 @@ def einsum(equation: str, operands: list[Tensor], *, path: Any = None) -> Tensor
             product = product * sizes[c]
         return product
 
+    as_is = not shared and len(summed) == len(right) == 1  # a stack of rows times one matrix
     product = arranged(operands[0], a, (left, summed)) @ arranged(operands[1], b, (summed, right))
-    if len(left) != 1 or len(right) != 1:
+    if not as_is and (len(left) != 1 or len(right) != 1):
         product = product.reshape(shape([*shared, *left, *right]))
     return product.permute([[*shared, *left, *right].index(c) for c in result])
 

@@ -13,8 +13,16 @@ from aropt.errors import UsageError
 from aropt.program import Program
 
 
-def run(out: Path, prompts: Sequence[str] | None, n: int | None, params: dict[str, Any], seed: int, stop: Sequence[int] | None,
-        image: Path | None, target: str | None) -> dict[str, Any]:  # fmt: skip
+def run(
+    out: Path,
+    prompts: Sequence[str] | None,
+    n: int | None,
+    params: dict[str, Any],
+    seed: int,
+    stop: Sequence[int] | None,
+    image: Path | None,
+    target: str | None,
+) -> dict[str, Any]:
     """Generates with an artifact: {tokens, text or image, prompts}."""
     program = artifact.load(out, target)
     if program.meta["modality"] == "image":
@@ -30,7 +38,9 @@ def run(out: Path, prompts: Sequence[str] | None, n: int | None, params: dict[st
     return result
 
 
-def run_images(program: Program, n: int, prompts: Sequence[str] | None, params: dict[str, Any], seed: int, path: Path) -> dict[str, Any]:
+def run_images(
+    program: Program, n: int, prompts: Sequence[str] | None, params: dict[str, Any], seed: int, path: Path
+) -> dict[str, Any]:
     """n pictures, classes in turn, side by side in one PNG."""
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
@@ -55,7 +65,9 @@ def write_png(pictures: Sequence[Sequence[int]], path: Path, scale: int = 16) ->
     try:
         Image.fromarray(sheet).resize((columns * 10 * scale, rows * 10 * scale), Image.Resampling.NEAREST).save(path)
     except OSError as error:
-        raise UsageError(what=f"can't write '{path}'", why=str(error), hint="choose another place with --image") from error
+        raise UsageError(
+            what=f"can't write '{path}'", why=str(error), hint="choose another place with --image"
+        ) from error
 
 
 def encode(text: str, program: Program, coder: Any) -> list[int]:
@@ -64,8 +76,11 @@ def encode(text: str, program: Program, coder: Any) -> list[int]:
     if coder is None:
         if parts and all(p.isdigit() for p in parts):
             return [int(p) for p in parts]
-        raise UsageError(what=f"can't read the prompt '{text[:40]}'", why="this artifact has no tokenizer",
-                         hint="give token ids: --prompt '1 2 3'")  # fmt: skip
+        raise UsageError(
+            what=f"can't read the prompt '{text[:40]}'",
+            why="this artifact has no tokenizer",
+            hint="give token ids: --prompt '1 2 3'",
+        )
     return list(coder.encode(text).ids)
 
 
@@ -85,7 +100,9 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(" ".join(map(str, row)) for row in result["tokens"])
 
 
-def bench(out: Path, against: Sequence[str], runs: int, tokens: int, threads: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+def bench(
+    out: Path, against: Sequence[str], runs: int, tokens: int, threads: int | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Times an artifact again; returns its report with the new measurements."""
     import torch
 
@@ -94,11 +111,15 @@ def bench(out: Path, against: Sequence[str], runs: int, tokens: int, threads: in
 
     unknown = [v for v in against if v not in timing.AGAINST]
     if unknown:
-        raise UsageError(what=f"unknown variant '{unknown[0]}'", where="--against", hint="choose from " + ", ".join(timing.AGAINST))
+        raise UsageError(
+            what=f"unknown variant '{unknown[0]}'", where="--against", hint="choose from " + ", ".join(timing.AGAINST)
+        )
     program = artifact.load(out)
     report = {**program.report, "notes": []}
     if not report.get("target"):
-        raise UsageError(what="the artifact has no report to compare with", where=str(out), hint="make it with aropt optimize")
+        raise UsageError(
+            what="the artifact has no report to compare with", where=str(out), hint="make it with aropt optimize"
+        )
     threads = threads or torch.get_num_threads()
     prompt = [int(t) for t in program.meta["prompts"][0]]
     n = min(tokens, int(program.meta["capacity"]) - len(prompt) + 1)
@@ -142,7 +163,11 @@ def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, tru
         raise UsageError(what=f"no graph '{graph}'", hint="graphs: " + ", ".join(program.graphs))
     if as_json:
         return json.dumps(to_json(program), indent=1)
-    return program_text(program, fold=fold) if graph is None else graph_text(program.graphs[graph], program.weights, fold=fold)
+    return (
+        program_text(program, fold=fold)
+        if graph is None
+        else graph_text(program.graphs[graph], program.weights, fold=fold)
+    )
 
 
 def doctor() -> dict[str, str]:
@@ -153,8 +178,14 @@ def doctor() -> dict[str, str]:
     from aropt.api import environment
 
     found = environment(None)
-    result = {"aropt": __version__, **{k: "not installed" if v is None and k != "gpu" else str(v or "none") for k, v in found.items()}}
-    installed = {p: find_spec(p) is not None for p in ("onnxruntime", "onnxscript", "transformers", "triton", "tensorrt", "tensorrt_rtx")}
+    result = {
+        "aropt": __version__,
+        **{k: "not installed" if v is None and k != "gpu" else str(v or "none") for k, v in found.items()},
+    }
+    installed = {
+        p: find_spec(p) is not None
+        for p in ("onnxruntime", "onnxscript", "transformers", "triton", "tensorrt", "tensorrt_rtx")
+    }
     ready = installed["onnxruntime"] and installed["onnxscript"]
     result["target eager"] = "ready"
     result["target inductor"] = "ready" if compiler() else "needs a C++ compiler (g++ or clang++)"

@@ -37,8 +37,13 @@ class Eager:
         return dict(zip(g.outputs, results, strict=True))
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], slots: int, executor: Executor | None = None,
-        on_round: Callable[[Values], None] | None = None) -> Values:  # fmt: skip
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    slots: int,
+    executor: Executor | None = None,
+    on_round: Callable[[Values], None] | None = None,
+) -> Values:
     """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
 
     `on_round` sees the values after each round of a loop (for streaming and for validation).
@@ -59,8 +64,13 @@ def run(program: Program, inputs: Mapping[str, Tensor], slots: int, executor: Ex
     return values
 
 
-def step(control: Control, values: Values, executor: Executor, on_round: Callable[[Values], None] | None,
-         nothing: Callable[[str], Tensor]) -> None:  # fmt: skip
+def step(
+    control: Control,
+    values: Values,
+    executor: Executor,
+    on_round: Callable[[Values], None] | None,
+    nothing: Callable[[str], Tensor],
+) -> None:
     """Executes one control node, updating `values`. `nothing(value)`: what a loop without rounds emits."""
     match control:
         case Call(graph, reads, writes):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from aropt import ops
-from aropt.trace import capture_function
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, DEFAULT, I64, Processor, chosen, rule
+from aropt.trace import capture_function
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -34,21 +34,34 @@ def autoregressive(
         function, inputs = rule(processors, vocab, sampled)
         graphs[name] = capture_function(name, function, inputs, ["token"])
     graphs["position"] = capture_function(
-        "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"])  # fmt: skip
-    control = Seq((
-        Call("start", {n: n for n in graphs["start"].inputs}, {n: n for n in graphs["start"].outputs}),
-        *([Call("seen", {"prompt": "prompt", "lengths": "lengths"}, {"seen": "seen"})] if penalized else []),
-        If("greedy", loop(graphs, "greedy", penalized), loop(graphs, "sample", penalized)),
-    ))  # fmt: skip
+        "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"]
+    )
+    control = Seq(
+        (
+            Call("start", {n: n for n in graphs["start"].inputs}, {n: n for n in graphs["start"].outputs}),
+            *([Call("seen", {"prompt": "prompt", "lengths": "lengths"}, {"seen": "seen"})] if penalized else []),
+            If("greedy", loop(graphs, "greedy", penalized), loop(graphs, "sample", penalized)),
+        )
+    )
     batch = "2*B" if guided else "B"
     state = {
-        "tokens": StateSpec("tokens", Spec(I64, (batch, "T"))), "done": StateSpec("flag", Spec(BOOL, ("B",))),
-        "count": StateSpec("counter", SCALAR), "finished": StateSpec("flag", Spec(BOOL)),
-    }  # fmt: skip
+        "tokens": StateSpec("tokens", Spec(I64, (batch, "T"))),
+        "done": StateSpec("flag", Spec(BOOL, ("B",))),
+        "count": StateSpec("counter", SCALAR),
+        "finished": StateSpec("flag", Spec(BOOL)),
+    }
     if penalized:
         state["seen"] = StateSpec("flag", Spec(BOOL, ("B", vocab)))
-    return Program(meta.get("name", "program"), graphs, program_inputs(processors, vocab, guided), state, control,
-                   ("generated",), weights, {**meta, "rules": list(processors), "ragged": False})  # fmt: skip
+    return Program(
+        meta.get("name", "program"),
+        graphs,
+        program_inputs(processors, vocab, guided),
+        state,
+        control,
+        ("generated",),
+        weights,
+        {**meta, "rules": list(processors), "ragged": False},
+    )
 
 
 def program_inputs(processors: dict[str, Processor], vocab: int, guided: bool) -> dict[str, Input]:
@@ -109,7 +122,9 @@ def append(guided: bool) -> Graph:
     def function(tokens: Tensor, token: Tensor) -> Tensor:
         return torch.cat([tokens, (torch.cat([token, token]) if guided else token).unsqueeze(1)], 1)
 
-    return capture_function("append", function, {"tokens": Spec(I64, ("2*B" if guided else "B", "T")), "token": ROWS}, ["tokens"])
+    return capture_function(
+        "append", function, {"tokens": Spec(I64, ("2*B" if guided else "B", "T")), "token": ROWS}, ["tokens"]
+    )
 
 
 def last(vocab: int) -> Graph:
@@ -143,4 +158,6 @@ def first_seen(vocab: int) -> Graph:
 def mark(vocab: int) -> Graph:
     """Adds the token to what was seen."""
     inputs = {"seen": Spec(BOOL, ("B", vocab)), "token": ROWS}
-    return capture_function("mark", lambda seen, token: seen | (token.unsqueeze(1) == torch.arange(vocab)), inputs, ["seen"])
+    return capture_function(
+        "mark", lambda seen, token: seen | (token.unsqueeze(1) == torch.arange(vocab)), inputs, ["seen"]
+    )

@@ -15,7 +15,12 @@ from aropt.passbase import Pass, Result, Skips
 from aropt.program import Entry, Program, calls
 from aropt.validate import Verdict, cases, validate, with_probe
 
-PASSES = {"canonicalize": "canonicalize", "kv-cache": "kv_cache", "fuse-sampler": "fuse_sampler", "prune": "prune"}  # name -> module, in pipeline order
+PASSES = {
+    "canonicalize": "canonicalize",
+    "kv-cache": "kv_cache",
+    "fuse-sampler": "fuse_sampler",
+    "prune": "prune",
+}  # name -> module, in pipeline order
 PIPELINE = tuple(PASSES)
 
 
@@ -45,12 +50,18 @@ def make(name: str, options: dict[str, str] | None = None) -> Pass:
     values: dict[str, Any] = {}
     for key, text in (options or {}).items():
         if key not in fields:
-            raise UsageError(what=f"the pass '{name}' has no option '{key}'", hint="its options: " + (", ".join(fields) or "none"))
-        default = fields[key].default
+            raise UsageError(
+                what=f"the pass '{name}' has no option '{key}'", hint="its options: " + (", ".join(fields) or "none")
+            )
+        default: Any = fields[key].default
         try:
-            values[key] = {"true": True, "false": False}[text.lower()] if isinstance(default, bool) else type(default)(text)
+            values[key] = (
+                {"true": True, "false": False}[text.lower()] if isinstance(default, bool) else type(default)(text)
+            )
         except (ValueError, KeyError):
-            raise UsageError(what=f"'{text}' is no value for {name}:{key}", hint=f"give a {type(default).__name__}, as {default}") from None
+            raise UsageError(
+                what=f"'{text}' is no value for {name}:{key}", hint=f"give a {type(default).__name__}, as {default}"
+            ) from None
     made: Pass = cls(**values)
     return made
 
@@ -61,7 +72,9 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
     pairs = [p.partition("=") for p in rest.split(",") if p]
     wrong = [k for k, eq, _ in pairs if not eq]
     if wrong:
-        raise UsageError(what=f"'{wrong[0]}' is not an option", where=f"--pass {text}", hint="write NAME:option=value,option=value")
+        raise UsageError(
+            what=f"'{wrong[0]}' is not an option", where=f"--pass {text}", hint="write NAME:option=value,option=value"
+        )
     return name, {k: v for k, _, v in pairs}
 
 
@@ -74,7 +87,9 @@ def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pa
     return [make(name, options.get(name)) for name in PIPELINE if name not in dropped]
 
 
-def run_passes(program: Program, passes: Sequence[Pass], target: str, instruments: Instruments = Instruments()) -> tuple[Program, list[Result]]:
+def run_passes(
+    program: Program, passes: Sequence[Pass], target: str, instruments: Instruments = Instruments()
+) -> tuple[Program, list[Result]]:
     """Runs the passes in order; each one that changes the program is verified and validated, or reverted."""
     reference, results = program, []
     for number, one in enumerate(passes):
@@ -99,7 +114,9 @@ def run_passes(program: Program, passes: Sequence[Pass], target: str, instrument
             result.status, result.reason = "reverted", problem
             continue
         result.status = "applied"
-        program = changed.replace(ledger=(*program.ledger, Entry(one.name, one.contract.level, result.options, dict(result.verify))))
+        program = changed.replace(
+            ledger=(*program.ledger, Entry(one.name, one.contract.level, result.options, dict(result.verify)))
+        )
     return program, results
 
 
@@ -125,7 +142,8 @@ def describe(verdict: Verdict) -> str:
     text = f"case '{failed.case.name}': {failed.problem}"
     found = verdict.diverges
     if found and found["node"]:
-        text += f"\nfirst to differ: {found['module'] or 'top level'}, {found['op']} ({found['node']}), by {found['error']:.3g}"
+        place = f"{found['module'] or 'top level'}, {found['op']} ({found['node']})"
+        text += f"\nfirst to differ: {place}, by {found['error']:.3g}"
     elif found:
         text += f"\nfirst to differ: {found['where']}"
     return text + f"\nrepro: {failed.case.repro('program')}"
@@ -210,5 +228,3 @@ def product(shape: Sequence[Any], tokens: int) -> int:
         else:
             count *= tokens
     return count
-
-

@@ -7,6 +7,7 @@ depend on the total length (then no cache is exact).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,7 @@ class Positions:
             raise NotRowwise("computes with the sequence length or the batch size as a number")
         return values.pop()
 
-    # --- tables --------------------------------------------------------------------------------------------------------
+    # --- tables ----------------------------------------------------------------------------------------------------
 
     def table(self, node: fx.Node, axes: Axes) -> Table:
         """The node's value at full capacity, its axes meaning `axes`.
@@ -167,7 +168,7 @@ class Positions:
         full = self.split(self.value(node, self.capacity), axes, self.capacity, 1)
         for length in sorted({min(n, self.capacity) for n in (1, 5, 12, self.capacity - 1) if n > 0}):
             self.check_stable(node, full, self.split(self.value(node, length, 2), axes, length, 2), axes)
-        keys = [f[0] if f[0] in "brc" else (i - len(axes), k) for i, axis in enumerate(axes) for k, f in enumerate(axis)]
+        keys = [key for names in factor_keys(axes) for key in names]
         kept = [i for i, key in enumerate(keys) if key != "b" and not constant_along(full, i)]
         for i in reversed(range(full.dim())):
             full = full if i in kept else full.select(i, 0)
@@ -180,7 +181,8 @@ class Positions:
         sizes = []
         for dim, axis in zip(value.shape, axes, strict=True):
             full = [{"b": batch, "r": length, "c": length + n}.get(kind, n) for kind, n in axis]
-            sizes += full if dim == torch.Size(full).numel() else [1 if f[0] == "b" else n for f, n in zip(axis, full)]
+            whole = dim == math.prod(full)
+            sizes += full if whole else [1 if kind == "b" else n for (kind, _), n in zip(axis, full)]
         return value.reshape(sizes)
 
     @staticmethod
@@ -193,14 +195,25 @@ class Positions:
             elif kind != "." and kind != "b":
                 raise refusal(node, "a position value has appended columns", "please report the model")
         same_size = torch.broadcast_shapes(expected.shape, short.shape) == short.shape
-        if not same_size or not torch.allclose(expected.double(), short.double(), rtol=1e-5, atol=1e-6, equal_nan=True):
+        if not same_size or not close(expected, short):
             raise refusal(node, "a position value changes with the total length (such as dynamic rotary scaling)",
                           "use a fixed scaling; no cache is exact when the past is re-scaled")  # fmt: skip
+
+
+def factor_keys(axes: Axes) -> list[list[Any]]:
+    """A name for each factor of each axis: "b", "r", "c", or (axis from the right, factor)."""
+    return [[f[0] if f[0] in "brc" else (i - len(axes), k) for k, f in enumerate(axis)] for i, axis in enumerate(axes)]
 
 
 def constant_along(value: Tensor, dim: int) -> bool:
     """Whether all slices along `dim` are equal."""
     return value.shape[dim] == 1 or bool((value == value.narrow(dim, 0, 1)).all())
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tables are equal up to rounding."""
+    kind = torch.complex128 if a.is_complex() else torch.float64
+    return torch.allclose(a.to(kind), b.to(kind), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def classify(hidden: Tensor) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx import GraphModule, Node  # the field `fx` of Graph hides the module's name
 
 Dim = int | str  # a size, or an expression over the graph's symbols such as "B" or "4*B"
 
@@ -45,13 +46,13 @@ class Graph:
         """Names of the weights that the graph reads, in order of first use."""
         return list(dict.fromkeys(str(n.target) for n in self.fx.nodes if n.op == "get_attr"))
 
-    def results(self) -> list[fx.Node]:
+    def results(self) -> list[Node]:
         """The nodes returned, in the order of `outputs`."""
         return list(output_node(self.fx).args[0])  # type: ignore[arg-type]
 
-    def bind(self, weights: Mapping[str, Tensor]) -> fx.GraphModule:
+    def bind(self, weights: Mapping[str, Tensor]) -> GraphModule:
         """A module that runs the graph eagerly: positional inputs in, a tuple of outputs out."""
-        return fx.GraphModule(dict_root(self.weights(), weights), self.fx, class_name="aropt_" + self.name)
+        return GraphModule(dict_root(self.weights(), weights), self.fx, class_name="aropt_" + self.name)
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,10 @@ class Program:
         return text(self)
 
 
-def output_node(graph: fx.Graph) -> fx.Node:
+def output_node(graph: fx.Graph) -> Node:
     """The graph's single output node."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    node: Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return node
 
 
 def dict_root(names: list[str], weights: Mapping[str, Tensor]) -> torch.nn.Module:

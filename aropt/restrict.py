@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +22,34 @@ from torch import Tensor, fx
 
 from aropt.analysis import FULL_SIZE, Analysis, Info, unsupported
 from aropt.axes import (
-    COLUMN, RESHAPES, Axes, Axis, B, NotRowwise, bind, count, elements, find, from_sizes, has, op_name, positive, replaced,
+    COLUMN,
+    RESHAPES,
+    Axes,
+    Axis,
+    B,
+    NotRowwise,
+    bind,
+    count,
+    elements,
+    find,
+    from_sizes,
+    has,
+    op_name,
+    positive,
+    replaced,
     tensor_inputs,
 )  # fmt: skip
 from aropt.bounds import Hide
 from aropt.errors import Unsupported
-from aropt.positions import Table, classify, is_number, refusal
+from aropt.positions import Table, classify, factor_keys, is_number, refusal
 from aropt.program import Graph, Spec, StateSpec
 from aropt.torch_compat import build, propagate
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
 REPLICATES = {
-    "aten::expand", "aten::clone", "aten::_unsafe_view", "aten::view", "aten::reshape", "aten::unsqueeze", "aten::transpose",
-    "aten::permute", "aten::repeat_interleave",
+    "aten::expand", "aten::clone", "aten::_unsafe_view", "aten::view", "aten::reshape", "aten::unsqueeze",
+    "aten::transpose", "aten::permute", "aten::repeat_interleave",
 }  # fmt: skip
 VIEWS = {
     "aten::view", "aten::expand", "aten::transpose", "aten::permute", "aten::t", "aten::unsqueeze", "aten::squeeze",
@@ -95,7 +110,8 @@ class Restriction:
             if node.op == "placeholder":
                 self.new[node] = self.ids
             elif node.op == "output":
-                self.out.output(tuple([self.fetch(n, node) for n in node.args[0]] + [self.columns, *self.updated.values()]))
+                logits = self.fetch(node.all_input_nodes[0], node)
+                self.out.output((logits, self.columns, *self.updated.values()))
             else:
                 try:
                     self.new[node] = self.write(node)
@@ -191,7 +207,7 @@ class Restriction:
             factor: Any = n if kind == "." else 1
             if kind == "b" or kind == "c" or (kind == "r" and not tail):
                 source, dim = {"b": (self.ids, 0), "r": (self.ids, 1), "c": (self.columns, 1)}[kind]
-                factor = self.memoized(("size", kind), lambda s=source, d=dim: self.call(aten.sym_size.int, s, d))
+                factor = self.memoized(("size", kind), partial(self.call, aten.sym_size.int, source, dim))
                 if kind == "c" and n:
                     factor = self.call(operator.add, factor, n)
             if isinstance(total, int) and isinstance(factor, int):
@@ -240,14 +256,14 @@ class Restriction:
         value = self.cached(source, name)  # type: ignore[arg-type]
         for step in chain:
             axes = tuple(tuple(("c", n) if k == "r" else (k, n) for k, n in axis) for axis in self.info[step].axes)
-            value = self.memoized(("full", step), lambda s=step, v=value, a=axes: self.emit(s, lambda n: v, a, False))
+            value = self.memoized(("full", step), partial(self.emit, step, partial(always, value), axes, False))
         return value
 
     def replay(self, node: fx.Node) -> list[fx.Node]:
         """The layout ops to replay on the full value: those after the best value to cache.
 
-        That is the smallest one (before heads are repeated), as [batch, heads, rows, features] or at least with rows and
-        batch as axes of their own where there is such a value, and as late as possible.
+        That is the smallest one (before heads are repeated), as [batch, heads, rows, features] or at least with rows
+        and batch as axes of their own where there is such a value, and as late as possible.
         """
         chain = [node]
         while op_name(chain[0]) in REPLICATES and chain[0].args[0] in self.analysis.content:
@@ -257,7 +273,8 @@ class Restriction:
             axes = self.info[chain[i]].axes
             if not isinstance(axes, tuple) or find(axes, "r") is None:
                 return (False,)
-            return True, -elements(axes), find(axes, "b") is not None, find(axes, "r") == len(axes) - 2, len(axes) == 4, i
+            last_but_one = find(axes, "r") == len(axes) - 2
+            return True, -elements(axes), find(axes, "b") is not None, last_but_one, len(axes) == 4, i
 
         best = max(range(len(chain)), key=merit)
         return chain[best + 1 :]
@@ -324,21 +341,23 @@ class Restriction:
         return self.memoized(("hiding", mask, axes, hide, beside), lambda: self.write_hiding(mask, axes, hide, beside))
 
     def write_hiding(self, mask: fx.Node, axes: Axes, hide: Hide, beside: Axes) -> fx.Node:
-        table = self.positions.table(mask, axes)
+        table, call = self.positions.table(mask, axes), self.call
         seen = self.spread(self.visible(hide.entries), beside)
         rest = table.matrix(hide.entries.shape[0])[..., ~hide.entries]
         uniform = bool((rest == rest.flatten()[0]).all())
-        if table.value.dtype == torch.bool:
-            if hide.value is True:
-                unseen = self.memoized(("not", seen), lambda: self.call(aten.logical_not.default, seen))
-                return unseen if uniform else self.call(aten.logical_or.default, unseen, self.gathered(mask, table, beside, False))
-            return seen if uniform else self.call(aten.logical_and.default, seen, self.gathered(mask, table, beside, False))
+        boolean = table.value.dtype == torch.bool
+        if boolean and hide.value is True:
+            seen = self.memoized(("not", seen), lambda: call(aten.logical_not.default, seen))
+        if boolean and uniform:
+            return seen
         if uniform:
             value = self.constant(mask, rest.flatten()[0], "_seen")
         else:
             value = self.gathered(mask, table, beside, False)
+        if boolean:
+            return call(aten.logical_or.default if hide.value else aten.logical_and.default, seen, value)
         gone = self.constant(mask, torch.tensor(hide.value).to(table.value.dtype), f"_hidden_{hide.value:g}")
-        return self.call(aten.where.self, seen, value, gone)
+        return call(aten.where.self, seen, value, gone)
 
     def visible(self, hidden: Tensor) -> fx.Node:
         """bool[B, R, S]: which slots each row sees. Known mask shapes are computed, others looked up."""
@@ -361,7 +380,8 @@ class Restriction:
         elif kind in ("causal", "window"):
             seen = self.memoized("causal", lambda: call(aten.le.Tensor, stored, rows))
             if kind == "window":
-                seen = call(aten.logical_and.default, seen, call(aten.gt.Tensor, stored, call(aten.sub.Tensor, rows, width)))
+                inside = call(aten.gt.Tensor, stored, call(aten.sub.Tensor, rows, width))
+                seen = call(aten.logical_and.default, seen, inside)
         return call(aten.logical_or.default, call(aten.logical_and.default, seen, written), self.own_slot())
 
     def own_slot(self) -> fx.Node:
@@ -385,7 +405,8 @@ class Restriction:
 
     def gathered(self, source: fx.Node, table: Table, beside: Axes, tail: bool) -> fx.Node:
         """A position table at the rows' (and columns') positions, laid out beside a value with the given axes."""
-        return self.memoized(("gathered", source, table, beside, tail), lambda: self.write_gathered(source, table, beside, tail))
+        key = ("gathered", source, table, beside, tail)
+        return self.memoized(key, lambda: self.write_gathered(source, table, beside, tail))
 
     def write_gathered(self, source: fx.Node, table: Table, beside: Axes, tail: bool) -> fx.Node:
         indexed = [k for k in "rc" if k in table.keys]
@@ -417,7 +438,7 @@ class Restriction:
 
         An axis of several factors such as B*H needs all of them: missing ones are repeated.
         """
-        keys = [[f[0] if f[0] in "brc" else (i - len(beside), k) for k, f in enumerate(axis)] for i, axis in enumerate(beside)]
+        keys = factor_keys(beside)
         order = [present.index(key) for axis in keys for key in axis if key in present]
         if sorted(order) != list(range(len(present))):
             raise NotRowwise("has a position value that does not line up with what it is combined with")
@@ -435,6 +456,10 @@ class Restriction:
         if len(wide) == len(sizes):
             return value
         return self.call(aten.reshape.default, self.call(aten.expand.default, value, wide), sizes)
+
+
+def always(value: fx.Node, _: fx.Node) -> fx.Node:
+    return value
 
 
 def text(axis: Axis) -> int | str:

@@ -29,7 +29,7 @@ class Processor:
 
 
 def guidance(logits: Tensor, guidance: Tensor) -> Tensor:
-    """Classifier-free guidance: logits [2B, V] (conditional, then unconditional) -> [B, V] (Ho & Salimans 2022, eq. 6)."""
+    """Classifier-free guidance: logits [2B, V] (conditional first) -> [B, V] (Ho & Salimans 2022, eq. 6)."""
     branches = logits.reshape(2, -1, logits.shape[1])
     return branches[1] + guidance * (branches[0] - branches[1])
 
@@ -81,7 +81,9 @@ def scalar(dtype: torch.dtype, default: float | int, doc: str) -> Input:
 
 
 PROCESSORS: dict[str, Processor] = {
-    "guidance": Processor({"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off")}, guidance, draws=False),
+    "guidance": Processor(
+        {"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off")}, guidance, draws=False
+    ),
     "repetition-penalty": Processor(
         {"repetition_penalty": scalar(F32, 1.0, "repetition penalty; 1 is off")}, repetition_penalty, False, ("seen",)
     ),
@@ -98,13 +100,16 @@ def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
     """The processors of those names, in their fixed order. Raises UsageError for an unknown one."""
     unknown = [n for n in names if n not in PROCESSORS]
     if unknown:
-        raise UsageError(what=f"unknown rule '{unknown[0]}'", why="it is not in the list of rules",
-                         hint="choose from " + ", ".join(PROCESSORS))  # fmt: skip
+        raise UsageError(
+            what=f"unknown rule '{unknown[0]}'",
+            why="it is not in the list of rules",
+            hint="choose from " + ", ".join(PROCESSORS),
+        )
     return {n: p for n, p in PROCESSORS.items() if n in names or n == "temperature"}
 
 
 def rule(processors: dict[str, Processor], vocab: int, sampled: bool) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
-    """The rule made of these processors and its inputs; logits of 2B rows if guided, else B. Returns token int64 [B]."""
+    """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B]."""
     used = {n: p for n, p in processors.items() if sampled or not p.draws}
     rows = "2*B" if "guidance" in used else "B"
     inputs = {"logits": Spec(F32, (rows, vocab))}

@@ -21,6 +21,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
     negative: Sequence[Sequence[int]] | None = None,
+    streams: Sequence[int] | None = None,
     executor: Executor | None = None,
     on_round: Callable[[Values], None] | None = None,
     **params: Any,
@@ -29,16 +30,28 @@ def generate(
 
     `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0.
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,
-    otherwise one by one; the tokens are the same. Raises UsageError for a bad prompt or parameter.
+    otherwise one by one; the tokens are the same. `streams`: which noise each sequence draws (default: its
+    index). Raises UsageError for a bad prompt or parameter.
     """
     check(program, prompts, n, params)
     executor = executor or program.executor
     ragged = len({len(p) for p in prompts}) > 1
-    groups = [[i] for i in range(len(prompts))] if ragged and not program.meta.get("ragged") else [list(range(len(prompts)))]
+    groups = (
+        [[i] for i in range(len(prompts))] if ragged and not program.meta.get("ragged") else [list(range(len(prompts)))]
+    )
     results: dict[int, list[int]] = {}
     for group in groups:
-        inputs = make_inputs(program, [prompts[i] for i in group], n, seed, stop, group,
-                             None if negative is None else [negative[i] for i in group], params)  # fmt: skip
+        drawn = group if streams is None else [streams[i] for i in group]
+        inputs = make_inputs(
+            program,
+            [prompts[i] for i in group],
+            n,
+            seed,
+            stop,
+            drawn,
+            None if negative is None else [negative[i] for i in group],
+            params,
+        )
         values = run(program, inputs, slots(program, inputs), executor, on_round)
         for i, row in zip(group, values["generated"].tolist(), strict=True):
             results[i] = [t for t in row if t >= 0]
@@ -55,45 +68,75 @@ def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: di
     """Raises UsageError for prompts, lengths or parameters that the program can't take."""
     capacity, known = int(program.meta["capacity"]), int(program.meta.get("input_vocab", program.meta["vocab"]))
     if not prompts or any(len(p) == 0 for p in prompts):
-        raise UsageError(what="a prompt is empty", why="generation starts from at least one token", hint="give a prompt")
+        raise UsageError(
+            what="a prompt is empty", why="generation starts from at least one token", hint="give a prompt"
+        )
     if n < 0:
         raise UsageError(what=f"can't generate {n} tokens", hint="give a number of new tokens of 0 or more")
     longest = max(len(p) for p in prompts)
     if longest + max(n - 1, 0) > capacity:
-        raise UsageError(what=f"prompt of {longest} tokens and {n} new ones don't fit", where="the model's capacity",
-                         why=f"it takes {capacity} tokens in all", hint=f"ask for at most {max(capacity - longest + 1, 0)} new tokens")  # fmt: skip
+        raise UsageError(
+            what=f"prompt of {longest} tokens and {n} new ones don't fit",
+            where="the model's capacity",
+            why=f"it takes {capacity} tokens in all",
+            hint=f"ask for at most {max(capacity - longest + 1, 0)} new tokens",
+        )
     for i, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= int(t) < known]
         if bad:
-            raise UsageError(what=f"token {bad[0]} is not in the vocabulary", where=f"prompt {i}",
-                             why=f"ids run from 0 to {known - 1}", hint="encode the prompt with the model's own tokenizer")  # fmt: skip
+            raise UsageError(
+                what=f"token {bad[0]} is not in the vocabulary",
+                where=f"prompt {i}",
+                why=f"ids run from 0 to {known - 1}",
+                hint="encode the prompt with the model's own tokenizer",
+            )
     unknown = [p for p in params if p not in program.inputs or p in RESERVED]
     if unknown:
         known_params = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
-        raise UsageError(what=f"unknown sampling parameter '{unknown[0]}'", why="the program's rule does not use it",
-                         hint=f"it takes {', '.join(known_params)}; rules are chosen by aropt optimize --rule")  # fmt: skip
+        raise UsageError(
+            what=f"unknown sampling parameter '{unknown[0]}'",
+            why="the program's rule does not use it",
+            hint=f"it takes {', '.join(known_params)}; rules are chosen by aropt optimize --rule",
+        )
 
 
 RESERVED = {"prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative"}
 
 
-def make_inputs(program: Program, prompts: Sequence[Sequence[int]], n: int, seed: int, stop: Sequence[int],
-                streams: Sequence[int], negative: Sequence[Sequence[int]] | None, params: dict[str, Any]) -> Values:  # fmt: skip
+def make_inputs(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    seed: int,
+    stop: Sequence[int],
+    streams: Sequence[int],
+    negative: Sequence[Sequence[int]] | None,
+    params: dict[str, Any],
+) -> Values:
     """The program's input values: prompts padded on the left, defaults filled in."""
     if not 0 <= seed < 2**62:
-        raise UsageError(what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed")
+        raise UsageError(
+            what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed"
+        )
     temperature = float(params.get("temperature", program.inputs["temperature"].default or 0.0))
     values: Values = {
-        "prompt": padded(prompts), "lengths": torch.tensor([len(p) for p in prompts]), "limit": torch.tensor(n),
-        "stop": torch.tensor(list(stop) or [-1]), "greedy": torch.tensor(temperature <= 0), "seed": torch.tensor(seed),
+        "prompt": padded(prompts),
+        "lengths": torch.tensor([len(p) for p in prompts]),
+        "limit": torch.tensor(n),
+        "stop": torch.tensor(list(stop) or [-1]),
+        "greedy": torch.tensor(temperature <= 0),
+        "seed": torch.tensor(seed),
         "streams": torch.tensor(list(streams)),
-    }  # fmt: skip
+    }
     if "negative" in program.inputs:
         null = program.meta.get("null")
         if negative is None and null is None:
-            raise UsageError(what="guidance needs an unconditional prompt", why="the model has no null class",
-                             hint="give negative= prompts of the same lengths")  # fmt: skip
-        values["negative"] = padded(negative if negative is not None else [[null, *p[1:]] for p in prompts])
+            raise UsageError(
+                what="guidance needs an unconditional prompt",
+                why="the model has no null class",
+                hint="give negative= prompts of the same lengths",
+            )
+        values["negative"] = padded(negative if negative is not None else [[int(null or 0), *p[1:]] for p in prompts])
     for name, given in program.inputs.items():
         if name not in values:
             values[name] = parameter(given, params.get(name, given.default))

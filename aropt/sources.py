@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aropt.trace import capture_exported, capture_model, check_exported, quiet
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.program import Graph
+from aropt.trace import capture_exported, capture_model, check_exported, quiet
 
 LONGEST = 2048  # default capacity where the model takes more
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-             "tokenizer.model", "generation_config.json", "config.json")  # fmt: skip
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+    "config.json",
+)
 
 
 @dataclass
@@ -51,8 +59,11 @@ def resolve(model: str, capacity: int | None = None, trust_remote_code: bool = F
     if path.suffix == ".pt2" and path.is_file():
         return exported(path, capacity)
     close = "; reference models: " + ", ".join(REFERENCES)
-    raise UsageError(what=f"no model '{model}'", why="it is neither a reference model, a directory, file.py:factory, nor a .pt2 file",
-                     hint="aropt models lists the reference models" + close)  # fmt: skip
+    raise UsageError(
+        what=f"no model '{model}'",
+        why="it is neither a reference model, a directory, file.py:factory, nor a .pt2 file",
+        hint="aropt models lists the reference models" + close,
+    )
 
 
 def reference(name: str, capacity: int | None) -> Source:
@@ -62,10 +73,15 @@ def reference(name: str, capacity: int | None) -> Source:
     found = REFERENCES[name]
     module = load(name)
     meta = {
-        "name": name, "source": name, "modality": found.modality, "vocab": found.vocab, "input_vocab": found.vocab,
-        "capacity": min(capacity or found.capacity, found.capacity), "prompts": [list(p) for p in found.prompts],
+        "name": name,
+        "source": name,
+        "modality": found.modality,
+        "vocab": found.vocab,
+        "input_vocab": found.vocab,
+        "capacity": min(capacity or found.capacity, found.capacity),
+        "prompts": [list(p) for p in found.prompts],
         "heldout": found.heldout,
-    }  # fmt: skip
+    }
     if name == "digits-ar":
         meta |= {"input_vocab": 28, "null": 27}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
@@ -77,30 +93,49 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> So
     try:
         import transformers
     except ImportError as error:
-        raise MissingTool(what="transformers is not installed", why=str(error), hint="pip install 'aropt[hf]'") from error
+        raise MissingTool(
+            what="transformers is not installed", why=str(error), hint="pip install 'aropt[hf]'"
+        ) from error
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise UsageError(what=f"'{path}' is not a model directory", where=str(config_file), why="config.json is missing",
-                         hint="give a directory written by save_pretrained")  # fmt: skip
+        raise UsageError(
+            what=f"'{path}' is not a model directory",
+            where=str(config_file),
+            why="config.json is missing",
+            hint="give a directory written by save_pretrained",
+        )
     read_json(config_file)
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
-        raise UsageError(what="no weights in safetensors", where=str(path), why="aropt never loads pickled weights",
-                         hint="save the model again: model.save_pretrained(dir, safe_serialization=True)")  # fmt: skip
+        raise UsageError(
+            what="no weights in safetensors",
+            where=str(path),
+            why="aropt never loads pickled weights",
+            hint="save the model again: model.save_pretrained(dir, safe_serialization=True)",
+        )
     for file in weights:
         check_safetensors(file)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         module, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=trust_remote_code)  # fmt: skip
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
     except Exception as error:
         raise loading_error(path, error, trust_remote_code) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise UsageError(what="the checkpoint lacks weights of its own model", where=missing[0], why=f"{len(missing)} weights are missing",
-                         hint="the download or the conversion may be incomplete; get the checkpoint again")  # fmt: skip
+        raise UsageError(
+            what="the checkpoint lacks weights of its own model",
+            where=missing[0],
+            why=f"{len(missing)} weights are missing",
+            hint="the download or the conversion may be incomplete; get the checkpoint again",
+        )
     meta = {"name": path.resolve().name, "source": str(path), **facts(module, capacity), "modality": "text"}
     files = [path / name for name in TOKENIZER if (path / name).is_file()]
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
@@ -115,17 +150,35 @@ def loading_error(path: Path, error: Exception, trusted: bool) -> Exception:
     """What to tell of a failed from_pretrained."""
     text = str(error)
     if "trust_remote_code" in text and not trusted:
-        return UsageError(what="the model needs Python code of its own repository", where=str(path), why="remote code runs only when asked for",
-                          hint="read that code, then add --trust-remote-code")  # fmt: skip
+        return UsageError(
+            what="the model needs Python code of its own repository",
+            where=str(path),
+            why="remote code runs only when asked for",
+            hint="read that code, then add --trust-remote-code",
+        )
     if "size mismatch" in text or "mismatched" in text.lower():
-        line = next((x.strip() for x in text.splitlines() if "size mismatch" in x or "mismatch" in x.lower()), text[:200])
-        return UsageError(what="the weights don't have the shapes that config.json says", where=str(path), why=line[:300],
-                          hint="check vocab_size and hidden_size in config.json against the checkpoint")  # fmt: skip
+        line = next(
+            (x.strip() for x in text.splitlines() if "size mismatch" in x or "mismatch" in x.lower()), text[:200]
+        )
+        return UsageError(
+            what="the weights don't have the shapes that config.json says",
+            where=str(path),
+            why=line[:300],
+            hint="check vocab_size and hidden_size in config.json against the checkpoint",
+        )
     if isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text):
-        return Unsupported(what="transformers can't load this as a causal language model", where=str(path), why=text.splitlines()[0][:300],
-                           hint="write a factory: aropt optimize model.py:factory")  # fmt: skip
-    return UsageError(what="the model can't be loaded", where=str(path), why=(text.splitlines() or [type(error).__name__])[0][:300],
-                      hint="check that AutoModelForCausalLM.from_pretrained loads it")  # fmt: skip
+        return Unsupported(
+            what="transformers can't load this as a causal language model",
+            where=str(path),
+            why=text.splitlines()[0][:300],
+            hint="write a factory: aropt optimize model.py:factory",
+        )
+    return UsageError(
+        what="the model can't be loaded",
+        where=str(path),
+        why=(text.splitlines() or [type(error).__name__])[0][:300],
+        hint="check that AutoModelForCausalLM.from_pretrained loads it",
+    )
 
 
 def check_safetensors(file: Path) -> None:
@@ -136,8 +189,12 @@ def check_safetensors(file: Path) -> None:
         with safe_open(file, "pt") as opened:
             opened.keys()
     except (SafetensorError, OSError) as error:
-        raise UsageError(what="the weights file is damaged", where=str(file), why=str(error),
-                         hint="get the file again, and compare its size and hash") from error  # fmt: skip
+        raise UsageError(
+            what="the weights file is damaged",
+            where=str(file),
+            why=str(error),
+            hint="get the file again, and compare its size and hash",
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -145,9 +202,13 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise UsageError(what=f"'{file.name}' can't be read", where=str(file), why=str(error), hint="check the file") from error
+        raise UsageError(
+            what=f"'{file.name}' can't be read", where=str(file), why=str(error), hint="check the file"
+        ) from error
     if not isinstance(data, dict):
-        raise UsageError(what=f"'{file.name}' can't be read", where=str(file), why="it is not a JSON object", hint="check the file")
+        raise UsageError(
+            what=f"'{file.name}' can't be read", where=str(file), why="it is not a JSON object", hint="check the file"
+        )
     return data
 
 
@@ -165,13 +226,25 @@ def factory(model: str, capacity: int | None) -> Source:
         make = getattr(loaded, name, None)
         module = make() if callable(make) else None
     except Exception as error:
-        raise UsageError(what=f"'{model}' fails", where=str(path), why=f"{type(error).__name__}: {error}",
-                         hint=f"run it alone: python -c 'import {path.stem}; {path.stem}.{name}()'") from error  # fmt: skip
+        raise UsageError(
+            what=f"'{model}' fails",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            hint=f"run it alone: python -c 'import {path.stem}; {path.stem}.{name}()'",
+        ) from error
     if make is None:
-        raise UsageError(what=f"no function '{name}' in {path.name}", where=str(path), hint="name a function that returns an nn.Module")
+        raise UsageError(
+            what=f"no function '{name}' in {path.name}",
+            where=str(path),
+            hint="name a function that returns an nn.Module",
+        )
     if not isinstance(module, nn.Module):
-        raise UsageError(what=f"'{name}' does not return an nn.Module", where=str(path), why=f"it returns {type(module).__name__}",
-                         hint="return the model itself")  # fmt: skip
+        raise UsageError(
+            what=f"'{name}' does not return an nn.Module",
+            where=str(path),
+            why=f"it returns {type(module).__name__}",
+            hint="return the model itself",
+        )
     module = module.float().eval().requires_grad_(False)
     return Source(module, {"name": path.stem, "source": model, "modality": "tokens", **facts(module, capacity)})
 
@@ -182,8 +255,12 @@ def exported(path: Path, capacity: int | None) -> Source:
         with quiet():
             program = torch.export.load(path)
     except Exception as error:
-        raise UsageError(what="the .pt2 file can't be loaded", where=str(path), why=str(error).splitlines()[0][:300] if str(error) else "",
-                         hint="write it with torch.export.save") from error  # fmt: skip
+        raise UsageError(
+            what="the .pt2 file can't be loaded",
+            where=str(path),
+            why=str(error).splitlines()[0][:300] if str(error) else "",
+            hint="write it with torch.export.save",
+        ) from error
     check_exported(program)
     module = program.module()
     meta = {"name": path.stem, "source": str(path), "modality": "tokens", **facts(module, capacity or 512)}
@@ -196,15 +273,24 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     A module may say `capacity`, `input_vocab`, `null` and `prompts` as attributes.
     """
     config = getattr(module, "config", None)
-    longest = next((int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None)
+    longest = next(
+        (int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None
+    )
     if capacity is not None and longest is not None and capacity > longest:
-        raise UsageError(what=f"capacity {capacity} is more than the model takes", why=f"its positions end at {longest}",
-                         hint=f"use --capacity {longest} or less")  # fmt: skip
+        raise UsageError(
+            what=f"capacity {capacity} is more than the model takes",
+            why=f"its positions end at {longest}",
+            hint=f"use --capacity {longest} or less",
+        )
     vocab = logits_size(module)
     known = getattr(module, "input_vocab", None) or getattr(config, "vocab_size", None) or vocab
     prompts = getattr(module, "prompts", None) or [[min(1, int(known) - 1)]]
-    found: dict[str, Any] = {"vocab": vocab, "input_vocab": int(known), "capacity": capacity or min(longest or 512, LONGEST),
-                             "prompts": [list(map(int, p)) for p in prompts]}  # fmt: skip
+    found: dict[str, Any] = {
+        "vocab": vocab,
+        "input_vocab": int(known),
+        "capacity": capacity or min(longest or 512, LONGEST),
+        "prompts": [list(map(int, p)) for p in prompts],
+    }
     if isinstance(getattr(module, "null", None), int):
         found["null"] = module.null
     return found
@@ -220,6 +306,9 @@ def logits_size(module: nn.Module) -> int:
     except Exception as error:
         raise export_failure(error) from error
     if logits.dim() != 3:
-        raise Unsupported(what="the forward does not return logits", why=f"its result has shape {list(logits.shape)}",
-                          hint="return logits of shape [batch, length, vocabulary] from forward(ids)")  # fmt: skip
+        raise Unsupported(
+            what="the forward does not return logits",
+            why=f"its result has shape {list(logits.shape)}",
+            hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
+        )
     return int(logits.shape[-1])

@@ -12,7 +12,24 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from aropt.program import Dim, Graph, Spec, resolve, symbols
 
-HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89, 101, 107, 113, 131)  # distinct sizes, so that equal hints mean equal symbols
+HINTS = (
+    3,
+    7,
+    13,
+    19,
+    29,
+    37,
+    43,
+    53,
+    61,
+    71,
+    79,
+    89,
+    101,
+    107,
+    113,
+    131,
+)  # distinct sizes, so that equal hints mean equal symbols
 
 
 def example_sizes(specs: Mapping[str, Spec]) -> dict[str, int]:
@@ -40,7 +57,7 @@ def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str,
     names: dict[Any, str] = {}
     for name, example in examples(inputs).items():
         dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in inputs[name].dims]
-        context = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * len(dynamic))
+        context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * len(dynamic))
         fakes[name] = mode.from_tensor(example, symbolic_context=context)
         for dim, size in zip(inputs[name].dims, fakes[name].shape, strict=True):
             if isinstance(dim, str) and isinstance(size, torch.SymInt):
@@ -95,7 +112,9 @@ def spec_of(value: Any, names: Mapping[Any, str]) -> Spec:
     return Spec(value.dtype, tuple(dim_text(s, names) for s in value.shape))
 
 
-def build(name: str, graph: fx.Graph, inputs: dict[str, Spec], outputs: list[str], weights: Mapping[str, Tensor]) -> Graph:
+def build(
+    name: str, graph: fx.Graph, inputs: dict[str, Spec], outputs: list[str], weights: Mapping[str, Tensor]
+) -> Graph:
     """A Graph from an fx graph whose output is a tuple: shapes re-derived, dead code removed, aliases found."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
@@ -127,7 +146,7 @@ def to_onnx(exported: Any, translations: Mapping[Any, Any], opset: int) -> Any:
     _fx_passes.insert_type_promotion_nodes(exported.graph_module)
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for target, function in translations.items():
-        registry.register_op(target, function, None)
+        registry.register_op(target, function, False)
     program = _core._exported_program_to_onnx_program(exported, registry=registry)
     program.optimize()
     return program

@@ -26,9 +26,12 @@ from aropt.torch_compat import build, example_sizes, examples
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
 DROPPED = {
-    "aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range",
+    "aten::_assert_tensor_metadata",
+    "aten::_assert_scalar",
+    "aten::_assert_async",
+    "aten::sym_constrain_range",
     "aten::sym_constrain_range_for_size",
-}  # fmt: skip
+}
 PASS_THROUGH = {"aten::alias", "aten::detach", "aten::lift_fresh_copy", "aten::detach_", "aten::contiguous"}
 
 
@@ -65,9 +68,10 @@ def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, d
     if len(dims) != 3 or dims[:2] != ("B", "T"):
         raise Unsupported(
             what="the forward does not return one row of logits for each token",
-            where="output 'logits'", why=f"its shape is {graph.outputs['logits']}, expected [B, T, vocabulary]",
+            where="output 'logits'",
+            why=f"its shape is {graph.outputs['logits']}, expected [B, T, vocabulary]",
             hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
-        )  # fmt: skip
+        )
     return graph, weights
 
 
@@ -84,13 +88,20 @@ def check_exported(exported: ExportedProgram) -> None:
     given = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
     shape = getattr(given[0].meta.get("val"), "shape", ()) if len(given) == 1 else ()
     if len(shape) != 2:
-        raise Unsupported(what="the exported program does not take ids alone", where=", ".join(n.name for n in given),
-                          why="aropt needs forward(ids[batch, length])", hint="export a module whose forward takes ids only")  # fmt: skip
+        raise Unsupported(
+            what="the exported program does not take ids alone",
+            where=", ".join(n.name for n in given),
+            why="aropt needs forward(ids[batch, length])",
+            hint="export a module whose forward takes ids only",
+        )
     fixed = [name for name, size in zip(("batch", "length"), shape, strict=True) if isinstance(size, int)]
     if fixed:
-        raise Unsupported(what=f"the exported program fixes the {' and the '.join(fixed)}", where=given[0].name,
-                          why=f"ids have shape {list(shape)}",
-                          hint="export with dynamic_shapes=({0: Dim('b'), 1: Dim('s')},)")  # fmt: skip
+        raise Unsupported(
+            what=f"the exported program fixes the {' and the '.join(fixed)}",
+            where=given[0].name,
+            why=f"ids have shape {list(shape)}",
+            hint="export with dynamic_shapes=({0: Dim('b'), 1: Dim('s')},)",
+        )
 
 
 def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
@@ -106,8 +117,12 @@ def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, 
     exported = export(Wrapped(), tuple(examples(inputs).values()), (shapes,), functional=False)
     graph, weights = from_exported(name, exported, inputs, outputs)
     if weights:
-        raise UsageError(what=f"the rule '{name}' holds tensors", where=", ".join(weights), why="rules have no weights",
-                         hint="pass the tensor as an input of the rule")  # fmt: skip
+        raise UsageError(
+            what=f"the rule '{name}' holds tensors",
+            where=", ".join(weights),
+            why="rules have no weights",
+            hint="pass the tensor as an input of the rule",
+        )
     for node in graph.fx.nodes:
         node.meta.pop("origin", None)  # only nodes of the model are compared with the captured forward
     return graph
@@ -121,7 +136,7 @@ def dynamic(dim: str, known: dict[str, Any]) -> Any:
 
 
 def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bool = True) -> ExportedProgram:
-    """torch.export, made functional (rules are so already), without decompositions other than those of `decompositions`."""
+    """torch.export, made functional (rules are so already), without decompositions but those of `decompositions`."""
     try:
         with torch.no_grad(), quiet():
             exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
@@ -151,16 +166,26 @@ def export_failure(error: Exception) -> Unsupported:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     where = user_frame(error) or "forward"
     if "ConstraintViolation" in type(error).__name__ or "Constraints violated" in text or "specialized" in text:
-        return Unsupported(what="the forward fixes the sequence length or the batch", where=where,
-                           why=lines[0][:300] if lines else type(error).__name__,
-                           hint="avoid int(x.shape[1]), loops over the length and lengths stored in the module")  # fmt: skip
+        return Unsupported(
+            what="the forward fixes the sequence length or the batch",
+            where=where,
+            why=lines[0][:300] if lines else type(error).__name__,
+            hint="avoid int(x.shape[1]), loops over the length and lengths stored in the module",
+        )
     if "data-dependent" in text or "unbacked" in text.lower():
         why = next((line for line in lines if "data-dependent" in line or "guard on" in line), lines[0])
-        return Unsupported(what="the forward branches on the values of a tensor", where=where, why=why[:300],
-                           hint="replace `if tensor:` and `.item()` by torch.where or torch.cond")  # fmt: skip
-    return Unsupported(what="the forward can't be exported", where=where,
-                       why=f"{type(error).__name__}: {lines[0][:300] if lines else ''}",
-                       hint="run torch.export.export(model, (ids,)) alone to see the whole trace, or -vv here")  # fmt: skip
+        return Unsupported(
+            what="the forward branches on the values of a tensor",
+            where=where,
+            why=why[:300],
+            hint="replace `if tensor:` and `.item()` by torch.where or torch.cond",
+        )
+    return Unsupported(
+        what="the forward can't be exported",
+        where=where,
+        why=f"{type(error).__name__}: {lines[0][:300] if lines else ''}",
+        hint="run torch.export.export(model, (ids,)) alone to see the whole trace, or -vv here",
+    )
 
 
 def user_frame(error: BaseException) -> str | None:
@@ -182,8 +207,12 @@ def check_weights(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
             bad = int((~torch.isfinite(value)).sum())
-            raise Unsupported(what="a weight is not finite", where=name, why=f"{bad} of {value.numel()} values are NaN or infinite",
-                              hint="check the checkpoint; it may be damaged or of a diverged training run")  # fmt: skip
+            raise Unsupported(
+                what="a weight is not finite",
+                where=name,
+                why=f"{bad} of {value.numel()} values are NaN or infinite",
+                hint="check the checkpoint; it may be damaged or of a diverged training run",
+            )
 
 
 def from_exported(
@@ -193,9 +222,12 @@ def from_exported(
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind not in (OutputKind.USER_OUTPUT,):
-            raise Unsupported(what="the forward changes a buffer or an input", where=str(spec.target or spec.arg),
-                              why=f"torch.export reports {spec.kind.name}; state must be a value",
-                              hint="make forward(ids) a pure function; aropt derives the caches itself")  # fmt: skip
+            raise Unsupported(
+                what="the forward changes a buffer or an input",
+                where=str(spec.target or spec.arg),
+                why=f"torch.export reports {spec.kind.name}; state must be a value",
+                hint="make forward(ids) a pure function; aropt derives the caches itself",
+            )
     graph = fx.Graph()
     weights: dict[str, Tensor] = {}
     copied: dict[fx.Node, fx.Node] = {}
@@ -224,8 +256,12 @@ def from_exported(
         result = build(name, graph, inputs, outputs, weights)
     except Exception as error:
         node = getattr(error, "aropt_node", None)
-        raise Unsupported(what="an op's shape rule fails for symbolic sizes", where=f"{node.meta.get('where')}, {node}" if node else "",
-                          why=(str(error).splitlines() or [""])[0][:300], hint="please report the model") from error  # fmt: skip
+        raise Unsupported(
+            what="an op's shape rule fails for symbolic sizes",
+            where=f"{node.meta.get('where')}, {node}" if node else "",
+            why=(str(error).splitlines() or [""])[0][:300],
+            hint="please report the model",
+        ) from error
     return result, {w: weights[w] for w in result.weights()}
 
 
@@ -239,8 +275,12 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
 
     problem = op_problem(node.target, node.args, node.kwargs)
     if problem:
-        raise Unsupported(what="the forward uses an op that a pure graph can't hold", where=f"{module_path(node)}, node {node.name} ({base})",
-                          why=problem, hint="replace torch.cond by torch.where; remove dropout, noise and in-place changes")  # fmt: skip
+        raise Unsupported(
+            what="the forward uses an op that a pure graph can't hold",
+            where=f"{module_path(node)}, node {node.name} ({base})",
+            why=problem[1],
+            hint="replace torch.cond by torch.where; remove dropout, noise and in-place changes",
+        )
     if base in PASS_THROUGH or is_identity_slice(node):
         copied[node] = copied[node.args[0]]  # type: ignore[index]
         return
@@ -254,7 +294,7 @@ def is_identity_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[:5]
-    return start in (0, None) and (end is None or (isinstance(end, int) and end == MAXINT)) and step == 1
+    return bool(start in (0, None) and end in (None, MAXINT) and step == 1)
 
 
 def module_path(node: fx.Node) -> str:
@@ -294,7 +334,11 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

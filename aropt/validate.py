@@ -55,14 +55,8 @@ class Case:
         values = {
             k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if isinstance(v, tuple) else repr(v) for k, v in self.params
         }
-        if self.streams:  # generate() numbers the streams itself
-            params = "{" + ", ".join(f"{k!r}: {v}" for k, v in values.items()) + "}"
-            given = f"{prompts}, {self.n}, {self.seed}, {list(self.stop)}, {list(self.streams)}, {negative}, {params}"
-            return (
-                f"from aropt import interpreter as i, runtime as r; values = r.make_inputs({name}, {given}); "
-                f"print(i.run({name}, values, r.slots({name}, values))['generated'].tolist())"
-            )
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
+        params += f", streams={list(self.streams)}" if self.streams else ""
         return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params})"
 
     def groups(self, program: Program) -> list[list[int]]:
@@ -444,7 +438,7 @@ def with_probe(program: Program) -> Program:
     for name, graph in program.graphs.items():
         node = next((n for n in graph.fx.nodes if n.meta.get("value") == "row"), None)
         if node is not None:
-            graphs[name] = expose(graph, {"row": node}, program.weights)
+            graphs[name] = expose(graph, {"row": node})
     from aropt.passbase import rewrite
 
     control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, "row": "row"})

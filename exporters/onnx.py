@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from aropt import ops
-from aropt.trace import dynamic, quiet
 from aropt.errors import MissingTool, Unsupported
 from aropt.program import Graph
 from aropt.torch_compat import example_sizes, examples, to_onnx
+from aropt.trace import dynamic, quiet
 
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given
@@ -33,22 +33,33 @@ def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingTool(what="the ONNX exporter is not installed", why=str(error), hint="pip install 'aropt[onnx]'") from error
+        raise MissingTool(
+            what="the ONNX exporter is not installed", why=str(error), hint="pip install 'aropt[onnx]'"
+        ) from error
     module = graph.bind(weights)
     known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
-    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values())
+    shapes = tuple(
+        {i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values()
+    )
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False
+            )
             try:
                 program = to_onnx(exported, translations(), OPSET)
             except torch.onnx.OnnxExporterError:  # an op that only torch's decompositions bring to ONNX
-                program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False,
-                                            custom_translation_table=translations())  # fmt: skip
+                program = torch.onnx.export(
+                    exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
+                )
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise Unsupported(what=f"the graph '{graph.name}' has no ONNX form", where=f"graph {graph.name}", why=reason[:300],
-                          hint="choose --target eager or inductor, or report the op") from error  # fmt: skip
+        raise Unsupported(
+            what=f"the graph '{graph.name}' has no ONNX form",
+            where=f"graph {graph.name}",
+            why=reason[:300],
+            hint="choose --target eager or inductor, or report the op",
+        ) from error
     assert program is not None
     for value, name in zip(program.model.graph.inputs, graph.inputs, strict=True):
         value.name = name
@@ -70,8 +81,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
         slots = op.Expand(op.Reshape(index, op.Constant(value_ints=shape)), op.Shape(source))
         return op.ScatterElements(self, slots, source, axis=dim)
 
-    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-                  scale: float | None = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
         if attn_mask is None or is_causal:
             raise NotImplementedError("attention without an explicit mask")
         heads, groups, size = query.shape[1], query.shape[1] // key.shape[1], query.shape[-1]
@@ -83,7 +102,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         if enable_gqa and groups > 1:  # the heads of a group are rows of one product: keys and values are read once
             query = op.Reshape(query, op.Constant(value_ints=[0, heads // groups, -1, size]))
             attn_mask = op.Tile(attn_mask, op.Constant(value_ints=[1, 1, groups, 1]))
-        scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query))
+        scores = op.Mul(
+            op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query)
+        )
         mixed = op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
         if enable_gqa and groups > 1:
             mixed = op.Reshape(mixed, op.Constant(value_ints=[0, heads, -1, value.shape[-1]]))
@@ -105,5 +126,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     own: dict[Any, Callable[..., Any]] = dict(ops.translation_table())
     own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both}
-    return {**own, aten.index_copy.default: index_copy, aten.scaled_dot_product_attention.default: attention,
-            aten.rms_norm.default: rms_norm}  # fmt: skip
+    return {
+        **own,
+        aten.index_copy.default: index_copy,
+        aten.scaled_dot_product_attention.default: attention,
+        aten.rms_norm.default: rms_norm,
+    }

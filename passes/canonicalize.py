@@ -1,7 +1,7 @@
 """canonicalize: written-out forms become the ops that targets have fast kernels for.
 
 1. x * rsqrt(mean(x^2) + eps) [* weight]         ->  rms_norm           (the last axis)
-2. attention over heads repeated for each group  ->  grouped attention  (SDPA with enable_gqa; the cache keeps few heads)
+2. attention over heads repeated for each group  ->  grouped attention  (SDPA with enable_gqa; a smaller cache)
 
 Does not fire when the squared value and the scaled one differ, when the mean is over another axis, or when only one of
 keys and values is repeated.
@@ -33,14 +33,18 @@ class Canonicalize:
     contract: ClassVar[Contract] = Contract("rounding")
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        found = [f"{len(rms)} norms, {len(heads)} attentions of {name}" for name, graph in program.graphs.items()
-                 for rms, heads in [self.matches(graph)] if rms or heads]  # fmt: skip
+        found = [
+            f"{len(rms)} norms, {len(heads)} attentions of {name}"
+            for name, graph in program.graphs.items()
+            for rms, heads in [self.matches(graph)]
+            if rms or heads
+        ]
         return Applies(tuple(found)) if found else Skips("no written-out norm and no repeated heads")
 
     def matches(self, graph: Graph) -> tuple[list[Any], list[Any]]:
         nodes = list(graph.fx.nodes)
-        rms = [m for n in nodes if self.norms and (m := match_rms(n))]
-        return rms, [m for n in nodes if self.heads and (m := match_heads(n))]
+        rms = [found for n in nodes if self.norms and (found := match_rms(n))]
+        return rms, [group for n in nodes if self.heads and (group := match_heads(n))]
 
     def run(self, program: Program) -> Program:
         graphs = {}
@@ -53,7 +57,9 @@ class Canonicalize:
                 node.args = (node.args[0], key, value, *node.args[3:])
                 node.kwargs = {**node.kwargs, "enable_gqa": True}
             changed = bool(rms or heads)
-            graphs[name] = build(name, copy.fx, graph.inputs, list(graph.outputs), program.weights) if changed else graph
+            graphs[name] = (
+                build(name, copy.fx, graph.inputs, list(graph.outputs), program.weights) if changed else graph
+            )
         return program.replace(graphs=graphs)
 
 
@@ -63,7 +69,7 @@ PASS = Canonicalize
 def copied(graph: fx.Graph) -> fx.Graph:
     """A copy with the nodes' metadata."""
     copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))  # type: ignore[arg-type]
+    copy.output(copy.graph_copy(graph, {}))
     return copy
 
 
@@ -73,11 +79,13 @@ def match_rms(node: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node | None] |
         return None
     for x, inverse in (node.args, node.args[::-1]):
         match inverse:
-            case fx.Node(target=aten.rsqrt.default, args=(fx.Node(target=aten.add.Tensor, args=(fx.Node() as mean, float(eps))),)):
+            case fx.Node(
+                target=aten.rsqrt.default, args=(fx.Node(target=aten.add.Tensor, args=(fx.Node() as mean, float(eps))),)
+            ):
                 pass
             case _:
                 continue
-        if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1] or mean.args[2:] != (True,):  # type: ignore[arg-type]
+        if mean.target is not aten.mean.dim or str(mean.args[1]) != "[-1]" or mean.args[2:] != (True,):
             continue
         square = mean.args[0]
         if not isinstance(square, fx.Node) or square.target is not aten.pow.Tensor_Scalar or square.args != (x, 2):

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aropt.trace import capture_function
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import restrict
+from aropt.trace import capture_function
 
 I64 = torch.int64
 
@@ -49,10 +49,12 @@ class KvCache:
         graphs |= {"step": step, "enter": enter(guided), "place": place(), "feed": feed(guided)}
         caches = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()}
         state = {
-            **program.state, **caches,
-            "feed": StateSpec("tokens", Spec(I64, (batch, "R"))), "filled": StateSpec("counter", Spec(I64)),
+            **program.state,
+            **caches,
+            "feed": StateSpec("tokens", Spec(I64, (batch, "R"))),
+            "filled": StateSpec("counter", Spec(I64)),
             "pads": StateSpec("lengths", Spec(I64, (batch,))),
-        }  # fmt: skip
+        }
 
         def change(call: Call) -> list[Control]:
             if call.graph == "start":
@@ -63,8 +65,13 @@ class KvCache:
             return [call, named(graphs["feed"])] if call.graph == "append" else [call]
 
         weights = {**program.weights, **found.constants}
-        return program.replace(graphs=graphs, state=state, control=rewrite(program.control, change), weights=weights,
-                               meta={**program.meta, "ragged": True, "masks": found.facts["masks"]})  # fmt: skip
+        return program.replace(
+            graphs=graphs,
+            state=state,
+            control=rewrite(program.control, change),
+            weights=weights,
+            meta={**program.meta, "ragged": True, "masks": found.facts["masks"]},
+        )
 
 
 PASS = KvCache
@@ -87,7 +94,9 @@ def named(graph: Graph) -> Call:
 
 def rebatch(spec: Spec, batch: str) -> Spec:
     """The spec with the program's batch in place of the graph's B."""
-    dims = tuple("*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims)
+    dims = tuple(
+        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
+    )
     return Spec(spec.dtype, dims)
 
 
@@ -96,7 +105,9 @@ def enter(guided: bool) -> Graph:
 
     def function(prompt: Tensor, lengths: Tensor, negative: Tensor | None = None) -> tuple[Tensor, ...]:
         pads = prompt.shape[1] - lengths
-        feed, pads = (prompt.clone(), pads) if negative is None else (torch.cat([prompt, negative]), torch.cat([pads, pads]))
+        feed, pads = (
+            (prompt.clone(), pads) if negative is None else (torch.cat([prompt, negative]), torch.cat([pads, pads]))
+        )
         return feed, torch.zeros((), dtype=I64), pads
 
     inputs = {"prompt": Spec(I64, ("B", "P")), "lengths": Spec(I64, ("B",))}
@@ -119,5 +130,9 @@ def place() -> Graph:
 
 def feed(guided: bool) -> Graph:
     """The next round feeds the new token."""
-    return capture_function("feed", lambda token: (torch.cat([token, token]) if guided else token).unsqueeze(1),
-                            {"token": Spec(I64, ("B",))}, ["feed"])  # fmt: skip
+    return capture_function(
+        "feed",
+        lambda token: (torch.cat([token, token]) if guided else token).unsqueeze(1),
+        {"token": Spec(I64, ("B",))},
+        ["feed"],
+    )

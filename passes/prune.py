@@ -51,11 +51,15 @@ class Prune:
                 break
         if self.fold:
             program = program.replace(graphs={n: fold(g, weights, self.limit) for n, g in program.graphs.items()})
-        touched = {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())} | conditions(program.control)
+        touched = {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())} | conditions(
+            program.control
+        )
         touched |= set(program.outputs)
         used = {w for g in program.graphs.values() for w in g.weights()}
-        return program.replace(state={n: s for n, s in program.state.items() if n in touched},
-                               weights={w: v for w, v in weights.items() if w in used})  # fmt: skip
+        return program.replace(
+            state={n: s for n, s in program.state.items() if n in touched},
+            weights={w: v for w, v in weights.items() if w in used},
+        )
 
 
 PASS = Prune
@@ -66,7 +70,13 @@ def shorten(call: Call, graphs: dict[str, Graph]) -> list[Control]:
     if call.graph not in graphs:
         return []
     graph = graphs[call.graph]
-    return [Call(call.graph, {i: call.reads[i] for i in graph.inputs}, {o: v for o, v in call.writes.items() if o in graph.outputs})]
+    return [
+        Call(
+            call.graph,
+            {i: call.reads[i] for i in graph.inputs},
+            {o: v for o, v in call.writes.items() if o in graph.outputs},
+        )
+    ]
 
 
 def outputs_needed(program: Program) -> dict[str, set[str]]:
@@ -81,12 +91,15 @@ def dependencies(graph: Graph) -> dict[str, set[str]]:
     """For each output, the inputs that it is computed from."""
     sources: dict[fx.Node, set[str]] = {}
     for node in graph.fx.nodes:
-        sources[node] = {node.name} if node.op == "placeholder" else set().union(*(sources[n] for n in node.all_input_nodes))
+        sources[node] = (
+            {node.name} if node.op == "placeholder" else set().union(*(sources[n] for n in node.all_input_nodes))
+        )
     return {o: sources[n] for o, n in zip(graph.outputs, graph.results(), strict=True)}
 
 
-def live_before(control: Control, live: set[str], needed: dict[str, set[str]],
-                depends: dict[str, dict[str, set[str]]]) -> set[str]:  # fmt: skip
+def live_before(
+    control: Control, live: set[str], needed: dict[str, set[str]], depends: dict[str, dict[str, set[str]]]
+) -> set[str]:
     """Values that must exist before the node, for `live` to be right after it."""
     match control:
         case Call(graph, reads, writes):
@@ -128,10 +141,10 @@ def constants(graph: Graph) -> list[fx.Node]:
     for node in graph.fx.nodes:
         if node.op == "get_attr":
             known.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
-            if isinstance(node.meta.get("val"), Tensor):
-                known.add(node)
-                found.append(node)
+        computed = node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+        if computed and node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            known.add(node)
+            found.append(node)
     return found
 
 
@@ -151,10 +164,18 @@ def fold(graph: Graph, weights: dict[str, Tensor], limit: int) -> Graph:
     results = inline(new, graph, {n: new.placeholder(n) for n in graph.inputs})
     new.output(tuple(results.values()))
     memo: dict[fx.Node, Tensor] = {}
-    twins = dict(zip([n for n in graph.fx.nodes if n.op == "call_function"], [n for n in new.nodes if n.op == "call_function"], strict=True))
+    twins = dict(
+        zip(
+            [n for n in graph.fx.nodes if n.op == "call_function"],
+            [n for n in new.nodes if n.op == "call_function"],
+            strict=True,
+        )
+    )
     with torch.no_grad():
         for node in found:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: memo[n] if n in memo else weights[str(n.target)])
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: memo[n] if n in memo else weights[str(n.target)]
+            )
             memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     for node in edge:
         value = memo[node].contiguous().clone()

@@ -42,27 +42,43 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     from aropt.command import Request, optimize
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    report = optimize(Request(model, ROOT / "build" / "bench" / model, runs=runs, threads=threads, against=WORK.get(model, ("cached", "eager")),
-                              force=True, say=say))  # fmt: skip
+    report = optimize(
+        Request(
+            model,
+            ROOT / "build" / "bench" / model,
+            runs=runs,
+            threads=threads,
+            against=WORK.get(model, ("cached", "eager")),
+            force=True,
+            say=say,
+        )
+    )
     return {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
 
 
 def table(known: dict[str, Any]) -> str:
     """Markdown: a row for each model and variant."""
-    lines = ["| model | variant | median | p10 to p90 | tokens/s | aropt is faster by |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| model | variant | median | p10 to p90 | tokens/s | aropt is faster by |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for model, found in known.items():
         rates = {b["variant"]: b["median"] for b in found["bench"] if b["unit"] == "tok/s"}
         for b in found["bench"]:
             if b["phase"] == "generate" and b["unit"] == "ms":
                 factor = found["speedup"].get(b["variant"])
-                lines.append(f"| {model} | {b['variant']} | {b['median']:.1f} ms | {b['p10']:.1f} to {b['p90']:.1f} | "
-                             f"{rates[b['variant']]:.0f} | {f'{factor:.1f}x' if factor else ''} |")  # fmt: skip
+                lines.append(
+                    f"| {model} | {b['variant']} | {b['median']:.1f} ms | {b['p10']:.1f} to {b['p90']:.1f} | "
+                    f"{rates[b['variant']]:.0f} | {f'{factor:.1f}x' if factor else ''} |"
+                )
     first = next(iter(known.values()))
     env, n = first["env"], first["bench"][0]["n"]
     lines.append("")
-    lines.append(f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, onnxruntime {env['onnxruntime']}, transformers "
-                 f"{env['transformers']}. Batch 1, greedy; digits-ar 64 tokens, text-ar 200; medians of {n} runs, each variant in a "
-                 "process of its own, taking turns.")  # fmt: skip
+    lines.append(
+        f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, onnxruntime {env['onnxruntime']}, transformers "
+        f"{env['transformers']}. Batch 1, greedy; 64 tokens of digits-ar, 200 of text-ar; medians of {n} runs, each variant in "
+        "a process of its own, taking turns."
+    )
     return "\n".join(lines)
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aropt.trace import batched_experts, capture_model
 from aropt.restrict import Restricted, restrict
+from aropt.trace import batched_experts, capture_model
 
-# The floor is one sample of the rounding error of one order of summation. The restricted forward sums in another order,
-# over all slots, so its error is a few times that: 16 leaves room; a wrong row, mask or position is thousands of times it.
+# The floor is one sample of the rounding error of one order of summation. The restricted forward sums in another
+# order, over all slots, so its error may be a few times that: 16 leaves room (the sweep's largest is 1.1). A wrong row,
+# mask or position is thousands of times it.
 MULTIPLE = 16.0
 
 
@@ -99,7 +100,8 @@ class Subject:
         sequences = [torch.randint(0, self.vocab, (n,)) for n in lengths]
         for ids, got in zip(sequences, self.stepped(sequences, splits, slots), strict=True):
             want, exact = self.full(self.model, ids), self.precise(ids)
-            floor = max(float((want - exact).abs().max()), 8 * torch.finfo(torch.float32).eps * float(exact.abs().max()))
+            least = 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+            floor = max(float((want - exact).abs().max()), least)
             error = float((got - want).abs().max())
             result.error = max(result.error, error) if error == error else float("inf")
             result.floor = max(result.floor, floor)

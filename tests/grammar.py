@@ -1,4 +1,4 @@
-"""A grammar of small causal language models, for property tests: `models()` draws (module, vocab, capacity, description).
+"""A grammar of small causal language models: `models()` draws (module, vocab, capacity, description).
 
 The models are plain `forward(ids) -> logits` without cache code. They vary in what a restriction must get right: where
 positions enter, what masks look like, how attention is laid out, where norms and residual additions are.

@@ -118,6 +118,11 @@ def two_heads(n: Any) -> Tensor:
     return torch.stack([causal(n), causal(n) & window])[None]
 
 
+def window(n: Any) -> Tensor:
+    at = torch.arange(n)
+    return at[None] > at[:, None] - 4
+
+
 def block_causal(n: Any) -> Tensor:
     block = torch.arange(n) // 4
     return block[None] <= block[:, None]
@@ -162,6 +167,10 @@ def mixture(m: Tiny, x: Tensor, ids: Tensor) -> Tensor:
     experts = m.up.weight.view(2, D, D).repeat(2, 1, 1)[chosen.reshape(-1)]
     out = torch.bmm(experts, tokens.unsqueeze(-1)).squeeze(-1) * weight.reshape(-1, 1)
     return x + out.view(-1, 2, D).sum(1).view(x.shape)
+
+
+def within(x: Tensor) -> Tensor:
+    return torch.softmax(x @ x.mT, -1) @ x
 
 
 def talk(scores: Tensor) -> Tensor:
@@ -228,14 +237,18 @@ REFUSED: dict[str, dict[str, Step]] = {
     "block causal": attention(masked(block_causal)),
     "prefix": attention(masked(prefix)),
     "transposed mask": attention(masked(lambda n: causal(n).T)),
-    "own position hidden": attention(masked(lambda n: causal(n) & ~torch.eye(n, dtype=torch.bool) | (torch.arange(n) == 0))),
+    "own position hidden": attention(masked(
+        lambda n: causal(n) & ~torch.eye(n, dtype=torch.bool) | (torch.arange(n) == 0))),
     "weak mask": attention(masked(lambda n: torch.where(causal(n), 0.0, -5.0))),
     "mask by columns": attention(masked(lambda n: (torch.arange(n) < 5)[None])),
     "time first": attention(time_first),
     "rolled keys": attention(lambda m, q, k, v: attend(m, q, k.roll(1, 2), v)),
     "flipped values": attention(lambda m, q, k, v: attend(m, q, k, v.flip(2))),
     "shifted query": attention(lambda m, q, k, v: attend(m, F.pad(q[:, :, 1:], (0, 0, 0, 1)), k, v)),
-    "keys as rows": attention(written(lambda s, sees: torch.softmax(bias(s.transpose(-1, -2), sees), -1).transpose(-1, -2))),
+    "keys as rows": attention(written(
+        lambda s, sees: torch.softmax(bias(s.transpose(-1, -2), sees), -1).transpose(-1, -2))),
+    "scores from the keys' side": attention(lambda m, q, k, v: (
+        torch.softmax(bias((k @ q.mT).mT, causal(q.shape[2])), -1) @ v)),
     "softmax over queries": attention(written(lambda s, sees: torch.softmax(bias(s, sees), -2))),
     "mask after softmax": attention(written(lambda s, sees: torch.softmax(s, -1) * sees)),
     "mask before soft-cap": attention(written(lambda s, sees: torch.softmax(20 * torch.tanh(bias(s, sees) / 20), -1))),
@@ -245,8 +258,10 @@ REFUSED: dict[str, dict[str, Step]] = {
     "mask negated": attention(written(lambda s, sees: torch.softmax(-bias(s, sees), -1))),
     "mask undone": attention(written(lambda s, sees: torch.softmax(bias(s, sees) - bias(torch.zeros(()), sees), -1))),
     "probabilities plus one": attention(written(lambda s, sees: torch.softmax(bias(s, sees), -1) + 1.0)),
-    "probabilities filled": attention(written(lambda s, sees: torch.softmax(bias(s, sees), -1).masked_fill(~sees, 0.1))),
-    "mean over columns": attention(written(lambda s, sees: torch.softmax(bias(s, sees), -1) - (s * sees).mean(-1, True))),
+    "probabilities filled": attention(written(
+        lambda s, sees: torch.softmax(bias(s, sees), -1).masked_fill(~sees, 0.1))),
+    "mean over columns": attention(written(
+        lambda s, sees: torch.softmax(bias(s, sees), -1) - (s * sees).mean(-1, True))),
     "argmax over columns": attention(written(
         lambda s, sees: torch.softmax(bias(s, sees), -1) * bias(s, sees).max(-1, keepdim=True).indices)),
     "count of columns": attention(written(lambda s, sees: torch.softmax(bias(s, sees), -1) * (s > 0).sum(-1, True))),
@@ -272,8 +287,7 @@ EXACT: dict[str, dict[str, Step]] = {
     "token embedding again": {"mix": lambda m, x, ids: x + m.embedding(ids)},
     "pad token": with_ids(lambda x, ids: torch.where((ids == 1)[..., None], 0.0, x)),
     "matrix from the left": {"mix": lambda m, x, ids: x + (m.out.weight @ x.transpose(1, 2)).transpose(1, 2)},
-    "attention within a row": mix(
-        lambda x: (torch.softmax(x.unflatten(-1, (4, 4)) @ x.unflatten(-1, (4, 4)).mT, -1) @ x.unflatten(-1, (4, 4))).flatten(-2)),
+    "attention within a row": mix(lambda x: within(x.unflatten(-1, (4, 4))).flatten(-2)),
     "mixture of experts": {"mix": mixture},
     "boolean mask": attention(masked(causal)),
     "float mask": attention(masked(lambda n: torch.where(causal(n), 0.0, LOW))),
@@ -291,23 +305,24 @@ EXACT: dict[str, dict[str, Step]] = {
     "written product": attention(written(lambda s, sees: torch.softmax(s - 1e9 * (1 - sees.float()), -1))),
     "mask clamped at the lowest": attention(written(
         lambda s, sees: torch.softmax(torch.max(bias(s, sees), torch.tensor(LOW)), -1))),
-    "two masks": attention(written(lambda s, sees: torch.softmax(bias(
-        s.masked_fill(~(torch.arange(sees.shape[0])[None] > torch.arange(sees.shape[0])[:, None] - 4), LOW), sees), -1))),
+    "two masks": attention(written(
+        lambda s, sees: torch.softmax(bias(s.masked_fill(~window(sees.shape[0]), LOW), sees), -1))),
     "soft-cap": attention(written(lambda s, sees: torch.softmax(bias(5 * torch.tanh(s / 5), sees), -1))),
     "sinks": attention(written(sinks)),
-    "softmax by hand": attention(written(lambda s, sees: normalized(torch.exp(bias(s, sees) - bias(s, sees).amax(-1, True))))),
+    "softmax by hand": attention(written(
+        lambda s, sees: normalized(torch.exp(bias(s, sees) - bias(s, sees).amax(-1, True))))),
     "sigmoid attention": attention(written(lambda s, sees: torch.sigmoid(bias(s, sees)))),
     "linear attention": attention(written(lambda s, sees: s * sees)),
     "talking heads before softmax": attention(written(lambda s, sees: torch.softmax(bias(talk(s), sees), -1))),
-    "mask on probabilities too": attention(written(lambda s, sees: normalized(torch.softmax(bias(s, sees), -1) * sees))),
+    "mask on probabilities too": attention(written(
+        lambda s, sees: normalized(torch.softmax(bias(s, sees), -1) * sees))),
     "flattened heads": attention(flat_heads),
     "rotary": attention(lambda m, q, k, v: attend(m, rope(q), rope(k), v)),
     "rotary scaled": attention(lambda m, q, k, v: attend(m, rope(q, 4.0), rope(k, 4.0), v)),
     "log-length scale of each row": attention(log_n),
     "keys and values swapped": attention(lambda m, q, k, v: attend(m, q, v, k)),
     "one head of keys": attention(lambda m, q, k, v: attend(m, q, k[:, :1].expand(-1, H, -1, -1), v)),
-    "repeated heads": attention(lambda m, q, k, v: attend(m, q, k[:, :1].repeat_interleave(H, 1), v[:, 1:].repeat(1, H, 1, 1))),
-    "transposed scores": attention(lambda m, q, k, v: (
-        torch.softmax(bias((k @ q.mT).mT, causal(q.shape[2])), -1) @ v)),
+    "repeated heads": attention(
+        lambda m, q, k, v: attend(m, q, k[:, :1].repeat_interleave(H, 1), v[:, 1:].repeat(1, H, 1, 1))),
 }  # fmt: skip
 CASES = [(name, "refused", c) for name, c in REFUSED.items()] + [(name, "exact", c) for name, c in EXACT.items()]

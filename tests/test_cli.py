@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -48,13 +48,15 @@ def broken():
     model.qkv.weight.data[0, 0] = float("nan")
     return model
 def number(): return 3
-'''
+"""
 QUICK = ["--runs", "0", "--target", "eager"]
 
 
 def aropt(*args: object, timeout: int = 300, **options: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "aropt.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
+        [sys.executable, "-m", "aropt.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, **options
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -79,8 +81,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hf") / "llama"
-    config = LlamaConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
@@ -99,10 +110,19 @@ def test_digits_end_to_end(tmp_path: Path) -> None:
     done = aropt("optimize", "digits-ar", "-o", out, "--json", "--runs", "1", "--against", "cached")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["verify"]["status"] == "pass" and report["target"] == "onnxruntime" and report["speedup"]["cached"] > 0
+    assert (
+        report["verify"]["status"] == "pass" and report["target"] == "onnxruntime" and report["speedup"]["cached"] > 0
+    )
     assert {p["name"]: p["status"] for p in report["passes"]}["kv-cache"] == "applied"
     assert (out / "report.html").stat().st_size < 2**20
-    assert {f.name for f in out.iterdir()} >= {"manifest.json", "program.txt", "program.json", "weights.safetensors", "models", "report.json"}
+    assert {f.name for f in out.iterdir()} >= {
+        "manifest.json",
+        "program.txt",
+        "program.json",
+        "weights.safetensors",
+        "models",
+        "report.json",
+    }
     run = aropt("run", out, "-n", "10", "--image", tmp_path / "ten.png", "--json")
     assert run.returncode == 0, run.stderr
     from PIL import Image
@@ -123,7 +143,9 @@ def test_huggingface_directory_gives_transformers_tokens(llama: Path, tmp_path: 
     tokens = json.loads(run.stdout)["tokens"][0]
     model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7]])
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200, eos_token_id=None)
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200, eos_token_id=None
+    )
     assert tokens == theirs[0, 3:].tolist() and len(tokens) == 200
 
 
@@ -149,14 +171,17 @@ def test_pt2_and_inspect(folder: Path, tmp_path: Path) -> None:
     refused(aropt("optimize", tmp_path / "bad.pt2", "-o", tmp_path / "o2", *QUICK), 2, "can't be loaded")
 
 
-@pytest.mark.parametrize(("name", "code", "words"), [
-    ("branch", 4, ("branches on the values", "model.py:17", "if self.kind")),
-    ("bidirectional", 4, ("bidirectional", "--loop unmask", "scaled_dot_product_attention")),
-    ("cumsum", 4, ("cumsum", "accumulates along the sequence", "where:")),
-    ("broken", 4, ("not finite", "qkv.weight")),
-    ("number", 2, ("does not return an nn.Module", "int")),
-    ("missing", 2, ("no function 'missing'",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("branch", 4, ("branches on the values", "model.py:17", "if self.kind")),
+        ("bidirectional", 4, ("bidirectional", "--loop unmask", "scaled_dot_product_attention")),
+        ("cumsum", 4, ("cumsum", "accumulates along the sequence", "where:")),
+        ("broken", 4, ("not finite", "qkv.weight")),
+        ("number", 2, ("does not return an nn.Module", "int")),
+        ("missing", 2, ("no function 'missing'",)),
+    ],
+)
 def test_models_that_are_refused(folder: Path, tmp_path: Path, name: str, code: int, words: tuple[str, ...]) -> None:
     refused(aropt("optimize", f"{folder}/model.py:{name}", "-o", tmp_path / "out", *QUICK), code, *words)
     assert not any(tmp_path.iterdir()), "nothing is left behind"
@@ -179,7 +204,9 @@ def test_damaged_directories(llama: Path, tmp_path: Path) -> None:
     vocabulary = damaged(llama, tmp_path / "vocabulary")
     config = json.loads((llama / "config.json").read_text())
     (vocabulary / "config.json").write_text(json.dumps({**config, "vocab_size": 41}))
-    refused(aropt("optimize", vocabulary, "-o", tmp_path / "out", *QUICK), 2, "shapes that config.json says", "vocab_size")
+    refused(
+        aropt("optimize", vocabulary, "-o", tmp_path / "out", *QUICK), 2, "shapes that config.json says", "vocab_size"
+    )
     missing = damaged(llama, tmp_path / "missing")
     weights = load_file(llama / "model.safetensors")
     weights.pop("model.norm.weight")
@@ -223,19 +250,25 @@ def test_usage_errors(folder: Path, artifact: Path, tmp_path: Path) -> None:
 def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
     good = f"{folder}/model.py:good"
     refused(aropt("optimize", good, "-o", "/proc/aropt-out", *QUICK), 2, "can't write")
-    script = ("import errno, aropt.artifact as a, aropt.cli as c, sys\n"
-              "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-              "a.save_file = full\n"
-              f"sys.argv = ['aropt', 'optimize', {good!r}, '-o', {str(tmp_path / 'out')!r}, '--runs', '0', '--target', 'eager']\n"
-              "c.main()\n")  # fmt: skip
+    script = (
+        "import errno, aropt.artifact as a, aropt.cli as c, sys\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "a.save_file = full\n"
+        f"sys.argv = ['aropt', 'optimize', {good!r}, '-o', {str(tmp_path / 'out')!r}, *QUICK]\n"
+        "c.main()\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     refused(done, 2, "can't write", "No space left")
     assert not any(tmp_path.iterdir())
 
 
 def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "aropt.cli", "optimize", f"{folder}/model.py:good", "-o", str(tmp_path / "out"), *QUICK],
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "CI": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aropt.cli", "optimize", f"{folder}/model.py:good", "-o", str(tmp_path / "out"), *QUICK],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CI": "1"},
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "kv-cache" in line:
@@ -250,17 +283,22 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 def test_failed_verification_is_put_aside(folder: Path, tmp_path: Path) -> None:
     """A target that computes something else: exit status 3, OUT.failed with the report, no OUT."""
     out = tmp_path / "out"
-    script = ("import torch, aropt.targets.eager as e, aropt.cli as c, sys\n"
-              "right = e.InPlace.call\n"
-              "def wrong(self, graph, inputs):\n"
-              "    found = right(self, graph, inputs)\n"
-              "    return {k: v * 1.001 if k == 'row' else v for k, v in found.items()}\n"
-              "e.InPlace.call = wrong\n"
-              f"sys.argv = ['aropt', 'optimize', {str(folder) + '/model.py:good'!r}, '-o', {str(out)!r}, '--runs', '0', '--target', 'eager']\n"
-              "c.main()\n")  # fmt: skip
+    script = (
+        "import torch, aropt.targets.eager as e, aropt.cli as c, sys\n"
+        "right = e.InPlace.call\n"
+        "def wrong(self, graph, inputs):\n"
+        "    found = right(self, graph, inputs)\n"
+        "    return {k: v * 1.001 if k == 'row' else v for k, v in found.items()}\n"
+        "e.InPlace.call = wrong\n"
+        f"sys.argv = ['aropt', 'optimize', {str(folder) + '/model.py:good'!r}, '-o', {str(out)!r}, *QUICK]\n"
+        "c.main()\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     refused(done, 3, "does not match", "out.failed/report.html")
-    assert not out.exists() and json.loads((tmp_path / "out.failed" / "report.json").read_text())["verify"]["status"] == "fail"
+    assert (
+        not out.exists()
+        and json.loads((tmp_path / "out.failed" / "report.json").read_text())["verify"]["status"] == "fail"
+    )
 
 
 def test_a_changed_file_is_noticed(artifact: Path, tmp_path: Path) -> None:
@@ -276,13 +314,17 @@ def test_a_changed_file_is_noticed(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_run_is_reproducible_and_streams_to_stdout(artifact: Path) -> None:
-    one, two = (aropt("run", artifact, "--prompt", "1 2", "-n", "8", "--temperature", "1", "--seed", "5") for _ in range(2))
+    one, two = (
+        aropt("run", artifact, "--prompt", "1 2", "-n", "8", "--temperature", "1", "--seed", "5") for _ in range(2)
+    )
     assert one.returncode == 0 and one.stdout == two.stdout and len(one.stdout.split()) == 8
 
 
 def test_plan_export_and_lists(folder: Path, artifact: Path, tmp_path: Path) -> None:
     plan = aropt("optimize", f"{folder}/model.py:good", "-o", tmp_path / "out", "--dry-run", "--json")
-    assert [p["status"] for p in json.loads(plan.stdout)["passes"]][1:] == ["applies"] * 3 and not (tmp_path / "out").exists()
+    assert [p["status"] for p in json.loads(plan.stdout)["passes"]][1:] == ["applies"] * 3 and not (
+        tmp_path / "out"
+    ).exists()
     done = aropt("export", artifact, "--to", "onnx", "-o", tmp_path / "onnx", "--json")
     assert done.returncode == 0, done.stderr
     import onnxruntime
@@ -309,4 +351,6 @@ def test_python_interface(tmp_path: Path) -> None:
     tokens = fast.generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7)
     assert tokens == program.generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7)
     fast.save(str(tmp_path / "out"))
-    assert package.load(tmp_path / "out").generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7) == tokens
+    assert (
+        package.load(tmp_path / "out").generate([[1, 2, 3], [4, 5]], 10, temperature=0.8, top_p=0.9, seed=7) == tokens
+    )

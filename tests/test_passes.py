@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import aropt
 from aropt.errors import Unsupported, UsageError
@@ -71,7 +71,9 @@ def test_pipeline_makes_one_call_a_round(plain: Program) -> None:
 def test_canonicalize_finds_norm_and_groups(plain: Program) -> None:
     changed = Canonicalize().run(plain)
     assert ops_of(changed, "model").count("aten.rms_norm.default") == 1
-    assert "aten.rsqrt.default" not in ops_of(changed, "model") and "aten.expand.default" not in ops_of(changed, "model")
+    assert "aten.rsqrt.default" not in ops_of(changed, "model") and "aten.expand.default" not in ops_of(
+        changed, "model"
+    )
     assert KvCache().run(changed).state["k_0"].spec.dims[1] == 2, "the cache keeps the heads that are not repeated"
     assert isinstance(Canonicalize().plan(changed, "eager"), Skips)
     assert KvCache().run(Canonicalize(heads=False).run(plain)).state["k_0"].spec.dims[1] == 2
@@ -145,17 +147,30 @@ def test_bisect_names_the_pass(plain: Program, monkeypatch: pytest.MonkeyPatch) 
 def test_options_are_parsed_and_checked() -> None:
     assert make(*parse("prune:fold=false,limit=3")) == Prune(fold=False, limit=3)
     assert [p.name for p in pipeline(dropped=["prune"])] == ["canonicalize", "kv-cache", "fuse-sampler"]
-    for text, message in (("prune:fold=maybe", "no value"), ("prune:limits=1", "no option"), ("prun", "unknown pass"), ("prune:fold", "not an option")):
+    for text, message in (
+        ("prune:fold=maybe", "no value"),
+        ("prune:limits=1", "no option"),
+        ("prun", "unknown pass"),
+        ("prune:fold", "not an option"),
+    ):
         with pytest.raises(UsageError, match=message):
             make(*parse(text))
 
 
 def test_instruments_dump_each_stage(plain: Program, tmp_path: Any) -> None:
     shown: list[str] = []
-    run_passes(plain, pipeline(), "eager", Instruments(show=shown.append, print_after=frozenset({"prune"}), print_diff=True,
-                                                       dump_dir=tmp_path, check=False))  # fmt: skip
+    run_passes(
+        plain,
+        pipeline(),
+        "eager",
+        Instruments(
+            show=shown.append, print_after=frozenset({"prune"}), print_diff=True, dump_dir=tmp_path, check=False
+        ),
+    )
     assert sorted(f.name for f in tmp_path.iterdir())[:2] == ["01-canonicalize.after.txt", "01-canonicalize.diff"]
-    assert sum(s.startswith("// after prune") for s in shown) == 1 and sum(s.startswith("// diff of") for s in shown) == 4
+    assert (
+        sum(s.startswith("// after prune") for s in shown) == 1 and sum(s.startswith("// diff of") for s in shown) == 4
+    )
 
 
 def test_contracts_are_checked() -> None:

@@ -15,9 +15,9 @@ from aropt.errors import Unsupported
 from tests import grammar, sneaky
 from tests.equivalence import Result, Subject, check, random_splits
 
-
 QUICK = 3  # one case in so many runs in the quick suite; all are marked "slow" together
-SPREAD = [pytest.param(*case, id=case[0], marks=[pytest.mark.slow] if i % QUICK else []) for i, case in enumerate(sneaky.CASES)]
+SLOW = [[], [pytest.mark.slow]]
+SPREAD = [pytest.param(*case, id=case[0], marks=SLOW[i % QUICK > 0]) for i, case in enumerate(sneaky.CASES)]
 
 
 @pytest.mark.parametrize(("name", "verdict", "changes"), SPREAD)

@@ -76,7 +76,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def test_draw_samples_the_distribution() -> None:
-    """Chi-square over 40,000 draws; the 99.9 % point with 6 degrees of freedom is 22.46. A wrong temperature must fail."""
+    """Chi-square over 40,000 draws; the 99.9 % point with 6 degrees of freedom is 22.46. A wrong one must fail."""
     x = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -0.5, 1.5])
     n = 40_000
     tokens = rules.draw(x.expand(n, -1), torch.tensor(5), torch.arange(n), torch.full((n,), 3))

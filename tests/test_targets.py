@@ -53,7 +53,10 @@ def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
     graph = pair.fast.graphs["step_greedy"]
     assert {n for n, s in pair.fast.state.items() if s.kind == "append-kv"} == set(graph.aliases)
     sizes = {"B": 1, "S": 8, "R": 1, "K": 1}
-    inputs = {n: torch.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in s.dims], dtype=s.dtype) for n, s in graph.inputs.items()}
+    inputs = {
+        n: torch.zeros([sizes.get(d, d) if isinstance(d, str) else d for d in s.dims], dtype=s.dtype)
+        for n, s in graph.inputs.items()
+    }
     kept = {n: v.clone() for n, v in inputs.items()}
     Eager(pair.fast).call("step_greedy", inputs)
     assert all(torch.equal(kept[n], inputs[n]) for n in inputs)
@@ -67,7 +70,9 @@ def test_onnxruntime_copies_no_cache(pair: Pair) -> None:
     pointers: list[set[int]] = []
     caches = [n for n, s in pair.fast.state.items() if s.kind == "append-kv"]
     prompt = pair.plain.meta["prompts"][0]
-    pair.fast.generate([prompt], 6, executor=executor, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches}))
+    pair.fast.generate(
+        [prompt], 6, executor=executor, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches})
+    )
     assert all(p == pointers[0] for p in pointers) and len(pointers[0]) == len(caches)
 
 

@@ -14,8 +14,13 @@ TARGETS = ("eager", "inductor", "onnxruntime")
 DEFAULT = "onnxruntime"
 
 
-def lower(program: Program, target: str, folder: Path | None = None, progress: Callable[[str], None] = lambda _: None,
-          threads: int | None = None) -> Executor:  # fmt: skip
+def lower(
+    program: Program,
+    target: str,
+    folder: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    threads: int | None = None,
+) -> Executor:
     """An executor for the program. `folder` holds (or receives) the built files, under models/<graph>/<target>/."""
     if target not in TARGETS:
         raise UsageError(what=f"unknown target '{target}'", hint="choose from " + ", ".join(TARGETS))

@@ -20,7 +20,7 @@ def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:
     """The graph with the aliased outputs written into their inputs' buffers: no copy of the cache a step."""
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph.fx, nodes))  # type: ignore[arg-type]
+    copy.output(copy.graph_copy(graph.fx, nodes))
     for output, result in zip(graph.outputs, graph.results(), strict=True):
         if output in aliases:
             nodes[result].target = aten.index_copy_.default
@@ -40,7 +40,8 @@ class InPlace:
         bound = graph.bind(self.program.weights)
         bound.graph = in_place(graph, self.aliases[name])
         bound.recompile()
-        return bound
+        compiled: Callable[..., tuple[torch.Tensor, ...]] = bound
+        return compiled
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph not in self.modules:

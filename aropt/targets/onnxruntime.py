@@ -96,9 +96,10 @@ class OnnxRuntime:
         if graph not in self.hot:
             return self.eager.call(graph, inputs)
         if graph not in self.sessions:
-            self.sessions[graph] = Session(self.program.graphs[graph], self.aliases[graph], file(self.folder, graph), self.threads)
+            self.sessions[graph] = Session(
+                self.program.graphs[graph], self.aliases[graph], file(self.folder, graph), self.threads
+            )
         return self.sessions[graph].call(inputs)
-
 
     def without(self, output: str) -> OnnxRuntime:
         """The same sessions with an output less: what validation looked at is not in the product."""
@@ -112,7 +113,9 @@ class OnnxRuntime:
                 del model.graph.output[:]
                 model.graph.output.extend(kept)
                 onnx.save(model, file(self.folder, name))
-                graphs[name] = replace(graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output})
+                graphs[name] = replace(
+                    graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output}
+                )
         executor = OnnxRuntime(self.program.replace(graphs=graphs), self.folder, self.threads)
         executor.kept = self.kept
         return executor
@@ -149,7 +152,9 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise MissingTool(what="ONNX Runtime is not installed", why=str(error), hint="pip install 'aropt[onnx]'") from error
+        raise MissingTool(
+            what="ONNX Runtime is not installed", why=str(error), hint="pip install 'aropt[onnx]'"
+        ) from error
     kept = None
     if folder is None:
         kept = tempfile.TemporaryDirectory(prefix="aropt-")
