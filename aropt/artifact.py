@@ -32,7 +32,12 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
     with disk_errors(out):
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                what=f"can't write '{out}'", why=str(error.strerror), hint="choose another folder"
+            ) from error
         try:
             yield staging
             replace(staging, out)

@@ -362,9 +362,9 @@ def main() -> None:
         "--verbose"
     )
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = done.exit_code
     except COMMAND_ERRORS as error:
         error.show()
         sys.exit(error.exit_code)
@@ -384,6 +384,9 @@ def main() -> None:
         fail(
             f"internal error: {type(error).__name__}: {error}\n  try:   run again with -vv and report the traceback", 1
         )
+    if code == 130:  # typer turns Ctrl-C into a silent exit
+        fail("interrupted; nothing was left behind", 130)
+    sys.exit(code)
 
 
 def fail(text: str, code: int) -> None:

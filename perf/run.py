@@ -74,10 +74,10 @@ def table(known: dict[str, Any]) -> str:
     first = next(iter(known.values()))
     env, n = first["env"], first["bench"][0]["n"]
     lines.append("")
+    versions = f"torch {env['torch']}, onnxruntime {env['onnxruntime']}, transformers {env['transformers']}"
     lines.append(
-        f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}, onnxruntime {env['onnxruntime']}, transformers "
-        f"{env['transformers']}. Batch 1, greedy; 64 tokens of digits-ar, 200 of text-ar; medians of {n} runs, each variant in "
-        "a process of its own, taking turns."
+        f"{env['cpu']}, {env['threads']} threads, {versions}. Batch 1, greedy; 64 tokens of digits-ar, 200 of text-ar; "
+        f"medians of {n} runs, each variant in a process of its own, taking turns."
     )
     return "\n".join(lines)
 

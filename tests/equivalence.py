@@ -111,8 +111,8 @@ class Subject:
             result.flips += int((differs & ~tie).sum())
             result.ties += int((differs & tie).sum())
 
-    def measure_reach(self, result: Result) -> None:
-        ids = torch.randint(0, self.vocab, (5,))
+    def measure_reach(self, length: int, result: Result) -> None:
+        ids = torch.randint(0, self.vocab, (length,))
         other = ids.clone()
         other[0] = (ids[0] + 1) % self.vocab
         result.reach = float((self.full(self.model, ids) - self.full(self.model, other))[1:].abs().max())
@@ -133,11 +133,11 @@ def check(model: nn.Module, vocab: int, capacity: int, seed: int = 0, rounds: in
     torch.manual_seed(seed)
     subject = Subject(model, vocab, capacity)
     result = Result()
-    subject.measure_reach(result)
+    subject.measure_reach(min(5, capacity), result)
     subject.compare([1], [1], 1, result)
     subject.compare([capacity] * 2, random_splits(capacity, rng), capacity, result)
     for _ in range(rounds):
         lengths = [rng.randint(1, capacity) for _ in range(rng.randint(1, 3))]
         subject.compare(lengths, random_splits(max(lengths), rng), rng.randint(max(lengths), capacity + 3), result)
-    subject.compare_last([rng.randint(2, capacity) for _ in range(3)], result)
+    subject.compare_last([rng.randint(1, capacity) for _ in range(3)], result)
     return result, subject.restricted

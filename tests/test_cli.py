@@ -254,7 +254,7 @@ def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
         "import errno, aropt.artifact as a, aropt.cli as c, sys\n"
         "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "a.save_file = full\n"
-        f"sys.argv = ['aropt', 'optimize', {good!r}, '-o', {str(tmp_path / 'out')!r}, *QUICK]\n"
+        f"sys.argv = {['aropt', 'optimize', good, '-o', str(tmp_path / 'out'), *QUICK]!r}\n"
         "c.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -275,7 +275,8 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.stderr.read()
+    process.wait(timeout=60)
     assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
     assert not any(tmp_path.iterdir())
 
@@ -290,7 +291,7 @@ def test_failed_verification_is_put_aside(folder: Path, tmp_path: Path) -> None:
         "    found = right(self, graph, inputs)\n"
         "    return {k: v * 1.001 if k == 'row' else v for k, v in found.items()}\n"
         "e.InPlace.call = wrong\n"
-        f"sys.argv = ['aropt', 'optimize', {str(folder) + '/model.py:good'!r}, '-o', {str(out)!r}, *QUICK]\n"
+        f"sys.argv = {['aropt', 'optimize', f'{folder}/model.py:good', '-o', str(out), *QUICK]!r}\n"
         "c.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
