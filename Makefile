@@ -12,7 +12,7 @@ STAMP := .venv/.stamp-$(shell cat pyproject.toml constraints.txt | sha256sum | c
 # One thread a test worker: torch and ONNX Runtime would each start one per core in each of them.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv test check demo bench clean
+.PHONY: venv test test-all check demo bench clean
 
 venv: $(STAMP)
 
@@ -25,7 +25,10 @@ $(STAMP):
 	touch $@
 
 test: venv
-	$(BIN)/python -m pytest -ra -n $(JOBS)
+	$(BIN)/python -m pytest -ra -n $(JOBS) --dist worksteal -m "not exhaustive"
+
+test-all: venv
+	$(BIN)/python -m pytest -ra -n $(JOBS) --dist worksteal
 
 check: venv
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 1. x * rsqrt(mean(x^2) + eps) [* weight]         ->  rms_norm           (the last axis)
 2. attention over heads repeated for each group  ->  grouped attention  (SDPA with enable_gqa; a smaller cache)
 
+3. attention written out as products and softmax  ->  SDPA  (`aropt/normalize.py`; soft-caps and sinks stay written out)
+
 Does not fire when the squared value and the scaled one differ, when the mean is over another axis, or when only one of
 keys and values is repeated.
 """
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from aropt.normalize import normalize_attention
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Graph, Program
 from aropt.torch_compat import build
@@ -25,10 +28,11 @@ VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, ate
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Options: `norms` and `heads`, which of the two rewrites run."""
+    """Options: `norms`, `heads` and `attention`, which of the rewrites run."""
 
     norms: bool = True
     heads: bool = True
+    attention: bool = True
     name: ClassVar[str] = "canonicalize"
     contract: ClassVar[Contract] = Contract("rounding")
 
@@ -39,7 +43,16 @@ class Canonicalize:
             for rms, heads in [self.matches(graph)]
             if rms or heads
         ]
-        return Applies(tuple(found)) if found else Skips("no written-out norm and no repeated heads")
+        counts = {name: self.normalized(program, name)[1] for name in program.graphs}
+        found += [f"{count} written-out attentions of {name}" for name, count in counts.items() if count]
+        return Applies(tuple(found)) if found else Skips("no written-out norm or attention, and no repeated heads")
+
+    def normalized(self, program: Program, name: str) -> tuple[Graph, int]:
+        """The graph with written-out attention as SDPA, and how many; only forwards hold attention."""
+        graph = program.graphs[name]
+        if not self.attention or list(graph.inputs) != ["ids"]:
+            return graph, 0
+        return normalize_attention(graph, program.weights)
 
     def matches(self, graph: Graph) -> tuple[list[Any], list[Any]]:
         nodes = list(graph.fx.nodes)
@@ -48,7 +61,8 @@ class Canonicalize:
 
     def run(self, program: Program) -> Program:
         graphs = {}
-        for name, graph in program.graphs.items():
+        for name in program.graphs:
+            graph, _ = self.normalized(program, name)
             copy = replace(graph, fx=copied(graph.fx))
             rms, heads = self.matches(copy)
             for match in rms:

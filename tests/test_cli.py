@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -9,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from aropt import cli
 
 MODEL = """
 import torch
@@ -52,11 +57,17 @@ def number(): return 3
 QUICK = ["--runs", "0", "--target", "eager"]
 
 
-def aropt(*args: object, timeout: int = 300, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "aropt.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout, **options
-    )  # type: ignore[call-overload,no-any-return]
+def aropt(*args: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in this process: what a process of its own would print and exit with."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["aropt", *map(str, args)])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as done:
+            code = int(done.code or 0)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

@@ -79,6 +79,23 @@ def test_canonicalize_finds_norm_and_groups(plain: Program) -> None:
     assert KvCache().run(Canonicalize(heads=False).run(plain)).state["k_0"].spec.dims[1] == 2
 
 
+def test_canonicalize_brings_written_out_attention_to_sdpa() -> None:
+    class Written(Tiny):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            b, t = ids.shape
+            x = self.embed(ids)
+            q, k = (y.view(b, t, 2, 8).transpose(1, 2) for y in (self.q(x), self.kv(x)))
+            mask = torch.ones(t, t, dtype=torch.bool).tril()
+            scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~mask, -torch.inf)
+            return self.out((scores.softmax(-1) @ k).transpose(1, 2).reshape(b, t, 16))
+
+    plain = aropt.capture(Written())
+    changed = Canonicalize().run(plain)
+    assert ops_of(changed, "model").count("aten.scaled_dot_product_attention.default") == 1
+    assert "aten.scaled_dot_product_attention.default" not in ops_of(Canonicalize(attention=False).run(plain), "model")
+    assert KvCache().run(changed).generate([[1, 2]], 6) == plain.generate([[1, 2]], 6)
+
+
 def test_canonicalize_leaves_other_norms_alone() -> None:
     class Other(Tiny):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
