@@ -19,6 +19,8 @@ class Executor(Protocol):
 
     def call(self, graph: str, inputs: Values) -> Values: ...
 
+    # An executor may also have `loop(control, values, on_round) -> bool`, which runs a whole loop if it can.
+
 
 class Eager:
     """Executes graphs by calling their ATen ops one by one; pure, nothing is overwritten."""
@@ -82,6 +84,8 @@ def step(
                 step(part, values, executor, on_round, nothing)
         case If(cond, then, orelse):
             step(then if bool(values[cond]) else orelse, values, executor, on_round, nothing)
+        case Loop() if getattr(executor, "loop", refuse)(control, values, on_round):
+            pass
         case Loop(_, until, body, emits):
             emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
             while not bool(values[until]):
@@ -92,3 +96,8 @@ def step(
                     on_round(values)
             for name, kept in emitted.items():
                 values[emits[name]] = torch.stack(kept, 1) if kept else nothing(name)
+
+
+def refuse(control: Loop, values: Values, on_round: Callable[[Values], None] | None) -> bool:
+    """An executor without loops of its own."""
+    return False

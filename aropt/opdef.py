@@ -46,9 +46,12 @@ class OpDef:
         reference: the eager implementation in plain torch ops, on any device; Inductor may inline it.
         fake: shapes and dtypes of the results, from those of the arguments.
         cost: from the same arguments to `Cost`.
-        samples: makes a hypothesis strategy of argument tuples on CPU, including the edge cases. Its keyword
-            arguments pin arguments that are not tensors: `samples(n=260)`. It imports hypothesis itself.
+        samples: makes a hypothesis strategy of argument tuples on CPU, including the edge cases. `samples(like)` takes
+            what is not a tensor, and the sizes in `fixed`, from another tuple. It imports hypothesis itself.
         onnx: translation for `torch.onnx.export(custom_translation_table=...)`, standard ONNX ops only.
+        contrib: the same with the operators that only ONNX Runtime has, where it has a better one.
+        in_place: {index of a result: argument} that a target may update in place.
+        fixed: {argument: its dims} whose sizes a translation takes as constants.
         launch: runs the Triton kernel; only called on arguments for which `supports` returns None.
         supports: why the Triton kernel can't take these arguments, or None if it can.
         aot: ahead-of-time compilations to check without a GPU.
@@ -62,6 +65,9 @@ class OpDef:
     cost: Callable[..., Cost]
     samples: Callable[..., Any]
     onnx: Callable[..., Any] | None = None
+    contrib: Callable[..., Any] | None = None
+    in_place: Mapping[int, str] = field(default_factory=dict)
+    fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     launch: Callable[..., Any] | None = None
     supports: Callable[..., str | None] = lambda *_: None
     aot: Callable[[], Sequence[Aot]] = tuple

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from aropt.opdef import OpDef
 
-NAMES: tuple[str, ...] = ("noise",)
+NAMES: tuple[str, ...] = ("noise", "cached_attention")
 
 
 def load(name: str) -> OpDef:
@@ -28,11 +28,27 @@ def load_all() -> dict[str, OpDef]:
     return {name: load(name) for name in NAMES}
 
 
-def translation_table() -> dict[OpOverload, Callable[..., Any]]:
-    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`."""
-    return {op.overload: op.onnx for op in load_all().values() if op.onnx is not None}
+def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., Any]]:
+    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`.
+
+    `contrib` chooses ONNX Runtime's own operators where an op has such a translation.
+    """
+    found = {op.overload: (op.contrib if contrib else None) or op.onnx for op in load_all().values()}
+    return {overload: function for overload, function in found.items() if function is not None}
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """From op to reference, for compilers that do better with the plain ops in sight (Inductor)."""
     return {op.overload: op.reference for op in load_all().values()}
+
+
+def updated(node: Any) -> tuple[Any, Any]:
+    """For a graph's node that is a result of one of our ops: that op's node, and the argument it may be written into."""
+    if getattr(node.target, "__name__", "") == "getitem":
+        call, index = node.args
+        name = str(getattr(call.target, "name", str)())
+        if name.startswith("aropt::"):
+            op = load(name.removeprefix("aropt::"))
+            names = [argument.name for argument in op.overload._schema.arguments]
+            return call, call.args[names.index(op.in_place[index])] if index in op.in_place else None
+    return None, None

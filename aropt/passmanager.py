@@ -18,6 +18,8 @@ from aropt.validate import Verdict, cases, validate, with_probe
 PASSES = {
     "canonicalize": "canonicalize",
     "kv-cache": "kv_cache",
+    "merge-linears": "merge_linears",
+    "fuse-attention": "fuse_attention",
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order

@@ -126,27 +126,72 @@ def build(
 
 def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
     """Outputs that are a row update of an input which nothing else reads: {output: input}."""
+    from aropt.ops import updated
+
     found = {}
     results = list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
     for name, node in zip(outputs, results, strict=True):
-        if node.op == "call_function" and node.target is torch.ops.aten.index_copy.default:
-            source = node.args[0]
-            if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {node}:
-                found[name] = source.name
+        writer, source = (node, node.args[0]) if node.target is torch.ops.aten.index_copy.default else updated(node)
+        if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {writer}:
+            found[name] = source.name
     return found
 
 
-def to_onnx(exported: Any, translations: Mapping[Any, Any], opset: int) -> Any:
-    """torch's ONNX translation without its decompositions, which take most of its time; our ops have translations.
+def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attributes: Any) -> list[Any]:
+    """In an ONNX translation: a node that onnxscript can't write (another domain, several outputs). None: left out."""
+    import onnx_ir as ir
+    from onnxscript import evaluator
 
-    Returns a torch.onnx.ONNXProgram. Raises torch.onnx's ConversionError for an op that has none.
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
+    node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
+    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    return list(node.outputs)
+
+
+def to_onnx(graph: Graph, weights: Mapping[str, Tensor], translations: Mapping[Any, Any], opset: int) -> Any:
+    """The graph as an onnx_ir.Model, its nodes translated one by one; weights are initializers under their names.
+
+    torch's own exporter traces and decomposes first, which takes most of its time and breaks up what has a translation.
+    Raises torch.onnx's ConversionError for an op that has none.
     """
-    from torch.onnx._internal.exporter import _core, _fx_passes, _registration
+    import onnx_ir as ir
+    import onnxscript.optimizer
+    from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
 
-    _fx_passes.insert_type_promotion_nodes(exported.graph_module)
+    module, lifted = lift(graph, weights)
+    specs = {n: Spec(weights[w].dtype, tuple(weights[w].shape)) for n, w in lifted.items()}
+    names = propagate(module.graph, {**graph.inputs, **specs}, {})
+    _fx_passes.insert_type_promotion_nodes(module)
     registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
     for target, function in translations.items():
         registry.register_op(target, function, False)
-    program = _core._exported_program_to_onnx_program(exported, registry=registry)
-    program.optimize()
-    return program
+    model = ir.Model(ir.Graph([], [], nodes=[], name=graph.name), ir_version=10)
+    _core._translate_fx_graph(
+        module.graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
+    )
+    for value in [v for v in model.graph.inputs if v.name in lifted]:
+        model.graph.inputs.remove(value)
+        name = value.name = lifted[value.name]
+        value.const_value = _core.TorchTensor(weights[name].contiguous(), name=name)
+        model.graph.initializers[name] = value
+    text = {str(symbol): name for symbol, name in names.items()}
+    for value in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([text.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+    _ir_passes.add_opset_imports(model)
+    onnxscript.optimizer.optimize(model)
+    model.graph.opset_imports[""] = opset  # after torchlib's functions, written for an older one, were inlined
+    return model
+
+
+def lift(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph with weights as further inputs, and which input is which weight."""
+    copy = fx.Graph()
+    names = {w: f"weight_{i}" for i, w in enumerate(graph.weights())}
+    placed = {w: copy.placeholder(n) for w, n in names.items()}
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.fx.nodes:
+        values[node] = placed[str(node.target)] if node.op == "get_attr" else copy.node_copy(node, lambda n: values[n])
+    return fx.GraphModule({}, copy), {n: w for w, n in names.items()}

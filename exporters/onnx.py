@@ -17,7 +17,7 @@ from torch import Tensor
 from aropt import ops
 from aropt.errors import MissingTool, Unsupported
 from aropt.program import Graph
-from aropt.torch_compat import example_sizes, examples, to_onnx
+from aropt.torch_compat import example_sizes, examples, onnx_node, to_onnx
 from aropt.trace import dynamic, quiet
 
 OPSET = 20
@@ -25,33 +25,39 @@ EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given
 EXTERNAL_OVER = 256 * 2**20  # bytes of weights from which they go to a file beside the model
 
 
-def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
+def export(graph: Graph, weights: Mapping[str, Tensor], path: Path, contrib: bool = False) -> None:
     """Writes the graph to `path`: inputs and outputs named as the graph's ("out." before the outputs' names).
 
+    `contrib` allows ONNX Runtime's own operators, which other runtimes don't have.
     Raises MissingTool without the [onnx] extra, Unsupported for an op without a translation.
     """
+    model = translate(graph, weights, contrib)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(model, path)
+
+
+def save(model: Any, path: Path) -> None:
+    """Writes the model; weights go to a file beside it (<name>.data) where there are many."""
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    ir.save(model, path, external_data=path.name + ".data" if size > EXTERNAL_OVER else None)
+
+
+def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False) -> Any:
+    """The graph as an onnx_ir.Model; see `export`."""
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingTool(
             what="the ONNX exporter is not installed", why=str(error), hint="pip install 'aropt[onnx]'"
         ) from error
-    module = graph.bind(weights)
-    known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
-    shapes = tuple(
-        {i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values()
-    )
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(
-                module, tuple(examples(graph.inputs).values()), dynamic_shapes=shapes, strict=False
-            )
             try:
-                program = to_onnx(exported, translations(), OPSET)
+                model = to_onnx(graph, weights, translations(contrib), OPSET)
             except torch.onnx.OnnxExporterError:  # an op that only torch's decompositions bring to ONNX
-                program = torch.onnx.export(
-                    exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
-                )
+                model = traced(graph, weights, contrib)
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise Unsupported(
@@ -60,17 +66,40 @@ def export(graph: Graph, weights: Mapping[str, Tensor], path: Path) -> None:
             why=reason[:300],
             hint="choose --target eager or inductor, or report the op",
         ) from error
-    assert program is not None
-    for value, name in zip(program.model.graph.inputs, graph.inputs, strict=True):
+    if contrib:
+        fuse(model)
+    for value, name in zip(model.graph.inputs, graph.inputs, strict=True):
         value.name = name
-    for value, name in zip(program.model.graph.outputs, graph.outputs, strict=True):
+    for value, name in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = "out." + name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(weights[w].nbytes for w in graph.weights())
-    program.save(str(path), external_data=size > EXTERNAL_OVER)
+    return model
 
 
-def translations() -> dict[Any, Callable[..., Any]]:
+def traced(graph: Graph, weights: Mapping[str, Tensor], contrib: bool) -> Any:
+    """The model by torch's exporter, with its decompositions."""
+    known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
+    shapes = tuple(
+        {i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values()
+    )
+    inputs = tuple(examples(graph.inputs).values())
+    exported = torch.export.export(graph.bind(weights), inputs, dynamic_shapes=shapes, strict=False)
+    table = translations(contrib)
+    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)
+    assert program is not None
+    return program.model
+
+
+def fuse(model: Any) -> None:
+    """Norms with the addition before them, as ONNX Runtime's operators."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnxscript.rewriter.ort_fusions import skip_normalization
+
+    skip_normalization.fuse_skip_rms_normalization(model)
+    skip_normalization.fuse_skip_layer_normalization(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
     """Translations that replace torch's, for aropt's own ops and for the ops named above."""
     from onnxscript import opset20 as op
 
@@ -111,6 +140,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return mixed
 
     def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        if contrib and weight is not None and len(normalized_shape) == 1:  # in the standard domain by a mistake of ORT's
+            given = {"axis": -1, "epsilon": EPS if eps is None else eps, "stash_type": 1}
+            return onnx_node("", "SimplifiedLayerNormalization", [x, weight], 1, **given)[0]
         epsilon = op.CastLike(op.Constant(value_float=EPS if eps is None else eps), x)
         axes = op.Constant(value_ints=[-1 - i for i in range(len(normalized_shape))])
         mean = op.ReduceMean(op.Pow(x, op.CastLike(op.Constant(value_float=2.0), x)), axes, keepdims=1)
@@ -123,9 +155,23 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def both(left: Any, right: Any) -> Any:
         return op.And(left, right) if left.dtype is None or left.dtype.name == "BOOL" else op.BitwiseAnd(left, right)
 
+    def any_of(x: Any, dim: int, keepdim: bool = False) -> Any:
+        return op.ReduceMax(x, op.Constant(value_ints=[dim]), keepdims=int(keepdim))  # takes bool from opset 20 on
+
+    def all_of(x: Any) -> Any:
+        return op.ReduceMin(x, keepdims=0)
+
+    def to(x: Any, dtype: Any, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+        return op.Cast(x, to=dtype)
+
+    def rsub(x: Any, other: Any, alpha: float = 1.0) -> Any:
+        scaled = x if alpha == 1 else op.Mul(x, op.CastLike(op.Constant(value_float=float(alpha)), x))
+        return op.Sub(op.CastLike(other, x), scaled)
+
     aten = torch.ops.aten
-    own: dict[Any, Callable[..., Any]] = dict(ops.translation_table())
-    own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both}
+    own: dict[Any, Callable[..., Any]] = dict(ops.translation_table(contrib))
+    own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both, aten.any.dim: any_of, aten.all.default: all_of}
+    own |= {aten.to.dtype: to, aten.rsub.Scalar: rsub}
     return {
         **own,
         aten.index_copy.default: index_copy,

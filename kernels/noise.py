@@ -192,13 +192,13 @@ def cost(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> Cost:
     return Cost(flops=60.0 * stream.numel() * n, bytes=4.0 * stream.numel() * n + 16.0 * stream.numel())
 
 
-def samples(n: int | None = None) -> SearchStrategy[tuple[Any, ...]]:
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
     """Argument tuples: words at and around p and at the ends of their ranges, empty and non-contiguous rows."""
     from hypothesis import strategies as st
 
     word = st.sampled_from([0, 1, P - 1, P, P + 1, 2**62 - 1]) | st.integers(0, 2**62 - 1)
     rows = st.lists(st.tuples(word, word), max_size=5)
-    width = st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(0, 600) if n is None else st.just(n)
+    width = st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(0, 600) if like is None else st.just(like[3])
 
     def build(seed: int, pairs: list[tuple[int, int]], n: int) -> tuple[Any, ...]:
         table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

@@ -81,9 +81,12 @@ PASS = Canonicalize
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
-    """A copy with the nodes' metadata."""
+    """A copy with the nodes' metadata. Views become reshapes: what replaces their source may lay it out otherwise."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
     return copy
 
 

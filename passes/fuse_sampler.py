@@ -47,9 +47,10 @@ class FuseSampler:
         return program.replace(graphs=graphs, control=control)
 
     def join(self, program: Program, graphs: dict[str, Graph], specs: dict[str, Spec], body: list[Call]) -> Call:
-        """Adds the composed graph; its name says which rule it holds."""
+        """Adds the composed graph; its name says which step and which rule it holds."""
+        steps = [c.graph for c in body if "logits" in c.writes.values() and c.graph != "model"]
         rules = [c.graph for c in body if "token" in c.writes.values()]
-        name = "step_" + (rules[0] if rules else "loop")
+        name = (steps[0] if steps else "step") + "_" + (rules[0] if rules else "loop")
         while name in graphs:
             name += "_"
         graphs[name], call = compose(name, body, program.graphs, specs, program.weights)

@@ -65,9 +65,12 @@ def sizable(op: OpDef) -> Any:
     return op.samples().filter(lambda args: all(size > 1 for tensor in only(args) for size in tensor.shape))
 
 
-def held(op: OpDef, args: tuple[Any, ...]) -> dict[str, Any]:
+def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
+    """Every size of every tensor as a symbol, but those that the op takes as constants."""
     names = [argument.name for argument in op.overload._schema.arguments]
-    return {name: arg for name, arg in zip(names, args) if not isinstance(arg, torch.Tensor)}
+    given = [(name, arg) for name, arg in zip(names, args) if isinstance(arg, torch.Tensor)]
+    auto = torch.export.Dim.AUTO
+    return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
 
 
 def test_every_file_is_listed() -> None:
@@ -131,25 +134,25 @@ def test_inductor(op: OpDef, data: st.DataObject) -> None:
 
 
 @every_op
-@examples(2)
+@pytest.mark.parametrize("contrib", [False, True])
+@examples(4)
 @given(data=st.data())
-def test_onnx(op: OpDef, data: st.DataObject) -> None:
+def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
     """ONNX Runtime on the translation, exported once with symbolic sizes and run on other sizes."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    if op.onnx is None:
-        pytest.skip("no ONNX translation")
+    if (op.contrib if contrib else op.onnx) is None:
+        pytest.skip("no such translation")
     args = data.draw(sizable(op))
-    shapes = tuple({dim: torch.export.Dim.AUTO for dim in range(tensor.dim())} for tensor in only(args))
     model = torch.onnx.export(
         Call(op, args).eval(),
         tuple(only(args)),
         dynamo=True,
-        dynamic_shapes=(shapes,),
-        custom_translation_table=ops.translation_table(),
+        dynamic_shapes=(symbolic(op, args),),
+        custom_translation_table=ops.translation_table(contrib),
         verbose=False,
     ).model_proto
-    assert {node.domain for node in model.graph.node} == {""}, "standard ops only"
+    assert contrib or {node.domain for node in model.graph.node} == {""}, "standard ops only"
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -157,7 +160,7 @@ def test_onnx(op: OpDef, data: st.DataObject) -> None:
         feeds = {spec.name: tensor.numpy() for spec, tensor in zip(session.get_inputs(), only(args), strict=True)}
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
         assert_matches(op, got, op.reference(*args))
-        args = data.draw(op.samples(**held(op, args)))
+        args = data.draw(op.samples(args))
 
 
 @every_op

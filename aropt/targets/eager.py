@@ -22,7 +22,7 @@ def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph.fx, nodes))
     for output, result in zip(graph.outputs, graph.results(), strict=True):
-        if output in aliases:
+        if output in aliases and result.target is aten.index_copy.default:
             nodes[result].target = aten.index_copy_.default
     return copy
 

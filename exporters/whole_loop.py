@@ -1,0 +1,350 @@
+"""A whole program as one ONNX graph: control nodes become `Loop` and `If`, graphs are inlined, state is carried.
+
+Each control node has one lowering, whatever the model or the rule:
+
+    Call  the graph's nodes, in place                      Seq  one after the other
+    If    ONNX If; a value that only one branch writes     Loop  ONNX Loop; state is loop-carried, emitted values are
+          passes through the other                               scan outputs
+
+Inputs are the program's (those with a default may be left out), `steps`, the most rounds of this call, and `resume` with
+`state.*`, what an earlier call returned as `next.*`. Outputs: the program's, `counts` (tokens of each sequence), `finished`,
+`status` (0, or why nothing was generated: see STATUS) and `next.*`. Caches grow as they fill: GroupQueryAttention appends
+to them; the standard operators write into slots, which are made when a loop is entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt import ops
+from aropt.errors import Unsupported
+from aropt.exporters.onnx import OPSET, save, translate
+from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.trace import capture_function
+
+I64 = torch.int64
+FOREVER = 2**62
+STATUS = {
+    1: "the prompt and the new tokens don't fit the model's capacity",
+    2: "a prompt is empty or longer than its row",
+    3: "the seed is not in 0 .. 2^62 - 1",
+}
+PLACE = {"B": ("prompt", 0), "P": ("prompt", 1)}  # sizes that initial states may have
+
+
+def export_program(program: Program, path: Path, contrib: bool = False) -> Any:
+    """Writes the program to `path` as one ONNX model; `contrib` allows ONNX Runtime's own operators.
+
+    Raises Unsupported for a graph (model or rule) without an ONNX form.
+    """
+    model = Writer(program, contrib).model()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(model, path)
+    return model
+
+
+class Writer:
+    """Builds the graph; `values` in its methods are the program's values by name, as ONNX values."""
+
+    def __init__(self, program: Program, contrib: bool) -> None:
+        import onnx_ir as ir
+
+        self.ir, self.program, self.contrib = ir, program, contrib
+        self.made = 0
+        self.weights: dict[Any, Any] = {}  # by content: graphs that share a weight share its initializer
+        self.graph = ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
+
+    # --- small pieces ------------------------------------------------------------------------------------------------
+
+    def name(self, stem: str) -> str:
+        self.made += 1
+        return f"{stem}.{self.made}"
+
+    def node(self, graph: Any, kind: str, inputs: list[Any], outputs: int = 1, **attributes: Any) -> Any:
+        """Appends a node; returns its output, or all of them."""
+        given = [self.ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
+        made = self.ir.Node("", kind, inputs=inputs, attributes=given, num_outputs=outputs, name=self.name(kind))
+        for value in made.outputs:
+            value.name = self.name("value")
+        graph.append(made)
+        return made.outputs[0] if outputs == 1 else list(made.outputs)
+
+    def constant(self, graph: Any, value: Any, dtype: torch.dtype = I64) -> Any:
+        return self.node(graph, "Constant", [], value=self.ir.tensor(torch.as_tensor(value, dtype=dtype).numpy()))
+
+    def typed(self, name: str, spec: Spec, shaped: bool = False) -> Any:
+        """A value of the spec's type; sizes that may change from round to round are left open."""
+        dtype = self.ir.DataType.from_numpy(torch.empty(0, dtype=spec.dtype).numpy().dtype)
+        dims = [d if isinstance(d, int) or shaped else None for d in spec.dims]
+        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(dims))
+
+    def spec(self, name: str) -> Spec:
+        """The type of a value of the program."""
+        if name in self.program.state:
+            return self.program.state[name].spec
+        if name in self.program.inputs:
+            return self.program.inputs[name].spec
+        return next(
+            self.program.graphs[c.graph].outputs[o] for c in calls(self.program.control) for o, v in c.writes.items() if v == name
+        )
+
+    def size(self, graph: Any, values: Mapping[str, Any], dim: Any) -> Any:
+        """A dim of an initial state as int64 [1]: a number, B, P, products of these; slots are none yet."""
+        if isinstance(dim, int) or dim == "S":
+            return self.constant(graph, [0 if dim == "S" else dim])
+        total = None
+        for factor in dim.split("*"):
+            one = (
+                self.constant(graph, [int(factor)])
+                if factor.isdigit()
+                else self.node(graph, "Shape", [values[PLACE[factor][0]]], start=PLACE[factor][1], end=PLACE[factor][1] + 1)
+            )
+            total = one if total is None else self.node(graph, "Mul", [total, one])
+        return total
+
+    # --- control -----------------------------------------------------------------------------------------------------
+
+    def lower(self, control: Control, graph: Any, values: dict[str, Any], nested: bool = False) -> None:
+        """Appends a control node to a graph and updates `values`."""
+        match control:
+            case Call():
+                self.call(control, graph, values)
+            case Seq(body):
+                for part in body:
+                    self.lower(part, graph, values, nested)
+            case If():
+                self.branch(control, graph, values, nested)
+            case Loop():
+                self.loop(control, graph, values, nested)
+
+    def call(self, control: Call, graph: Any, values: dict[str, Any]) -> None:
+        """Inlines a graph."""
+        part = self.program.graphs[control.graph]
+        inner = translate(part, self.program.weights, self.contrib).graph
+        prefix = self.name(control.graph)
+        outputs = dict(zip(part.outputs, list(inner.outputs), strict=True))
+        given = {v: values[control.reads[i]] for i, v in zip(part.inputs, list(inner.inputs), strict=True)}
+        given |= {v: self.weight(v.const_value) for v in list(inner.initializers.values())}
+        inner.outputs.clear()
+        for old, new in given.items():
+            self.ir.convenience.replace_all_uses_with(old, new)
+        nodes = list(inner)
+        inner.remove(nodes)
+        for node in nodes:
+            node.name = f"{prefix}/{node.name}"
+            for value in node.outputs:
+                value.name = f"{prefix}/{value.name}" if value.name else value.name
+        graph.extend(nodes)
+        values.update({control.writes[o]: given.get(v, v) for o, v in outputs.items()})
+
+    def weight(self, tensor: Any) -> Any:
+        """The initializer of that content."""
+        import hashlib
+
+        array = tensor.numpy()
+        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self.weights:
+            name = self.name("weight")
+            value = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape)
+            value.const_value = self.ir.Tensor(array, name=name)
+            self.weights[key] = value
+            self.graph.initializers[name] = value
+        return self.weights[key]
+
+    def branch(self, control: If, graph: Any, values: dict[str, Any], nested: bool) -> None:
+        """Two subgraphs with the same outputs."""
+        both = defined(control.then) & defined(control.orelse)
+        names = sorted(n for n in written(control) if n in values or n in both)
+        subgraphs = []
+        for part in (control.then, control.orelse):
+            inner, kept = self.ir.Graph([], [], nodes=[], name=self.name("branch")), dict(values)
+            self.lower(part, inner, kept, nested)
+            self.close(inner, [kept[n] for n in names])
+            subgraphs.append(inner)
+        self.choose(graph, values, values[control.cond], names, *subgraphs)
+
+    def choose(self, graph: Any, values: dict[str, Any], cond: Any, names: list[str], then: Any, orelse: Any) -> None:
+        """The If node itself."""
+        made = self.node(graph, "If", [cond], len(names), then_branch=then, else_branch=orelse)
+        values.update(zip(names, made if isinstance(made, list) else [made], strict=True))
+
+    def close(self, graph: Any, results: list[Any]) -> None:
+        """Sets a subgraph's outputs; what it did not compute itself goes through Identity."""
+        own = {id(v) for node in graph for v in node.outputs}
+        seen: set[int] = set()
+        for value in results:
+            fresh = id(value) in own and id(value) not in seen
+            seen.add(id(value))
+            graph.outputs.append(value if fresh else self.node(graph, "Identity", [value]))
+
+    def loop(self, control: Loop, graph: Any, values: dict[str, Any], nested: bool) -> None:
+        """A Loop of at most `steps` rounds (without limit inside another one)."""
+        self.make_room(control, graph, values)
+        carried = sorted(n for n in written(control.body) if n in values)
+        inputs = [self.typed(self.name("round"), Spec(I64)), self.typed(self.name("go"), Spec(torch.bool))]
+        inputs += [self.typed(self.name(n), self.spec(n)) for n in carried]
+        body = self.ir.Graph(inputs, [], nodes=[], name=self.name("body"))
+        inner = values | dict(zip(carried, inputs[2:], strict=True))
+        self.lower(control.body, body, inner, nested=True)
+        on = self.node(body, "Not", [inner[control.until]])
+        self.close(body, [on, *(inner[n] for n in carried), *(inner[n] for n in control.emits)])
+        start = self.node(graph, "Not", [values[control.until]])
+        count = len(carried) + len(control.emits)
+        made = self.node(graph, "Loop", [None if nested else values["steps"], start, *(values[n] for n in carried)], count, body=body)
+        made = made if isinstance(made, list) else [made]
+        values.update(zip(carried, made[: len(carried)], strict=True))
+        for stacked, (name, target) in zip(made[len(carried) :], control.emits.items(), strict=True):
+            rank = len(self.spec(name).dims)
+            values[target] = self.node(graph, "Transpose", [stacked], perm=[1, 0, *range(2, rank + 1)])
+
+    def make_room(self, control: Loop, graph: Any, values: dict[str, Any]) -> None:
+        """Slots for prompt and new tokens, in caches that the loop's operators write into and don't append to."""
+        for name, state in self.program.state.items():
+            if state.axis is None or name not in written(control.body) or self.appends(control, name):
+                continue
+            rank = len(state.spec.dims)
+            shape = self.node(graph, "Shape", [values[name]])
+            needed = self.node(graph, "Add", [self.node(graph, "Shape", [values["prompt"]], start=1, end=2), values["limit"]])
+            now = self.node(graph, "Slice", [shape, self.constant(graph, [state.axis]), self.constant(graph, [state.axis + 1])])
+            missing = self.node(graph, "Max", [self.node(graph, "Sub", [needed, now]), self.constant(graph, [0])], 1)
+            before = self.constant(graph, [0] * (rank + state.axis))
+            after = self.constant(graph, [0] * (rank - state.axis - 1))
+            pads = self.node(graph, "Concat", [before, missing, after], axis=0)
+            empty = self.constant(graph, float(state.init or 0.0), state.spec.dtype)
+            values[name] = self.node(graph, "Pad", [values[name], pads, empty])
+
+    def appends(self, control: Loop, name: str) -> bool:
+        """Whether the operators in use append to this cache."""
+        if not self.contrib:
+            return False
+        for call in calls(control.body):
+            graph = self.program.graphs[call.graph]
+            for (output, value), result in zip(call.writes.items(), graph.results(), strict=True):
+                if value == name and ops.updated(result)[0] is None:
+                    return False
+        return True
+
+    # --- the program -------------------------------------------------------------------------------------------------
+
+    def model(self) -> Any:
+        """The whole program."""
+        program, graph = self.program, self.graph
+        values: dict[str, Any] = {n: self.input(n, i.spec, i.default) for n, i in program.inputs.items()}
+        values["steps"], resume = self.input("steps", Spec(I64), FOREVER), self.input("resume", Spec(torch.bool), False)
+        given = {n: self.input(f"state.{n}", s.spec, 0) for n, s in program.state.items()}
+        body = program.control.body if isinstance(program.control, Seq) else (program.control,)
+        first = next((i for i, part in enumerate(body) if not isinstance(part, Call)), len(body))
+        names = list(program.state)
+        kept = self.ir.Graph([], [], nodes=[], name="resumed")
+        self.close(kept, [given[n] for n in names])
+        fresh = self.ir.Graph([], [], nodes=[], name="started")
+        inner = values | {n: self.initial(s, fresh, values) for n, s in program.state.items()}
+        self.lower(Seq(body[:first]), fresh, inner)
+        self.close(fresh, [inner[n] for n in names])
+        self.choose(graph, values, resume, names, kept, fresh)
+        status = self.guard(graph, values)
+        for part in body[first:]:
+            self.lower(part, graph, values)
+        self.outputs(values, status)
+        return self.ir.Model(graph, ir_version=10, producer_name="aropt")
+
+    def input(self, name: str, spec: Spec, default: Any) -> Any:
+        """A graph input; with a default it is an initializer too, so that a caller may leave it out."""
+        value = self.typed(name, spec, shaped=True)
+        self.graph.inputs.append(value)
+        if name == "stop":
+            default = -1
+        if default is not None:
+            dims = [d if isinstance(d, int) else int(name == "stop") for d in spec.dims]
+            value.const_value = self.ir.tensor(torch.full(dims, default, dtype=spec.dtype).numpy(), name=name)
+            self.graph.initializers[name] = value
+        return value
+
+    def initial(self, state: StateSpec, graph: Any, values: Mapping[str, Any]) -> Any:
+        """The state before the program starts; empty where a graph writes it first."""
+        known = all(isinstance(d, int) or all(f.isdigit() or f in ("B", "P", "S") for f in d.split("*")) for d in state.spec.dims)
+        sizes = [self.size(graph, values, d) for d in state.spec.dims] if known else [self.constant(graph, [0] * len(state.spec.dims))]
+        if not sizes:
+            return self.constant(graph, state.init or 0, state.spec.dtype)
+        shape = sizes[0] if len(sizes) == 1 else self.node(graph, "Concat", sizes, axis=0)
+        fill = self.ir.tensor(torch.full((1,), state.init or 0, dtype=state.spec.dtype).numpy())
+        return self.node(graph, "ConstantOfShape", [shape], value=fill)
+
+    def guard(self, graph: Any, values: dict[str, Any]) -> Any:
+        """Nothing is generated from what the program can't take; the status says why."""
+        capacity = int(self.program.meta["capacity"])
+
+        def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
+            long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity
+            wrong = ((lengths < 1) | (lengths > prompt.shape[1])).any()
+            seeds = (seed < 0) | (seed >= FOREVER)
+            status = torch.where(long, 1, torch.where(wrong, 2, torch.where(seeds, 3, 0)))
+            return status, finished | (status != 0)
+
+        needed = ("prompt", "lengths", "limit", "seed", "finished")
+        made = capture_function("guard", check, {n: self.spec(n) for n in needed}, ["status", "finished"])
+        self.program = self.program.replace(graphs={**self.program.graphs, "guard": made})
+        self.call(Call("guard", {n: n for n in needed}, {"status": "status", "finished": "finished"}), graph, values)
+        return values["status"]
+
+    def outputs(self, values: dict[str, Any], status: Any) -> None:
+        graph = self.graph
+        for name in self.program.outputs:
+            self.output(name, values[name], Spec(self.spec_of_output(name).dtype, ("B", "N")))
+        zero = self.constant(graph, 0)
+        there = self.node(graph, "Cast", [self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], zero])], to=7)
+        counts = self.node(graph, "ReduceSum", [there, self.constant(graph, [1])], keepdims=0)
+        self.output("counts", counts, Spec(I64, ("B",)))
+        self.output("status", status, Spec(I64))
+        for name, state in self.program.state.items():
+            self.output(f"next.{name}", values[name], state.spec)
+
+    def spec_of_output(self, name: str) -> Spec:
+        source = next(n for loop in all_loops(self.program.control) for n, target in loop.emits.items() if target == name)
+        return self.spec(source)
+
+    def output(self, name: str, value: Any, spec: Spec) -> None:
+        made = self.node(self.graph, "Identity", [value])
+        typed = self.typed(name, spec)
+        made.name, made.type, made.shape = name, typed.type, typed.shape
+        self.graph.outputs.append(made)
+
+
+def all_loops(control: Control) -> list[Loop]:
+    from aropt.passbase import loops
+
+    return loops(control)
+
+
+def written(control: Control) -> set[str]:
+    """Values that a control node writes."""
+    match control:
+        case Call(_, _, writes):
+            return set(writes.values())
+        case Seq(body):
+            return set().union(*map(written, body))
+        case If(_, then, orelse):
+            return written(then) | written(orelse)
+        case Loop(_, _, body, emits):
+            return written(body) | set(emits.values())
+
+
+def defined(control: Control) -> set[str]:
+    """Values that exist after a control node even if they did not before: those of a loop's rounds do not."""
+    match control:
+        case Call(_, _, writes):
+            return set(writes.values())
+        case Seq(body):
+            return set().union(*map(defined, body))
+        case If(_, then, orelse):
+            return defined(then) & defined(orelse)
+        case Loop(_, _, _, emits):
+            return set(emits.values())
+
+
+__all__ = ["STATUS", "Unsupported", "export_program"]

@@ -1,0 +1,182 @@
+"""fuse-attention: rotary embedding, cache update and attention of a decoding step become one op.
+
+`aropt::cached_attention` is what ONNX Runtime has a kernel for (GroupQueryAttention, with caches updated in place). It
+wants rows of a batch to fill the same slots, without padding before them. So the program gets two loops behind an
+`If`: prompts of one length run the fused step, ragged batches the general one. Attention is recognised by what it
+computes (`aropt/attention.py`); a step with an attention that is anything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.attention import PLACES, Match, Source, matches
+from aropt.errors import AroptError
+from aropt.passbase import Applies, Contract, Skips, loops
+from aropt.passes.canonicalize import copied
+from aropt.passes.kv_cache import named
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.torch_compat import build
+from aropt.trace import capture_function
+
+aten = torch.ops.aten
+I32, I64 = torch.int32, torch.int64
+STEP, RAGGED = "step", "ragged"
+
+
+@dataclass(frozen=True)
+class FuseAttention:
+    name: ClassVar[str] = "fuse-attention"
+    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("one op an attention",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        if target != "onnxruntime":
+            return Skips(f"the target {target} has no kernel for it")
+        if RAGGED in program.graphs or not step_of(program):
+            return Skips("no cached step of a positions loop")
+        try:
+            found = matches(program.graphs[STEP], program.weights, int(program.meta["capacity"]))
+        except AroptError as reason:
+            return Skips(reason.what, ((reason.where or STEP, reason.what),))
+        return Applies((f"{len(found)} attentions",)) if found else Skips("the step has no attention")
+
+    def run(self, program: Program) -> Program:
+        weights = dict(program.weights)
+        graph = replace(program.graphs[STEP], fx=copied(program.graphs[STEP].fx))
+        dense = fused(graph, program, weights)
+        graphs = {(RAGGED if n == STEP else n): g for n, g in program.graphs.items()}
+        graphs[RAGGED] = replace(graphs[RAGGED], name=RAGGED)
+        graphs |= {STEP: dense, "compare": compare()}
+        ends = {"last": StateSpec("counter", Spec(I32, program.state["pads"].spec.dims)), "total": StateSpec("counter", Spec(I32))}
+        state = {**program.state, "ragged": StateSpec("flag", Spec(torch.bool)), **ends}
+        used = {w for g in graphs.values() for w in g.weights()}
+        kept = {w: v for w, v in weights.items() if w in used}
+        return program.replace(graphs=graphs, state=state, weights=kept, control=branch(program.control, dense))
+
+
+PASS = FuseAttention
+
+
+def step_of(program: Program) -> Call | None:
+    """The call of the restricted step in a loop."""
+    found = (c for loop in loops(program.control, "positions") for c in calls(loop.body) if c.graph == STEP)
+    return next(found, None) if "slots" in program.graphs.get(STEP, Graph("", fx.Graph(), {}, {})).inputs else None
+
+
+def compare() -> Graph:
+    """Whether some prompt is shorter than the longest; where the prompt's last row goes if none is."""
+
+    def function(prompt: Tensor, pads: Tensor) -> tuple[Tensor, ...]:
+        size = prompt.shape[1]
+        return (pads != 0).any(), torch.full_like(pads, 0, dtype=I32) + (size - 1), torch.zeros((), dtype=I32) + size
+
+    inputs = {"prompt": Spec(I64, ("B", "P")), "pads": Spec(I64, ("N",))}
+    return capture_function("compare", function, inputs, ["ragged", "last", "total"])
+
+
+def branch(control: Control, dense: Graph) -> Control:
+    """Each loop twice: the general one for ragged batches, the fused one for others."""
+    match control:
+        case Seq(body):
+            parts = [branch(part, dense) for part in body]
+            first = next((i for i, c in enumerate(parts) if isinstance(c, Call) and c.graph == "enter"), None)
+            if first is not None:
+                parts.insert(first + 1, named(compare()))
+            return Seq(tuple(parts))
+        case If(cond, then, orelse):
+            return If(cond, branch(then, dense), branch(orelse, dense))
+        case Loop() if any(c.graph == STEP for c in calls(control.body)):
+            return If("ragged", replace(control, body=general(control.body)), replace(control, body=even(control.body, dense)))
+        case _:
+            return control
+
+
+def general(control: Control) -> Control:
+    assert isinstance(control, Seq)
+    return Seq(tuple(replace(c, graph=RAGGED) if isinstance(c, Call) and c.graph == STEP else c for c in control.body))
+
+
+def even(control: Control, dense: Graph) -> Control:
+    """The body without `place`: the fused step knows where its rows go."""
+    assert isinstance(control, Seq)
+    step = Call(STEP, {n: n for n in dense.inputs} | {"ids": "feed"}, {n: n for n in dense.outputs})
+    kept = [c for c in control.body if not (isinstance(c, Call) and c.graph == "place")]
+    return Seq(tuple(step if isinstance(c, Call) and c.graph == STEP else c for c in kept))
+
+
+def fused(graph: Graph, program: Program, weights: dict[str, Tensor]) -> Graph:
+    """The step for dense rows: where the last one goes, in the place of slots, positions and what each slot holds."""
+    found = matches(graph, weights, int(program.meta["capacity"]))
+    tables = table_weights(found, weights)
+    call = graph.fx.call_function
+    ids = next(iter(graph.fx.nodes))
+    with graph.fx.inserting_after(ids):
+        total = graph.fx.placeholder("total")
+        last = graph.fx.placeholder("last")
+    with graph.fx.inserting_before(next(n for n in graph.fx.nodes if n.op != "placeholder")):
+        batch, rows = (call(aten.sym_size.int, (ids, i)) for i in (0, 1))
+        start = call(aten.sub.Tensor, (call(aten._to_copy.default, (total,), {"dtype": I64}), rows))
+        slots = call(aten.add.Tensor, (call(aten.arange.default, (rows,)), start))
+        at = call(aten.expand.default, (call(aten.unsqueeze.default, (slots, 0)), [batch, rows]))
+        after = [call(aten.add.Tensor, (n, 1)) for n in (last, total)]
+    for one in found:
+        replace_attention(graph.fx, one, (last, total), batch, tables)
+    placed = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
+    placed["slots"].replace_all_uses_with(slots)
+    placed["positions"].replace_all_uses_with(at)
+    kept = {o: n for o, n in zip(graph.outputs, graph.results(), strict=True) if o != "slot_positions"}
+    output = next(n for n in reversed(graph.fx.nodes) if n.op == "output")
+    output.args = ((*kept.values(), *after),)
+    graph.fx.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    for name in PLACES:
+        graph.fx.erase_node(placed[name])
+    specs = {**graph.inputs, "total": Spec(I32), "last": Spec(I32, graph.inputs["ids"].dims[:1])}
+    inputs = {n.name: specs[n.name] for n in graph.fx.nodes if n.op == "placeholder"}
+    return build(STEP, graph.fx, inputs, [*kept, "last", "total"], weights)
+
+
+def table_weights(found: list[Match], weights: dict[str, Tensor]) -> dict[Any, list[str]]:
+    """Adds the rotary tables to the weights, each once; returns their names."""
+    names: dict[Any, list[str]] = {}
+    for table in (m.rotary for m in found if m.rotary is not None):
+        if table not in names:
+            names[table] = [f"rotary.{kind}_{len(names)}" for kind in ("cos", "sin")]
+            weights |= dict(zip(names[table], (table.cos, table.sin), strict=True))
+    return names
+
+
+def replace_attention(graph: fx.Graph, one: Match, ends: tuple[fx.Node, ...], batch: fx.Node, tables: dict[Any, list[str]]) -> None:
+    """One op for a match."""
+    with graph.inserting_before(one.result):
+        angles = [graph.get_attr(n) for n in tables[one.rotary]] if one.rotary else [None, None]
+        heads, kv_heads, *_ = one.numbers
+        widths = [n * int(one.stored[0].meta["val"].shape[3]) for n in (heads, kv_heads, kv_heads)]
+        rows = [features(graph, s, w, batch) for s, w in zip(one.rows, widths)] if len(one.rows) > 1 else [one.rows[0].node, None, None]
+        caches = [n.args[0] for n in one.stored]
+        op = ops.load("cached_attention").overload
+        call = graph.call_function(op, (*rows, *caches, *ends, *angles, *one.numbers))
+        call.meta = {"where": one.node.meta.get("where", "")}
+        out, *new = (graph.call_function(operator.getitem, (call, i)) for i in range(3))
+        if one.last:
+            out = graph.call_function(aten.slice.Tensor, (out, 1, -1, 2**63 - 1))
+    out.meta = {k: v for k, v in one.result.meta.items() if k != "val"}
+    one.result.replace_all_uses_with(out)
+    for old, updated in zip(one.stored, new, strict=True):
+        for user in [u for u in old.users if u.op == "output"]:
+            user.replace_input_with(old, updated)
+
+
+def features(graph: fx.Graph, source: Source, width: int, batch: fx.Node) -> fx.Node:
+    """The source as a value [B, R, width]."""
+    shape = source.node.meta["val"].shape
+    if len(shape) == 4:
+        return graph.call_function(aten.reshape.default, (source.node, [batch, -1, width]))
+    if int(shape[2]) == width:
+        return source.node
+    return graph.call_function(aten.slice.Tensor, (source.node, 2, source.offset, source.offset + width))
