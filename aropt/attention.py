@@ -93,10 +93,10 @@ class Probe:
 
     def run(self, wanted: fx.Node, given: dict[fx.Node, Tensor], places: dict[str, Tensor]) -> Tensor:
         """The value of a node, with some nodes' values given."""
-        values: dict[fx.Node, object] = dict(given)
+        values: dict[fx.Node, Any] = dict(given)
         values |= {self.inputs[n]: v for n, v in places.items() if n in self.inputs}
 
-        def value(node: fx.Node) -> object:
+        def value(node: fx.Node) -> Any:
             if node not in values:
                 if node.op == "get_attr":
                     values[node] = self.weights[str(node.target)]
@@ -228,13 +228,13 @@ def is_getitem(node: fx.Node) -> bool:
 
 def tail(node: fx.Node) -> tuple[object, ...]:
     """The last two sizes of a value with four."""
-    shape = getattr(node.meta.get("val"), "shape", ())
+    shape: Any = getattr(node.meta.get("val"), "shape", ())
     return tuple(shape[2:]) if len(shape) == 4 else ()
 
 
 def flat(node: fx.Node, heads: int, size: int) -> bool:
     """A value [B, R, heads*D]."""
-    shape = getattr(node.meta.get("val"), "shape", ())
+    shape: Any = getattr(node.meta.get("val"), "shape", ())
     return len(shape) == 3 and shape[2] == heads * size
 
 
@@ -254,13 +254,15 @@ def matches(graph: Graph, weights: dict[str, Tensor], capacity: int) -> list[Mat
     return found
 
 
-def match(node: fx.Node, probe: Probe, known: dict[Any, Any]) -> Match:
+def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     """What the op takes in place of an SDPA node; `known` keeps tables and masks that layers share."""
     query, keys, values, mask = node.args[:4]
     assert all(isinstance(n, fx.Node) for n in (query, keys, values, mask))
     for stored in (keys, values):
         if stored.target is not aten.index_copy.default or stored.args[1] != 2 or len(stored.users) != 2:
-            raise NotThis(what=f"{stored.name} is not the update of a cache of its own, [batch, heads, slots, features]")
+            raise NotThis(
+                what=f"{stored.name} is not the update of a cache of its own, [batch, heads, slots, features]"
+            )
     heads, size = (int(query.meta["val"].shape[i]) for i in (1, 3))
     kv_heads = int(keys.meta["val"].shape[1])
     if values.meta["val"].shape != keys.meta["val"].shape or keys.meta["val"].dtype != torch.float32:
@@ -285,10 +287,18 @@ def match(node: fx.Node, probe: Probe, known: dict[Any, Any]) -> Match:
 def same(first: Rotary | None, second: Rotary | None, known: dict[Any, Any]) -> Rotary:
     """The tables of both, one object for all layers that have them."""
     assert first is not None and second is not None
-    if first.interleaved != second.interleaved or not torch.equal(first.cos, second.cos) or not torch.equal(first.sin, second.sin):
+    if (
+        first.interleaved != second.interleaved
+        or not torch.equal(first.cos, second.cos)
+        or not torch.equal(first.sin, second.sin)
+    ):
         raise NotThis(what="queries and keys are turned by different angles")
     for other in known.setdefault("tables", []):
-        if other.interleaved == first.interleaved and torch.equal(other.cos, first.cos) and torch.equal(other.sin, first.sin):
+        if (
+            other.interleaved == first.interleaved
+            and torch.equal(other.cos, first.cos)
+            and torch.equal(other.sin, first.sin)
+        ):
             return other  # type: ignore[no-any-return]
     known["tables"].append(first)
     return first

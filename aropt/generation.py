@@ -109,11 +109,7 @@ def bench(
     from aropt import bench as timing
     from aropt.command import add_roofline, add_timings
 
-    unknown = [v for v in against if v not in timing.AGAINST]
-    if unknown:
-        raise UsageError(
-            what=f"unknown variant '{unknown[0]}'", where="--against", hint="choose from " + ", ".join(timing.AGAINST)
-        )
+    timing.check(against)
     program = artifact.load(out)
     report = {**program.report, "notes": []}
     if not report.get("target"):
@@ -129,22 +125,44 @@ def bench(
     return report
 
 
-def export(out: Path, to: str, folder: Path, force: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """The graphs as ONNX files, and loop.json: control, state and inputs, for other runtimes."""
+def export(
+    out: Path,
+    to: str,
+    folder: Path,
+    force: bool,
+    say: Callable[[str], None],
+    whole_loop: bool = False,
+    ort: bool = False,
+) -> dict[str, Any]:
+    """The program as ONNX files: its graphs and a loop.json that says how to run them, or all of it as one model.
+
+    `ort` allows ONNX Runtime's own operators. The one model is run and compared with the program.
+    """
     if to != "onnx":
         raise UsageError(what=f"can't export to '{to}'", where="--to", hint="this version exports to onnx")
     from aropt.exporters.onnx import export as export_graph
     from aropt.serialize import to_json
 
     program = artifact.load(out, target="eager")
+    verify: dict[str, Any] = {}
     with artifact.staged_export(folder, force) as staging:
-        for name, graph in program.graphs.items():
-            say(f"export {name}")
-            export_graph(graph, program.weights, staging / f"{name}.onnx")
-        data = to_json(program)
-        loop = {k: data[k] for k in ("inputs", "state", "control", "outputs", "meta") if k in data}
-        (staging / "loop.json").write_text(json.dumps(loop, indent=1))
-    return {"files": [{"path": str(folder / f["path"]), "sha256": f["sha256"]} for f in artifact.listing(folder)]}
+        if whole_loop:
+            from aropt.exporters import run_loop
+            from aropt.exporters.whole_loop import export_program
+
+            say("export the loop")
+            export_program(program, staging / "model.onnx", ort)
+            say("compare it with the program")
+            verify = run_loop.compare(staging / "model.onnx", program)
+        else:
+            for name, graph in program.graphs.items():
+                say(f"export {name}")
+                export_graph(graph, program.weights, staging / f"{name}.onnx", ort)
+            data = to_json(program)
+            loop = {k: data[k] for k in ("inputs", "state", "control", "outputs", "meta") if k in data}
+            (staging / "loop.json").write_text(json.dumps(loop, indent=1))
+    files = [{"path": str(folder / f["path"]), "sha256": f["sha256"]} for f in artifact.listing(folder)]
+    return {"files": files, **({"verify": verify} if verify else {})}
 
 
 def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, trusted: bool, as_json: bool) -> str:

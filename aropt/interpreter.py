@@ -14,6 +14,9 @@ from aropt.program import Call, Control, If, Loop, Program, Seq, calls, resolve,
 Values = dict[str, Tensor]
 
 
+OnRound = Callable[[Values], bool | None]
+
+
 class Executor(Protocol):
     """Runs one graph. Values in `donated` may be overwritten: the program does not read them again."""
 
@@ -44,11 +47,11 @@ def run(
     inputs: Mapping[str, Tensor],
     slots: int,
     executor: Executor | None = None,
-    on_round: Callable[[Values], None] | None = None,
+    on_round: OnRound | None = None,
 ) -> Values:
     """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
 
-    `on_round` sees the values after each round of a loop (for streaming and for validation).
+    `on_round` sees the values after each round of a loop (for streaming and for validation), until it returns False.
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)
@@ -70,7 +73,7 @@ def step(
     control: Control,
     values: Values,
     executor: Executor,
-    on_round: Callable[[Values], None] | None,
+    on_round: OnRound | None,
     nothing: Callable[[str], Tensor],
 ) -> None:
     """Executes one control node, updating `values`. `nothing(value)`: what a loop without rounds emits."""
@@ -92,12 +95,12 @@ def step(
                 step(body, values, executor, on_round, nothing)
                 for name, kept in emitted.items():
                     kept.append(values[name].clone())
-                if on_round is not None:
-                    on_round(values)
+                if on_round is not None and on_round(values) is False:
+                    on_round = None
             for name, kept in emitted.items():
                 values[emits[name]] = torch.stack(kept, 1) if kept else nothing(name)
 
 
-def refuse(control: Loop, values: Values, on_round: Callable[[Values], None] | None) -> bool:
+def refuse(control: Loop, values: Values, on_round: OnRound | None) -> bool:
     """An executor without loops of its own."""
     return False

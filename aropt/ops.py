@@ -43,7 +43,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def updated(node: Any) -> tuple[Any, Any]:
-    """For a graph's node that is a result of one of our ops: that op's node, and the argument it may be written into."""
+    """For a node that is a result of one of our ops: that op's node, and the argument it may be written into."""
     if getattr(node.target, "__name__", "") == "getitem":
         call, index = node.args
         name = str(getattr(call.target, "name", str)())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
-from aropt.interpreter import Executor, Values, run
+from aropt.interpreter import Executor, OnRound, Values, run
 from aropt.program import Input, Program
 
 
@@ -23,7 +23,7 @@ def generate(
     negative: Sequence[Sequence[int]] | None = None,
     streams: Sequence[int] | None = None,
     executor: Executor | None = None,
-    on_round: Callable[[Values], None] | None = None,
+    on_round: OnRound | None = None,
     **params: Any,
 ) -> list[list[int]]:
     """Up to `n` new token ids for each prompt (the stop token included).

@@ -146,11 +146,21 @@ def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attribu
         inputs = inputs[:-1]
     given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
     node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
-    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    evaluator.default().nodes.append(node)
     return list(node.outputs)
 
 
-def to_onnx(graph: Graph, weights: Mapping[str, Tensor], translations: Mapping[Any, Any], opset: int) -> Any:
+def onnx_registry(translations: Mapping[Any, Any], opset: int) -> Any:
+    """torch's ONNX translations with ours before them (takes a third of a second)."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+    for target, function in translations.items():
+        registry.register_op(target, function, False)
+    return registry
+
+
+def to_onnx(graph: Graph, weights: Mapping[str, Tensor], registry: Any, opset: int) -> Any:
     """The graph as an onnx_ir.Model, its nodes translated one by one; weights are initializers under their names.
 
     torch's own exporter traces and decomposes first, which takes most of its time and breaks up what has a translation.
@@ -158,15 +168,12 @@ def to_onnx(graph: Graph, weights: Mapping[str, Tensor], translations: Mapping[A
     """
     import onnx_ir as ir
     import onnxscript.optimizer
-    from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes, _registration
+    from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes
 
     module, lifted = lift(graph, weights)
     specs = {n: Spec(weights[w].dtype, tuple(weights[w].shape)) for n, w in lifted.items()}
     names = propagate(module.graph, {**graph.inputs, **specs}, {})
     _fx_passes.insert_type_promotion_nodes(module)
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
-    for target, function in translations.items():
-        registry.register_op(target, function, False)
     model = ir.Model(ir.Graph([], [], nodes=[], name=graph.name), ir_version=10)
     _core._translate_fx_graph(
         module.graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
@@ -179,7 +186,9 @@ def to_onnx(graph: Graph, weights: Mapping[str, Tensor], translations: Mapping[A
     text = {str(symbol): name for symbol, name in names.items()}
     for value in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape([text.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+            value.shape = ir.Shape(
+                [text.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
     _ir_passes.add_opset_imports(model)
     onnxscript.optimizer.optimize(model)
     model.graph.opset_imports[""] = opset  # after torchlib's functions, written for an older one, were inlined

@@ -6,6 +6,7 @@ torch's own exporter translates; aropt adds what it would do badly for decoding:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from aropt import ops
 from aropt.errors import MissingTool, Unsupported
 from aropt.program import Graph
-from aropt.torch_compat import example_sizes, examples, onnx_node, to_onnx
+from aropt.torch_compat import example_sizes, examples, onnx_node, onnx_registry, to_onnx
 from aropt.trace import dynamic, quiet
 
 OPSET = 20
@@ -55,11 +56,14 @@ def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False
     try:
         with torch.no_grad(), quiet():
             try:
-                model = to_onnx(graph, weights, translations(contrib), OPSET)
+                model = to_onnx(graph, weights, registry(contrib), OPSET)
             except torch.onnx.OnnxExporterError:  # an op that only torch's decompositions bring to ONNX
                 model = traced(graph, weights, contrib)
     except Exception as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise Unsupported(
             what=f"the graph '{graph.name}' has no ONNX form",
             where=f"graph {graph.name}",
@@ -75,6 +79,12 @@ def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False
     return model
 
 
+@functools.cache
+def registry(contrib: bool) -> Any:
+    """All translations, once a process."""
+    return onnx_registry(translations(contrib), OPSET)
+
+
 def traced(graph: Graph, weights: Mapping[str, Tensor], contrib: bool) -> Any:
     """The model by torch's exporter, with its decompositions."""
     known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
@@ -84,7 +94,9 @@ def traced(graph: Graph, weights: Mapping[str, Tensor], contrib: bool) -> Any:
     inputs = tuple(examples(graph.inputs).values())
     exported = torch.export.export(graph.bind(weights), inputs, dynamic_shapes=shapes, strict=False)
     table = translations(contrib)
-    program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table)
+    program = torch.onnx.export(
+        exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=table
+    )
     assert program is not None
     return program.model
 
@@ -140,7 +152,9 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         return mixed
 
     def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-        if contrib and weight is not None and len(normalized_shape) == 1:  # in the standard domain by a mistake of ORT's
+        if (
+            contrib and weight is not None and len(normalized_shape) == 1
+        ):  # in the standard domain by a mistake of ORT's
             given = {"axis": -1, "epsilon": EPS if eps is None else eps, "stash_type": 1}
             return onnx_node("", "SimplifiedLayerNormalization", [x, weight], 1, **given)[0]
         epsilon = op.CastLike(op.Constant(value_float=EPS if eps is None else eps), x)

@@ -6,10 +6,10 @@ Each control node has one lowering, whatever the model or the rule:
     If    ONNX If; a value that only one branch writes     Loop  ONNX Loop; state is loop-carried, emitted values are
           passes through the other                               scan outputs
 
-Inputs are the program's (those with a default may be left out), `steps`, the most rounds of this call, and `resume` with
-`state.*`, what an earlier call returned as `next.*`. Outputs: the program's, `counts` (tokens of each sequence), `finished`,
-`status` (0, or why nothing was generated: see STATUS) and `next.*`. Caches grow as they fill: GroupQueryAttention appends
-to them; the standard operators write into slots, which are made when a loop is entered.
+Inputs are the program's (those with a default may be left out), `steps`, the most rounds of this call, and `resume`
+with `state.*`, what an earlier call returned as `next.*`. Outputs: the program's, `counts` (tokens of each sequence),
+`status` (0, or why nothing was generated: see STATUS) and `next.*`. Caches grow as they fill: GroupQueryAttention
+appends to them; the standard operators write into slots, which are made when a loop is entered.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from aropt import ops
-from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
+from aropt.passbase import loops
 from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.trace import capture_function
 
@@ -34,7 +34,6 @@ STATUS = {
     2: "a prompt is empty or longer than its row",
     3: "the seed is not in 0 .. 2^62 - 1",
 }
-PLACE = {"B": ("prompt", 0), "P": ("prompt", 1)}  # sizes that initial states may have
 
 
 def export_program(program: Program, path: Path, contrib: bool = False) -> Any:
@@ -56,6 +55,10 @@ class Writer:
 
         self.ir, self.program, self.contrib = ir, program, contrib
         self.made = 0
+        self.place: dict[Any, tuple[str, int]] = {}  # where a symbol's size is read from
+        for name, given in program.inputs.items():
+            for axis, dim in enumerate(given.spec.dims):
+                self.place.setdefault(dim, (name, axis))
         self.weights: dict[Any, Any] = {}  # by content: graphs that share a weight share its initializer
         self.graph = ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
 
@@ -90,20 +93,23 @@ class Writer:
         if name in self.program.inputs:
             return self.program.inputs[name].spec
         return next(
-            self.program.graphs[c.graph].outputs[o] for c in calls(self.program.control) for o, v in c.writes.items() if v == name
+            self.program.graphs[c.graph].outputs[o]
+            for c in calls(self.program.control)
+            for o, v in c.writes.items()
+            if v == name
         )
 
     def size(self, graph: Any, values: Mapping[str, Any], dim: Any) -> Any:
-        """A dim of an initial state as int64 [1]: a number, B, P, products of these; slots are none yet."""
+        """A dim of an initial state as int64 [1]: a number, an input's symbol, products of these; no slots yet."""
         if isinstance(dim, int) or dim == "S":
             return self.constant(graph, [0 if dim == "S" else dim])
         total = None
         for factor in dim.split("*"):
-            one = (
-                self.constant(graph, [int(factor)])
-                if factor.isdigit()
-                else self.node(graph, "Shape", [values[PLACE[factor][0]]], start=PLACE[factor][1], end=PLACE[factor][1] + 1)
-            )
+            if factor.isdigit():
+                one = self.constant(graph, [int(factor)])
+            else:
+                name, axis = self.place[factor]
+                one = self.node(graph, "Shape", [values[name]], start=axis, end=axis + 1)
             total = one if total is None else self.node(graph, "Mul", [total, one])
         return total
 
@@ -195,7 +201,9 @@ class Writer:
         self.close(body, [on, *(inner[n] for n in carried), *(inner[n] for n in control.emits)])
         start = self.node(graph, "Not", [values[control.until]])
         count = len(carried) + len(control.emits)
-        made = self.node(graph, "Loop", [None if nested else values["steps"], start, *(values[n] for n in carried)], count, body=body)
+        made = self.node(
+            graph, "Loop", [None if nested else values["steps"], start, *(values[n] for n in carried)], count, body=body
+        )
         made = made if isinstance(made, list) else [made]
         values.update(zip(carried, made[: len(carried)], strict=True))
         for stacked, (name, target) in zip(made[len(carried) :], control.emits.items(), strict=True):
@@ -209,8 +217,12 @@ class Writer:
                 continue
             rank = len(state.spec.dims)
             shape = self.node(graph, "Shape", [values[name]])
-            needed = self.node(graph, "Add", [self.node(graph, "Shape", [values["prompt"]], start=1, end=2), values["limit"]])
-            now = self.node(graph, "Slice", [shape, self.constant(graph, [state.axis]), self.constant(graph, [state.axis + 1])])
+            needed = self.node(
+                graph, "Add", [self.node(graph, "Shape", [values["prompt"]], start=1, end=2), values["limit"]]
+            )
+            now = self.node(
+                graph, "Slice", [shape, self.constant(graph, [state.axis]), self.constant(graph, [state.axis + 1])]
+            )
             missing = self.node(graph, "Max", [self.node(graph, "Sub", [needed, now]), self.constant(graph, [0])], 1)
             before = self.constant(graph, [0] * (rank + state.axis))
             after = self.constant(graph, [0] * (rank - state.axis - 1))
@@ -224,7 +236,7 @@ class Writer:
             return False
         for call in calls(control.body):
             graph = self.program.graphs[call.graph]
-            for (output, value), result in zip(call.writes.items(), graph.results(), strict=True):
+            for value, result in zip(call.writes.values(), graph.results(), strict=True):
                 if value == name and ops.updated(result)[0] is None:
                     return False
         return True
@@ -267,8 +279,9 @@ class Writer:
 
     def initial(self, state: StateSpec, graph: Any, values: Mapping[str, Any]) -> Any:
         """The state before the program starts; empty where a graph writes it first."""
-        known = all(isinstance(d, int) or all(f.isdigit() or f in ("B", "P", "S") for f in d.split("*")) for d in state.spec.dims)
-        sizes = [self.size(graph, values, d) for d in state.spec.dims] if known else [self.constant(graph, [0] * len(state.spec.dims))]
+        factors = [f for d in state.spec.dims if isinstance(d, str) for f in d.split("*")]
+        known = all(f.isdigit() or f == "S" or f in self.place for f in factors)
+        sizes = [self.size(graph, values, d if known else 0) for d in state.spec.dims]
         if not sizes:
             return self.constant(graph, state.init or 0, state.spec.dtype)
         shape = sizes[0] if len(sizes) == 1 else self.node(graph, "Concat", sizes, axis=0)
@@ -277,6 +290,9 @@ class Writer:
 
     def guard(self, graph: Any, values: dict[str, Any]) -> Any:
         """Nothing is generated from what the program can't take; the status says why."""
+        needed = ("prompt", "lengths", "limit", "seed", "finished")
+        if not all(n in values for n in needed):
+            return self.constant(graph, 0)
         capacity = int(self.program.meta["capacity"])
 
         def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
@@ -286,7 +302,6 @@ class Writer:
             status = torch.where(long, 1, torch.where(wrong, 2, torch.where(seeds, 3, 0)))
             return status, finished | (status != 0)
 
-        needed = ("prompt", "lengths", "limit", "seed", "finished")
         made = capture_function("guard", check, {n: self.spec(n) for n in needed}, ["status", "finished"])
         self.program = self.program.replace(graphs={**self.program.graphs, "guard": made})
         self.call(Call("guard", {n: n for n in needed}, {"status": "status", "finished": "finished"}), graph, values)
@@ -295,30 +310,32 @@ class Writer:
     def outputs(self, values: dict[str, Any], status: Any) -> None:
         graph = self.graph
         for name in self.program.outputs:
-            self.output(name, values[name], Spec(self.spec_of_output(name).dtype, ("B", "N")))
-        zero = self.constant(graph, 0)
-        there = self.node(graph, "Cast", [self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], zero])], to=7)
-        counts = self.node(graph, "ReduceSum", [there, self.constant(graph, [1])], keepdims=0)
-        self.output("counts", counts, Spec(I64, ("B",)))
+            self.output(name, values[name], self.spec_of_output(name))
         self.output("status", status, Spec(I64))
         for name, state in self.program.state.items():
             self.output(f"next.{name}", values[name], state.spec)
+        if self.spec_of_output(self.program.outputs[0]) != Spec(I64, ("B", "N")):
+            return
+        zero = self.constant(graph, 0)
+        there = self.node(
+            graph, "Cast", [self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], zero])], to=7
+        )
+        counts = self.node(graph, "ReduceSum", [there, self.constant(graph, [1])], keepdims=0)
+        self.output("counts", counts, Spec(I64, ("B",)))
 
     def spec_of_output(self, name: str) -> Spec:
-        source = next(n for loop in all_loops(self.program.control) for n, target in loop.emits.items() if target == name)
-        return self.spec(source)
+        """The type of what a loop emits over its rounds, or of a plain value."""
+        emitted = [n for loop in loops(self.program.control) for n, target in loop.emits.items() if target == name]
+        if not emitted:
+            return self.spec(name)
+        first, *rest = self.spec(emitted[0]).dims
+        return Spec(self.spec(emitted[0]).dtype, (first, "N", *rest))
 
     def output(self, name: str, value: Any, spec: Spec) -> None:
         made = self.node(self.graph, "Identity", [value])
         typed = self.typed(name, spec)
         made.name, made.type, made.shape = name, typed.type, typed.shape
         self.graph.outputs.append(made)
-
-
-def all_loops(control: Control) -> list[Loop]:
-    from aropt.passbase import loops
-
-    return loops(control)
 
 
 def written(control: Control) -> set[str]:
@@ -345,6 +362,3 @@ def defined(control: Control) -> set[str]:
             return defined(then) & defined(orelse)
         case Loop(_, _, _, emits):
             return set(emits.values())
-
-
-__all__ = ["STATUS", "Unsupported", "export_program"]

@@ -1,7 +1,7 @@
 """`aropt::cached_attention`: rotary embedding, cache update and causal grouped attention of new rows, in one op.
 
-    cached_attention(query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_heads, scale, window, interleaved)
-        -> (out, k_cache, v_cache)
+    cached_attention(query, key, value, k_cache, v_cache, last, total, cos, sin,
+                     heads, kv_heads, scale, window, interleaved) -> (out, k_cache, v_cache)
 
 * `query` float [B, R, heads*D], `key` and `value` float [B, R, kv_heads*D]; or key and value None and all three packed
   in `query`, float [B, R, (heads + 2*kv_heads)*D].
@@ -66,8 +66,7 @@ def reference(
     if key is None or value is None:
         query, key, value = query.split([heads * size, kv_heads * size, kv_heads * size], -1)
     q, k, v = (
-        x.reshape(batch, rows, n, size).transpose(1, 2)
-        for x, n in ((query, heads), (key, kv_heads), (value, kv_heads))
+        x.reshape(batch, rows, n, size).transpose(1, 2) for x, n in ((query, heads), (key, kv_heads), (value, kv_heads))
     )
     if cos is not None and sin is not None:
         q, k = (rotated(x, cos[slots], sin[slots], interleaved) for x in (q, k))
@@ -140,7 +139,11 @@ def turned(op: Any, x: Any, cos: Any, sin: Any, rotary: int, size: int, interlea
     def piece(start: int, end: int, step: int = 1) -> Any:
         return op.Slice(x, *(op.Constant(value_ints=[n]) for n in (start, end, -1, step)))
 
-    a, b = (piece(0, rotary, 2), piece(1, rotary, 2)) if interleaved else (piece(0, rotary // 2), piece(rotary // 2, rotary))
+    a, b = (
+        (piece(0, rotary, 2), piece(1, rotary, 2))
+        if interleaved
+        else (piece(0, rotary // 2), piece(rotary // 2, rotary))
+    )
     first, second = op.Sub(op.Mul(a, cos), op.Mul(b, sin)), op.Add(op.Mul(b, cos), op.Mul(a, sin))
     if interleaved:
         pairs = op.Concat(*(op.Unsqueeze(y, op.Constant(value_ints=[-1])) for y in (first, second)), axis=-1)
@@ -227,8 +230,9 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
 
 OP = OpDef(
     name="cached_attention",
-    schema="(Tensor query, Tensor? key, Tensor? value, Tensor k_cache, Tensor v_cache, Tensor last, Tensor total, Tensor? cos, "
-    "Tensor? sin, int heads, int kv_heads, float scale, int window, bool interleaved) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor query, Tensor? key, Tensor? value, Tensor k_cache, Tensor v_cache, Tensor last, Tensor total, "
+    "Tensor? cos, Tensor? sin, int heads, int kv_heads, float scale, int window, bool interleaved) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
     cost=cost,

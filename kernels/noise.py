@@ -198,7 +198,9 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
 
     word = st.sampled_from([0, 1, P - 1, P, P + 1, 2**62 - 1]) | st.integers(0, 2**62 - 1)
     rows = st.lists(st.tuples(word, word), max_size=5)
-    width = st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(0, 600) if like is None else st.just(like[3])
+    width = (
+        st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1]) | st.integers(0, 600) if like is None else st.just(like[3])
+    )
 
     def build(seed: int, pairs: list[tuple[int, int]], n: int) -> tuple[Any, ...]:
         table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

@@ -140,7 +140,9 @@ def match_heads(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 
 def unrepeated(node: Any) -> fx.Node | None:
-    """[B, H, T, D] of which `node` is each head repeated G times: unsqueeze(2), expand, reshape to [B, H*G, T, D]."""
+    """[B, H, T, D] of which `node` is each head repeated: by repeat_interleave, or unsqueeze(2), expand, reshape."""
+    if isinstance(node, fx.Node) and node.target is aten.repeat_interleave.self_int and node.args[2:] == (1,):
+        return node.args[0] if len(node.meta["val"].shape) == 4 else None  # type: ignore[return-value]
     final = node
     while isinstance(node, fx.Node) and node.target in VIEWS:
         node = node.args[0]

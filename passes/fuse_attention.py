@@ -53,7 +53,10 @@ class FuseAttention:
         graphs = {(RAGGED if n == STEP else n): g for n, g in program.graphs.items()}
         graphs[RAGGED] = replace(graphs[RAGGED], name=RAGGED)
         graphs |= {STEP: dense, "compare": compare()}
-        ends = {"last": StateSpec("counter", Spec(I32, program.state["pads"].spec.dims)), "total": StateSpec("counter", Spec(I32))}
+        ends = {
+            "last": StateSpec("counter", Spec(I32, program.state["pads"].spec.dims)),
+            "total": StateSpec("counter", Spec(I32)),
+        }
         state = {**program.state, "ragged": StateSpec("flag", Spec(torch.bool)), **ends}
         used = {w for g in graphs.values() for w in g.weights()}
         kept = {w: v for w, v in weights.items() if w in used}
@@ -92,7 +95,9 @@ def branch(control: Control, dense: Graph) -> Control:
         case If(cond, then, orelse):
             return If(cond, branch(then, dense), branch(orelse, dense))
         case Loop() if any(c.graph == STEP for c in calls(control.body)):
-            return If("ragged", replace(control, body=general(control.body)), replace(control, body=even(control.body, dense)))
+            return If(
+                "ragged", replace(control, body=general(control.body)), replace(control, body=even(control.body, dense))
+            )
         case _:
             return control
 
@@ -151,13 +156,19 @@ def table_weights(found: list[Match], weights: dict[str, Tensor]) -> dict[Any, l
     return names
 
 
-def replace_attention(graph: fx.Graph, one: Match, ends: tuple[fx.Node, ...], batch: fx.Node, tables: dict[Any, list[str]]) -> None:
+def replace_attention(
+    graph: fx.Graph, one: Match, ends: tuple[fx.Node, ...], batch: fx.Node, tables: dict[Any, list[str]]
+) -> None:
     """One op for a match."""
     with graph.inserting_before(one.result):
         angles = [graph.get_attr(n) for n in tables[one.rotary]] if one.rotary else [None, None]
         heads, kv_heads, *_ = one.numbers
         widths = [n * int(one.stored[0].meta["val"].shape[3]) for n in (heads, kv_heads, kv_heads)]
-        rows = [features(graph, s, w, batch) for s, w in zip(one.rows, widths)] if len(one.rows) > 1 else [one.rows[0].node, None, None]
+        rows = (
+            [features(graph, s, w, batch) for s, w in zip(one.rows, widths)]
+            if len(one.rows) > 1
+            else [one.rows[0].node, None, None]
+        )
         caches = [n.args[0] for n in one.stored]
         op = ops.load("cached_attention").overload
         call = graph.call_function(op, (*rows, *caches, *ends, *angles, *one.numbers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -37,10 +37,11 @@ class MergeLinears:
         )
         return Applies(found) if found else Skips("no two linear layers read the same value")
 
-    def groups(self, graph: Graph, weights: dict[str, Tensor]) -> list[list[fx.Node]]:
+    def groups(self, graph: Graph, weights: dict[str, Tensor]) -> list[list[Any]]:
         """Linear nodes by what they read, those with a bias apart, where there are at least two."""
-        found: dict[tuple[fx.Node, bool, torch.dtype], list[fx.Node]] = {}
-        for node in graph.fx.nodes:
+        found: dict[tuple[Any, ...], list[Any]] = {}
+        nodes: Any = graph.fx.nodes
+        for node in nodes:
             if node.target is aten.linear.default and all(n.op == "get_attr" for n in node.args[1:]):
                 weight = weights[str(node.args[1].target)]
                 found.setdefault((node.args[0], len(node.args) > 2, weight.dtype), []).append(node)
@@ -62,16 +63,16 @@ class MergeLinears:
 PASS = MergeLinears
 
 
-def short(node: fx.Node) -> str:
+def short(node: Any) -> str:
     """A linear layer's name for people: that of its weight."""
-    return str(node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+    return str(node.args[1].target).removesuffix(".weight")
 
 
-def merge(graph: fx.Graph, group: list[fx.Node], weights: dict[str, Tensor]) -> None:
+def merge(graph: fx.Graph, group: list[Any], weights: dict[str, Tensor]) -> None:
     """One linear and a split in the place of the group; the stacked weights are added to `weights`."""
     first, stacked = group[0], []
     for position in range(1, len(first.args)):
-        names = [str(n.args[position].target) for n in group]  # type: ignore[union-attr]
+        names = [str(n.args[position].target) for n in group]
         name = "merged." + "__".join(n.replace(".", "_") for n in names)
         if name not in weights:
             weights[name] = torch.cat([weights[n] for n in names])

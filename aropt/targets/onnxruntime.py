@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aropt.errors import MissingTool
-from aropt.interpreter import Eager, Executor, Values
+from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops
 from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
 
@@ -66,8 +66,8 @@ class Session:
         for name, spec in self.graph.outputs.items():
             alias = self.aliases.get(name)
             shape = [resolve(d, sizes) for d in spec.dims]
-            value = inputs[alias] if alias else (given or {}).get(name)
-            value = torch.empty(shape, dtype=spec.dtype) if value is None else value
+            known = inputs[alias] if alias else (given or {}).get(name)
+            value = torch.empty(shape, dtype=spec.dtype) if known is None else known
             binding.bind_output("out." + name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
             outputs[name] = value
         return binding, outputs, inputs  # the inputs stay alive as long as their binding
@@ -98,33 +98,27 @@ class OnnxRuntime:
             return self.eager.call(graph, inputs)
         return self.session(graph).call(inputs)
 
-    def loop(self, control: Loop, values: Values, on_round: Callable[[Values], None] | None) -> bool:
+    def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
 
-        Two sets of buffers take turns: a round reads one and writes the other, through bindings made once.
+        The prompt's round and the next run as any call, and so do all that `on_round` wants to see. After them two sets
+        of buffers take turns: a round reads one and writes the other, through bindings made once.
         """
         call = control.body
-        if not isinstance(call, Call) or on_round is not None or call.graph not in self.hot:
+        if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
-        emitted: list[list[Tensor]] = []
-        session = self.session(call.graph)
-
-        def round_of(outputs: Values) -> bool:
+        session, emitted, rounds = self.session(call.graph), Emitted(control), 0
+        while not bool(values[control.until]):
+            if rounds > 1 and on_round is None:
+                take_turns(session, call, control, values, emitted)
+                break
+            outputs = session.call({name: values[value] for name, value in call.reads.items()})
             values.update({value: outputs[o] for o, value in call.writes.items()})
-            emitted.append([values[name].clone() for name in control.emits])
-            return bool(values[control.until])
-
-        def inputs() -> Values:
-            return {name: values[value] for name, value in call.reads.items()}
-
-        if bool(values[control.until]):
-            return False
-        done = round_of(session.call(inputs()))  # the prompt, whose shapes differ
-        done = done or round_of(session.call(inputs()))
-        if not done:
-            turn_around(session, call, control, values, emitted)
-        for i, target in enumerate(control.emits.values()):
-            values[target] = torch.stack([row[i] for row in emitted], 1)
+            emitted.keep([values[name].numpy() for name in control.emits])
+            rounds += 1
+            if on_round is not None and on_round(values) is False:
+                on_round = None
+        values.update(emitted.stacked())
         return True
 
     def session(self, graph: str) -> Session:
@@ -170,25 +164,42 @@ class OnnxRuntime:
         return {n: torch.from_numpy(r) for n, r in zip(wanted, results, strict=True)}
 
 
-def turn_around(session: Session, call: Call, control: Loop, values: Values, emitted: list[list[Tensor]]) -> None:
-    """The rounds after the second, until done; `values` holds the last round's results."""
+class Emitted:
+    """What the rounds of a loop emit."""
+
+    def __init__(self, control: Loop) -> None:
+        self.targets = list(control.emits.values())
+        self.rows: list[list[Any]] = []
+
+    def keep(self, arrays: list[Any]) -> None:
+        self.rows.append([array.copy() for array in arrays])
+
+    def stacked(self) -> Values:
+        import numpy as np
+
+        columns = zip(*self.rows, strict=True)
+        return {t: torch.from_numpy(np.stack(rows, 1)) for t, rows in zip(self.targets, columns, strict=True)}
+
+
+def take_turns(session: Session, call: Call, control: Loop, values: Values, emitted: Emitted) -> None:
+    """Rounds until done; `values` holds the last round's results, and its buffers are the first of the two sets."""
     first = {o: values[value] for o, value in call.writes.items()}
-    there, second, kept = session.bind({name: values[value] for name, value in call.reads.items()})
-    fed = {name: second[o] for o, v in call.writes.items() for name, value in call.reads.items() if value == v}
-    back, *alive = session.bind(kept | fed, first)
+    reads = {name: values[value] for name, value in call.reads.items()}
+    there, second, _ = session.bind(reads)
+    readers = {value: name for name, value in call.reads.items()}
+    fed = {readers[value]: second[o] for o, value in call.writes.items() if value in readers}
+    back = session.bind(reads | fed, first)[0]
     sides = []
     for binding, outputs in ((there, second), (back, first)):
         named = {value: outputs[o] for o, value in call.writes.items()}
         sides.append((binding, named, named[control.until].numpy(), [named[n].numpy() for n in control.emits]))
-    run, rows = session.session.run_with_iobinding, []
-    turn, done = 0, False
+    run, turn, done = session.session.run_with_iobinding, 0, False
     while not done:
-        binding, named, finished, kept_rows = sides[turn]
+        binding, named, finished, rows = sides[turn]
         run(binding)
-        rows.append([row.copy() for row in kept_rows])
+        emitted.keep(rows)
         done, turn = bool(finished), turn ^ 1
     values.update(named)
-    emitted.extend([torch.from_numpy(row) for row in each] for each in rows)
 
 
 def hot_graphs(program: Program) -> list[str]:

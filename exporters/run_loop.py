@@ -1,0 +1,98 @@
+"""Runs an exported whole loop with plain onnxruntime, in one call or in chunks, and compares it with its program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aropt.errors import MissingTool, VerificationFailed
+from aropt.program import Program
+from aropt.runtime import make_inputs
+
+NEEDS = {20: (1, 17)}  # the first onnxruntime that has an opset
+
+
+def session(path: Path, threads: int | None = None) -> Any:
+    """An onnxruntime session. Raises MissingTool if onnxruntime is not there or older than the model's opset."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingTool(
+            what="ONNX Runtime is not installed", why=str(error), hint="pip install onnxruntime"
+        ) from error
+    check_version(ort.__version__)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads or torch.get_num_threads(), 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def check_version(found: str) -> None:
+    """Raises MissingTool if this onnxruntime does not have the opset that aropt writes."""
+    from aropt.exporters.onnx import OPSET
+
+    if tuple(int(part) for part in found.split(".")[:2]) < NEEDS[OPSET]:
+        first = ".".join(map(str, NEEDS[OPSET]))
+        raise MissingTool(
+            what=f"onnxruntime {found} is too old",
+            why=f"the model needs opset {OPSET}, which onnxruntime has from {first} on",
+            hint=f"pip install 'onnxruntime>={first}'",
+        )
+
+
+def generate(
+    session: Any,
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    *,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    chunk: int | None = None,
+    **params: Any,
+) -> list[list[int]]:
+    """The tokens, as `aropt.runtime.generate` returns them; `chunk`: rounds of one call."""
+    values = make_inputs(program, prompts, n, seed, stop, range(len(prompts)), None, params)
+    feeds = {k: v.numpy() for k, v in values.items()}
+    names = [o.name for o in session.get_outputs()]
+    rows: list[list[int]] = [[] for _ in prompts]
+    while True:
+        steps = {} if chunk is None else {"steps": torch.tensor(chunk).numpy()}
+        out = dict(zip(names, session.run(None, feeds | steps), strict=True))
+        for row, new in zip(rows, out[program.outputs[0]].tolist(), strict=False):
+            row.extend(t for t in new if t >= 0)
+        if chunk is None or bool(out["next.finished"]):
+            return rows
+        feeds |= {"state." + k.removeprefix("next."): v for k, v in out.items() if k.startswith("next.")}
+        feeds["resume"] = torch.tensor(True).numpy()
+
+
+def compare(path: Path, program: Program) -> dict[str, Any]:
+    """Checks an exported loop against the program's reference: greedy and sampled, one, several, ragged, in chunks.
+
+    Raises VerificationFailed if a token differs.
+    """
+    made = session(path)
+    known = int(program.meta.get("input_vocab", program.meta["vocab"]))
+    start = [int(t) for t in program.meta["prompts"][0]] if program.meta.get("prompts") else [1 % known]
+    start = start[: max(1, int(program.meta["capacity"]) // 2)]
+    n = min(12, int(program.meta["capacity"]) - len(start))
+    second = [start[-1], *start[:-1]][: max(1, len(start) - 1)]
+    tokens, cases = 0, 0
+    choices: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "seed": 5})
+    for prompts in ([start], [start, start[::-1]], [start, second]):
+        for params in choices:
+            want = program.generate(prompts, n, **params)
+            for chunk in (None, 5):
+                cases, tokens = cases + 1, tokens + sum(map(len, want))
+                if generate(made, program, prompts, n, chunk=chunk, **params) != want:
+                    raise VerificationFailed(
+                        what="the exported loop generates other tokens than its program",
+                        where=str(path),
+                        why=f"prompts {prompts}, {n} tokens, {params}, chunks of {chunk}",
+                        hint="please report it; aropt export without --whole-loop writes the graphs apart",
+                    )
+    return {"status": "pass", "cases": cases, "tokens": tokens, "level": "tokens equal"}

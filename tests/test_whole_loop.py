@@ -1,0 +1,236 @@
+"""A whole program as one ONNX graph: it generates what the program generates, whatever the control, model or rule."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aropt
+from aropt import rules
+from aropt.errors import MissingTool, Unsupported
+from aropt.exporters import run_loop
+from aropt.exporters.whole_loop import STATUS, export_program
+from aropt.interpreter import run
+from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.program import Call, Control, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.rules import Processor, scalar
+from aropt.trace import capture_function
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+I64, BOOL = torch.int64, torch.bool
+
+
+def small_llama(folder: Path) -> str:
+    """A plain Hugging Face directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=131, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def optimized(model: Any, **options: Any) -> Program:
+    plain = aropt.capture(model, capacity=64, **options)
+    return run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))[0]
+
+
+@pytest.fixture(scope="module", params=["digits-ar", "text-ar", "directory"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    folder = tmp_path_factory.mktemp("loop")
+    program = optimized(small_llama(folder / "model") if request.param == "directory" else request.param)
+    for ort in (False, True):
+        export_program(program, folder / ("ort.onnx" if ort else "out-onnx/model.onnx"), ort)
+    return program, folder
+
+
+def blocks() -> list[str]:
+    """The README's Python that runs an exported loop."""
+    found = re.findall(r"```python\n(.*?)```", README, re.S)
+    return [code for code in found if "onnxruntime" in code or "resume" in code]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_readme(
+    exported: tuple[Program, Path], ragged: bool, greedy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's own text, in one call and in chunks, gives the program's tokens."""
+    program, folder = exported
+    monkeypatch.chdir(folder)
+    prompts = [[1, 2, 3], [4, 5]] if ragged else [[1, 2, 3]]
+    whole, chunks = blocks()
+    whole = re.sub(r"prompts = .*", f"prompts = {prompts}", whole)
+    whole = re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', whole)
+    space: dict[str, Any] = {}
+    exec(whole, space)
+    params: dict[str, Any] = {} if greedy else {"temperature": 0.8, "seed": 7}
+    want = program.generate(prompts, int(space["inputs"]["limit"]), **params)
+    assert [row[row >= 0].tolist() for row in space["tokens"]] == want
+    assert space["counts"].tolist() == [len(row) for row in want]
+    shown: list[Any] = []
+    exec(chunks, {**space, "print": shown.append})
+    assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
+
+
+@pytest.mark.parametrize("name", ["out-onnx/model.onnx", "ort.onnx"])
+def test_stop_tokens_end_sequences_apart(exported: tuple[Program, Path], name: str) -> None:
+    program, folder = exported
+    session = run_loop.session(folder / name, 1)
+    prompts = [[1, 2, 3], [4, 5, 6], [7]]
+    free = program.generate(prompts, 12)
+    stop = [free[0][3], free[2][5]]
+    want = program.generate(prompts, 12, stop=stop)
+    assert want != free
+    for chunk in (None, 1, 5):
+        assert run_loop.generate(session, program, prompts, 12, stop=stop, chunk=chunk) == want
+    assert run_loop.generate(session, program, prompts, 0) == [[], [], []]
+
+
+def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
+    import onnx
+
+    def domains(graph: Any) -> set[str]:
+        inner = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+        return {n.domain for n in graph.node}.union(*map(domains, inner))
+
+    _, folder = exported
+    plain, ort = (onnx.load(folder / name) for name in ("out-onnx/model.onnx", "ort.onnx"))
+    assert domains(plain.graph) == {""} and domains(ort.graph) == {"", "com.microsoft"}
+    onnx.checker.check_model(plain, full_check=False)
+    assert {n.op_type for n in plain.graph.node} >= {"If"}
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"limit": 100}, 1),
+        ({"lengths": [0]}, 2),
+        ({"lengths": [9]}, 2),
+        ({"seed": -1}, 3),
+        ({"seed": 2**62}, 3),
+        ({}, 0),
+    ],
+)
+def test_bad_input_generates_nothing_and_says_why(
+    exported: tuple[Program, Path], change: dict[str, Any], status: int
+) -> None:
+    session = run_loop.session(exported[1] / "out-onnx/model.onnx", 1)
+    feeds = {"prompt": [[1, 2, 3]], "lengths": [3], "limit": 4, "streams": [0], **change}
+    tokens, counts, found = session.run(["generated", "counts", "status"], {k: np.array(v) for k, v in feeds.items()})
+    assert int(found) == status and (status == 0 or status in STATUS)
+    assert tokens.shape == (1, 0 if status else 4) and counts.tolist() == [0 if status else 4]
+
+
+def test_an_exported_loop_is_compared_with_its_program(exported: tuple[Program, Path]) -> None:
+    from aropt.errors import VerificationFailed
+
+    program, folder = exported
+    assert run_loop.compare(folder / "ort.onnx", program)["status"] == "pass"
+    name = max((w for w in program.weights if program.weights[w].dim() == 2), key=lambda w: program.weights[w].numel())
+    broken = program.replace(weights={**program.weights, name: program.weights[name].flip(0)})
+    with pytest.raises(VerificationFailed, match="other tokens"):
+        run_loop.compare(folder / "ort.onnx", broken)
+
+
+def test_a_rule_defined_here_needs_no_change_in_the_exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower_even(logits: torch.Tensor, even_penalty: torch.Tensor) -> torch.Tensor:
+        even = torch.arange(logits.shape[1]) % 2 == 0
+        return torch.where(even, logits - even_penalty * logits.abs().amax(-1, keepdim=True), logits)
+
+    given = {"even_penalty": scalar(torch.float32, 0.0, "takes from even tokens")}
+    monkeypatch.setitem(rules.PROCESSORS, "even", Processor(given, lower_even, draws=False))
+    program = optimized(small_llama(tmp_path / "model"), rules=("even", "temperature"))
+    export_program(program, tmp_path / "m.onnx")
+    session = run_loop.session(tmp_path / "m.onnx", 1)
+    for params in ({}, {"even_penalty": 2.0}, {"even_penalty": 0.4, "temperature": 1.0, "seed": 3}):
+        want = program.generate([[1, 2], [3]], 8, **params)
+        assert run_loop.generate(session, program, [[1, 2], [3]], 8, **params) == want
+    assert all(t % 2 for row in program.generate([[1, 2]], 8, even_penalty=2.0) for t in row)
+
+
+def test_a_rule_without_an_onnx_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(logits: torch.Tensor) -> torch.Tensor:
+        return logits + torch.linalg.eigvalsh(logits.unsqueeze(1) * logits.unsqueeze(2)).sum(-1, keepdim=True)
+
+    monkeypatch.setitem(rules.PROCESSORS, "odd", Processor({}, odd, draws=False))
+    plain = aropt.capture(small_llama(tmp_path / "model"), capacity=64, rules=("odd",))
+    with pytest.raises(Unsupported, match="'greedy' has no ONNX form") as error:
+        export_program(plain, tmp_path / "m.onnx")
+    assert "eigh" in error.value.why or "eigvalsh" in error.value.why
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_an_old_runtime_is_named() -> None:
+    with pytest.raises(MissingTool, match=r"1\.16\.3 is too old") as error:
+        run_loop.check_version("1.16.3")
+    assert "opset 20" in error.value.why and "1.17" in error.value.why
+    run_loop.check_version("1.31.1")
+
+
+# Any control: programs of a few integers, with loops in loops and branches, against the reference interpreter.
+
+X = Spec(I64, ("B",))
+GRAPHS = {
+    "add": capture_function("add", lambda x, y: x + 3 * y, {"x": X, "y": X}, ["x"]),
+    "swap": capture_function("swap", lambda x, y: (y + 0, x + 0), {"x": X, "y": X}, ["x", "y"]),
+    "grow": capture_function("grow", lambda x, y: (x * 2 - y, y + 1), {"x": X, "y": X}, ["x", "y"]),
+    "odd": capture_function("odd", lambda x: (x % 2 == 1).any(), {"x": X}, ["flag"]),
+    "begin": capture_function("begin", lambda x: (x.sum() * 0, x.sum() < -(2**40)), {"x": X}, ["count", "over"]),
+    "tick": capture_function("tick", lambda count: (count + 1, count >= 1), {"count": Spec(I64)}, ["count", "over"]),
+}
+
+
+def call(name: str, **renamed: str) -> Call:
+    graph = GRAPHS[name]
+    return Call(name, {n: renamed.get(n, n) for n in graph.inputs}, {n: renamed.get(n, n) for n in graph.outputs})
+
+
+@st.composite
+def controls(draw: Any, depth: int = 3, loop: int = 0) -> Control:
+    kind = draw(st.sampled_from(["call", "call", "seq", "if", "loop"] if depth else ["call"]))
+    if kind == "seq":
+        return Seq(tuple(draw(st.lists(controls(depth - 1, loop), min_size=1, max_size=3))))
+    if kind == "if":
+        return Seq((call("odd"), If("flag", draw(controls(depth - 1, loop)), draw(controls(depth - 1, loop)))))
+    if kind == "loop" and loop < 2:
+        names = {"count": f"count{loop}", "over": f"over{loop}"}
+        body = Seq((draw(controls(depth - 1, loop + 1)), call("tick", **names)))
+        return Seq((call("begin", **names), Loop("positions", names["over"], body)))
+    return call(draw(st.sampled_from(["add", "swap", "grow"])))
+
+
+@settings(max_examples=12, deadline=None)
+@given(controls(), st.lists(st.integers(-9, 9), min_size=1, max_size=3))
+def test_any_control_has_one_lowering(
+    tmp_path_factory: pytest.TempPathFactory, body: Control, start: list[int]
+) -> None:
+    """The last loop emits x in each round; loops nest, and branches write different values."""
+    last = Loop("positions", "over0", Seq((body, call("tick", count="count0", over="over0"))), {"x": "generated"})
+    names = {"count": "count0", "over": "over0"}
+    prelude = (call("begin", **names), call("begin", count="count1", over="over1"), call("odd"))
+    state = {n: StateSpec("counter", X) for n in ("x", "y")} | {"flag": StateSpec("flag", Spec(BOOL))}
+    state |= {f"count{i}": StateSpec("counter", Spec(I64)) for i in (0, 1)} | {
+        f"over{i}": StateSpec("flag", Spec(BOOL)) for i in (0, 1)
+    }
+    copy = capture_function("copy", lambda a, b: (a + 0, b + 0), {"a": X, "b": X}, ["x", "y"])
+    first = Call("copy", {"a": "a", "b": "b"}, {"x": "x", "y": "y"})
+    inputs = {"a": Input(X), "b": Input(X)}
+    control = Seq((first, *prelude, body, *prelude[:2], last))
+    program = Program("any", {**GRAPHS, "copy": copy}, inputs, state, control, ("generated",), {}, {"capacity": 8})
+    values = {"a": torch.tensor(start), "b": torch.arange(len(start))}
+    want = run(program, values, 0)["generated"]
+    path = tmp_path_factory.mktemp("control") / "m.onnx"
+    export_program(program, path)
+    got = run_loop.session(path, 1).run(["generated"], {n: v.numpy() for n, v in values.items()})[0]
+    assert got.tolist() == want.tolist()
