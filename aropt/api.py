@@ -22,6 +22,7 @@ from aropt.rules import DEFAULT
 from aropt.sources import Source, facts, resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
+from aropt.targets.whole import pick
 from aropt.validate import Verdict, cases, validate, with_probe
 
 Say = Callable[[str], None]
@@ -62,11 +63,12 @@ def optimize(
     instruments: Instruments | None = None,
     seed: int = 0,
     strict: bool = True,
+    measure: bool = False,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
-    is validated, and the report says so. Raises VerificationFailed if the lowered program differs and `strict` is set.
+    is validated, and the report says so. `measure` lets the target choose by timing where it has a choice. Raises VerificationFailed if the lowered program differs and `strict` is set.
     """
     instruments = instruments or Instruments()
     chosen = pipeline() if passes is None else list(passes)
@@ -83,10 +85,14 @@ def optimize(
             if hasattr(executor, "without")
             else lower(optimized, target, folder, threads=threads)
         )
+    calls = pick(optimized, executor, instruments.say) if measure and hasattr(executor, "whole") else {}
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(
         executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
     )
+    if calls:
+        finished.report["calls"] = calls
+        finished.report["notes"].append(calls_note(calls))
     if check and not verdict.passed and strict:
         raise VerificationFailed(
             what=f"the program lowered to {target} does not match its reference",
@@ -94,6 +100,15 @@ def optimize(
             hint="leave a pass out with --no-pass, or try --target eager; report it with the repro line",
         )
     return finished
+
+
+def calls_note(calls: dict[str, Any]) -> str:
+    """How the target generates, and why, for people."""
+    if "ms" not in calls:
+        return f"The target steps: the whole loop in one call was not to be had ({calls['reason']})."
+    times = ", ".join(f"{way} {ms:.1f} ms" for way, ms in calls["ms"].items())
+    chosen = "runs the whole loop in one call" if calls["picked"] == "one call" else "steps, one call a round"
+    return f"The target {chosen}: measured on {calls['tokens']} tokens, {times}."
 
 
 def describe_run(

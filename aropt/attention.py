@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.errors import AroptError
+from aropt.errors import Unsupported
 from aropt.kernels.cached_attention import rotated, unsupported
 from aropt.program import Graph
 
@@ -31,7 +31,7 @@ PLACES = ("slots", "positions", "slot_positions")  # what a restricted step is t
 EPS = 1e-6
 
 
-class NotThis(AroptError):
+class NotThis(Unsupported):
     """The node is not what the kernel computes; says why."""
 
 

@@ -161,6 +161,17 @@ class Artifact(Strict):
     bytes: NonNegativeInt
 
 
+class Calls(Strict):
+    """Whether the target steps or runs the whole loop in one call, and the milliseconds of both."""
+
+    picked: Literal["stepping", "one call"]
+    reason: str = ""
+    verify: dict[str, Any] = {}
+    tokens: NonNegativeInt = 0
+    n: NonNegativeInt = 0
+    ms: dict[str, Positive] = {}
+
+
 class Report(Strict):
     """The content of report.json. `speedup` says how many times as fast aropt's variant is as the one named."""
 
@@ -174,6 +185,7 @@ class Report(Strict):
     bench: list[Measurement] = []
     speedup: dict[str, Positive] = {}
     roofline: Roofline | None = None
+    calls: Calls | None = None
     samples: list[Sample] = []
     artifacts: list[Artifact] = []
     notes: list[str] = []

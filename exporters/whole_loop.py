@@ -207,8 +207,12 @@ class Writer:
         made = made if isinstance(made, list) else [made]
         values.update(zip(carried, made[: len(carried)], strict=True))
         for stacked, (name, target) in zip(made[len(carried) :], control.emits.items(), strict=True):
-            rank = len(self.spec(name).dims)
-            values[target] = self.node(graph, "Transpose", [stacked], perm=[1, 0, *range(2, rank + 1)])
+            dims = self.spec(name).dims
+            if all(f.isdigit() or f in self.place for d in dims if isinstance(d, str) for f in d.split("*")):
+                rounds = self.node(graph, "Shape", [stacked], start=0, end=1)  # without rounds the other sizes are lost
+                shape = self.node(graph, "Concat", [rounds, *(self.size(graph, values, d) for d in dims)], axis=0)
+                stacked = self.node(graph, "Reshape", [stacked, shape], allowzero=1)
+            values[target] = self.node(graph, "Transpose", [stacked], perm=[1, 0, *range(2, len(dims) + 1)])
 
     def make_room(self, control: Loop, graph: Any, values: dict[str, Any]) -> None:
         """Slots for prompt and new tokens, in caches that the loop's operators write into and don't append to."""

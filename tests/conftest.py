@@ -60,11 +60,13 @@ def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> 
 
 def make_stages(program: Program) -> dict[str, Program]:
     """The program as captured, and after each pass of the pipeline."""
+    from aropt.passbase import Applies
     from aropt.passmanager import PIPELINE, make
 
     stages = {"captured": program}
     for name in PIPELINE:
-        program = make(name).run(program)
+        one = make(name)
+        program = one.run(program) if isinstance(one.plan(program, "onnxruntime"), Applies) else program
         stages[name] = program
     return stages
 

@@ -24,8 +24,8 @@ class Pair:
 @pytest.fixture(scope="module", params=["digits-ar", "text-ar"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     plain = aropt.capture(request.param, capacity=64)
-    fast, results = run_passes(plain, pipeline(), "eager", Instruments(check=False))
-    assert all(r.status == "applied" or r.name == "canonicalize" for r in results), results
+    fast, results = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
+    assert all(r.status == "applied" or r.name in ("canonicalize", "merge-linears") for r in results), results
     return Pair(plain, fast)
 
 
@@ -50,7 +50,7 @@ def test_inductor_is_the_reference(pair: Pair) -> None:
 
 def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
     """The target may overwrite its inputs; the reference interpreter must not."""
-    graph = pair.fast.graphs["step_greedy"]
+    graph = pair.fast.graphs["ragged_greedy"]  # the other one's caches belong to an op, which returns new ones
     assert {n for n, s in pair.fast.state.items() if s.kind == "append-kv"} == set(graph.aliases)
     sizes = {"B": 1, "S": 8, "R": 1, "K": 1}
     inputs = {
@@ -58,9 +58,9 @@ def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
         for n, s in graph.inputs.items()
     }
     kept = {n: v.clone() for n, v in inputs.items()}
-    Eager(pair.fast).call("step_greedy", inputs)
+    Eager(pair.fast).call("ragged_greedy", inputs)
     assert all(torch.equal(kept[n], inputs[n]) for n in inputs)
-    out = lower(pair.fast, "eager").call("step_greedy", inputs)
+    out = lower(pair.fast, "eager").call("ragged_greedy", inputs)
     assert out["k_0"].data_ptr() == inputs["k_0"].data_ptr()
 
 

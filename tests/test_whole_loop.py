@@ -57,34 +57,42 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def blocks() -> list[str]:
     """The README's Python that runs an exported loop."""
     found = re.findall(r"```python\n(.*?)```", README, re.S)
-    return [code for code in found if "onnxruntime" in code or "resume" in code]
+    return [code for code in found if "InferenceSession" in code or "resume" in code]
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("greedy", [False, True])
-def test_the_readme(
-    exported: tuple[Program, Path], ragged: bool, greedy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's own text, in one call and in chunks, gives the program's tokens."""
     program, folder = exported
     monkeypatch.chdir(folder)
-    prompts = [[1, 2, 3], [4, 5]] if ragged else [[1, 2, 3]]
-    whole, chunks = blocks()
-    whole = re.sub(r"prompts = .*", f"prompts = {prompts}", whole)
-    whole = re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', whole)
-    space: dict[str, Any] = {}
-    exec(whole, space)
-    params: dict[str, Any] = {} if greedy else {"temperature": 0.8, "seed": 7}
-    want = program.generate(prompts, int(space["inputs"]["limit"]), **params)
-    assert [row[row >= 0].tolist() for row in space["tokens"]] == want
-    assert space["counts"].tolist() == [len(row) for row in want]
-    shown: list[Any] = []
-    exec(chunks, {**space, "print": shown.append})
-    assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
+    for prompts in ([[1, 2, 3]], [[1, 2, 3], [4, 5]]):
+        for greedy in (True, False):
+            whole, chunks = blocks()
+            whole = re.sub(r"prompts = .*", f"prompts = {prompts}", whole)
+            whole = re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', whole)
+            space: dict[str, Any] = {}
+            exec(whole, space)
+            params: dict[str, Any] = {} if greedy else {"temperature": 0.8, "seed": 7}
+            want = program.generate(prompts, int(space["inputs"]["limit"]), **params)
+            assert [row[row >= 0].tolist() for row in space["tokens"]] == want
+            assert space["counts"].tolist() == [len(row) for row in want]
+            shown: list[Any] = []
+            exec(chunks, {**space, "print": shown.append})
+            assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
+
+
+BAD = [
+    ({"limit": 100}, 1),
+    ({"lengths": [0]}, 2),
+    ({"lengths": [9]}, 2),
+    ({"seed": -1}, 3),
+    ({"seed": 2**62}, 3),
+    ({}, 0),
+]
 
 
 @pytest.mark.parametrize("name", ["out-onnx/model.onnx", "ort.onnx"])
-def test_stop_tokens_end_sequences_apart(exported: tuple[Program, Path], name: str) -> None:
+def test_stop_tokens_and_bad_input(exported: tuple[Program, Path], name: str) -> None:
+    """Sequences end apart, in any chunks; from what it can't take the model generates nothing, and says why."""
     program, folder = exported
     session = run_loop.session(folder / name, 1)
     prompts = [[1, 2, 3], [4, 5, 6], [7]]
@@ -95,6 +103,13 @@ def test_stop_tokens_end_sequences_apart(exported: tuple[Program, Path], name: s
     for chunk in (None, 1, 5):
         assert run_loop.generate(session, program, prompts, 12, stop=stop, chunk=chunk) == want
     assert run_loop.generate(session, program, prompts, 0) == [[], [], []]
+    for change, status in BAD:
+        feeds = {"prompt": [[1, 2, 3]], "lengths": [3], "limit": 4, "streams": [0], **change}
+        tokens, counts, found = session.run(
+            ["generated", "counts", "status"], {k: np.array(v) for k, v in feeds.items()}
+        )
+        assert int(found) == status and (status == 0 or status in STATUS)
+        assert tokens.shape == (1, 0 if status else 4) and counts.tolist() == [0 if status else 4]
 
 
 def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
@@ -108,28 +123,6 @@ def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
     plain, ort = (onnx.load(folder / name) for name in ("out-onnx/model.onnx", "ort.onnx"))
     assert domains(plain.graph) == {""} and domains(ort.graph) == {"", "com.microsoft"}
     onnx.checker.check_model(plain, full_check=False)
-    assert {n.op_type for n in plain.graph.node} >= {"If"}
-
-
-@pytest.mark.parametrize(
-    ("change", "status"),
-    [
-        ({"limit": 100}, 1),
-        ({"lengths": [0]}, 2),
-        ({"lengths": [9]}, 2),
-        ({"seed": -1}, 3),
-        ({"seed": 2**62}, 3),
-        ({}, 0),
-    ],
-)
-def test_bad_input_generates_nothing_and_says_why(
-    exported: tuple[Program, Path], change: dict[str, Any], status: int
-) -> None:
-    session = run_loop.session(exported[1] / "out-onnx/model.onnx", 1)
-    feeds = {"prompt": [[1, 2, 3]], "lengths": [3], "limit": 4, "streams": [0], **change}
-    tokens, counts, found = session.run(["generated", "counts", "status"], {k: np.array(v) for k, v in feeds.items()})
-    assert int(found) == status and (status == 0 or status in STATUS)
-    assert tokens.shape == (1, 0 if status else 4) and counts.tolist() == [0 if status else 4]
 
 
 def test_an_exported_loop_is_compared_with_its_program(exported: tuple[Program, Path]) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from aropt.errors import MissingTool
 from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops
+from aropt.targets import whole
+from aropt.targets.whole import Whole
 from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
 
 KEPT = 64  # bindings kept a graph
@@ -92,6 +94,7 @@ class OnnxRuntime:
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
         self.kept: Any = None  # a temporary folder that lives as long as this
+        self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph not in self.hot:
