@@ -68,7 +68,8 @@ def optimize(
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
-    is validated, and the report says so. `measure` lets the target choose by timing where it has a choice. Raises VerificationFailed if the lowered program differs and `strict` is set.
+    is validated, and the report says so. `measure` lets the target choose by timing where it has a choice.
+    Raises VerificationFailed if the lowered program differs and `strict` is set.
     """
     instruments = instruments or Instruments()
     chosen = pipeline() if passes is None else list(passes)
@@ -90,6 +91,10 @@ def optimize(
     finished = optimized.replace(
         executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
     )
+    runner: Any = executor
+    if hasattr(runner, "executed"):
+        finished.report["nodes"] = {n: runner.executed(n) for n in runner.hot if n.startswith("step")}
+        finished.report["notes"] += [nodes_note(name, found) for name, found in finished.report["nodes"].items()]
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))
@@ -100,6 +105,12 @@ def optimize(
             hint="leave a pass out with --no-pass, or try --target eager; report it with the repro line",
         )
     return finished
+
+
+def nodes_note(graph: str, found: dict[str, int]) -> str:
+    """What a session runs each round, for people: the most frequent kinds of nodes."""
+    most = ", ".join(f"{count} {kind}" for kind, count in list(found.items())[:6])
+    return f"{graph} runs {sum(found.values())} nodes after ONNX Runtime's own optimization: {most}, ..."
 
 
 def calls_note(calls: dict[str, Any]) -> str:

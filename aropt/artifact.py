@@ -240,6 +240,15 @@ def source_of(folder: Path) -> Any:
     return resolve(meta["source"], int(meta["capacity"]), bool(meta.get("trust_remote_code")))
 
 
+def model_folder(folder: Path) -> Path | None:
+    """The Hugging Face directory that an artifact was made from; None where it was made from anything else."""
+    from aropt.models import REFERENCES
+
+    source = str(read_manifest(folder)["source"])
+    path = REFERENCES[source].checkpoint if source in REFERENCES else Path(source)
+    return path if (path / "config.json").is_file() else None
+
+
 def readme(program: Program) -> str:
     """How to use the folder."""
     name = program.meta.get("name", program.name)

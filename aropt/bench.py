@@ -1,7 +1,8 @@
 """Timing programs side by side: each variant in a process of its own, taking turns, medians with spread.
 
-A worker (`python -m aropt.bench SPEC`) loads one variant, then generates once for each line it reads, and answers with
-the milliseconds and the tokens. The parent alternates between the workers, so that drifts of the machine hit all alike.
+A worker (`python -m aropt.bench SPEC`, or peers.py for other engines) loads one variant, then generates once for each
+line it reads, and answers with the milliseconds and the tokens. The parent alternates between the workers, so that
+drifts of the machine hit all alike.
 """
 
 from __future__ import annotations
@@ -11,21 +12,30 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aropt import peers
 from aropt.errors import AroptError, UsageError
+from aropt.peers import Generate
 
 AGAINST = {
     "eager": "the model as given: a full forward for each token",
     "cached": "the derived cache, run eagerly by torch",
     "inductor": "the derived cache, compiled by torch.compile",
+    "inductor-max": "the same with max-autotune, weights frozen (compiles for much longer)",
     "hf": "transformers' generate with its own cache",
+    "hf-static": "transformers' generate with its static cache and its built-in torch.compile",
+    "ort-genai": "onnxruntime-genai, from its own model builder, float32",
+    "openvino": "OpenVINO GenAI, from optimum-intel's export, float32",
+    "llamacpp": "llama.cpp's C API, float32",
 }
 DEFAULT_AGAINST = ("eager", "cached", "hf")
+SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_FREEZING": "1"}}  # environment
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,18 @@ class Spec:
 
 @dataclass
 class Timing:
-    """Milliseconds of each run, first token included; and the tokens of the last run."""
+    """Milliseconds of each run, and to its first new token; the tokens of the last run.
+
+    `error` says why there are no runs; `missing`, which packages; `version` is that of another engine.
+    """
 
     variant: str
-    runs: list[float]
-    first: list[float]
-    tokens: list[int]
+    runs: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     error: str = ""
+    missing: str = ""
+    version: str = ""
 
     @property
     def median(self) -> float:
@@ -56,6 +71,26 @@ class Timing:
     def quantile(self, q: float) -> float:
         ordered = sorted(self.runs)
         return ordered[min(len(ordered) - 1, max(0, round(q * (len(ordered) - 1))))]
+
+    def failure(self) -> str:
+        """A sentence: why there are no runs."""
+        if self.missing:
+            other = f"or set {variable(self.variant)} to a Python that has it"
+            return f"{self.variant} is not installed: pip install {self.missing} ({other})"
+        return f"{self.variant} could not be timed: {self.error}"
+
+
+def variable(variant: str) -> str:
+    """The environment variable that names the Python of another engine."""
+    return "AROPT_PYTHON_" + variant.upper().replace("-", "_")
+
+
+def check(against: Sequence[str]) -> None:
+    """Raises UsageError for a variant that there is not."""
+    for unknown in [v for v in against if v not in AGAINST]:
+        raise UsageError(
+            what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(AGAINST)
+        )
 
 
 def measure(
@@ -66,53 +101,79 @@ def measure(
     threads: int,
     runs: int = 5,
     say: Callable[[str], None] = lambda _: None,
+    rounds: int = 1,
 ) -> dict[str, Timing]:
-    """Times the variants of an artifact in alternating rounds (after one warm-up each). Keys are variants."""
-    workers = {v: Worker(Spec(v, str(artifact), prompt, n, threads)) for v in variants}
+    """Times `runs` runs of each variant of an artifact, taking turns, after two warm-ups. Keys are variants.
+
+    With more `rounds` the runs are shared out to that many processes of each variant, one after the other: the same
+    program may well run at another speed in another process.
+    """
+    timings = {v: Timing(v) for v in variants}
+    for number in range(rounds):
+        specs = [Spec(v, str(artifact), prompt, n, threads) for v in variants if not timings[v].error]
+        take_turns([Worker(s, timings[s.variant]) for s in specs], range(number, runs, rounds), say)
+    return timings
+
+
+def take_turns(workers: Sequence[Worker], numbers: range, say: Callable[[str], None]) -> None:
+    """A run of each worker for each of the numbers; then ends the workers."""
     try:
-        for variant, worker in workers.items():
-            say(f"load {variant}")
+        for worker in workers:
+            say(f"load {worker.timing.variant}")
             worker.ready()
-        alive = {v: w for v, w in workers.items() if not w.timing.error}
-        for worker in alive.values():  # a second warm-up: lazy sessions and compilers are in place now
+        alive = [w for w in workers if not w.timing.error]
+        for worker in alive:  # a second warm-up: lazy sessions and compilers are in place now
             worker.go(keep=False)
-        for number in range(runs):
-            say(f"round {number + 1} of {runs}")
-            for worker in alive.values():
+        for done, _ in enumerate(numbers):
+            say(f"round {done + 1} of {len(numbers)}")
+            for worker in alive:
                 worker.go()
-        return {v: w.timing for v, w in workers.items()}
     finally:
-        for worker in workers.values():
+        for worker in workers:
             worker.stop()
 
 
 class Worker:
-    """One variant in its own process."""
+    """One variant in its own process; what it measures goes into `timing`."""
 
-    def __init__(self, spec: Spec) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-        self.timing = Timing(spec.variant, [], [], [])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))],
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def __init__(self, spec: Spec, timing: Timing) -> None:
+        threads = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        self.timing = timing
+        self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up and block)
+        self.process: subprocess.Popen[str] | None = None
+        try:
+            self.process = subprocess.Popen(
+                command(spec),
+                env={**os.environ, **threads, **SETTINGS.get(spec.variant, {})},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.messages,
+            )
+        except UsageError as error:
+            timing.error = error.what
+        except OSError as error:
+            timing.error = f"{variable(spec.variant)} names no Python that runs: {error}"
 
     def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        """The next line of JSON; an error where the process ended."""
+        assert self.process is not None and self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        return {"error": (self.process.stderr.read().strip().splitlines() or ["the worker ended"])[-1][:300]}
+        self.messages.seek(0)
+        return {"error": (self.messages.read().strip().splitlines() or ["the worker ended"])[-1][:300]}
 
     def ready(self) -> None:
-        self.timing.error = str(self.answer().get("error", ""))
+        if self.process is None:
+            return
+        answer = self.answer()
+        self.timing.missing = str(answer.get("missing", ""))
+        self.timing.version = str(answer.get("version", ""))
+        self.timing.error = "not installed" if self.timing.missing else str(answer.get("error", ""))
 
     def go(self, keep: bool = True) -> None:
-        assert self.process.stdin is not None
+        assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
@@ -128,11 +189,24 @@ class Worker:
             self.timing.tokens = answer["tokens"]
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+        self.messages.close()
 
 
-Generate = Callable[[], tuple[list[int], float]]  # new tokens, milliseconds to the first one
+def command(spec: Spec) -> list[str]:
+    """The worker's command line. Raises UsageError where another engine can't take the model."""
+    if spec.variant not in peers.PEERS:
+        return [sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))]
+    from aropt.artifact import model_folder
+
+    model = model_folder(Path(spec.artifact))
+    if model is None:
+        raise UsageError(what="it takes Hugging Face directories, and the artifact was not made from one")
+    job = peers.Job(spec.variant, str(model.resolve()), spec.prompt, spec.n, spec.threads)
+    python = os.environ.get(variable(spec.variant)) or sys.executable
+    return [python, str(Path(peers.__file__).resolve()), json.dumps(asdict(job))]
 
 
 def main(text: str) -> None:
@@ -142,36 +216,32 @@ def main(text: str) -> None:
 
     torch.set_num_threads(spec.threads)
     try:
-        generate = variant(spec)
-        generate()
+        peers.serve(variant(spec), sys.stdout, spec.variant)
     except (AroptError, ImportError, RuntimeError, ValueError) as error:
-        print(json.dumps({"error": str(error).splitlines()[0]}), flush=True)
-        return
-    print(json.dumps({"ready": spec.variant}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        tokens, first = generate()
-        elapsed = (time.perf_counter() - start) * 1e3
-        print(json.dumps({"ms": elapsed, "first": first, "tokens": tokens}), flush=True)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        print(json.dumps({"error": why}), flush=True)
 
 
 def variant(spec: Spec) -> Generate:
     """How a variant generates."""
     if spec.variant == "eager":
         return eager(spec)
-    if spec.variant == "hf":
-        return huggingface(spec)
+    if spec.variant in ("hf", "hf-static"):
+        return huggingface(spec, static=spec.variant == "hf-static")
     from aropt.artifact import load
 
-    target = {"cached": "eager", "inductor": "inductor"}.get(spec.variant)
+    target = {"cached": "eager", "inductor": "inductor", "inductor-max": "inductor"}.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
 
     def generate() -> tuple[list[int], float]:
         start = time.perf_counter()
         stamps: list[float] = []
-        tokens = program.generate(
-            [spec.prompt], spec.n, on_round=lambda _: stamps.append(time.perf_counter()) if not stamps else None
-        )
+
+        def stamp(_: object) -> bool:
+            stamps.append(time.perf_counter())
+            return False  # only the first round is of interest, and watching the others would slow them down
+
+        tokens = program.generate([spec.prompt], spec.n, on_round=stamp)
         return tokens[0], (stamps[0] - start) * 1e3
 
     return generate
@@ -199,8 +269,8 @@ def eager(spec: Spec) -> Generate:
     return generate
 
 
-def huggingface(spec: Spec) -> Generate:
-    """transformers' generate with its default (dynamic) cache."""
+def huggingface(spec: Spec, static: bool) -> Generate:
+    """transformers' generate with its default (dynamic) cache, or with a static one and its built-in torch.compile."""
     import torch
 
     from aropt.artifact import source_of
@@ -208,6 +278,7 @@ def huggingface(spec: Spec) -> Generate:
     model = source_of(Path(spec.artifact)).module
     if not hasattr(model, "generate"):
         raise UsageError(what="this model has no generate() of transformers", hint="leave hf out of --against")
+    options = static_cache() if static else {}
 
     class First:
         def __init__(self) -> None:
@@ -232,10 +303,20 @@ def huggingface(spec: Spec) -> Generate:
                 eos_token_id=None,
                 pad_token_id=0,
                 streamer=streamer,
+                **options,
             )
         return out[0, len(spec.prompt) :].tolist(), (streamer.stamps[1] - start) * 1e3
 
     return generate
+
+
+def static_cache() -> dict[str, Any]:
+    """Options of generate(): a static cache, and the step compiled."""
+    from transformers import CompileConfig
+
+    compiling = CompileConfig(fullgraph=True, mode="default")
+    compiling._compile_all_devices = True  # otherwise it compiles for accelerators only, and stays eager here
+    return {"cache_implementation": "static", "compile_config": compiling}
 
 
 def bandwidth(size: int, threads: int) -> float:

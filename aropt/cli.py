@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aropt.bench import AGAINST
 from aropt.errors import AroptError, UsageError
 
 app = typer.Typer(
@@ -93,7 +94,7 @@ def optimize(
     seed: Annotated[int, typer.Option(help="Seed of the validation's inputs.")] = 0,
     runs: Annotated[int, typer.Option(help="Timed runs of each variant; 0 times nothing.")] = 5,
     tokens: Annotated[int, typer.Option(help="New tokens of a timed run.")] = 200,
-    against: Annotated[list[str] | None, typer.Option(help="Time against: eager, cached, inductor, hf.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help=f"Time against: {', '.join(AGAINST)}.")] = None,
     loop: Annotated[
         str, typer.Option(help="How the model generates: positions (one token after another).")
     ] = "positions",
@@ -243,7 +244,7 @@ def run(
 @app.command("bench")
 def bench_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact.")],
-    against: Annotated[list[str] | None, typer.Option(help="eager, cached, inductor, hf.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help=f"{', '.join(AGAINST)}.")] = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
     tokens: Annotated[int, typer.Option("-n", help="New tokens of a run.")] = 200,
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
@@ -268,16 +269,26 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact.")],
     to: Annotated[str, typer.Option(help="onnx.")] = "onnx",
     folder: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write (default: OUT-onnx).")] = None,
+    whole_loop: Annotated[
+        bool, typer.Option("--whole-loop", help="One model.onnx that generates: prompt in, tokens out.")
+    ] = False,
+    ort: Annotated[bool, typer.Option("--ort", help="Allow operators that only ONNX Runtime has (faster).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write an artifact's graphs as ONNX files, step by step, with a loop.json that says how to run them."""
+    """Write an artifact's graphs as ONNX files with a loop.json that says how to run them, or all as one model."""
     from aropt import generation
 
+    folder = folder or out.parent / f"{out.name}-{to}"
     with Progress() as progress:
-        written = generation.export(out, to, folder or out.parent / f"{out.name}-{to}", force, progress)
-    print(json.dumps(written) if as_json else "\n".join(f["path"] for f in written["files"]))
+        written = generation.export(out, to, folder, force, progress, whole_loop, ort)
+    if as_json:
+        print(json.dumps(written))
+        return
+    print("\n".join(f["path"] for f in written["files"]))
+    if "verify" in written:
+        print(f"verified: {written['verify']['cases']} cases, {written['verify']['tokens']} tokens equal")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import torch
 from aropt import artifact, bench
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
-from aropt.errors import Unsupported, UsageError, VerificationFailed
+from aropt.errors import Unsupported, VerificationFailed
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
@@ -55,6 +55,7 @@ def optimize(request: Request) -> dict[str, Any]:
     """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
     say = request.say
     artifact.check_free(request.out, request.force)
+    bench.check(request.against)
     chosen = pipeline(request.passes, request.dropped)
     say("load")
     source = resolve(request.model, request.capacity, request.trust_remote_code)
@@ -81,6 +82,7 @@ def optimize(request: Request) -> dict[str, Any]:
             instruments=instruments,
             seed=request.seed,
             strict=False,
+            measure=request.runs > 0,
         )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":
@@ -116,10 +118,6 @@ def timed(
         report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
-    for unknown in [v for v in variants if v not in bench.AGAINST and v != "aropt"]:
-        raise UsageError(
-            what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(bench.AGAINST)
-        )
     prompt = [int(t) for t in program.meta["prompts"][0]]
     n = min(request.tokens, int(program.meta["capacity"]) - len(prompt) + 1)
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
@@ -134,8 +132,10 @@ def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int
     own = timings["aropt"]
     for variant, timing in timings.items():
         if timing.error or not timing.runs:
-            notes.append(f"{variant} could not be timed: {timing.error}")
+            notes.append(timing.failure())
             continue
+        if timing.version:
+            notes.append(f"{variant} is {timing.version}.")
         name = f"aropt ({report['target']})" if variant == "aropt" else variant
         common = {"variant": name, "n": len(timing.runs)}
         report["bench"].append(
@@ -169,9 +169,10 @@ def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int
                 "p90": first[-1],
             }
         )
-        if variant != "aropt":
-            report["speedup"][variant] = timing.median / own.median if own.runs else None
-        if variant != "aropt" and timing.tokens != own.tokens:
+        if variant == "aropt" or not own.runs:
+            continue
+        report["speedup"][variant] = timing.median / own.median
+        if timing.tokens != own.tokens:
             at = next(
                 (i for i, (a, b) in enumerate(zip(timing.tokens, own.tokens, strict=False)) if a != b),
                 min(len(timing.tokens), len(own.tokens)),

@@ -186,6 +186,7 @@ class Report(Strict):
     speedup: dict[str, Positive] = {}
     roofline: Roofline | None = None
     calls: Calls | None = None
+    nodes: dict[str, dict[str, PositiveInt]] = {}
     samples: list[Sample] = []
     artifacts: list[Artifact] = []
     notes: list[str] = []

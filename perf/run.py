@@ -1,8 +1,10 @@
-"""The benchmark of the README: optimizes the reference models, times them side by side, redraws the table.
+"""The benchmark of the README: optimizes models, times them side by side with other engines, redraws the table.
 
-    python -m perf.run [--runs 7] [--no-readme] [MODEL ...]
+    python -m perf.run [--runs 6] [--no-readme] [MODEL ...]
 
-Writes perf/results/cpu.json (device, versions, medians and spread) and the table between the marks in README.md.
+Models are the reference models and three random Llamas (see perf.models), which it writes under build/. Writes
+perf/results/cpu.json (device, versions, medians and spread) and the table between the marks in README.md. Engines that
+are not installed here are left out: AROPT_PYTHON_ORT_GENAI and AROPT_PYTHON_LLAMACPP name Pythons that have them.
 """
 
 from __future__ import annotations
@@ -13,24 +15,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from perf import models
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "cpu.json"
 START, END = "<!-- results: written by python -m perf.run -->", "<!-- end of results -->"
-WORK = {"digits-ar": ("cached", "eager", "inductor"), "text-ar": ("cached", "eager", "hf", "inductor")}
+WORK = {
+    "digits-ar": ("cached", "eager", "inductor", "inductor-max"),
+    "text-ar": ("cached", "eager", "inductor", "hf", "hf-static", "ort-genai", "llamacpp"),
+    **dict.fromkeys(models.SHAPES, ("hf", "ort-genai", "llamacpp")),
+}
+ROUNDS = 2  # processes of each variant, one after the other: the same program may run at another speed in each
+TOKENS = 200  # new tokens of a run, where the model has room
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(WORK))
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(WORK)} (default: all)")
+    parser.add_argument("--runs", type=int, default=6, help="timed runs of each variant, in two processes")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-readme", action="store_true")
+    parser.add_argument("--no-readme", action="store_true", help="only print the table")
     args = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for model in args.models:
+        if model not in WORK:
+            parser.error(f"no model '{model}'; there are {', '.join(WORK)}")
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for model in args.models or WORK:
         known[model] = measure(model, args.runs, args.threads)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     text = table(known)
     print(text)
     if not args.no_readme:
@@ -38,48 +51,74 @@ def main() -> None:
 
 
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
-    """One model optimized from scratch and timed; the parts of its report that a table needs."""
-    from aropt.command import Request, optimize
+    """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
+    from aropt import artifact, bench
+    from aropt.command import Request, add_roofline, add_timings, optimize
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    report = optimize(
-        Request(
-            model,
-            ROOT / "build" / "bench" / model,
-            runs=runs,
-            threads=threads,
-            against=WORK.get(model, ("cached", "eager")),
-            force=True,
-            say=say,
-        )
-    )
-    return {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
+    drawn = model in models.SHAPES
+    source = str(models.folder(model, ROOT / "build" / "models")) if drawn else model
+    out = ROOT / "build" / "bench" / model
+    report = optimize(Request(source, out, runs=0, threads=threads, force=True, say=say))
+    program = artifact.load(out)
+    prompt = models.PROMPT if drawn else [int(t) for t in program.meta["prompts"][0]]
+    n = min(TOKENS, int(program.meta["capacity"]) - len(prompt) + 1)
+    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS)
+    report["notes"] = []
+    add_timings(report, timings, n)
+    add_roofline(report, timings, program, n, len(prompt), threads)
+    kept = {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
+    return {**kept, "tokens": n, "engines": {v: t.version for v, t in timings.items() if t.version}}
 
 
 def table(known: dict[str, Any]) -> str:
-    """Markdown: a row for each model and variant."""
+    """Markdown: a row for each model and variant; then machine, versions and protocol; then what went otherwise."""
     lines = [
-        "| model | variant | median | p10 to p90 | tokens/s | aropt is faster by |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | variant | median | p10 to p90 | tokens/s | first token | of read bandwidth | aropt is faster by |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model, found in known.items():
         rates = {b["variant"]: b["median"] for b in found["bench"] if b["unit"] == "tok/s"}
+        first = {b["variant"]: b["median"] for b in found["bench"] if b["phase"] == "prefill"}
+        share = (found["roofline"] or {}).get("share")
         for b in found["bench"]:
             if b["phase"] == "generate" and b["unit"] == "ms":
-                factor = found["speedup"].get(b["variant"])
-                lines.append(
-                    f"| {model} | {b['variant']} | {b['median']:.1f} ms | {b['p10']:.1f} to {b['p90']:.1f} | "
-                    f"{rates[b['variant']]:.0f} | {f'{factor:.1f}x' if factor else ''} |"
-                )
-    first = next(iter(known.values()))
-    env, n = first["env"], first["bench"][0]["n"]
-    lines.append("")
-    versions = f"torch {env['torch']}, onnxruntime {env['onnxruntime']}, transformers {env['transformers']}"
-    lines.append(
-        f"{env['cpu']}, {env['threads']} threads, {versions}. Batch 1, greedy; 64 tokens of digits-ar, 200 of text-ar; "
-        f"medians of {n} runs, each variant in a process of its own, taking turns."
+                name, factor = b["variant"], found["speedup"].get(b["variant"])
+                cells = [
+                    model,
+                    name,
+                    f"{b['median']:.1f} ms",
+                    f"{b['p10']:.1f} to {b['p90']:.1f}",
+                    f"{rates[name]:.0f}",
+                    f"{first[name]:.1f} ms",
+                    f"{share:.0%}" if share and name.startswith("aropt") else "",
+                    f"{factor:.1f}x" if factor else "",
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", protocol(known), *remarks(known)])
+
+
+def protocol(known: dict[str, Any]) -> str:
+    """One paragraph: machine, versions, what a run is."""
+    last = list(known.values())[-1]
+    env = last["env"]
+    engines = {e for found in known.values() for e in found.get("engines", {}).values()}
+    versions = [*(f"{p} {env[p]}" for p in ("torch", "onnxruntime", "transformers")), *sorted(engines)]
+    other = [f"{found['tokens']} of {m}" for m, found in known.items() if found.get("tokens", TOKENS) != TOKENS]
+    return (
+        f"{env['cpu']}, {env['threads']} threads, {', '.join(versions)}. Batch 1, greedy, {TOKENS} new tokens"
+        f"{' (' + ', '.join(other) + ')' if other else ''}; medians of {last['bench'][0]['n']} runs in {ROUNDS} "
+        "processes of each variant, taking turns."
     )
-    return "\n".join(lines)
+
+
+def remarks(known: dict[str, Any]) -> list[str]:
+    """What was not timed, or gave other tokens, as a list; engines' versions are in the text above it."""
+    lines = []
+    for model, found in known.items():
+        versions = {f"{variant} is {engine}." for variant, engine in found.get("engines", {}).items()}
+        lines += [f"* {model}: {note}" for note in found["notes"] if note not in versions]
+    return ["", *lines] if lines else []
 
 
 def write_readme(text: str) -> None:

@@ -21,8 +21,11 @@ from torch import Tensor, fx, nn
 from aropt.compose import inline
 from aropt.loops import autoregressive
 from aropt.passbase import loops, rewrite
+from aropt.passes.canonicalize import Canonicalize
+from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
+from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
 from aropt.program import Call, If, Program, Seq, calls
 from aropt.trace import capture_model
@@ -90,6 +93,7 @@ class Tiny(nn.Module):
 
 MODELS: dict[str, dict[str, Any]] = {
     "rotary": {"layers": 2, "groups": 2}, "guided": {"learned": True}, "window": {"layers": 2, "window": 4},
+    "fused": {"layers": 2, "groups": 2, "width": 64},
 }  # fmt: skip
 RULES = {"rotary": ("temperature", "top-k", "top-p"), "guided": ("guidance", "repetition-penalty", "bias", "min-p")}
 
@@ -109,8 +113,10 @@ def reference(model: str) -> Program:
 def optimized(base: str) -> Program:
     """The optimized program of a model, with its probe; "<model>-cached" is the one with kv-cache alone."""
     model, _, stage = base.partition("-")
-    program = KvCache().run(reference(model))
-    for one in () if stage else (FuseSampler(), Prune()):
+    fused = model == "fused"
+    program = KvCache().run(Canonicalize().run(reference(model)) if fused else reference(model))
+    fusions = (MergeLinears(), FuseAttention()) if fused else ()
+    for one in () if stage else (*fusions, FuseSampler(), Prune()):
         program = one.run(program)
     return with_probe(program)
 
@@ -881,4 +887,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests import mutants, mutants_fused  # noqa: F401  (as modules: the other files register in the former)
+
+    sys.exit(mutants.main())

@@ -3,6 +3,7 @@
 import pytest
 
 from aropt.validate import cases, validate
+from tests import mutants_fused  # noqa: F401  (registers its own)
 from tests.mutants import EQUIVALENT, MUTANTS, check, optimized, reference
 
 BASES = sorted({base for one in MUTANTS.values() for base in one.bases})

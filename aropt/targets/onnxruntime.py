@@ -8,6 +8,7 @@ between two sets of buffers, so that after two rounds the same bindings come bac
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,20 @@ class OnnxRuntime:
             spec = self.program.graphs[graph]
             self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), self.threads)
         return self.sessions[graph]
+
+    def executed(self, graph: str) -> dict[str, int]:
+        """Kinds of nodes that a graph's session runs, read back after ONNX Runtime's optimization: {kind: count}."""
+        import onnx
+        import onnxruntime as ort
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.optimized_model_filepath = str(Path(folder) / "model.onnx")
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            ort.InferenceSession(str(file(self.folder, graph)), options, providers=["CPUExecutionProvider"])
+            model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
     def without(self, output: str) -> OnnxRuntime:
         """The same sessions with an output less: what validation looked at is not in the product."""
