@@ -7,6 +7,7 @@ then internal, and `prune` takes it off the graph's outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar
 
 from aropt.compose import compose
@@ -37,7 +38,7 @@ class FuseSampler:
                 case Loop():
                     return Loop(control.kind, control.until, fuse(control.body), control.emits, control.params)
                 case Seq(body):
-                    return Seq(tuple(fuse(part) for part in body))
+                    return Seq(tuple(self.fuse_runs(program, graphs, specs, [fuse(part) for part in body])))
                 case If(cond, then, orelse):
                     return If(cond, fuse(then), fuse(orelse))
                 case Call():
@@ -46,11 +47,25 @@ class FuseSampler:
         control = fuse(program.control)
         return program.replace(graphs=graphs, control=control)
 
-    def join(self, program: Program, graphs: dict[str, Graph], specs: dict[str, Spec], body: list[Call]) -> Call:
-        """Adds the composed graph; its name says which step and which rule it holds."""
+    def fuse_runs(
+        self, program: Program, graphs: dict[str, Graph], specs: dict[str, Spec], parts: list[Control]
+    ) -> list[Control]:
+        """Calls that follow each other outside of loops (what comes before the first round) as one call each."""
+        fused: list[Control] = []
+        for together, run in groupby(parts, lambda part: isinstance(part, Call)):
+            found = list(run)
+            calls_of_run = [part for part in found if isinstance(part, Call)]
+            joined = together and len(found) > 1
+            fused += [self.join(program, graphs, specs, calls_of_run, "begin")] if joined else found
+        return fused
+
+    def join(
+        self, program: Program, graphs: dict[str, Graph], specs: dict[str, Spec], body: list[Call], name: str = ""
+    ) -> Call:
+        """Adds the composed graph; without a name given, it says which step and which rule the graph holds."""
         steps = [c.graph for c in body if "logits" in c.writes.values() and c.graph != "model"]
         rules = [c.graph for c in body if "token" in c.writes.values()]
-        name = (steps[0] if steps else "step") + "_" + (rules[0] if rules else "loop")
+        name = name or (steps[0] if steps else "step") + "_" + (rules[0] if rules else "loop")
         while name in graphs:
             name += "_"
         graphs[name], call = compose(name, body, program.graphs, specs, program.weights)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "cpu.json"
 START, END = "<!-- results: written by python -m perf.run -->", "<!-- end of results -->"
 WORK = {
-    "digits-ar": ("cached", "eager", "inductor", "inductor-max"),
-    "text-ar": ("cached", "eager", "inductor", "hf", "hf-static", "ort-genai", "llamacpp"),
+    "digits-ar": ("cached", "eager", "inductor-max"),
+    "text-ar": ("cached", "eager", "hf", "hf-static", "ort-genai", "llamacpp"),
     **dict.fromkeys(models.SHAPES, ("hf", "ort-genai", "llamacpp")),
 }
 ROUNDS = 2  # processes of each variant, one after the other: the same program may run at another speed in each

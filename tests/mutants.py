@@ -812,7 +812,13 @@ def guidance_scale_off(p: Program) -> Program:
 @mutant("guided", at=("emb",))
 def negative_prompt_ignored(p: Program) -> Program:
     """Both branches get the prompt."""
-    return swap(p, aten.cat.default, lambda x: torch.cat([x[0], x[0]]), reads("negative"), graph="enter")
+    return swap(
+        p,
+        aten.cat.default,
+        lambda x: torch.cat([x[0], x[0]]),
+        reads("negative"),
+        graph="begin" if "begin" in p.graphs else "enter",
+    )
 
 
 @mutant("guided")

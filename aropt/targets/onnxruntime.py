@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt.errors import MissingTool
+from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops
+from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
 from aropt.targets import whole
 from aropt.targets.whole import Whole
-from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
 
 KEPT = 64  # bindings kept a graph
+SHAPES = 2  # shapes of generations whose buffers are kept: each holds caches
 
 
 class Session:
@@ -44,6 +45,8 @@ class Session:
         self.names = list(graph.inputs)
         self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
         self.turn = 0
+        self.entries: dict[tuple[Any, ...], Values] = {}
+        self.turns: dict[tuple[int, ...], list[Any]] = {}
 
     def call(self, inputs: Values) -> Values:
         key = (self.turn, *[(t.data_ptr(), t.shape) for t in map(inputs.__getitem__, self.names)])
@@ -56,6 +59,24 @@ class Session:
         binding, outputs, _ = found
         self.session.run_with_iobinding(binding)
         return dict(outputs)
+
+    def entry(self, inputs: Values) -> Values:
+        """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing."""
+        key = tuple(t.shape for t in inputs.values())
+        if key not in self.entries:
+            if len(self.entries) >= SHAPES:
+                self.entries.clear()
+            self.entries[key] = {n: torch.empty_like(t) for n, t in inputs.items()}
+        for name, kept in self.entries[key].items():
+            kept.copy_(inputs[name])
+        self.turn = 0
+        return dict(self.entries[key])
+
+    def once(self, inputs: Values) -> Values:
+        """A call without bindings, for what runs once a generation: its buffers never come back."""
+        feeds = {n: v.numpy() for n, v in inputs.items() if n in self.taken}
+        results = self.session.run(None, feeds)
+        return {n: torch.from_numpy(r) for n, r in zip(self.graph.outputs, results, strict=True)}
 
     def bind(self, inputs: Values, given: Values | None = None) -> tuple[Any, Values, Values]:
         """A binding for these buffers, and the outputs' buffers: those given, else new ones."""
@@ -87,7 +108,7 @@ def numpy_type(spec: Spec) -> Any:
 
 
 class OnnxRuntime:
-    """Runs the graphs inside loops as sessions; what runs once a generation stays eager."""
+    """Runs the graphs as sessions, those inside loops on buffers of their own."""
 
     def __init__(self, program: Program, folder: Path, threads: int | None) -> None:
         self.eager = Eager(program)
@@ -99,29 +120,33 @@ class OnnxRuntime:
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph not in self.hot:
-            return self.eager.call(graph, inputs)
+            lowered = file(self.folder, graph).exists()
+            return self.session(graph).once(inputs) if lowered else self.eager.call(graph, inputs)
         return self.session(graph).call(inputs)
 
     def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
 
-        The prompt's round and the next run as any call, and so do all that `on_round` wants to see. After them two sets
-        of buffers take turns: a round reads one and writes the other, through bindings made once.
+        The prompt's round runs as any call, and so do all that `on_round` wants to see. After them two sets of buffers
+        take turns: a round reads one and writes the other, through bindings made once.
         """
         call = control.body
         if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
-        session, emitted, rounds = self.session(call.graph), Emitted(control), 0
-        while not bool(values[control.until]):
-            if rounds > 1 and on_round is None:
-                take_turns(session, call, control, values, emitted)
-                break
-            outputs = session.call({name: values[value] for name, value in call.reads.items()})
+        session, emitted = self.session(call.graph), Emitted(control)
+        reads = session.entry({name: values[value] for name, value in call.reads.items()})
+        while True:
+            outputs = session.call(reads)
             values.update({value: outputs[o] for o, value in call.writes.items()})
+            reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
             emitted.keep([values[name].numpy() for name in control.emits])
-            rounds += 1
             if on_round is not None and on_round(values) is False:
                 on_round = None
+            if bool(values[control.until]):
+                break
+            if on_round is None:
+                take_turns(session, call, control, reads, values, emitted)
+                break
         values.update(emitted.stacked())
         return True
 
@@ -199,10 +224,25 @@ class Emitted:
         return {t: torch.from_numpy(np.stack(rows, 1)) for t, rows in zip(self.targets, columns, strict=True)}
 
 
-def take_turns(session: Session, call: Call, control: Loop, values: Values, emitted: Emitted) -> None:
-    """Rounds until done; `values` holds the last round's results, and its buffers are the first of the two sets."""
+def take_turns(session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted) -> None:
+    """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`."""
+    key = tuple(t.data_ptr() for t in reads.values())
+    if key not in session.turns:
+        if len(session.turns) >= SHAPES:
+            session.turns.clear()
+        session.turns[key] = two_sides(session, call, control, reads, values)
+    run, turn, done = session.session.run_with_iobinding, 0, False
+    while not done:
+        binding, named, finished, rows, _ = session.turns[key][turn]
+        run(binding)
+        emitted.keep(rows)
+        done, turn = bool(finished), turn ^ 1
+    values.update(named)
+
+
+def two_sides(session: Session, call: Call, control: Loop, reads: Values, values: Values) -> list[Any]:
+    """A round from the results in `values` to other buffers, and one back: (binding, results, until, emitted) each."""
     first = {o: values[value] for o, value in call.writes.items()}
-    reads = {name: values[value] for name, value in call.reads.items()}
     there, second, _ = session.bind(reads)
     readers = {value: name for name, value in call.reads.items()}
     fed = {readers[value]: second[o] for o, value in call.writes.items() if value in readers}
@@ -210,14 +250,9 @@ def take_turns(session: Session, call: Call, control: Loop, values: Values, emit
     sides = []
     for binding, outputs in ((there, second), (back, first)):
         named = {value: outputs[o] for o, value in call.writes.items()}
-        sides.append((binding, named, named[control.until].numpy(), [named[n].numpy() for n in control.emits]))
-    run, turn, done = session.session.run_with_iobinding, 0, False
-    while not done:
-        binding, named, finished, rows = sides[turn]
-        run(binding)
-        emitted.keep(rows)
-        done, turn = bool(finished), turn ^ 1
-    values.update(named)
+        arrays = [named[n].numpy() for n in control.emits]
+        sides.append((binding, named, named[control.until].numpy(), arrays, reads))  # the last, to stay alive
+    return sides
 
 
 def hot_graphs(program: Program) -> list[str]:
@@ -241,12 +276,17 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
     if folder is None:
         kept = tempfile.TemporaryDirectory(prefix="aropt-")
         folder = Path(kept.name)
-    for name in hot_graphs(program):
+    hot = hot_graphs(program)
+    for name in [*hot, *(g for g in program.graphs if g not in hot)]:
         if not file(folder, name).exists():
             from aropt.exporters.onnx import export
 
             progress(f"export {name}")
-            export(program.graphs[name], program.weights, file(folder, name), contrib=True)
+            try:
+                export(program.graphs[name], program.weights, file(folder, name), contrib=True)
+            except Unsupported:
+                if name in hot:  # others run eagerly
+                    raise
     executor = OnnxRuntime(program, folder, threads)
     executor.kept = kept
     return executor
