@@ -50,6 +50,7 @@ class OpDef:
             what is not a tensor, and the sizes in `fixed`, from another tuple. It imports hypothesis itself.
         onnx: translation for `torch.onnx.export(custom_translation_table=...)`, standard ONNX ops only.
         contrib: the same with the operators that only ONNX Runtime has, where it has a better one.
+        overwrite: as `reference`, but it writes the results named in `in_place` into their arguments.
         in_place: {index of a result: argument} that a target may update in place.
         fixed: {argument: its dims} whose sizes a translation takes as constants.
         launch: runs the Triton kernel; only called on arguments for which `supports` returns None.
@@ -66,6 +67,7 @@ class OpDef:
     samples: Callable[..., Any]
     onnx: Callable[..., Any] | None = None
     contrib: Callable[..., Any] | None = None
+    overwrite: Callable[..., Any] | None = None
     in_place: Mapping[int, str] = field(default_factory=dict)
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     launch: Callable[..., Any] | None = None

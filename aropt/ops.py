@@ -42,6 +42,11 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return {op.overload: op.reference for op in load_all().values()}
 
 
+def overwriting(target: Any) -> Callable[..., Any] | None:
+    """The function that does what one of our ops does, in place."""
+    return next((op.overwrite for op in load_all().values() if op.overload is target), None)
+
+
 def updated(node: Any) -> tuple[Any, Any]:
     """For a node that is a result of one of our ops: that op's node, and the argument it may be written into."""
     if getattr(node.target, "__name__", "") == "getitem":

@@ -61,6 +61,21 @@ def reference(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: see the module's text."""
+    given = (query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_heads, scale, window, interleaved)
+    return attend(torch.Tensor.index_copy, *given)
+
+
+def overwrite(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with the rows written into the caches that were given."""
+    return attend(torch.Tensor.index_copy_, *given)
+
+
+def attend(
+    update: Callable[..., Tensor], query: Tensor, key: Tensor | None, value: Tensor | None, k_cache: Tensor,
+    v_cache: Tensor, last: Tensor, total: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, kv_heads: int,
+    scale: float, window: int, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The computation; `update` writes rows into a cache."""
     batch, rows, size = query.shape[0], query.shape[1], k_cache.shape[3]
     slots = total - rows + torch.arange(rows, device=query.device)
     if key is None or value is None:
@@ -70,7 +85,7 @@ def reference(
     )
     if cos is not None and sin is not None:
         q, k = (rotated(x, cos[slots], sin[slots], interleaved) for x in (q, k))
-    keys, values = k_cache.index_copy(2, slots, k), v_cache.index_copy(2, slots, v)
+    keys, values = update(k_cache, 2, slots, k), update(v_cache, 2, slots, v)
     stored = torch.arange(k_cache.shape[2], device=query.device)
     seen = stored <= slots[:, None]
     if window > 0:
@@ -240,6 +255,7 @@ OP = OpDef(
     onnx=onnx,
     contrib=contrib,
     fixed={"query": (2,), "key": (2,), "value": (2,), "k_cache": (1, 3), "v_cache": (1, 3), "cos": (1,), "sin": (1,)},
+    overwrite=overwrite,
     in_place={1: "k_cache", 2: "v_cache"},
     tolerance={torch.float32: (1e-4, 1e-5)},
 )

@@ -92,7 +92,7 @@ def table(known: dict[str, Any]) -> str:
                     f"{rates[name]:.0f}",
                     f"{first[name]:.1f} ms",
                     f"{share:.0%}" if share and name.startswith("aropt") else "",
-                    f"{factor:.1f}x" if factor else "",
+                    f"{factor:.2f}x" if factor else "",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", protocol(known), *remarks(known)])

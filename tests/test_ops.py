@@ -111,6 +111,23 @@ def test_reference(op: OpDef, data: st.DataObject) -> None:
 
 
 @every_op
+@examples(10)
+@given(data=st.data())
+def test_overwrite(op: OpDef, data: st.DataObject) -> None:
+    """In place it computes the same, in the buffers that it says."""
+    if op.overwrite is None:
+        pytest.skip("not an op that updates something")
+    args = data.draw(op.samples())
+    want = op.reference(*args)
+    given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    got = op.overwrite(*given)
+    assert_matches(op, got, want)
+    names = [argument.name for argument in op.overload._schema.arguments]
+    for index, name in op.in_place.items():
+        assert got[index].data_ptr() == given[names.index(name)].data_ptr()
+
+
+@every_op
 @examples(5)
 @given(data=st.data())
 def test_decomposition(op: OpDef, data: st.DataObject) -> None:

@@ -24,6 +24,9 @@ def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:
     for output, result in zip(graph.outputs, graph.results(), strict=True):
         if output in aliases and result.target is aten.index_copy.default:
             nodes[result].target = aten.index_copy_.default
+        elif output in aliases:
+            writer = nodes[ops.updated(result)[0]]
+            writer.target = ops.overwriting(writer.target) or writer.target
     return copy
 
 
