@@ -49,6 +49,7 @@ class Request:
     dump_dir: Path | None = None
     say: Say = field(default=lambda _: None)
     show: Say = field(default=lambda _: None)
+    measure: bool = False  # let the target choose by timing even if nothing else is timed
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def optimize(request: Request) -> dict[str, Any]:
             instruments=instruments,
             seed=request.seed,
             strict=False,
-            measure=request.runs > 0,
+            measure=request.runs > 0 or request.measure,
         )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":
