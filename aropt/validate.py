@@ -214,8 +214,9 @@ def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
             if o.case.kind == "ragged" and o.case.n > 3 and ("temperature" in dict(o.case.params)) is sampled
         ]
         if found:
-            case, tokens = found[0].case, found[0].generated
-            yield replace(case, name=kind, kind="stop", stop=(tokens[0][2], tokens[1][1]))
+            case, rows = found[0].case, found[0].generated
+            stop = [row[at] for row, at in zip(rows, (2, 1), strict=False) if len(row) > at]
+            yield replace(case, name=kind, kind="stop", stop=tuple(stop))
 
 
 def shrink(fails: Callable[[Case], bool], case: Case, runs: int = 20) -> Case:

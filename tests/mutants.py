@@ -788,7 +788,7 @@ def penalty_forgets_the_generated(p: Program) -> Program:
 @mutant("guided")
 def penalty_counts_padding(p: Program) -> Program:
     """The padding token counts as seen: only ragged batches show it."""
-    return swap(p, aten.ge.Tensor, lambda at, first: at >= first - CAPACITY, graph="seen")
+    return swap(p, aten.ge.Tensor, lambda at, first: at >= first - CAPACITY, graph="begin")
 
 
 @mutant("guided")

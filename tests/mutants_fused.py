@@ -75,13 +75,11 @@ def fused_keys_as_values(p: Program) -> Program:
 
 @mutant("fused", at=FIRST)
 def fused_groups_traded(p: Program) -> Program:
-    """The op attends with the other group's heads."""
+    """The heads of the groups come out in each other's place."""
 
     def run(*args: Any) -> Any:
-        given = dict(zip(NAMES, args, strict=True))
-        flipped = given | {n: given[n].flip(1) for n in ("k_cache", "v_cache")}
-        out, keys, values = OP.reference(**flipped)
-        return out, keys.flip(1), values.flip(1)
+        out, keys, values = OP.reference(*args)
+        return out.unflatten(-1, (2, -1)).flip(2).flatten(2), keys, values
 
     return swap(p, OP.overload, run)
 
