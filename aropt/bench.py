@@ -38,6 +38,9 @@ DEFAULT_AGAINST = ("eager", "cached", "hf")
 SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_FREEZING": "1"}}  # environment
 
 
+PAUSE = 0.5  # seconds before each turn: the threads of the one before spin for a while, and would take this one's cores
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a worker runs: a variant of an artifact, on a prompt."""
@@ -127,6 +130,7 @@ def take_turns(workers: Sequence[Worker], numbers: range, say: Callable[[str], N
         for done, _ in enumerate(numbers):
             say(f"round {done + 1} of {len(numbers)}")
             for worker in alive:
+                time.sleep(PAUSE)
                 worker.go()
     finally:
         for worker in workers:
