@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,13 +54,28 @@ def generate(
             params,
         )
         whole = getattr(executor, "whole", None)
-        if whole is not None and on_round is None:  # a target that found one call to be faster than a call a round
-            rows = whole.generate(inputs)
-        else:
-            rows = run(program, inputs, slots(program, inputs), executor, on_round)["generated"].tolist()
+        with host_threads(getattr(executor, "host_threads", None)):
+            if whole is not None and on_round is None:  # the target found one call to be faster
+                rows = whole.generate(inputs)
+            else:
+                rows = run(program, inputs, slots(program, inputs), executor, on_round)["generated"].tolist()
         for i, row in zip(group, rows, strict=True):
             results[i] = [t for t in row if t >= 0]
     return [results[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def host_threads(count: int | None) -> Iterator[None]:
+    """torch with `count` threads: beside another runtime's spinning ones, its own would wait for a core."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def slots(program: Program, inputs: Values) -> int:

@@ -112,9 +112,11 @@ class OnnxRuntime:
 
     def __init__(self, program: Program, folder: Path, threads: int | None) -> None:
         self.eager = Eager(program)
+        threads = threads or torch.get_num_threads()  # now: while sessions generate, torch itself has one
         self.program, self.folder, self.threads = program, folder, threads
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
+        self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
 
@@ -231,9 +233,9 @@ def take_turns(session: Session, call: Call, control: Loop, reads: Values, value
         if len(session.turns) >= SHAPES:
             session.turns.clear()
         session.turns[key] = two_sides(session, call, control, reads, values)
-    run, turn, done = session.session.run_with_iobinding, 0, False
+    run, sides, turn, done = session.session.run_with_iobinding, session.turns[key], 0, False
     while not done:
-        binding, named, finished, rows, _ = session.turns[key][turn]
+        binding, named, finished, rows, _ = sides[turn]
         run(binding)
         emitted.keep(rows)
         done, turn = bool(finished), turn ^ 1
