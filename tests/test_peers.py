@@ -268,6 +268,6 @@ def test_table_of_the_readme() -> None:
     }
     lines = table({"text-ar": found}).splitlines()
     assert lines[2] == "| text-ar | aropt (onnxruntime) | 200.0 ms | 1.0 to 9.0 | 1000 | 3.2 ms | 41% |  |"
-    assert lines[3] == "| text-ar | ort-genai | 200.0 ms | 1.0 to 9.0 | 1000 | 3.2 ms |  | 1.2x |"
+    assert lines[3] == "| text-ar | ort-genai | 200.0 ms | 1.0 to 9.0 | 1000 | 3.2 ms |  | 1.25x |"
     assert "engine 1.2. Batch 1" in lines[5] and "(64 of text-ar)" in lines[5] and "6 runs in 2 processes" in lines[5]
     assert lines[7:] == ["* text-ar: llamacpp is not installed: pip install it"]
