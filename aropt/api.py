@@ -86,7 +86,9 @@ def optimize(
             if hasattr(executor, "without")
             else lower(optimized, target, folder, threads=threads)
         )
-    calls = pick(optimized, executor, instruments.say) if measure and hasattr(executor, "whole") else {}
+    calls = (
+        pick(optimized, executor, instruments.say) if measure and verdict.passed and hasattr(executor, "whole") else {}
+    )
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(
         executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)

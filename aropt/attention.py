@@ -43,6 +43,10 @@ class Rotary:
     sin: Tensor
     interleaved: bool
 
+    def equals(self, other: Rotary) -> bool:
+        alike = torch.equal(self.cos, other.cos) and torch.equal(self.sin, other.sin)
+        return alike and self.interleaved == other.interleaved
+
 
 @dataclass(frozen=True)
 class Source:
@@ -103,8 +107,7 @@ class Probe:
                 elif node.op == "call_function":
                     for n in node.all_input_nodes:
                         value(n)
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    values[node] = self.call(node, values)
                 else:
                     raise NotThis(what=f"{wanted.name} reads {node.name}")
             return values[node]
@@ -113,6 +116,15 @@ class Probe:
             result = value(wanted)
         assert isinstance(result, Tensor)
         return result
+
+    def call(self, node: Any, values: dict[fx.Node, Any]) -> Any:
+        """One op on probes, which not every op takes."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        try:
+            return node.target(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            why = str(error).splitlines()[0][:120]
+            raise NotThis(what=f"{node.name} ({node.target}) does not take a probe: {why}") from error
 
     def projection(self, operand: fx.Node, heads: int, size: int) -> Source:
         """The features that an attention's operand is laid out and turned from."""
@@ -140,9 +152,9 @@ class Probe:
         """Where the operand's features begin in a wider projection: each shows its number, as no angle turns row 0."""
         numbers = torch.arange(1.0, int(node.meta["val"].shape[2]) + 1)
         got = self.run(operand, {node: numbers[None, None]}, self.places(1, 0, 1)).flatten()
-        scale = (got[-1] - got[0]) / max(count - 1, 1) if count > 1 else torch.tensor(1.0)
-        first = int((got[0] / scale).round()) if scale != 0 else 0
-        if not torch.allclose(got, scale * torch.arange(first, first + count), rtol=EPS):
+        scale = (got[-1] - got[0]) / max(count - 1, 1)  # a table may scale all features alike
+        first = int((got[0] / scale).round()) if scale else 0
+        if first < 1 or not torch.allclose(got, scale * torch.arange(first, first + count), rtol=EPS):
             raise NotThis(what=f"{operand.name} does not have the features of {node.name} in order")
         return first - 1
 
@@ -226,12 +238,6 @@ def is_getitem(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def tail(node: fx.Node) -> tuple[object, ...]:
-    """The last two sizes of a value with four."""
-    shape: Any = getattr(node.meta.get("val"), "shape", ())
-    return tuple(shape[2:]) if len(shape) == 4 else ()
-
-
 def flat(node: fx.Node, heads: int, size: int) -> bool:
     """A value [B, R, heads*D]."""
     shape: Any = getattr(node.meta.get("val"), "shape", ())
@@ -278,8 +284,14 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     refused = unsupported(heads, kv_heads, size, 2 * rotary.cos.shape[1] if rotary else 0)
     if refused:
         raise NotThis(what=refused)
-    scale = node.kwargs.get("scale") or size**-0.5
-    numbers = (heads, kv_heads, float(scale), known[mask], bool(rotary and rotary.interleaved))
+    scale = node.kwargs.get("scale")
+    numbers = (
+        heads,
+        kv_heads,
+        float(size**-0.5 if scale is None else scale),
+        known[mask],
+        bool(rotary and rotary.interleaved),
+    )
     rows = packed(sources, [heads * size, kv_heads * size, kv_heads * size])
     return Match(node, *probe.flattened(node, heads, size), (keys, values), rows, rotary, numbers)
 
@@ -287,21 +299,13 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
 def same(first: Rotary | None, second: Rotary | None, known: dict[Any, Any]) -> Rotary:
     """The tables of both, one object for all layers that have them."""
     assert first is not None and second is not None
-    if (
-        first.interleaved != second.interleaved
-        or not torch.equal(first.cos, second.cos)
-        or not torch.equal(first.sin, second.sin)
-    ):
+    if not first.equals(second):
         raise NotThis(what="queries and keys are turned by different angles")
-    for other in known.setdefault("tables", []):
-        if (
-            other.interleaved == first.interleaved
-            and torch.equal(other.cos, first.cos)
-            and torch.equal(other.sin, first.sin)
-        ):
-            return other  # type: ignore[no-any-return]
-    known["tables"].append(first)
-    return first
+    tables: list[Rotary] = known.setdefault("tables", [])
+    found = next((other for other in tables if other.equals(first)), None)
+    if found is None:
+        tables.append(first)
+    return found or first
 
 
 def packed(sources: list[Source], widths: list[int]) -> tuple[Source, ...]:

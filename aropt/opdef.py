@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import library
 
 NAMESPACE = "aropt"
 
@@ -104,7 +105,7 @@ def register(op: OpDef) -> None:
             return op.reference(*args)
         return op.launch(*args)
 
-    custom = torch.library.custom_op(f"{NAMESPACE}::{op.name}", op.reference, mutates_args=(), schema=op.schema)
+    custom = library.custom_op(f"{NAMESPACE}::{op.name}", op.reference, mutates_args=(), schema=op.schema)
     custom.register_fake(op.fake)
     custom.register_kernel("cuda")(on_cuda)
     _registered[op.name] = op

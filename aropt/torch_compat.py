@@ -191,6 +191,9 @@ def to_onnx(graph: Graph, weights: Mapping[str, Tensor], registry: Any, opset: i
             )
     _ir_passes.add_opset_imports(model)
     onnxscript.optimizer.optimize(model)
+    moved = {"GridSample", "DFT"} & {node.op_type for node in model.graph}  # what changed its meaning in between
+    if moved:
+        raise ValueError(f"{', '.join(sorted(moved))} changed between the opsets")
     model.graph.opset_imports[""] = opset  # after torchlib's functions, written for an older one, were inlined
     return model
 

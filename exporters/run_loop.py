@@ -51,11 +51,12 @@ def generate(
     *,
     seed: int = 0,
     stop: Sequence[int] = (),
+    negative: Sequence[Sequence[int]] | None = None,
     chunk: int | None = None,
     **params: Any,
 ) -> list[list[int]]:
     """The tokens, as `aropt.runtime.generate` returns them; `chunk`: rounds of one call."""
-    values = make_inputs(program, prompts, n, seed, stop, range(len(prompts)), None, params)
+    values = make_inputs(program, prompts, n, seed, stop, range(len(prompts)), negative, params)
     feeds = {k: v.numpy() for k, v in values.items()}
     names = [o.name for o in session.get_outputs()]
     rows: list[list[int]] = [[] for _ in prompts]
@@ -82,9 +83,11 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
     n = min(12, int(program.meta["capacity"]) - len(start))
     second = [start[-1], *start[:-1]][: max(1, len(start) - 1)]
     tokens, cases = 0, 0
+    needs_negative = "negative" in program.inputs and program.meta.get("null") is None
     choices: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "seed": 5})
     for prompts in ([start], [start, start[::-1]], [start, second]):
-        for params in choices:
+        for choice in choices:
+            params = {**choice, "negative": [p[::-1] for p in prompts]} if needs_negative else choice
             want = program.generate(prompts, n, **params)
             for chunk in (None, 5):
                 cases, tokens = cases + 1, tokens + sum(map(len, want))

@@ -14,7 +14,7 @@ appends to them; the standard operators write into slots, which are made when a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,15 @@ STATUS = {
 }
 
 
-def export_program(program: Program, path: Path, contrib: bool = False) -> Any:
+def export_program(
+    program: Program, path: Path, contrib: bool = False, graphs: Callable[[str], Any] = lambda _: None
+) -> Any:
     """Writes the program to `path` as one ONNX model; `contrib` allows ONNX Runtime's own operators.
 
+    `graphs` may give models of graphs that are translated already, by name.
     Raises Unsupported for a graph (model or rule) without an ONNX form.
     """
-    model = Writer(program, contrib).model()
+    model = Writer(program, contrib, graphs).model()
     path.parent.mkdir(parents=True, exist_ok=True)
     save(model, path)
     return model
@@ -50,10 +53,10 @@ def export_program(program: Program, path: Path, contrib: bool = False) -> Any:
 class Writer:
     """Builds the graph; `values` in its methods are the program's values by name, as ONNX values."""
 
-    def __init__(self, program: Program, contrib: bool) -> None:
+    def __init__(self, program: Program, contrib: bool, graphs: Callable[[str], Any]) -> None:
         import onnx_ir as ir
 
-        self.ir, self.program, self.contrib = ir, program, contrib
+        self.ir, self.program, self.contrib, self.graphs = ir, program, contrib, graphs
         self.made = 0
         self.place: dict[Any, tuple[str, int]] = {}  # where a symbol's size is read from
         for name, given in program.inputs.items():
@@ -131,7 +134,7 @@ class Writer:
     def call(self, control: Call, graph: Any, values: dict[str, Any]) -> None:
         """Inlines a graph."""
         part = self.program.graphs[control.graph]
-        inner = translate(part, self.program.weights, self.contrib).graph
+        inner = (self.graphs(control.graph) or translate(part, self.program.weights, self.contrib)).graph
         prefix = self.name(control.graph)
         outputs = dict(zip(part.outputs, list(inner.outputs), strict=True))
         given = {v: values[control.reads[i]] for i, v in zip(part.inputs, list(inner.inputs), strict=True)}
@@ -164,7 +167,7 @@ class Writer:
 
     def branch(self, control: If, graph: Any, values: dict[str, Any], nested: bool) -> None:
         """Two subgraphs with the same outputs."""
-        both = defined(control.then) & defined(control.orelse)
+        both = written(control, lasting=True)
         names = sorted(n for n in written(control) if n in values or n in both)
         subgraphs = []
         for part in (control.then, control.orelse):
@@ -342,27 +345,15 @@ class Writer:
         self.graph.outputs.append(made)
 
 
-def written(control: Control) -> set[str]:
-    """Values that a control node writes."""
+def written(control: Control, lasting: bool = False) -> set[str]:
+    """Values that a control node writes; `lasting`: that exist after it even if they did not before it."""
     match control:
         case Call(_, _, writes):
             return set(writes.values())
         case Seq(body):
-            return set().union(*map(written, body))
+            return set().union(*(written(part, lasting) for part in body))
         case If(_, then, orelse):
-            return written(then) | written(orelse)
+            both = written(then, lasting), written(orelse, lasting)
+            return both[0] & both[1] if lasting else both[0] | both[1]
         case Loop(_, _, body, emits):
-            return written(body) | set(emits.values())
-
-
-def defined(control: Control) -> set[str]:
-    """Values that exist after a control node even if they did not before: those of a loop's rounds do not."""
-    match control:
-        case Call(_, _, writes):
-            return set(writes.values())
-        case Seq(body):
-            return set().union(*map(defined, body))
-        case If(_, then, orelse):
-            return defined(then) & defined(orelse)
-        case Loop(_, _, _, emits):
-            return set(emits.values())
+            return set(emits.values()) | (set() if lasting else written(body))

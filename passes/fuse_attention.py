@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt import ops
-from aropt.attention import PLACES, Match, Source, matches
-from aropt.errors import AroptError
+from aropt.attention import PLACES, Match, NotThis, Source, matches
 from aropt.passbase import Applies, Contract, Skips, loops
 from aropt.passes.canonicalize import copied
 from aropt.passes.kv_cache import named
@@ -38,11 +37,11 @@ class FuseAttention:
     def plan(self, program: Program, target: str) -> Applies | Skips:
         if target != "onnxruntime":
             return Skips(f"the target {target} has no kernel for it")
-        if RAGGED in program.graphs or not step_of(program):
+        if RAGGED in program.graphs or not restricted(program):
             return Skips("no cached step of a positions loop")
         try:
             found = matches(program.graphs[STEP], program.weights, int(program.meta["capacity"]))
-        except AroptError as reason:
+        except NotThis as reason:
             return Skips(reason.what, ((reason.where or STEP, reason.what),))
         return Applies((f"{len(found)} attentions",)) if found else Skips("the step has no attention")
 
@@ -66,10 +65,10 @@ class FuseAttention:
 PASS = FuseAttention
 
 
-def step_of(program: Program) -> Call | None:
-    """The call of the restricted step in a loop."""
-    found = (c for loop in loops(program.control, "positions") for c in calls(loop.body) if c.graph == STEP)
-    return next(found, None) if "slots" in program.graphs.get(STEP, Graph("", fx.Graph(), {}, {})).inputs else None
+def restricted(program: Program) -> bool:
+    """Whether a loop over positions runs the step that kv-cache derived."""
+    called = any(c.graph == STEP for loop in loops(program.control, "positions") for c in calls(loop.body))
+    return called and set(PLACES) <= set(program.graphs[STEP].inputs)
 
 
 def compare() -> Graph:

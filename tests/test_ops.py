@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -90,7 +91,7 @@ def test_an_op_is_defined_once() -> None:
 @given(data=st.data())
 def test_registration(op: OpDef, data: st.DataObject) -> None:
     """Schema, fake and tracing, by torch's own checks."""
-    torch.library.opcheck(op.overload, data.draw(op.samples()))
+    library.opcheck(op.overload, data.draw(op.samples()))
 
 
 @every_op

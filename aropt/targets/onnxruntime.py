@@ -1,8 +1,8 @@
 """The onnxruntime target: one session a graph, state bound to it and updated in place.
 
-Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache row update)
-is bound to its input's own buffer, which ONNX Runtime's ScatterElements then doesn't copy. Other outputs alternate
-between two sets of buffers, so that after two rounds the same bindings come back and binding costs nothing.
+Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache update) is
+bound to its input's own buffer, which the operator then doesn't copy. Other outputs alternate between two sets of
+buffers, which are kept for the next generation of the same shape: then nothing is bound again.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Session:
         """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing."""
         key = tuple(t.shape for t in inputs.values())
         if key not in self.entries:
-            if len(self.entries) >= SHAPES:
-                self.entries.clear()
+            if len(self.entries) >= SHAPES:  # caches are large, and bindings and turns hold them too
+                for kept_values in (self.entries, self.bindings, self.turns):
+                    kept_values.clear()
             self.entries[key] = {n: torch.empty_like(t) for n, t in inputs.items()}
         for name, kept in self.entries[key].items():
             kept.copy_(inputs[name])
@@ -137,10 +138,11 @@ class OnnxRuntime:
             return False
         session, emitted = self.session(call.graph), Emitted(control)
         reads = session.entry({name: values[value] for name, value in call.reads.items()})
+        written = set(call.writes.values())
         while True:
             outputs = session.call(reads)
             values.update({value: outputs[o] for o, value in call.writes.items()})
-            reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
+            reads |= {name: values[value] for name, value in call.reads.items() if value in written}
             emitted.keep([values[name].numpy() for name in control.emits])
             if on_round is not None and on_round(values) is False:
                 on_round = None
@@ -157,6 +159,13 @@ class OnnxRuntime:
             spec = self.program.graphs[graph]
             self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), self.threads)
         return self.sessions[graph]
+
+    def translated(self, graph: str) -> Any:
+        """A graph's ONNX model as it was built for its session, or None."""
+        import onnx_ir as ir
+
+        path = file(self.folder, graph)
+        return ir.load(path) if path.exists() else None
 
     def executed(self, graph: str) -> dict[str, int]:
         """Kinds of nodes that a graph's session runs, read back after ONNX Runtime's optimization: {kind: count}."""
@@ -230,8 +239,6 @@ def take_turns(session: Session, call: Call, control: Loop, reads: Values, value
     """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`."""
     key = tuple(t.data_ptr() for t in reads.values())
     if key not in session.turns:
-        if len(session.turns) >= SHAPES:
-            session.turns.clear()
         session.turns[key] = two_sides(session, call, control, reads, values)
     run, sides, turn, done = session.session.run_with_iobinding, session.turns[key], 0, False
     while not done:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aropt.errors import Unsupported, VerificationFailed
 from aropt.interpreter import Values
 from aropt.program import Program
 
@@ -43,17 +44,16 @@ class Whole:
 
 def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Builds, checks and times the whole loop; the executor keeps it if it is faster. Returns what was measured."""
-    from aropt.errors import AroptError
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
 
     path = file(executor.folder)
     say("one call: export")
     try:
-        export_program(program, path, contrib=True)
+        export_program(program, path, contrib=True, graphs=executor.translated)
         say("one call: compare")
         found: dict[str, Any] = {"verify": run_loop.compare(path, program.replace(executor=executor))}
-    except AroptError as error:
+    except (Unsupported, VerificationFailed) as error:
         discard(path)
         return {"picked": "stepping", "reason": str(error).splitlines()[0]}
     whole = Whole(path, executor.threads)
