@@ -38,7 +38,7 @@ DEFAULT_AGAINST = ("eager", "cached", "hf")
 SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_FREEZING": "1"}}  # environment
 
 
-PAUSE = 0.5  # seconds before each turn: the threads of the one before spin for a while, and would take this one's cores
+PAUSE = 0.3  # seconds before each turn: the threads of the one before spin for a while, and would take this one's cores
 
 
 @dataclass(frozen=True)

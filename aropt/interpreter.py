@@ -58,10 +58,10 @@ def run(
     for name, state in program.state.items():
         if state.init is not None:
             values[name] = state.create(sizes)
-    specs = {v: program.graphs[c.graph].outputs[o] for c in calls(program.control) for o, v in c.writes.items()}
 
     def nothing(name: str) -> Tensor:
         """What a loop without rounds emits of a value."""
+        specs = {v: program.graphs[c.graph].outputs[o] for c in calls(program.control) for o, v in c.writes.items()}
         first, *rest = [resolve(d, sizes) for d in specs[name].dims]
         return torch.zeros([first, 0, *rest], dtype=specs[name].dtype)
 

@@ -53,6 +53,7 @@ def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str,
     """
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # its entries are of other symbols: half of the time for nothing
     fakes: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
     for name, example in examples(inputs).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from aropt.passbase import Applies, Skips
 from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.passmanager import PIPELINE, Instruments, pipeline, run_passes
+from aropt.printer import diff
 from aropt.program import Program
 from aropt.targets import lower
 from aropt.validate import cases, validate, with_probe
+from tests.conftest import make_stages
 
 CAPACITY = 20
 
@@ -87,6 +90,18 @@ class Small(nn.Module):
 def cached(model: nn.Module) -> Program:
     passes = pipeline(dropped=("fuse-attention", "fuse-sampler", "prune"))
     return run_passes(aropt.capture(model), passes, "onnxruntime", Instruments(check=False))[0]
+
+
+@pytest.mark.parametrize("name", ["canonicalize", "merge-linears", "fuse-attention"])
+def test_pass(name: str, golden: Callable[[str], None]) -> None:
+    """What a pass changes in the model or in its step."""
+    stages = make_stages(aropt.capture(Small("pairs")))
+    before = stages[["captured", *PIPELINE][PIPELINE.index(name)]]
+    golden(diff(only_step(before), only_step(stages[name])))
+
+
+def only_step(program: Program) -> Program:
+    return program.replace(graphs={n: g for n, g in program.graphs.items() if n in ("model", "step")})
 
 
 def numbers(program: Program) -> Any:

@@ -12,7 +12,8 @@ from aropt.loops import autoregressive
 from aropt.program import Program
 from aropt.trace import capture_model
 from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, simpler, validate
-from tests.mutants import CAPACITY, MUTANTS, check, optimized, reference, swap
+from tests.mutants import MUTANTS, check, optimized, reference
+from tests.mutants.surgery import CAPACITY, swap
 
 VOCAB = 11
 argmax = torch.ops.aten.argmax.default

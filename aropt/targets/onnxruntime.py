@@ -122,10 +122,10 @@ class OnnxRuntime:
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
 
     def call(self, graph: str, inputs: Values) -> Values:
-        if graph not in self.hot:
-            lowered = file(self.folder, graph).exists()
-            return self.session(graph).once(inputs) if lowered else self.eager.call(graph, inputs)
-        return self.session(graph).call(inputs)
+        if graph in self.hot:
+            return self.session(graph).call(inputs)
+        lowered = graph in self.sessions or file(self.folder, graph).exists()
+        return self.session(graph).once(inputs) if lowered else self.eager.call(graph, inputs)
 
     def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
@@ -157,7 +157,8 @@ class OnnxRuntime:
     def session(self, graph: str) -> Session:
         if graph not in self.sessions:
             spec = self.program.graphs[graph]
-            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), self.threads)
+            threads = self.threads if graph in self.hot else 1  # what runs once is small
+            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
         return self.sessions[graph]
 
     def translated(self, graph: str) -> Any:

@@ -1,4 +1,4 @@
-"""Seeded miscompiles of merged linears and of the fused attention op (see tests/mutants.py)."""
+"""Seeded miscompiles of merged linears and of the fused attention op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aropt import ops
 from aropt.program import Program
-from tests.mutants import mutant, reweigh, swap, then
+from tests.mutants.surgery import mutant, reweigh, swap, then
 
 OP = ops.load("cached_attention")
 NAMES = [argument.name for argument in OP.overload._schema.arguments]
