@@ -39,6 +39,7 @@ SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_F
 
 
 PAUSE = 0.3  # seconds before each turn: the threads of the one before spin for a while, and would take this one's cores
+PATIENCE = 60.0  # seconds: a variant that has run for as long, and was timed once, takes no more turns
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def measure(
     """Times `runs` runs of each variant of an artifact, taking turns, after two warm-ups. Keys are variants.
 
     With more `rounds` the runs are shared out to that many processes of each variant, one after the other: the same
-    program may well run at another speed in another process.
+    program may well run at another speed in another process. A variant that takes minutes is timed less often.
     """
     timings = {v: Timing(v) for v in variants}
     for number in range(rounds):
@@ -130,8 +131,9 @@ def take_turns(workers: Sequence[Worker], numbers: range, say: Callable[[str], N
         for done, _ in enumerate(numbers):
             say(f"round {done + 1} of {len(numbers)}")
             for worker in alive:
-                time.sleep(PAUSE)
-                worker.go()
+                if worker.spent < PATIENCE or not worker.timing.runs:
+                    time.sleep(PAUSE)
+                    worker.go()
     finally:
         for worker in workers:
             worker.stop()
@@ -143,6 +145,7 @@ class Worker:
     def __init__(self, spec: Spec, timing: Timing) -> None:
         threads = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
         self.timing = timing
+        self.spent = 0.0  # seconds of running
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up and block)
         self.process: subprocess.Popen[str] | None = None
         try:
@@ -185,6 +188,7 @@ class Worker:
             self.timing.error = self.timing.error or "the worker ended"
             return
         answer = self.answer()
+        self.spent += answer.get("ms", 0.0) / 1e3
         if "error" in answer:
             self.timing.error = answer["error"]
         elif keep:

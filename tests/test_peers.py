@@ -149,6 +149,14 @@ def test_rounds_are_processes(artifact: Path, stand_in: Callable[..., Path]) -> 
     assert len({json.loads(line)["pid"] for line in log.read_text().splitlines()}) == 2
 
 
+def test_a_slow_variant_is_timed_less_often(
+    artifact: Path, stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("ort-genai")
+    monkeypatch.setattr(bench, "PATIENCE", 0.01)  # the warm-up and two runs of 4 ms are more
+    assert bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=5)["ort-genai"].runs == [4.0] * 2
+
+
 def test_an_engine_that_dies_is_a_note(artifact: Path, stand_in: Callable[..., Path]) -> None:
     stand_in("ort-genai", fail="sys.exit('out of registers')")
     timing = bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=1, rounds=2)["ort-genai"]
