@@ -23,9 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "nodes.json"
-FILLED, SLOTS, RUNS = 100, 256, 300
+SLOTS, RUNS = 256, 300
 TYPES = {"float": np.float32, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
-VALUES = {"last": FILLED, "total": FILLED + 1, "limit": SLOTS, "stop": -1, "filled": FILLED}
 
 
 def session(path: Path, threads: int, profile: str = "") -> Any:
@@ -38,17 +37,18 @@ def session(path: Path, threads: int, profile: str = "") -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def bound(made: Any) -> tuple[Any, dict[str, Any]]:
-    """A binding for one decoded row; caches are written in place. The arrays must be kept alive."""
+def bound(made: Any, filled: int, size: int) -> tuple[Any, dict[str, Any]]:
+    """A binding for one row after `filled` ones, heads of `size`; caches in place. The arrays must be kept alive."""
     binding, kept = made.io_binding(), {}
+    values = {"last": filled, "total": filled + 1, "limit": SLOTS, "stop": -1}
     for given in made.get_inputs():
         shape = [d if isinstance(d, int) else 1 for d in given.shape]
         if len(shape) == 4:
-            shape[2] = SLOTS
+            shape[2:] = [SLOTS, size]
         if given.name == "attention_mask":
-            shape[1] = FILLED + 1
+            shape[1] = filled + 1
         kind = TYPES[given.type[7:-1]]
-        kept[given.name] = np.full(shape, VALUES.get(given.name, given.name == "attention_mask"), kind)
+        kept[given.name] = np.full(shape, values.get(given.name, given.name == "attention_mask"), kind)
     for name, array in kept.items():
         binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
     for result in made.get_outputs():
@@ -60,16 +60,16 @@ def bound(made: Any) -> tuple[Any, dict[str, Any]]:
     return binding, kept
 
 
-def kinds(path: Path, threads: int) -> dict[str, Any]:
+def kinds(path: Path, threads: int, filled: int, size: int) -> dict[str, Any]:
     """Of one step: {"us": median of a call, "nodes": {kind: [number, microseconds]}}, times from a profiled session."""
     with tempfile.TemporaryDirectory() as folder:
         profiled = session(path, threads, folder + "/p")
-        binding, _kept = bound(profiled)
+        binding, _kept = bound(profiled, filled, size)
         for _ in range(RUNS):
             profiled.run_with_iobinding(binding)
         nodes = sums(Path(profiled.end_profiling()), RUNS)
     plain = session(path, threads)
-    binding, _kept = bound(plain)
+    binding, _kept = bound(plain, filled, size)
     times = []
     for _ in range(2 * RUNS):
         start = time.perf_counter()
@@ -97,7 +97,7 @@ def whole_loop(artifact: Path, threads: int) -> dict[str, Any]:
 
     program = load(artifact)
     prompt = [int(t) for t in program.meta["prompts"][0]][:1]
-    rounds = int(program.meta["capacity"]) - 1
+    rounds = min(SLOTS, int(program.meta["capacity"])) - 1
     feeds = {n: v.numpy() for n, v in make_inputs(program, [prompt], rounds, 0, (), [0], None, {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
@@ -138,18 +138,21 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from aropt.artifact import model_folder
+    from aropt.artifact import load, model_folder
 
     model = (sys.argv[1:] or ["text-ar"])[0]
     artifact, threads = ROOT / "build" / "bench" / model, 2
     if not artifact.is_dir():
         sys.exit(f"{artifact} is not there: run python -m perf.run {model}")
-    columns = {"aropt, a step": kinds(artifact / "models/step_greedy/onnxruntime/model.onnx", threads)}
+    program = load(artifact)
+    size = int(program.state["k_0"].spec.dims[3])
+    middle = min(SLOTS, int(program.meta["capacity"])) // 2, size
+    columns = {"aropt, a step": kinds(artifact / "models/step_greedy/onnxruntime/model.onnx", threads, *middle)}
     columns["aropt, one call"] = whole_loop(artifact, threads)
     source = model_folder(artifact)
     other = peer(source) if source else None
     if other:
-        columns["onnxruntime-genai"] = kinds(other, threads)
+        columns["onnxruntime-genai"] = kinds(other, threads, *middle)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     RESULTS.write_text(json.dumps(known | {model: columns}, indent=1) + "\n")
     print(table(columns))
