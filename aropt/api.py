@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from aropt import __version__
-from aropt.errors import VerificationFailed
+from aropt.errors import UsageError, VerificationFailed
 from aropt.loops import autoregressive
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
@@ -23,24 +23,29 @@ from aropt.sources import Source, facts, resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
 from aropt.targets.whole import pick
-from aropt.validate import Verdict, cases, validate, with_probe
+from aropt.unmask import unmasking
+from aropt.validate import Verdict, cases, probe, validate, with_probe
 
 Say = Callable[[str], None]
+LOOPS = ("positions", "unmask")
 
 
 def capture(
     model: str | nn.Module | Source,
     *,
     capacity: int | None = None,
-    rules: Sequence[str] = DEFAULT,
+    rules: Sequence[str] | None = None,
+    loop: str | None = None,
     trust_remote_code: bool = False,
     **meta: Any,
 ) -> Program:
     """The plain generation program of a model: the whole forward for each token, then the rule.
 
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
-    forward(ids int64[B, T]) -> logits[B, T, V]. `rules`: names from aropt.rules. `meta` overrides what is known of the
-    model (vocab, input_vocab, null, prompts, name). Raises Unsupported, UsageError.
+    forward(ids int64[B, T]) -> logits[B, T, V]. `loop`: "positions" (one token after the other) or "unmask" (a canvas,
+    by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit for a canvas. `meta`
+    overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts, name).
+    Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):
         known = {"name": type(model).__name__, "source": "", "modality": "tokens", **facts(model, capacity)}
@@ -48,8 +53,27 @@ def capture(
     else:
         source = resolve(model, capacity, trust_remote_code) if isinstance(model, str) else model
     source.meta |= {**meta, "trust_remote_code": trust_remote_code}
+    loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
+    check_loop(loop, source.meta)
     graph, weights = source.captured()
-    return autoregressive(graph, weights, source.meta, tuple(rules))
+    if loop == "unmask":
+        return unmasking(graph, weights, source.meta, tuple(rules or ()))
+    return autoregressive(graph, weights, source.meta, DEFAULT if rules is None else tuple(rules))
+
+
+def check_loop(loop: str, meta: dict[str, Any]) -> None:
+    """Raises UsageError for an unknown loop, or one that the model can't have."""
+    if loop not in LOOPS:
+        raise UsageError(what=f"unknown loop '{loop}'", hint="choose from " + ", ".join(LOOPS))
+    mask = meta.get("mask")
+    if loop == "unmask" and (mask is None or not 0 <= int(mask) < int(meta["vocab"])):
+        raise UsageError(
+            what="the model has no mask id" if mask is None else f"the mask id {mask} is outside the vocabulary",
+            why="unmasking starts from a canvas of masks"
+            if mask is None
+            else f"the logits have {meta['vocab']} tokens",
+            hint="give it: --mask ID, or mask= in Python",
+        )
 
 
 def optimize(
@@ -82,12 +106,14 @@ def optimize(
             program, probed, executor, cases(program, seed), lambda name: instruments.say(f"check: {name}")
         )
         executor = (
-            executor.without("row")
+            executor.without(probe(optimized))
             if hasattr(executor, "without")
             else lower(optimized, target, folder, threads=threads)
         )
     calls = (
-        pick(optimized, executor, instruments.say) if measure and verdict.passed and hasattr(executor, "whole") else {}
+        pick(optimized, executor, instruments.say)
+        if measure and verdict.passed and hasattr(executor, "whole") and optimized.meta.get("loop") != "unmask"
+        else {}
     )
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(

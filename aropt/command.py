@@ -18,6 +18,7 @@ from aropt.errors import Unsupported, VerificationFailed
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
+from aropt.runtime import room
 from aropt.sources import Source, resolve
 
 Say = Callable[[str], None]
@@ -120,7 +121,7 @@ def timed(
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
     prompt = [int(t) for t in program.meta["prompts"][0]]
-    n = min(request.tokens, int(program.meta["capacity"]) - len(prompt) + 1)
+    n = min(request.tokens, room(program, len(prompt)))
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(prompt), threads)
@@ -189,9 +190,10 @@ def add_roofline(
     from aropt.program import calls
 
     own = timings["aropt"]
-    if not own.runs:
+    decoding = loops(program.control, "positions")  # how many rounds another loop takes is not known from here
+    if not own.runs or not decoding:
         return
-    loop = loops(program.control, "positions")[0]
+    loop = decoding[0]
     weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}
     table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
     size = sum(program.weights[w].nbytes for w in weights - table)
@@ -205,10 +207,9 @@ def add_roofline(
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:
     """The same prompts through the reference interpreter and through the result: pictures or texts."""
     prompts = [list(map(int, p)) for p in program.meta["prompts"]]
-    capacity = int(program.meta["capacity"])
     found = []
     for i, prompt in enumerate(prompts[:10]):
-        n = min(64, capacity - len(prompt) + 1)
+        n = min(64, room(program, len(prompt)))
         options = {"seed": i, "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0}
         before, after = (p.generate([prompt], n, **options)[0] for p in (reference, program))
         image = program.meta["modality"] == "image"

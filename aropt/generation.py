@@ -11,6 +11,7 @@ from typing import Any
 from aropt import artifact
 from aropt.errors import UsageError
 from aropt.program import Program
+from aropt.runtime import room
 
 
 def run(
@@ -118,7 +119,7 @@ def bench(
         )
     threads = threads or torch.get_num_threads()
     prompt = [int(t) for t in program.meta["prompts"][0]]
-    n = min(tokens, int(program.meta["capacity"]) - len(prompt) + 1)
+    n = min(tokens, room(program, len(prompt)))
     timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say)
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(prompt), threads)

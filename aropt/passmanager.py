@@ -204,7 +204,7 @@ def step_bytes(program: Program) -> int:
 
     half = max(1, int(program.meta["capacity"]) // 2)
     sizes = {"B": 1, "R": 1, "T": half, "S": half, "P": 1, "K": 1}
-    loop = loops(program.control, "positions")[0]
+    loop = loops(program.control)[0]
     weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights() if program.weights[w].dim() > 1}
     total = sum(program.weights[w].nbytes for w in weights)
     read = {v for c in calls(loop.body) for v in c.reads.values()}

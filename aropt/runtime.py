@@ -22,6 +22,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
     negative: Sequence[Sequence[int]] | None = None,
+    fill: Sequence[Sequence[int]] | None = None,
     streams: Sequence[int] | None = None,
     executor: Executor | None = None,
     on_round: OnRound | None = None,
@@ -32,7 +33,8 @@ def generate(
     `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0.
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,
     otherwise one by one; the tokens are the same. `streams`: which noise each sequence draws (default: its
-    index). Raises UsageError for a bad prompt or parameter.
+    index). `fill`: what the answers of a program that unmasks hold already, `n` ids each, the mask id elsewhere.
+    Raises UsageError for a bad prompt or parameter.
     """
     check(program, prompts, n, params)
     executor = executor or program.executor
@@ -52,6 +54,7 @@ def generate(
             drawn,
             None if negative is None else [negative[i] for i in group],
             params,
+            None if fill is None else [fill[i] for i in group],
         )
         whole = getattr(executor, "whole", None)
         with host_threads(getattr(executor, "host_threads", None)):
@@ -80,13 +83,21 @@ def host_threads(count: int | None) -> Iterator[None]:
 
 def slots(program: Program, inputs: Values) -> int:
     """Cache slots for a generation: what it needs, rounded up so that few shapes occur."""
-    needed = inputs["prompt"].shape[1] + int(inputs["limit"])
+    needed = inputs["canvas"].shape[1] if "canvas" in inputs else inputs["prompt"].shape[1] + int(inputs["limit"])
     return min(-(-needed // 64) * 64, max(needed, int(program.meta["capacity"])))
+
+
+def room(program: Program, prompt: int) -> int:
+    """The most new tokens after a prompt of so many: the last one of a loop over positions is never read."""
+    return int(program.meta["capacity"]) - prompt + (program.meta.get("loop") != "unmask")
 
 
 def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: dict[str, Any]) -> None:
     """Raises UsageError for prompts, lengths or parameters that the program can't take."""
     capacity, known = int(program.meta["capacity"]), int(program.meta.get("input_vocab", program.meta["vocab"]))
+    unmask = program.meta.get("loop") == "unmask"
+    if unmask and n < 1:
+        raise UsageError(what=f"can't unmask {n} tokens", hint="give a number of new tokens of 1 or more")
     if not prompts or any(len(p) == 0 for p in prompts):
         raise UsageError(
             what="a prompt is empty", why="generation starts from at least one token", hint="give a prompt"
@@ -94,12 +105,12 @@ def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: di
     if n < 0:
         raise UsageError(what=f"can't generate {n} tokens", hint="give a number of new tokens of 0 or more")
     longest = max(len(p) for p in prompts)
-    if longest + max(n - 1, 0) > capacity:
+    if longest + (n if unmask else max(n - 1, 0)) > capacity:
         raise UsageError(
             what=f"prompt of {longest} tokens and {n} new ones don't fit",
             where="the model's capacity",
             why=f"it takes {capacity} tokens in all",
-            hint=f"ask for at most {max(capacity - longest + 1, 0)} new tokens",
+            hint=f"ask for at most {max(capacity - longest + (not unmask), 0)} new tokens",
         )
     for i, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= int(t) < known]
@@ -120,7 +131,9 @@ def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: di
         )
 
 
-RESERVED = {"prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative"}
+RESERVED = {
+    "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
+}  # fmt: skip
 
 
 def make_inputs(
@@ -132,6 +145,7 @@ def make_inputs(
     streams: Sequence[int],
     negative: Sequence[Sequence[int]] | None,
     params: dict[str, Any],
+    fill: Sequence[Sequence[int]] | None = None,
 ) -> Values:
     """The program's input values: prompts padded on the left, defaults filled in."""
     if not 0 <= seed < 2**62:
@@ -139,10 +153,13 @@ def make_inputs(
             what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed"
         )
     temperature = float(params.get("temperature", program.inputs["temperature"].default or 0.0))
-    values: Values = {
+    unmask = program.meta.get("loop") == "unmask"
+    values = canvas_inputs(program, prompts, n, params, fill) if unmask else {
         "prompt": padded(prompts),
         "lengths": torch.tensor([len(p) for p in prompts]),
         "limit": torch.tensor(n),
+    }  # fmt: skip
+    values |= {
         "stop": torch.tensor(list(stop) or [-1]),
         "greedy": torch.tensor(temperature <= 0),
         "seed": torch.tensor(seed),
@@ -160,6 +177,55 @@ def make_inputs(
     for name, given in program.inputs.items():
         if name not in values:
             values[name] = parameter(given, params.get(name, given.default))
+    return values
+
+
+def canvas_inputs(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    params: dict[str, Any],
+    fill: Sequence[Sequence[int]] | None,
+) -> Values:
+    """Prompts and masked answers as one canvas, and the grid of blocks. Raises UsageError where they don't fit.
+
+    A model with blocks of its own has them counted from the first id, others from the first id of the answer.
+    """
+    mask, own = int(program.meta["mask"]), int(program.meta.get("block") or 0)
+    fill = fill or [[mask] * n] * len(prompts)
+    for i, (prompt, answer) in enumerate(zip(prompts, fill, strict=True)):
+        if mask in prompt:
+            raise UsageError(
+                what=f"the prompt holds the mask id {mask}",
+                where=f"prompt {i}",
+                why="ids of a prompt are given; masks belong to the answer",
+                hint="give them as fill=, with the mask id where an id is to be found",
+            )
+        if len(answer) != n:
+            raise UsageError(what=f"fill {i} has {len(answer)} ids, not {n}", hint="give n ids for each prompt")
+    block = int(params.get("block", own or program.inputs["block"].default or 1))
+    if block < 1 or (own and block != own) or ("block" in params and not own and n % block):
+        raise UsageError(
+            what=f"blocks of {block} don't divide the {n} new tokens" if not own else f"blocks are of {own} ids here",
+            why="a schedule counts rounds by whole blocks" if not own else "the model was trained on them",
+            hint="choose a block that divides the number of new tokens" if not own else "leave block out",
+        )
+    values: Values = {
+        "canvas": padded([[*p, *f] for p, f in zip(prompts, fill, strict=True)]),
+        "lengths": torch.tensor([len(p) + n for p in prompts]),
+        "answers": torch.tensor([len(p) for p in prompts]),
+        "origin": torch.tensor([0 if own else len(p) for p in prompts]),
+        "block": torch.tensor(block),
+    }
+    if "steps" in program.inputs:
+        total, blocks = int(params.get("steps", 0)), -(-n // block)
+        if total and total % blocks:
+            raise UsageError(
+                what=f"{total} steps are not a whole number for each of {blocks} blocks",
+                why="every block gets the same number of rounds, at least one",
+                hint=f"choose a multiple of {blocks}, or another block",
+            )
+        values["steps"] = torch.tensor(total // blocks)
     return values
 
 

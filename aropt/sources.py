@@ -84,6 +84,8 @@ def reference(name: str, capacity: int | None) -> Source:
     }
     if name == "digits-ar":
         meta |= {"input_vocab": 28, "null": 27}
+    if found.mask is not None:
+        meta |= {"mask": found.mask, "block": found.block}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
     return Source(module, meta, sorted(files))
 

@@ -115,6 +115,10 @@ class Verdict:
 
 def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     """Boundary lengths, ragged batches, greedy and sampled, each parameter alone; all within the program's capacity."""
+    if program.meta.get("loop") == "unmask":
+        from aropt import validate_canvas
+
+        return validate_canvas.cases(program, seed, quick)
     capacity, vocab = int(program.meta["capacity"]), int(program.meta.get("input_vocab", program.meta["vocab"]))
     generator = torch.Generator().manual_seed(seed)
 
@@ -193,7 +197,7 @@ def validate(
         progress(case.name)
         outcome = compare(oracle, candidate, executor, case)
         verdict.outcomes.append(outcome)
-        if outcome.problem and explain:
+        if outcome.problem and explain and reference.meta.get("loop") != "unmask":
             from aropt.localize import localize
 
             small = shrink(lambda c: not compare(oracle, candidate, executor, c).passed, case)
@@ -342,23 +346,30 @@ class Trace:
 def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) -> Outcome:
     """Runs one case on both and measures. A candidate that raises an error has failed."""
     outcome = Outcome(case)
+    measure = compare_rows
+    if oracle.program.meta.get("loop") == "unmask":
+        from aropt.validate_canvas import compare_rows as measure
     try:
-        trace = Trace(candidate, case, executor)
+        measure(oracle, candidate, executor, outcome)
     except Mismatch as mismatch:
         outcome.problem = str(mismatch)
-        return outcome
     except AroptError:
         raise  # a missing tool, a wrong parameter: says nothing about the program
     except Exception as error:
         outcome.problem = f"the program raises {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return outcome
+    return outcome
+
+
+def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome: Outcome) -> None:
+    """Generates with the candidate, then measures prompt by prompt."""
+    case = outcome.case
+    trace = Trace(candidate, case, executor)
     outcome.generated = trace.tokens
     for i, prompt in enumerate(case.prompts):
         outcome.tokens += len(trace.tokens[i])
         problem = compare_row(oracle, trace, case, i, prompt, outcome)
         if problem and not outcome.problem:
             outcome.problem, outcome.row = f"prompt {i}: {problem}", i
-    return outcome
 
 
 def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequence[int], outcome: Outcome) -> str:
@@ -429,19 +440,25 @@ def in_double(graph: fx.Graph, weights: dict[str, Tensor]) -> fx.GraphModule:
     return fx.GraphModule(dict_root(list(double), double), copy)
 
 
+def probe(program: Program) -> str:
+    """The value that holds the logits that a round's rule sees."""
+    return "logits" if program.meta.get("loop") == "unmask" else "row"
+
+
 def with_probe(program: Program) -> Program:
-    """The program with the logits that each round's rule sees as the value "row", for validation only."""
+    """The program with the logits that each round's rule sees as the value `probe(program)`, for validation only."""
     from aropt.compose import expose
 
-    if any("row" in c.writes.values() for c in calls(program.control)):
+    name_of = probe(program)
+    if any(name_of in c.writes.values() for c in calls(program.control)):
         return program
     graphs = dict(program.graphs)
     for name, graph in program.graphs.items():
-        node = next((n for n in graph.fx.nodes if n.meta.get("value") == "row"), None)
+        node = next((n for n in graph.fx.nodes if n.meta.get("value") == name_of), None)
         if node is not None:
-            graphs[name] = expose(graph, {"row": node})
+            graphs[name] = expose(graph, {name_of: node})
     from aropt.passbase import rewrite
 
-    control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, "row": "row"})
-                                                  if "row" in graphs[c.graph].outputs else c])  # fmt: skip
+    control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, name_of: name_of})
+                                                  if name_of in graphs[c.graph].outputs else c])  # fmt: skip
     return program.replace(graphs=graphs, control=control)

@@ -57,8 +57,11 @@ def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False
         with torch.no_grad(), quiet():
             try:
                 model = to_onnx(graph, weights, registry(contrib), OPSET)
-            except torch.onnx.OnnxExporterError:  # an op that only torch's decompositions bring to ONNX
-                model = traced(graph, weights, contrib)
+            except torch.onnx.OnnxExporterError as first:  # an op that only torch's decompositions bring to ONNX
+                try:
+                    model = traced(graph, weights, contrib)
+                except Exception:
+                    raise first from first.__cause__
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -132,21 +135,23 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        if attn_mask is None or is_causal:
-            raise NotImplementedError("attention without an explicit mask")
+        if is_causal:
+            raise NotImplementedError("causal attention without an explicit mask")
         heads, groups, size = query.shape[1], query.shape[1] // key.shape[1], query.shape[-1]
         factor = 1 / math.sqrt(size) if scale is None else scale
         order = [*range(len(query.shape) - 2), len(query.shape) - 1, len(query.shape) - 2]
-        if attn_mask.dtype is not None and attn_mask.dtype.name == "BOOL":
+        if attn_mask is not None and attn_mask.dtype is not None and attn_mask.dtype.name == "BOOL":
             zero, gone = (op.CastLike(op.Constant(value_float=v), query) for v in (0.0, -math.inf))
             attn_mask = op.Where(attn_mask, zero, gone)
         if enable_gqa and groups > 1:  # the heads of a group are rows of one product: keys and values are read once
             query = op.Reshape(query, op.Constant(value_ints=[0, heads // groups, -1, size]))
-            attn_mask = op.Tile(attn_mask, op.Constant(value_ints=[1, 1, groups, 1]))
+            if attn_mask is not None:
+                attn_mask = op.Tile(attn_mask, op.Constant(value_ints=[1, 1, groups, 1]))
         scores = op.Mul(
             op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query)
         )
-        mixed = op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
+        scores = scores if attn_mask is None else op.Add(scores, attn_mask)
+        mixed = op.MatMul(op.Softmax(scores, axis=-1), value)
         if enable_gqa and groups > 1:
             mixed = op.Reshape(mixed, op.Constant(value_ints=[0, heads, -1, value.shape[-1]]))
         return mixed
@@ -182,10 +187,14 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         scaled = x if alpha == 1 else op.Mul(x, op.CastLike(op.Constant(value_float=float(alpha)), x))
         return op.Sub(op.CastLike(other, x), scaled)
 
+    def sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Shape(x, start=dim % len(x.shape), end=dim % len(x.shape) + 1)
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)  # of equal values the first comes first
+
     aten = torch.ops.aten
     own: dict[Any, Callable[..., Any]] = dict(ops.translation_table(contrib))
     own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both, aten.any.dim: any_of, aten.all.default: all_of}
-    own |= {aten.to.dtype: to, aten.rsub.Scalar: rsub}
+    own |= {aten.to.dtype: to, aten.rsub.Scalar: rsub, aten.sort.stable: sort}
     return {
         **own,
         aten.index_copy.default: index_copy,

@@ -16,6 +16,9 @@ from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Call, Control, If, Loop, Program, Seq
 
 
+RESULTS = {"token", "candidate"}  # what rules write
+
+
 @dataclass(frozen=True)
 class FuseSampler:
     name: ClassVar[str] = "fuse-sampler"
@@ -82,5 +85,5 @@ def fusible(control: Control) -> Iterator[list[Call]]:
 def stem(run: Sequence[Call]) -> str:
     """A name that says which step and which rule the fused graph holds."""
     steps = [call.graph for call in run if "logits" in call.writes.values() and call.graph != "model"]
-    rules = [call.graph for call in run if "token" in call.writes.values()]
+    rules = [call.graph for call in run if RESULTS & set(call.writes.values())]
     return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else "begin"

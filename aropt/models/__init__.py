@@ -1,4 +1,4 @@
-"""Two trained reference models, forward only: what the compiler's tests, examples and measurements start from.
+"""Trained reference models, forward only: what the compiler's tests, examples and measurements start from.
 
 Neither torch nor transformers is imported until a model is loaded.
 """
@@ -44,6 +44,10 @@ class Reference:
     """Measured on data kept out of training, with the shipped bfloat16 weights; NLLs in nats per pixel or byte."""
     training: dict[str, Any]
     """How the checkpoint was made: steps, seconds, seed, parameters, data and its sha256."""
+    mask: int | None = None
+    """The id of what is not written yet, for models that unmask a canvas."""
+    block: int = 0
+    """Rows of a block, for models whose rows see their block and those before it; 0: they see everything."""
 
 
 REFERENCES: dict[str, Reference] = {
@@ -80,18 +84,38 @@ REFERENCES: dict[str, Reference] = {
             heldout=_record("text-ar", "heldout"),
             training=_record("text-ar", "training"),
         ),
+        *(
+            Reference(
+                name=name,
+                modality="text",
+                description=f"byte-level masked diffusion model of the same text as text-ar, {sees}",
+                checkpoint=CHECKPOINTS / f"{name}.safetensors",
+                capacity=512,
+                vocab=260,
+                prompts=tuple(tuple(p.encode("utf-8")) for p in ("The following is a list of ", "def __init__(self, ")),
+                heldout=_record(name, "heldout"),
+                training=_record(name, "training"),
+                mask=259,
+                block=block,
+            )
+            for name, sees, block in (
+                ("text-mdlm", "seeing the whole canvas (LLaDA)", 0),
+                ("text-bd", "seeing its block of 16 and those before it (BD3-LM)", 16),
+            )
+        ),
     )
 }
 
 
-def load(name: str) -> torch.nn.Module:
-    """The reference model called name: float32, in eval mode, without gradients.
+def load(name: str, folder: Path = CHECKPOINTS) -> torch.nn.Module:
+    """The reference model called name, from its checkpoint in folder: float32, in eval mode, without gradients.
 
-    digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17]; text-ar is a LlamaForCausalLM.
+    digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17]; text-ar is a LlamaForCausalLM; text-mdlm and text-bd
+    map a canvas int64 [B, T] to logits float32 [B, T, 260].
     """
     if name not in REFERENCES:
         raise KeyError(f"no reference model {name!r}; known: {', '.join(REFERENCES)}")
-    checkpoint = REFERENCES[name].checkpoint
+    checkpoint = folder / REFERENCES[name].checkpoint.name
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint} is missing; make it with: python -m aropt.models.train {name}")
     model: torch.nn.Module
@@ -99,6 +123,10 @@ def load(name: str) -> torch.nn.Module:
         from aropt.models import digits
 
         model = digits.load(checkpoint)
+    elif REFERENCES[name].mask is not None:
+        from aropt.models import canvas
+
+        model = canvas.load(checkpoint, REFERENCES[name].block)
     else:
         from aropt.models import text
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aropt.models import CHECKPOINTS, REFERENCES, digits, load, text
+from aropt.models import CHECKPOINTS, REFERENCES, canvas, digits, load, text, train_canvas
 
 SEED = 0
-STEPS = {"digits-ar": 900, "text-ar": 2000}
+CANVAS = ("text-mdlm", "text-bd")
+STEPS = {"digits-ar": 900, "text-ar": 2000, "text-mdlm": 3000, "text-bd": 2000}
 
 
 def log(message: str) -> None:
@@ -237,12 +238,14 @@ def train_text(steps: int, out: Path) -> dict[str, Any]:
 
 def measure(name: str, model: nn.Module) -> dict[str, Any]:
     """The held-out measurements recorded for the reference model called name."""
+    if isinstance(model, canvas.CanvasLM):
+        return train_canvas.measure(model)
     return digits_measure(model) if name == "digits-ar" else text_measure(model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m aropt.models.train", description=__doc__)
-    parser.add_argument("name", choices=list(REFERENCES))
+    parser.add_argument("name", choices=list(STEPS))
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="folder for the checkpoint and its record")
     parser.add_argument("--evaluate", action="store_true", help="measure the shipped checkpoint instead of training")
@@ -258,9 +261,12 @@ def main() -> None:
     steps = arguments.steps or STEPS[name]
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    made = (train_digits if name == "digits-ar" else train_text)(steps, out)
+    if name in CANVAS:
+        made = train_canvas.train(name, steps, out, optimise, log)
+    else:
+        made = (train_digits if name == "digits-ar" else train_text)(steps, out)
     seconds = round(time.perf_counter() - start)
-    model = digits.load(out / "digits-ar.safetensors") if name == "digits-ar" else text.load(out / "text-ar")
+    model = load(name, out)
     heldout = measure(name, model.eval())
     training = {"steps": steps, "seconds": seconds, "threads": torch.get_num_threads(), "seed": SEED, **made}
     record = json.dumps({"heldout": heldout, "training": training}, indent=1)

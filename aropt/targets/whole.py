@@ -16,6 +16,7 @@ from typing import Any
 from aropt.errors import Unsupported, VerificationFailed
 from aropt.interpreter import Values
 from aropt.program import Program
+from aropt.runtime import room
 
 ROUNDS = 5
 MARGIN = 1.03  # what one call must win by to be worth its file and its session
@@ -58,7 +59,7 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
         return {"picked": "stepping", "reason": str(error).splitlines()[0]}
     whole = Whole(path, executor.threads)
     prompt = [int(t) for t in program.meta["prompts"][0]]
-    n = min(64, int(program.meta["capacity"]) - len(prompt) + 1)
+    n = min(64, room(program, len(prompt)))
     runs: dict[str, list[float]] = {"stepping": [], "one call": []}
     say("one call: time")
     for _ in range(ROUNDS + 1):

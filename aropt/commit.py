@@ -1,0 +1,186 @@
+"""Commit rules: which masked ids of a canvas a round writes, as tensor functions that are captured like a model.
+
+A rule is one confidence, one schedule or test, and options; `chosen` puts them together. Confidences are logarithms of
+probabilities, computed so that they don't saturate near probability 1: -log1p(sum over the others of exp(x - max)).
+Ties go to the lowest position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt.errors import UsageError
+from aropt.program import Input, Spec
+
+F32, I64 = torch.float32, torch.int64
+
+
+def probability(logits: Tensor) -> Tensor:
+    """Log-probability of the most likely token: logits [B, T, V] -> [B, T] (LLaDA, Nie et al. 2025, section 2.4)."""
+    best, at = logits.max(-1, keepdim=True)
+    others = torch.where(torch.arange(logits.shape[-1]) == at, 0.0, torch.exp(logits - best))
+    return -torch.log1p(others.sum(-1))
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Log of the difference between the two largest probabilities (Kim et al. 2025, section 4)."""
+    two = torch.sort(logits, dim=-1, descending=True).values[..., :2]
+    return probability(logits) + torch.log(-torch.expm1(two[..., 1] - two[..., 0]))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Minus the entropy in nats (Dream, Ye et al. 2025)."""
+    logs = torch.log_softmax(logits, -1)
+    return torch.where(logs > -torch.inf, logs * logs.exp(), 0.0).sum(-1)
+
+
+CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "probability": probability,
+    "margin": margin,
+    "entropy": entropy,
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a test of a rule may look at; all [B, T] but `step`, `masks` and `left`, which are int64 [B, 1].
+
+    `active`: masked rows of the block at hand; `rank`: of the confidence among them, 0 is the highest; `step`: the
+    block's rounds so far; `masks`: its masked rows when it began; `left`: those it has now.
+    """
+
+    active: Tensor
+    confidence: Tensor
+    rank: Tensor
+    step: Tensor
+    masks: Tensor
+    left: Tensor
+
+
+def uniform(round: Round, steps: Tensor) -> Tensor:
+    """masks/steps rows a round, the remainder in the first rounds (LLaDA, generate.py)."""
+    done = round.step + 1
+    return round.masks - done * (round.masks // steps) - torch.minimum(done, round.masks % steps)
+
+
+def cosine(round: Round, steps: Tensor) -> Tensor:
+    """cos(pi/2 * done/steps) of the masks stay (MaskGIT, Chang et al. 2022, section 3.3)."""
+    share = torch.cos(((round.step + 1).to(F32) / steps.to(F32)).clamp(max=1.0) * (torch.pi / 2))
+    return torch.floor(round.masks.to(F32) * share + 1e-4).to(I64)
+
+
+def shifted(round: Round, steps: Tensor, shift: Tensor) -> Tensor:
+    """s*t/(1 + (s-1)*t) of the masks stay, t the share of rounds left (LaViDa, Li et al. 2025, section 3.2)."""
+    t = 1 - ((round.step + 1).to(F32) / steps.to(F32)).clamp(max=1.0)
+    return torch.floor(round.masks.to(F32) * shift * t / (1 + (shift - 1) * t) + 1e-4).to(I64)
+
+
+def doubling(round: Round, steps: Tensor) -> Tensor:
+    """2^i rows in round i, the rest in the last (ASS, 2509.23924, section 3.3)."""
+    written = (torch.ones_like(round.step) << (round.step + 1).clamp(max=40)) - 1
+    return torch.where(round.step + 1 >= steps, 0, round.masks - written)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform,
+    "cosine": cosine,
+    "shifted": shifted,
+    "doubling": doubling,
+}
+
+
+def threshold(round: Round, threshold: Tensor) -> Tensor:
+    """Rows as likely as the threshold (Fast-dLLM, Wu et al. 2025, section 3.3)."""
+    return round.confidence >= torch.log(threshold)
+
+
+def factor(round: Round, factor: Tensor) -> Tensor:
+    """The n most confident rows, n the largest with (n + 1) (1 - confidence of the n-th) < factor (Fast-dLLM, 3.3)."""
+    return torch.exp(round.confidence) >= 1 - factor / (round.rank + 2)
+
+
+def segments(round: Round, threshold: Tensor, low: Tensor) -> Tensor:
+    """Rows above the threshold, and the best of each run of masks if above `low` (hierarchical, dInfer 2510.08666)."""
+    size = round.active.shape[1]
+    before = torch.cat([torch.zeros_like(round.active[:, :1]), round.active[:, :-1]], 1)[:, :size]
+    run = (round.active & ~before).to(I64).cumsum(1)
+    same = (run.unsqueeze(2) == run.unsqueeze(1)) & round.active.unsqueeze(1)
+    first = torch.where(same, round.rank.unsqueeze(1), size).amin(2)
+    best = (round.rank == first) & (round.confidence > torch.log(low))
+    return best | (round.confidence > torch.log(threshold))
+
+
+TESTS: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
+    "threshold": (threshold, {"threshold": Input(Spec(F32), 0.9, "probability from which a row is written")}),
+    "factor": (factor, {"factor": Input(Spec(F32), 1.0, "how much joint doubt a round may write")}),
+    "segments": (
+        segments,
+        {
+            "threshold": Input(Spec(F32), 0.9, "probability above which a row is written"),
+            "low": Input(Spec(F32), 0.4, "probability above which the best row of a run of masks is written"),
+        },
+    ),
+}
+STEPS = {"steps": Input(Spec(I64), 0, "rounds of a block; 0: as many as it has rows")}
+SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds")}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A commit rule: `params` are the program's inputs for it."""
+
+    confidence: str = "probability"
+    schedule: str = "uniform"  # used where there is no test
+    test: str = ""
+    eoser: bool = False
+    params: dict[str, Input] = field(default_factory=dict)
+
+    def select(self, round: Round, **values: Tensor) -> Tensor:
+        """bool [B, T]: the rows written in this round, at least the best one of each row of the batch."""
+        if self.test:
+            function, params = TESTS[self.test]
+            return round.active & ((round.rank == 0) | function(round, **{n: values[n] for n in params}))
+        steps = torch.where(values["steps"] > 0, values["steps"], round.masks)
+        extra = {"shift": values["shift"]} if self.schedule == "shifted" else {}
+        keep = SCHEDULES[self.schedule](round, steps.clamp(min=1), **extra)
+        return round.active & (round.rank < (round.left - keep).clamp(min=1))
+
+
+def chosen(names: tuple[str, ...]) -> Rule:
+    """The rule of these names: at most one of each kind. Raises UsageError for an unknown name or two of a kind."""
+    kinds: dict[str, dict[str, Any]] = {"confidence": CONFIDENCES, "schedule": SCHEDULES, "test": TESTS}
+    known = [*CONFIDENCES, *SCHEDULES, *TESTS, "eoser"]
+    found: dict[str, str] = {}
+    for name in names:
+        kind = next((k for k, members in kinds.items() if name in members), "")
+        if not kind and name != "eoser":
+            raise UsageError(
+                what=f"unknown rule '{name}'",
+                why="it is not in the list of commit rules",
+                hint="choose from " + ", ".join(known),
+            )
+        if kind in found:
+            raise UsageError(
+                what=f"two rules of a kind: '{found[kind]}' and '{name}'",
+                why=f"a commit rule has one {kind}",
+                hint="leave one out",
+            )
+        if kind:
+            found[kind] = name
+    if "schedule" in found and "test" in found:
+        raise UsageError(
+            what=f"'{found['schedule']}' and '{found['test']}' don't go together",
+            why="a test decides by itself how many rows a round writes",
+            hint="leave one out",
+        )
+    params = dict(TESTS[found["test"]][1]) if "test" in found else dict(STEPS)
+    if found.get("schedule") == "shifted":
+        params |= SHIFT
+    if "eoser" in names:
+        params["eos_gamma"] = Input(Spec(F32), 0.4, "what the confidence of an end token is multiplied by at first")
+    return Rule(**found, eoser="eoser" in names, params=params)

@@ -1,0 +1,97 @@
+"""Training and measuring text-mdlm and text-bd (called by aropt.models.train)."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aropt.models import text
+from aropt.models.canvas import BLOCK, CAPACITY, MASK, CanvasLM
+
+SEED = 0
+LEVELS = 16  # of noise, when the bound is measured
+LEAST = 0.02  # least share of masked ids: fewer make the weight 1/t too large
+
+
+def corrupted(clean: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids [B, T] with each id masked with its row's (or block's) probability, shares [B, T]; which ids were masked."""
+    masked = torch.rand(clean.shape, generator=generator) < shares
+    return torch.where(masked, MASK, clean), masked
+
+
+def shares(model: CanvasLM, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A noise level for each row or block, spread evenly over (0, 1) (Kingma et al. 2021, appendix I)."""
+    rows, length = shape
+    count = -(-length // model.block) if model.block else 1
+    levels = (torch.rand(1, generator=generator) + torch.arange(rows * count) / (rows * count)) % 1
+    levels = levels[torch.randperm(rows * count, generator=generator)].view(rows, count)
+    return (LEAST + (1 - LEAST) * levels).repeat_interleave(model.block or length, 1)[:, :length]
+
+
+def bound(model: CanvasLM, clean: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
+    """The negative ELBO in nats per id: the loss on masked ids over their noise level (Sahoo et al. 2024, eq. 8)."""
+    noisy, masked = corrupted(clean, levels, generator)
+    loss = F.cross_entropy(model.denoise(noisy, clean).transpose(1, 2), clean, reduction="none")
+    return (loss * masked / levels).mean()
+
+
+@torch.no_grad()
+def measure(model: CanvasLM, limit: int | None = None) -> dict[str, Any]:
+    """The bound on held-out text in windows of 256 ids, and how many masked ids are right when half are masked."""
+    held = text.split()[1]
+    ids = torch.tensor(text.stream(held))
+    ids = ids[: len(ids) // 256 * 256][: limit or len(ids)].view(-1, 256)
+    generator = torch.Generator().manual_seed(SEED)
+    total, right, masks = 0.0, 0, 0
+    for batch in ids.split(64):
+        for level in range(LEVELS if limit is None else 4):
+            share = torch.full(batch.shape, (level + 0.5) / (LEVELS if limit is None else 4))
+            total += float(bound(model, batch, share, generator)) * len(batch)
+        noisy, masked = corrupted(batch, torch.full(batch.shape, 0.5), generator)
+        guessed = model.denoise(noisy, batch).argmax(-1)
+        right, masks = right + int((guessed == batch)[masked].sum()), masks + int(masked.sum())
+    nll = total / len(ids) / (LEVELS if limit is None else 4)
+    return {
+        "nll": nll,
+        "bits_per_byte": nll / 0.6931471805599453,
+        "accuracy_half_masked": right / masks,
+        "ids": ids.numel(),
+        "documents": list(held),
+        "data_sha256": text.digest(held),
+    }
+
+
+def train(name: str, steps: int, out: Path, optimise: Callable[..., Any], log: Callable[[str], None]) -> dict[str, Any]:
+    """Trains the model, writes its checkpoint into out and returns its record but for the measurements.
+
+    The last fifth of the steps reads canvases as long as the model's capacity.
+    """
+    from safetensors.torch import save_file
+
+    docs = text.split()[0]
+    stream = torch.tensor(text.stream(docs))
+    model = CanvasLM(BLOCK if name == "text-bd" else 0).train()
+    generator = torch.Generator().manual_seed(SEED)
+    for step, _ in optimise(model, steps, peak=2e-3, decay=0.1):
+        if step % 250 == 0:
+            found = measure(model.eval(), 16384)
+            model.train()
+            log(f"{name} step {step}/{steps}: {found['nll']:.3f} nats/byte, {found['accuracy_half_masked']:.1%} right")
+        rows, length = (12, 256) if step < steps * 4 // 5 else (6, CAPACITY)
+        starts = torch.randint(len(stream) - length, (rows, 1), generator=generator)
+        clean = stream[starts + torch.arange(length)]
+        torch.autograd.backward(bound(model, clean, shares(model, (rows, length), generator), generator))
+    save_file({n: v.bfloat16() for n, v in model.state_dict().items()}, out / f"{name}.safetensors")
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": f"documents of Python {platform.python_version()}",
+        "documents": len(docs),
+        "ids": len(stream),
+        "data_sha256": text.digest(docs),
+    }
