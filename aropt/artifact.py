@@ -237,7 +237,15 @@ def source_of(folder: Path) -> Any:
 
     program = json.loads((folder / "program.json").read_text())
     meta = program["meta"]
-    return resolve(meta["source"], int(meta["capacity"]), bool(meta.get("trust_remote_code")))
+    source = resolve(meta["source"], int(meta["capacity"]), bool(meta.get("trust_remote_code")), meta.get("loop"))
+    source.meta |= {"mask": meta["mask"]} if "mask" in meta else {}
+    return source
+
+
+def loop_of(folder: Path) -> tuple[str, list[str]]:
+    """The kind of an artifact's loop, and the names of its rules."""
+    meta = json.loads((folder / "program.json").read_text())["meta"]
+    return meta.get("loop", "positions"), list(meta.get("rules", []))
 
 
 def model_folder(folder: Path) -> Path | None:

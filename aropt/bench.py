@@ -240,8 +240,12 @@ def variant(spec: Spec) -> Generate:
 
     target = {"cached": "eager", "inductor": "inductor", "inductor-max": "inductor"}.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
-    if getattr(program.executor, "whole", None) is not None:
-        return one_call(program, spec)
+    whole = getattr(program.executor, "whole", None) is not None
+    return one_call(program, spec) if whole else stepping(program, spec)
+
+
+def stepping(program: Any, spec: Spec) -> Generate:
+    """The program's own loop, a call a round."""
 
     def generate() -> tuple[list[int], float]:
         start = time.perf_counter()
@@ -270,12 +274,16 @@ def one_call(program: Any, spec: Spec) -> Generate:
 
 
 def eager(spec: Spec) -> Generate:
-    """The model as its owner runs it without a cache: forward over all tokens, argmax, append."""
+    """The model as its owner runs it without a cache: forward over all tokens, argmax, append; or the plain canvas."""
     import torch
 
-    from aropt.artifact import source_of
+    from aropt.api import capture
+    from aropt.artifact import loop_of, source_of
     from aropt.trace import Forward
 
+    loop, rules = loop_of(Path(spec.artifact))
+    if loop == "unmask":
+        return stepping(capture(source_of(Path(spec.artifact)), loop=loop, rules=rules), spec)
     forward = Forward(source_of(Path(spec.artifact)).module)
 
     def generate() -> tuple[list[int], float]:

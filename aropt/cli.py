@@ -86,7 +86,9 @@ def optimize(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance."
+            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance. Of a "
+            "canvas, what a round writes: threshold, factor, segments, or uniform, cosine, shifted, doubling; "
+            "probability, margin, entropy; eoser."
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
@@ -96,8 +98,10 @@ def optimize(
     tokens: Annotated[int, typer.Option(help="New tokens of a timed run.")] = 200,
     against: Annotated[list[str] | None, typer.Option(help=f"Time against: {', '.join(AGAINST)}.")] = None,
     loop: Annotated[
-        str, typer.Option(help="How the model generates: positions (one token after another).")
-    ] = "positions",
+        str | None,
+        typer.Option(help="How the model generates: positions (one token after another), unmask (a canvas)."),
+    ] = None,
+    mask: Annotated[int | None, typer.Option(help="The mask id of a canvas, where the model does not say it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each pass would do.")] = False,
     explain: Annotated[
@@ -119,8 +123,6 @@ def optimize(
     """Optimize a model: derive its cache, fuse, lower, prove equal to eager, time, and write OUT."""
     from aropt import bench, command
 
-    if loop != "positions":
-        raise UsageError(what=f"unknown loop '{loop}'", where="--loop", hint="this version knows: positions")
     with Progress() as progress:
         request = command.Request(
             model,
@@ -128,7 +130,7 @@ def optimize(
             target,
             split_passes(passes),
             split(no_pass),
-            split(rule) or ["temperature", "top-k", "top-p"],
+            split(rule) or None,
             capacity,
             threads,
             seed,
@@ -143,6 +145,8 @@ def optimize(
             dump_dir,
             progress,
             note,
+            loop=loop,
+            mask=mask,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)

@@ -35,7 +35,7 @@ class Request:
     target: str = "onnxruntime"
     passes: Sequence[str] = ()
     dropped: Sequence[str] = ()
-    rules: Sequence[str] = ("temperature", "top-k", "top-p")
+    rules: Sequence[str] | None = None
     capacity: int | None = None
     threads: int | None = None
     seed: int = 0
@@ -51,6 +51,8 @@ class Request:
     say: Say = field(default=lambda _: None)
     show: Say = field(default=lambda _: None)
     measure: bool = False  # let the target choose by timing even if nothing else is timed
+    loop: str | None = None
+    mask: int | None = None
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def optimize(request: Request) -> dict[str, Any]:
     bench.check(request.against)
     chosen = pipeline(request.passes, request.dropped)
     say("load")
-    source = resolve(request.model, request.capacity, request.trust_remote_code)
+    source = find(request)
     source.meta["source"] = str(Path(request.model).resolve()) if Path(request.model).exists() else request.model
     threads = request.threads or torch.get_num_threads()
     if sum(p.nbytes for p in source.module.parameters()) < SMALL:
@@ -68,7 +70,7 @@ def optimize(request: Request) -> dict[str, Any]:
             1
         )  # eager reference runs: a second thread costs more than it brings, and on a busy machine far more
     say("capture")
-    program = capture(source, rules=request.rules, trust_remote_code=request.trust_remote_code)
+    program = captured(request, source)
     instruments = Instruments(
         say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check
     )
@@ -103,6 +105,19 @@ def optimize(request: Request) -> dict[str, Any]:
         timed(report, folder, done, source, request, threads)
         artifact.write(done, folder, report, source.files)
     return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def find(request: Request) -> Source:
+    """The model that was asked for."""
+    source = resolve(request.model, request.capacity, request.trust_remote_code, request.loop)
+    if request.mask is not None:
+        source.meta["mask"] = request.mask
+    return source
+
+
+def captured(request: Request, source: Source) -> Program:
+    """Its plain program."""
+    return capture(source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code)
 
 
 def put_aside(folder: Path, out: Path) -> None:
@@ -254,17 +269,13 @@ def tokenizer(files: Sequence[Path]) -> Any:
 
 def run_bisect(request: Request) -> str | None:
     """The first pass after which the lowered program fails."""
-    program = capture(
-        request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code
-    )
+    program = captured(request, find(request))
     return bisect(program, pipeline(request.passes, request.dropped), request.target, request.say)
 
 
 def plan(request: Request) -> list[dict[str, Any]]:
     """What each pass would do, without doing it: [{name, level, status, reason, matches, rejected}]."""
-    program = capture(
-        request.model, capacity=request.capacity, rules=request.rules, trust_remote_code=request.trust_remote_code
-    )
+    program = captured(request, find(request))
     found: list[dict[str, Any]] = []
     for one in pipeline(request.passes, request.dropped):
         entry: dict[str, Any] = {

@@ -107,7 +107,8 @@ def factor(round: Round, factor: Tensor) -> Tensor:
 def segments(round: Round, threshold: Tensor, low: Tensor) -> Tensor:
     """Rows above the threshold, and the best of each run of masks if above `low` (hierarchical, dInfer 2510.08666)."""
     size = round.active.shape[1]
-    before = torch.cat([torch.zeros_like(round.active[:, :1]), round.active[:, :-1]], 1)[:, :size]
+    rows = torch.arange(size)
+    before = round.active.index_select(1, (rows - 1).clamp(min=0)) & (rows > 0)
     run = (round.active & ~before).to(I64).cumsum(1)
     same = (run.unsqueeze(2) == run.unsqueeze(1)) & round.active.unsqueeze(1)
     first = torch.where(same, round.rank.unsqueeze(1), size).amin(2)

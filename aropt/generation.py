@@ -31,8 +31,8 @@ def run(
     coder = tokenizer(out)
     ids = [encode(p, program, coder) for p in prompts or []] or [list(map(int, program.meta["prompts"][0]))]
     ends = list(stop) if stop is not None else list(program.meta.get("eos", []))
-    room = int(program.meta["capacity"]) - max(map(len, ids)) + 1
-    tokens = program.generate(ids, n if n is not None else min(200, room), seed=seed, stop=ends, **params)
+    most = min(200, room(program, max(map(len, ids))))
+    tokens = program.generate(ids, n if n is not None else most, seed=seed, stop=ends, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
         result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]
@@ -45,8 +45,7 @@ def run_images(
     """n pictures, classes in turn, side by side in one PNG."""
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
-    room = int(program.meta["capacity"]) - max(map(len, ids)) + 1
-    tokens = program.generate(ids, room, seed=seed, **{"temperature": 0.8, **params})
+    tokens = program.generate(ids, room(program, max(map(len, ids))), seed=seed, **{"temperature": 0.8, **params})
     pictures = [[*p[1:], *t] for p, t in zip(ids, tokens, strict=True)]
     write_png(pictures, path)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}

@@ -45,7 +45,9 @@ class Source:
         return capture_model(self.module, int(self.meta["input_vocab"]), int(self.meta["capacity"]))
 
 
-def resolve(model: str, capacity: int | None = None, trust_remote_code: bool = False) -> Source:
+def resolve(
+    model: str, capacity: int | None = None, trust_remote_code: bool = False, loop: str | None = None
+) -> Source:
     """Loads MODEL. Raises UsageError for what isn't there or is damaged, Unsupported for what aropt can't take."""
     from aropt.models import REFERENCES
 
@@ -53,7 +55,7 @@ def resolve(model: str, capacity: int | None = None, trust_remote_code: bool = F
     if model in REFERENCES:
         return reference(model, capacity)
     if path.is_dir():
-        return huggingface(path, capacity, trust_remote_code)
+        return huggingface(path, capacity, trust_remote_code, loop == "unmask")
     if ".py:" in model:
         return factory(model, capacity)
     if path.suffix == ".pt2" and path.is_file():
@@ -87,11 +89,13 @@ def reference(name: str, capacity: int | None) -> Source:
     if found.mask is not None:
         meta |= {"mask": found.mask, "block": found.block}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
+    if found.mask is not None:  # the bytes of text-ar
+        files = sorted(REFERENCES["text-ar"].checkpoint.glob("tokenizer*.json"))
     return Source(module, meta, sorted(files))
 
 
-def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> Source:
-    """A directory that AutoModelForCausalLM loads: config.json and safetensors."""
+def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, masked: bool = False) -> Source:
+    """A directory that AutoModelForCausalLM (or AutoModelForMaskedLM) loads: config.json and safetensors."""
     try:
         import transformers
     except ImportError as error:
@@ -120,7 +124,8 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> So
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+        kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        module, info = kind.from_pretrained(
             path,
             dtype=torch.float32,
             local_files_only=True,
@@ -129,7 +134,7 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> So
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:
-        raise loading_error(path, error, trust_remote_code) from error
+        raise loading_error(path, error, trust_remote_code, masked) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
@@ -145,10 +150,35 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool) -> So
     meta["eos"] = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not (path / "tokenizer.json").is_file():
         meta["modality"] = "tokens"
+    if masked:
+        meta["mask"] = mask_id(path, module)
+        meta["capacity"] = longest(module, int(meta["capacity"]))
     return Source(module.eval().requires_grad_(False), meta, files)
 
 
-def loading_error(path: Path, error: Exception, trusted: bool) -> Exception:
+def longest(module: nn.Module, capacity: int) -> int:
+    """The most ids that the model takes in fact: RoBERTa's table of positions begins after the padding id."""
+    reserved = (getattr(module.config, "pad_token_id", None) or 0) + 1
+    ids = torch.full((1, capacity), reserved)
+    try:
+        with torch.no_grad():
+            module(ids)
+    except (IndexError, RuntimeError):
+        return capacity - reserved
+    return capacity
+
+
+def mask_id(path: Path, module: nn.Module) -> int | None:
+    """The id of the mask token: what config.json says, else the tokenizer's."""
+    known = getattr(module.config, "mask_token_id", None)
+    if known is None and (path / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        known = AutoTokenizer.from_pretrained(path, local_files_only=True).mask_token_id
+    return None if known is None else int(known)
+
+
+def loading_error(path: Path, error: Exception, trusted: bool, masked: bool) -> Exception:
     """What to tell of a failed from_pretrained."""
     text = str(error)
     if "trust_remote_code" in text and not trusted:
@@ -170,7 +200,7 @@ def loading_error(path: Path, error: Exception, trusted: bool) -> Exception:
         )
     if isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text):
         return Unsupported(
-            what="transformers can't load this as a causal language model",
+            what=f"transformers can't load this as a {'masked' if masked else 'causal'} language model",
             where=str(path),
             why=text.splitlines()[0][:300],
             hint="write a factory: aropt optimize model.py:factory",
@@ -179,7 +209,7 @@ def loading_error(path: Path, error: Exception, trusted: bool) -> Exception:
         what="the model can't be loaded",
         where=str(path),
         why=(text.splitlines() or [type(error).__name__])[0][:300],
-        hint="check that AutoModelForCausalLM.from_pretrained loads it",
+        hint=f"check that AutoModelFor{'MaskedLM' if masked else 'CausalLM'}.from_pretrained loads it",
     )
 
 

@@ -106,7 +106,7 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
         logits = logits.to(F32)
         if shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+            logits = logits.index_select(1, (torch.arange(logits.shape[1]) - 1).clamp(min=0))
         logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits)
         confidence = CONFIDENCES[rule.confidence]
         if not sampled:

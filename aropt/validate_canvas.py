@@ -87,7 +87,7 @@ class Forced:
 
     def __init__(self, oracle: Oracle, trace: Trace, row: int, outcome: Outcome) -> None:
         self.oracle, self.trace, self.row, self.outcome = oracle, trace, row, outcome
-        self.round, self.problem = 0, ""
+        self.round, self.problem, self.floor = 0, "", 0.0
         self.picked: tuple[str, Values] = ("", {})
 
     def call(self, graph: str, inputs: Values) -> Values:
@@ -109,7 +109,7 @@ class Forced:
 
     def measure(self, single: Tensor, double: Tensor, mine: Tensor) -> None:
         """Adds this round's distance of logits to the outcome."""
-        floor = noise_floor(single, double)
+        floor = self.floor = noise_floor(single, double)
         distance = torch.where(mine == single, 0.0, (mine - single).abs())
         error = float(distance.max()) if distance.numel() else 0.0
         if not error <= TOLERANCE * floor and not self.problem:
@@ -121,10 +121,7 @@ class Forced:
     def overruled(self, inputs: Values, results: Values, actual: Tensor) -> Values:
         """The commit's results with the candidate's canvas in the place of its own."""
         if not torch.equal(results["tokens"][0], actual):
-            graph, read = self.picked
-            again = self.oracle.eager.call(graph, {**read, "logits": self.trace.logits[self.row][self.round][None]})
-            mine = self.oracle.eager.call("commit", {**inputs, **again})["tokens"][0]
-            if torch.equal(mine, actual):
+            if self.ties(inputs, results["tokens"][0], actual):
                 self.outcome.ties += 1
             elif not self.problem:
                 where = int((results["tokens"][0] != actual).nonzero()[0])
@@ -132,6 +129,24 @@ class Forced:
                 self.problem = f"round {self.round} leaves {int(actual[where])} at {where}, the reference {theirs}"
         left = (actual == int(self.oracle.program.meta["mask"])).any()
         return {**results, "tokens": actual[None], "finished": ~left}
+
+    def ties(self, inputs: Values, theirs: Tensor, actual: Tensor) -> bool:
+        """Whether the rule writes what the candidate wrote, given its logits, or some within the tolerance."""
+        (graph, read), mask = self.picked, int(self.oracle.program.meta["mask"])
+        nudged, masked = read["logits"].clone(), inputs["tokens"][0] == mask
+        step = 2 * TOLERANCE * self.floor  # two logits, each off by the tolerance
+        for row in (masked & (actual != theirs)).nonzero().flatten().tolist():
+            source = max(row - bool(self.oracle.program.meta.get("shift")), 0)
+            token = int(actual[row])
+            if token != mask:
+                nudged[0, source, token] += step
+            else:
+                nudged[0, source, nudged[0, source].argmax()] -= step
+        for logits in (self.trace.logits[self.row][self.round][None], nudged):
+            again = self.oracle.eager.call(graph, {**read, "logits": logits})
+            if torch.equal(self.oracle.eager.call("commit", {**inputs, **again})["tokens"][0], actual):
+                return True
+        return False
 
 
 def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome: Outcome) -> None:
