@@ -81,12 +81,20 @@ class Info:
 class Analysis:
     """Classifies every content node of a captured forward. Raises Unsupported with node, op and module path."""
 
-    def __init__(self, graph: fx.Graph, weights: Mapping[str, Tensor], names: Mapping[Any, str], capacity: int) -> None:
-        self.graph = graph
+    def __init__(
+        self,
+        graph: fx.Graph,
+        weights: Mapping[str, Tensor],
+        names: Mapping[Any, str],
+        capacity: int,
+        canvas: bool = False,
+    ) -> None:
+        self.graph, self.canvas = graph, canvas  # a canvas: rows may see later ones
         self.positions = Positions(weights, names, capacity)
         self.content = content_nodes(graph, names)
         self.biases: dict[Any, Bias] = {}
         self.causal = Hide(torch.ones(capacity, capacity, dtype=torch.bool).triu(1), False)
+        self.nothing = Hide(torch.zeros(capacity, capacity, dtype=torch.bool), False)
         self.info: dict[fx.Node, Info] = {}
         for node in graph.nodes:
             if node not in self.content:
@@ -248,6 +256,8 @@ class Analysis:
         if first not in self.content or second not in self.content:
             return None
         left, right = self.info[first].axes, self.info[second].axes
+        if self.canvas and has(right[-1], "r"):
+            raise NotRowwise("is attention that canonicalize does not bring to one op")
         if len(left) < 2 or len(right) < 2:
             return None
         lead = broadcast([left[:-2], right[:-2]])
@@ -275,6 +285,8 @@ class Analysis:
         info = Info((*axes[0][:-1], axes[2][-1]), role="sdpa")
         if x["is_causal"]:
             info.hides[query] = self.causal
+        elif mask is None and self.canvas:
+            info.hides[query] = self.nothing
         elif mask is None:
             raise NotCausal("has no mask: each position sees later ones")
         elif mask in self.content:
@@ -282,7 +294,10 @@ class Analysis:
         else:
             info.operands[mask] = align(self.positions.dims(mask), (*axes[0][:-1], COLUMN))
             bias = self.operand(node, mask, info)
-            self.require_causal_sdpa(bias)
+            if not self.canvas:
+                self.require_causal_sdpa(bias)
+            elif mask not in info.hides:
+                raise NotRowwise("has a mask that hides nothing")
         return info
 
     @staticmethod

@@ -19,7 +19,7 @@ def compose(
     specs: Mapping[str, Spec],
     weights: Mapping[str, Tensor],
 ) -> tuple[Graph, Call]:
-    """The calls of a sequence as one graph and one call. `specs` types the values that it reads.
+    """The calls of a sequence as one graph and one call. `specs` types the values that it reads, or their reader.
 
     Every value written is an output, under the value's own name; `trim` drops those that nobody reads.
     """
@@ -30,9 +30,9 @@ def compose(
     read = [v for c in sequence for v in c.reads.values()]
     produced: set[str] = set()
     for call in sequence:  # placeholders first
-        for value in call.reads.values():
+        for name_within, value in call.reads.items():
             if value not in produced and value not in inputs:
-                inputs[value] = specs[value]
+                inputs[value] = specs.get(value) or graphs[call.graph].inputs[name_within]
                 values[value] = graph.placeholder(value)
         produced |= set(call.writes.values())
     assert set(inputs) <= set(read)

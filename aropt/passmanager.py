@@ -18,6 +18,7 @@ from aropt.validate import Verdict, cases, validate, with_probe
 PASSES = {
     "canonicalize": "canonicalize",
     "kv-cache": "kv_cache",
+    "block-cache": "block_cache",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "fuse-sampler": "fuse_sampler",

@@ -59,7 +59,7 @@ class Graph:
 class StateSpec:
     """A value that survives an iteration. `init` fills it before the program starts (None: a graph writes it first).
 
-    Kinds: tokens, append-kv, recurrent, counter, flag, lengths. `axis` is the slot axis that grows (append-kv).
+    Kinds: tokens, append-kv, canvas-kv, recurrent, counter, flag, lengths. `axis` is that of slots (both kv kinds).
     """
 
     kind: str

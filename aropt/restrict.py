@@ -7,6 +7,9 @@ Given `forward(ids[B, T]) -> logits[B, T, V]`, returns the same computation for 
 
 Slots say where the rows' keys and values are stored; positions what rotary angles and masks see (-1: padding).
 `slot_positions` holds the position stored in each slot (-1: empty). Rows of padding see only themselves.
+
+On a canvas rows may see later ones, and slots are int64[B, R]: each sequence of a batch has rows of its own. Then it is
+for the caller to know which stored rows are still right: `facts["reach"]` says how far each row sees.
 """
 
 from __future__ import annotations
@@ -67,15 +70,17 @@ class Restricted:
     facts: dict[str, Any]
 
 
-def restrict(graph: Graph, weights: Mapping[str, Tensor], capacity: int, rows: str = "all") -> Restricted:
-    """Restricts `graph` (input ids[B, T], output logits) to rows, with an append cache.
+def restrict(
+    graph: Graph, weights: Mapping[str, Tensor], capacity: int, rows: str = "all", canvas: bool = False
+) -> Restricted:
+    """Restricts `graph` (input ids[B, T], output logits) to rows, with an append cache or with that of a canvas.
 
     `rows="last"` computes what follows the last attention for the last row only. Positions run from 0 to capacity - 1.
     Raises Unsupported where an append cache would not be exact, or where an op can't be classified.
     """
     try:
         names = propagate(graph.fx, graph.inputs, weights)
-        analysis = Analysis(graph.fx, weights, names, capacity)
+        analysis = Analysis(graph.fx, weights, names, capacity, canvas)
         return Restriction(analysis, weights, last=rows == "last").result(graph.name)
     except Unsupported:
         raise
@@ -93,6 +98,7 @@ class Restriction:
         self.state: dict[str, StateSpec] = {}
         self.updated: dict[str, fx.Node] = {}
         self.masks: set[str] = set()
+        self.canvas, self.seen = analysis.canvas, torch.zeros(analysis.positions.capacity, dtype=torch.int64)
         self.new: dict[fx.Node, fx.Node] = {}
         self.memo: dict[Any, fx.Node] = {}
         self.layers = 0
@@ -101,7 +107,8 @@ class Restriction:
         names = ("ids", "slots", "positions", "slot_positions")
         self.ids, self.slots, self.rows, stored = (self.out.placeholder(n) for n in names)
         self.last_input = stored
-        self.columns = self.out.call_function(aten.index_copy.default, (stored, 1, self.slots, self.rows))
+        write = aten.scatter.src if self.canvas else aten.index_copy.default
+        self.columns = self.out.call_function(write, (stored, 1, self.slots, self.rows))
 
     def result(self, name: str) -> Restricted:
         for node in self.analysis.graph.nodes:
@@ -117,12 +124,17 @@ class Restriction:
                     self.new[node] = self.write(node)
                 except NotRowwise as reason:
                     raise refusal(node, f"{op_name(node)} {reason}", "please report the model") from None
-        specs = {"ids": ("B", "R"), "slots": ("R",), "positions": ("B", "R"), "slot_positions": ("B", "S")}
+        slots = ("B", "R") if self.canvas else ("R",)
+        specs = {"ids": ("B", "R"), "slots": slots, "positions": ("B", "R"), "slot_positions": ("B", "S")}
         inputs = {n: Spec(torch.int64, dims) for n, dims in specs.items()} | {n: s.spec for n, s in self.state.items()}
         graph = build(name, self.out, inputs, ["logits", "slot_positions", *self.state], self.weights)
-        state = {"slot_positions": StateSpec("append-kv", inputs["slot_positions"], -1, 1), **self.state}
-        facts = {"masks": sorted(self.masks), "attentions": self.layers, "cache": "append, exact"}
+        state = {"slot_positions": StateSpec(self.kind, inputs["slot_positions"], -1, 1), **self.state}
+        facts = {"masks": sorted(self.masks), "attentions": self.layers, "reach": self.seen.tolist()}
         return Restricted(graph, state, {c: v for c, v in self.constants.items() if c in graph.weights()}, facts)
+
+    @property
+    def kind(self) -> str:
+        return "canvas-kv" if self.canvas else "append-kv"
 
     def find_tail(self) -> set[fx.Node]:
         """Content nodes that no attention follows: their earlier rows are not needed."""
@@ -230,7 +242,7 @@ class Restriction:
         layer = self.next_layer()
         keys, values = self.full(x["key"], f"k_{layer}"), self.full(x["value"], f"v_{layer}")
         beside = (*self.info[query].axes[:-1], COLUMN)
-        if x["is_causal"]:
+        if x["is_causal"] or mask is None:
             bias = self.spread(self.visible(info.hides[query].entries), beside)
         else:
             bias = self.hiding(mask, info.operands[mask], info.hides[mask], beside)
@@ -291,11 +303,20 @@ class Restriction:
         dims = tuple("S" if i == row else text(a) for i, a in enumerate(axes))
         with self.out.inserting_after(self.last_input):
             store = self.last_input = self.out.placeholder(name)
-        self.state[name] = StateSpec("append-kv", Spec(node.meta["val"].dtype, dims), 0.0, row)
+        self.state[name] = StateSpec(self.kind, Spec(node.meta["val"].dtype, dims), 0.0, row)
         # no "origin": it holds all slots, not the rows of the original
-        self.updated[name] = self.call(aten.index_copy.default, store, row, self.slots, self.new[node])
+        if self.canvas:
+            index = self.memoized(("index", axes), lambda: self.spread_slots(axes))
+            self.updated[name] = self.call(aten.scatter.src, store, row, index, self.new[node])
+        else:
+            self.updated[name] = self.call(aten.index_copy.default, store, row, self.slots, self.new[node])
         self.updated[name].meta = {"where": node.meta.get("where", "")}
         return self.updated[name]
+
+    def spread_slots(self, axes: Axes) -> fx.Node:
+        """The slots of the rows for each element of a value with these axes."""
+        laid = self.layout(self.slots, ["b", "r"], axes, False)
+        return self.call(aten.expand.default, laid, self.shape(axes, False, False))
 
     # --- position-only operands --------------------------------------------------------------------------------------
 
@@ -362,6 +383,8 @@ class Restriction:
     def visible(self, hidden: Tensor) -> fx.Node:
         """bool[B, R, S]: which slots each row sees. Known mask shapes are computed, others looked up."""
         kind, width = classify(hidden)
+        far = torch.where(hidden, -1, torch.arange(len(hidden))).amax(1)
+        self.seen = torch.maximum(self.seen, far)
         self.masks.add(f"window {width}" if kind == "window" else kind)
         key = (hash(hidden.numpy().tobytes()), hidden.shape) if kind == "table" else width
         return self.memoized(("visible", kind, key), lambda: self.write_visible(kind, width, hidden))
@@ -377,6 +400,8 @@ class Restriction:
             index = [call(aten.unsqueeze.default, self.clamped(self.rows), 2),
                      call(aten.unsqueeze.default, self.clamped(self.columns), 1)]  # fmt: skip
             seen = call(aten.index.Tensor, self.out.get_attr(name), index)
+        elif kind == "all":
+            seen = written
         elif kind in ("causal", "window"):
             seen = self.memoized("causal", lambda: call(aten.le.Tensor, stored, rows))
             if kind == "window":
@@ -390,7 +415,9 @@ class Restriction:
         def make() -> fx.Node:
             size = self.memoized(("size", "c"), lambda: self.call(aten.sym_size.int, self.columns, 1))
             slots = self.call(aten.arange.default, size, device=torch.device("cpu"))
-            return self.call(aten.eq.Tensor, slots, self.call(aten.unsqueeze.default, self.slots, 1))
+            return self.call(
+                aten.eq.Tensor, slots, self.call(aten.unsqueeze.default, self.slots, 2 if self.canvas else 1)
+            )
 
         return self.memoized("own", make)
 

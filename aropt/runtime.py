@@ -133,6 +133,7 @@ def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: di
 
 RESERVED = {
     "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
+    "span",
 }  # fmt: skip
 
 
@@ -217,6 +218,8 @@ def canvas_inputs(
         "origin": torch.tensor([0 if own else len(p) for p in prompts]),
         "block": torch.tensor(block),
     }
+    if "span" in program.inputs:
+        values["span"] = torch.arange(min(block, values["canvas"].shape[1]))
     if "steps" in program.inputs:
         total, blocks = int(params.get("steps", 0)), -(-n // block)
         if total and total % blocks:

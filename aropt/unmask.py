@@ -151,11 +151,8 @@ def commit(rule: Rule, mask: int) -> Graph:
         **params: Tensor,
     ) -> tuple[Tensor, ...]:
         at = places(tokens, lengths)
-        masked = (tokens == mask) & (at >= 0)
-        index = torch.div((at - origin.unsqueeze(1)).clamp(min=0), block, rounding_mode="floor")
-        current = torch.where(masked, index, FAR).amin(1)
+        active, current = current_block(tokens, lengths, origin, block, mask)
         fresh = current != cursor
-        active = masked & (index == current.unsqueeze(1))
         left = active.to(I64).sum(1)
         step, masks = torch.where(fresh, 0, step), torch.where(fresh, left, masks)
         if rule.eoser:
@@ -172,6 +169,15 @@ def commit(rule: Rule, mask: int) -> Graph:
     inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
     inputs |= {n: i.spec for n, i in rule.params.items()}
     return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished"])
+
+
+def current_block(tokens: Tensor, lengths: Tensor, origin: Tensor, block: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """The first block with masks of each canvas, int64 [B] (FAR: none), and its masked rows, bool [B, T]."""
+    at = places(tokens, lengths)
+    masked = (tokens == mask) & (at >= 0)
+    index = torch.div((at - origin.unsqueeze(1)).clamp(min=0), block, rounding_mode="floor")
+    current = torch.where(masked, index, FAR).amin(1)
+    return masked & (index == current.unsqueeze(1)), current
 
 
 def ranked(score: Tensor) -> Tensor:

@@ -66,12 +66,16 @@ class Trace:
         self.canvases: list[list[Tensor]] = [[] for _ in case.prompts]
         self.logits: list[list[Tensor]] = [[] for _ in case.prompts]
         self.answers: list[list[int]] = [[] for _ in case.prompts]
+        self.computed: list[list[Tensor]] = [[] for _ in case.prompts]  # which rows' logits these are
         for group in case.groups(candidate):
             inputs = case.inputs(candidate, group)
             sizes = inputs["lengths"].tolist()
 
             def keep(values: Values, group: list[int] = group, sizes: list[int] = sizes) -> None:
+                everything = torch.ones_like(values["tokens"], dtype=torch.bool)
+                rows = (~everything).scatter(1, values["slots"], True) if "slots" in values else everything
                 for j, i in enumerate(group):
+                    self.computed[i].append(rows[j, -sizes[j] :].clone())
                     self.canvases[i].append(values["tokens"][j, -sizes[j] :].clone())
                     self.logits[i].append(values["logits"][j, -sizes[j] :].clone())
                 if len(self.logits[group[0]]) > max(sizes):
@@ -91,13 +95,13 @@ class Forced:
         self.picked: tuple[str, Values] = ("", {})
 
     def call(self, graph: str, inputs: Values) -> Values:
-        canvases = self.trace.canvases[self.row]
+        trace, canvases = self.trace, self.trace.canvases[self.row]
         if graph == self.oracle.model.graph:
             if self.round >= len(canvases):
                 raise Mismatch(f"stops after {len(canvases)} rounds, the reference goes on")
             single, double = self.oracle.logits(inputs["ids"])
-            masked = inputs["ids"][0] == int(self.oracle.program.meta["mask"])
-            self.measure(single[0, masked], double[0, masked], self.trace.logits[self.row][self.round][masked])
+            masked = (inputs["ids"][0] == int(self.oracle.program.meta["mask"])) & trace.computed[self.row][self.round]
+            self.measure(single[0, masked], double[0, masked], trace.logits[self.row][self.round][masked])
             return {"logits": single}
         results = self.oracle.eager.call(graph, inputs)
         if graph in RULES:

@@ -15,7 +15,7 @@ from aropt.compose import compose
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Call, Control, If, Loop, Program, Seq
 
-
+LOGITS = {"logits", "computed"}  # what forwards write
 RESULTS = {"token", "candidate"}  # what rules write
 
 
@@ -84,6 +84,6 @@ def fusible(control: Control) -> Iterator[list[Call]]:
 
 def stem(run: Sequence[Call]) -> str:
     """A name that says which step and which rule the fused graph holds."""
-    steps = [call.graph for call in run if "logits" in call.writes.values() and call.graph != "model"]
+    steps = [call.graph for call in run if LOGITS & set(call.writes.values()) and call.graph != "model"]
     rules = [call.graph for call in run if RESULTS & set(call.writes.values())]
     return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else "begin"

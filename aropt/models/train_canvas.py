@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aropt.models import text
-from aropt.models.canvas import BLOCK, CAPACITY, MASK, CanvasLM
+from aropt.models import CHECKPOINTS, text
+from aropt.models.canvas import BLOCK, CAPACITY, MASK, CanvasLM, load
 
 SEED = 0
 LEVELS = 16  # of noise, when the bound is measured
@@ -70,13 +70,14 @@ def measure(model: CanvasLM, limit: int | None = None) -> dict[str, Any]:
 def train(name: str, steps: int, out: Path, optimise: Callable[..., Any], log: Callable[[str], None]) -> dict[str, Any]:
     """Trains the model, writes its checkpoint into out and returns its record but for the measurements.
 
+    text-bd starts from the weights of text-mdlm: it has the same layers, and what it may see is new to them.
     The last fifth of the steps reads canvases as long as the model's capacity.
     """
     from safetensors.torch import save_file
 
     docs = text.split()[0]
     stream = torch.tensor(text.stream(docs))
-    model = CanvasLM(BLOCK if name == "text-bd" else 0).train()
+    model = (CanvasLM() if name == "text-mdlm" else load(CHECKPOINTS / "text-mdlm.safetensors", BLOCK)).train()
     generator = torch.Generator().manual_seed(SEED)
     for step, _ in optimise(model, steps, peak=2e-3, decay=0.1):
         if step % 250 == 0:

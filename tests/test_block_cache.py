@@ -1,0 +1,131 @@
+"""block-cache: exact where the mask proves it, row by row; and what validation says when it is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aropt.errors import Unsupported
+from aropt.interpreter import Eager, run
+from aropt.models.canvas import MASK, CanvasLM
+from aropt.passbase import Applies, Skips, rewrite
+from aropt.passes.block_cache import BlockCache
+from aropt.program import Call, Program, calls
+from aropt.restrict import restrict
+from aropt.runtime import make_inputs
+from aropt.validate import cases, validate, with_probe
+from tests.test_unmask import capture, tiny
+
+BLOCK = 4
+
+
+@pytest.fixture(scope="module")
+def plain() -> Program:
+    return capture(tiny(BLOCK), "threshold")
+
+
+@pytest.fixture(scope="module")
+def fast(plain: Program) -> Program:
+    return BlockCache().run(plain)
+
+
+def test_it_applies_to_models_with_blocks(plain: Program) -> None:
+    assert isinstance(BlockCache().plan(plain, "eager"), Applies)
+
+
+def test_it_asks_the_mask(plain: Program) -> None:
+    """The captured mask decides, not what the model says of itself."""
+    found = BlockCache().plan(plain.replace(meta={**plain.meta, "block": 3}), "eager")
+    assert isinstance(found, Skips) and found.reason == "row 0 sees row 3, which is in a later block of 3"
+    assert isinstance(BlockCache().plan(plain.replace(meta={**plain.meta, "block": 8}), "eager"), Applies)
+    everything = capture(tiny(0))
+    found = BlockCache().plan(everything.replace(meta={**everything.meta, "block": 4}), "eager")
+    assert isinstance(found, Skips) and found.reason == "row 0 sees row 63, which is in a later block of 4"
+    assert "no blocks" in BlockCache().plan(everything, "eager").reason  # type: ignore[union-attr]
+    assert isinstance(BlockCache().plan(BlockCache().run(plain), "eager"), Skips), "it does not fire twice"
+
+
+prompts = st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=11), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(prompts, st.integers(1, 17), st.sampled_from([0.05, 0.3, 2.0]), st.sampled_from([0.0, 1.0]), st.integers(0, 9))
+def test_batches_equal_the_plain_loop_alone(
+    plain: Program, fast: Program, ids: list[list[int]], n: int, tau: float, temperature: float, seed: int
+) -> None:
+    """Ragged batches as one, rows in different blocks: every row as the plain program gives it alone."""
+    params: dict[str, Any] = {"threshold": tau, "temperature": temperature, "seed": seed}
+    together = fast.generate(ids, n, **params)
+    assert together == [plain.generate([p], n, streams=[i], **params)[0] for i, p in enumerate(ids)]
+
+
+def test_few_rows_are_computed(plain: Program, fast: Program) -> None:
+    """All at first, two blocks when one begins, else one (dllm invariant E14: the schedule is what it says)."""
+    rows: list[int] = []
+
+    class Counting(Eager):
+        def call(self, graph: str, inputs: Any) -> Any:
+            if graph == "step":
+                rows.append(inputs["ids"].shape[1])
+            return super().call(graph, inputs)
+
+    values = make_inputs(fast, [[1] * 8], 12, 0, (), [0], None, {"threshold": 2.0})
+    run(fast, values, 20, Counting(fast))
+    assert rows == [20, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+
+
+@pytest.mark.parametrize("wrong", ["no persisting forward", "rows of the block before", "stale slots"])
+def test_validation_catches_a_wrong_schedule(plain: Program, fast: Program, wrong: str) -> None:
+    """Without the forward after a block is done, its last rows stay as they were masked (dllm invariant E11)."""
+
+    def change(call: Call) -> list[Any]:
+        if wrong == "no persisting forward" and call.graph == "rows_two":
+            return [replace(call, graph="rows_one")]
+        if wrong == "rows of the block before" and call.graph == "rows_one":
+            return [replace(call, reads={**call.reads, "now": "cursor"}, graph="rows_one")]
+        if wrong == "stale slots" and call.graph == "step":
+            return [replace(call, writes={o: v for o, v in call.writes.items() if o != "k_1"} | {"k_1": "lost"})]
+        return [call]
+
+    broken = fast.replace(control=rewrite(fast.control, change))
+    if wrong == "rows of the block before":  # the cursor is the block of the round before: right but when one begins
+        broken = broken.replace(control=rewrite(broken.control, lambda c: [replace(c, graph="rows_one")]
+                                                if c.graph == "rows_two" else [c]))  # fmt: skip
+    verdict = validate(plain, with_probe(broken), chosen=cases(plain))
+    assert not verdict.passed
+    assert validate(plain, with_probe(fast), chosen=cases(plain)).passed
+
+
+def test_rows_see_what_the_mask_shows() -> None:
+    """facts["reach"]: the last row that each row sees."""
+    program = capture(tiny(BLOCK))
+    found = restrict(program.graphs["model"], program.weights, 64, canvas=True).facts
+    assert found["reach"] == [(i // BLOCK + 1) * BLOCK - 1 for i in range(64)] and found["masks"] == ["table"]
+    program = capture(tiny(0))
+    assert restrict(program.graphs["model"], program.weights, 64, canvas=True).facts["masks"] == ["all"]
+
+
+def test_what_mixes_rows_otherwise_is_refused() -> None:
+    class Mean(CanvasLM):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) + self.head(self.embed(ids).mean(1, keepdim=True))
+
+    model = Mean(width=32, layers=1, heads=2, hidden=48)
+    model.capacity = 64  # type: ignore[assignment]
+    program = capture(model)
+    with pytest.raises(Unsupported, match="mean"):
+        restrict(program.graphs["model"], program.weights, 64, canvas=True)
+
+
+def test_it_is_fused_and_lowered(plain: Program) -> None:
+    import aropt
+
+    done = aropt.optimize(plain, target="onnxruntime")
+    assert done.report["verify"]["status"] == "pass"
+    assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows_two"}
+    assert MASK not in done.generate([[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
