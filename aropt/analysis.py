@@ -63,7 +63,7 @@ FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elemen
 SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
 HINT = "aropt needs ops that work on each position alone, or causal attention; please report the model"
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
-BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask when your version has it"
+BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask"
 
 
 @dataclass

@@ -111,9 +111,7 @@ def optimize(
             else lower(optimized, target, folder, threads=threads)
         )
     calls = (
-        pick(optimized, executor, instruments.say)
-        if measure and verdict.passed and hasattr(executor, "whole") and optimized.meta.get("loop") != "unmask"
-        else {}
+        pick(optimized, executor, instruments.say) if measure and verdict.passed and hasattr(executor, "whole") else {}
     )
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(

@@ -64,7 +64,7 @@ def generate(
         steps = {} if chunk is None else {"steps": torch.tensor(chunk).numpy()}
         out = dict(zip(names, session.run(None, feeds | steps), strict=True))
         for row, new in zip(rows, out[program.outputs[0]].tolist(), strict=False):
-            row.extend(t for t in new if t >= 0)
+            row[:] = (row if "counts" in out else []) + [t for t in new if t >= 0]  # a canvas is whole each time
         if chunk is None or bool(out["next.finished"]):
             return rows
         feeds |= {"state." + k.removeprefix("next."): v for k, v in out.items() if k.startswith("next.")}

@@ -220,7 +220,9 @@ class Writer:
     def make_room(self, control: Loop, graph: Any, values: dict[str, Any]) -> None:
         """Slots for prompt and new tokens, in caches that the loop's operators write into and don't append to."""
         for name, state in self.program.state.items():
-            if state.axis is None or name not in written(control.body) or self.appends(control, name):
+            if state.axis is None or state.spec.dims[state.axis] != "S":
+                continue
+            if name not in written(control.body) or self.appends(control, name):
                 continue
             rank = len(state.spec.dims)
             shape = self.node(graph, "Shape", [values[name]])

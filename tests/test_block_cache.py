@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import aropt
 from aropt.errors import Unsupported
 from aropt.interpreter import Eager, run
 from aropt.models.canvas import MASK, CanvasLM
@@ -123,9 +125,20 @@ def test_what_mixes_rows_otherwise_is_refused() -> None:
 
 
 def test_it_is_fused_and_lowered(plain: Program) -> None:
-    import aropt
-
     done = aropt.optimize(plain, target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
     assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows_two"}
     assert MASK not in done.generate([[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
+
+
+@pytest.mark.parametrize("block", [0, BLOCK])
+@pytest.mark.parametrize("contrib", [False, True])
+def test_the_whole_loop_is_one_model(block: int, contrib: bool, tmp_path: Path) -> None:
+    """A canvas in, tokens out: one, several, ragged, in one call and in chunks, greedy and sampled."""
+    from aropt.exporters import run_loop
+    from aropt.exporters.whole_loop import export_program
+
+    program = capture(tiny(block), "threshold")
+    fast = aropt.optimize(program, target="onnxruntime", check=False)
+    export_program(fast, tmp_path / "model.onnx", contrib=contrib)
+    assert run_loop.compare(tmp_path / "model.onnx", fast)["status"] == "pass"

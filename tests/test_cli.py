@@ -243,7 +243,7 @@ def test_usage_errors(folder: Path, artifact: Path, tmp_path: Path) -> None:
     refused(aropt("optimize", good, "-o", tmp_path / "out", "--rule", "top-q", *QUICK), 2, "unknown rule")
     refused(aropt("optimize", good, "-o", tmp_path / "out", "--capacity", "99", *QUICK), 2, "more than the model takes")
     refused(aropt("optimize", good, "-o", tmp_path / "out", "--wrong"), 2, "No such option")
-    refused(aropt("optimize", good, "-o", tmp_path / "out", "--loop", "unmask"), 2, "unknown loop")
+    refused(aropt("optimize", good, "-o", tmp_path / "out", "--loop", "spiral"), 2, "unknown loop")
     refused(aropt("optimize", good, "-o", artifact, *QUICK), 2, "exists", "--force")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
