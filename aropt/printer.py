@@ -22,7 +22,9 @@ from aropt.torch_compat import dim_text
 
 WIDTH = 120
 # other entries of `meta` are about files and examples
-META = ("modality", "vocab", "input_vocab", "capacity", "null", "eos", "rules", "ragged", "masks")
+META = (
+    "modality", "vocab", "input_vocab", "capacity", "null", "eos", "loop", "mask", "block", "rules", "ragged", "masks",
+)  # fmt: skip
 SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",

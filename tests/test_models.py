@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from aropt.models import REFERENCES, digits, load, text, train
+from aropt.models import REFERENCES, canvas, digits, load, text, train, train_canvas
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,9 @@ def text_model() -> nn.Module:
     return load("text-ar")
 
 
+CANVAS = [name for name, reference in REFERENCES.items() if reference.mask is not None]
+
+
 @pytest.fixture(scope="module")
 def digits_heldout() -> tuple[Tensor, Tensor]:
     """(labels int64 [N], pixels int64 [N, 64]) kept out of training."""
@@ -38,7 +41,8 @@ def digits_heldout() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def forwards(digits_model: nn.Module, text_model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     """ids to logits, by model name."""
-    return {"digits-ar": digits_model, "text-ar": lambda ids: text_model(input_ids=ids, use_cache=False).logits}
+    known = {"digits-ar": digits_model, "text-ar": lambda ids: text_model(input_ids=ids, use_cache=False).logits}
+    return {**known, **{name: load(name) for name in CANVAS}}
 
 
 def example(name: str, rows: int, length: int) -> Tensor:
@@ -63,7 +67,7 @@ def test_forward_is_float32_without_gradients_up_to_capacity(
         assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in CANVAS])
 def test_later_ids_leave_earlier_logits_alone(name: str, forwards: dict[str, Callable[[Tensor], Tensor]]) -> None:
     before = example(name, 2, 40)
     for position in (1, 17, 39):
@@ -72,6 +76,42 @@ def test_later_ids_leave_earlier_logits_alone(name: str, forwards: dict[str, Cal
         moved = (forwards[name](before) - forwards[name](after)).abs().amax(dim=(0, 2))
         assert moved[:position].max() < 1e-5
         assert moved[position] > 1e-3
+
+
+@pytest.mark.parametrize("name", CANVAS)
+def test_what_a_canvas_shows(name: str, forwards: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    """text-mdlm sees everything, text-bd its block of 16 and those before it."""
+    before, block = example(name, 2, 40), REFERENCES[name].block
+    for position in (1, 17, 39):
+        after = before.clone()
+        after[:, position] = (after[:, position] + 1) % 17
+        moved = (forwards[name](before) - forwards[name](after)).abs().amax(dim=(0, 2))
+        first = position // block * block if block else 0
+        assert first == 0 or moved[:first].max() < 1e-5
+        assert moved[first:].min() > 1e-5
+
+
+def test_a_canvas_is_denoised_given_the_clean_blocks_before() -> None:
+    """One forward of noisy and clean rows equals a forward for each block."""
+    model = load("text-bd")
+    assert isinstance(model, canvas.CanvasLM)
+    clean = example("text-bd", 2, 48)
+    noisy, _ = train_canvas.corrupted(clean, torch.full(clean.shape, 0.5), torch.Generator().manual_seed(1))
+    both = model.denoise(noisy, clean)
+    for block in range(3):
+        rows = slice(block * 16, block * 16 + 16)
+        alone = model(torch.cat([clean[:, : block * 16], noisy[:, rows]], 1))[:, rows]
+        torch.testing.assert_close(both[:, rows], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CANVAS)
+def test_canvas_bound_is_as_recorded(name: str) -> None:
+    model = load(name)
+    assert isinstance(model, canvas.CanvasLM)
+    recorded, found = REFERENCES[name].heldout, train_canvas.measure(model, 16384)
+    assert found["nll"] == pytest.approx(recorded["nll"], abs=0.2)  # a slice, fewer levels of noise
+    assert found["accuracy_half_masked"] == pytest.approx(recorded["accuracy_half_masked"], abs=0.06)
+    assert recorded["nll"] < REFERENCES["text-ar"].heldout["unigram_nll"] - 0.6
 
 
 @pytest.mark.parametrize("name", REFERENCES)

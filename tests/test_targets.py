@@ -25,7 +25,8 @@ class Pair:
 def pair(request: pytest.FixtureRequest) -> Pair:
     plain = aropt.capture(request.param, capacity=64)
     fast, results = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
-    assert all(r.status == "applied" or r.name in ("canonicalize", "merge-linears") for r in results), results
+    not_all = ("canonicalize", "merge-linears", "block-cache")
+    assert all(r.status == "applied" or r.name in not_all for r in results), results
     return Pair(plain, fast)
 
 

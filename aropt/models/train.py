@@ -22,7 +22,7 @@ from aropt.models import CHECKPOINTS, REFERENCES, canvas, digits, load, text, tr
 
 SEED = 0
 CANVAS = ("text-mdlm", "text-bd")
-STEPS = {"digits-ar": 900, "text-ar": 2000, "text-mdlm": 3000, "text-bd": 600}
+STEPS = {"digits-ar": 900, "text-ar": 2000, "text-mdlm": 3000, "text-bd": 400}
 
 
 def log(message: str) -> None:

@@ -85,6 +85,7 @@ def train(name: str, steps: int, out: Path, optimise: Callable[..., Any], log: C
             model.train()
             log(f"{name} step {step}/{steps}: {found['nll']:.3f} nats/byte, {found['accuracy_half_masked']:.1%} right")
         rows, length = (12, 256) if step < steps * 4 // 5 else (6, CAPACITY)
+        rows = rows if name == "text-mdlm" else rows // 2  # noisy and clean: twice the rows, four times the pairs
         starts = torch.randint(len(stream) - length, (rows, 1), generator=generator)
         clean = stream[starts + torch.arange(length)]
         torch.autograd.backward(bound(model, clean, shares(model, (rows, length), generator), generator))
