@@ -15,7 +15,8 @@ from aropt.models import CHECKPOINTS, text
 from aropt.models.canvas import BLOCK, CAPACITY, MASK, CanvasLM, load
 
 SEED = 0
-LEVELS = 16  # of noise, when the bound is measured
+LEVELS = 8  # of noise, when the bound is measured
+MEASURED = 65536  # ids of held-out text, evenly spread over the documents
 LEAST = 0.02  # least share of masked ids: fewer make the weight 1/t too large
 
 
@@ -42,21 +43,22 @@ def bound(model: CanvasLM, clean: Tensor, levels: Tensor, generator: torch.Gener
 
 
 @torch.no_grad()
-def measure(model: CanvasLM, limit: int | None = None) -> dict[str, Any]:
-    """The bound on held-out text in windows of 256 ids, and how many masked ids are right when half are masked."""
+def measure(model: CanvasLM, limit: int = MEASURED) -> dict[str, Any]:
+    """The bound on `limit` ids of held-out text in windows of 256, and how many are right of a half that is masked."""
     held = text.split()[1]
     ids = torch.tensor(text.stream(held))
-    ids = ids[: len(ids) // 256 * 256][: limit or len(ids)].view(-1, 256)
+    ids = ids[: len(ids) // 256 * 256].view(-1, 256)
+    ids = ids[:: max(1, len(ids) * 256 // limit)]
     generator = torch.Generator().manual_seed(SEED)
     total, right, masks = 0.0, 0, 0
     for batch in ids.split(64):
-        for level in range(LEVELS if limit is None else 4):
-            share = torch.full(batch.shape, (level + 0.5) / (LEVELS if limit is None else 4))
+        for level in range(LEVELS):
+            share = torch.full(batch.shape, (level + 0.5) / LEVELS)
             total += float(bound(model, batch, share, generator)) * len(batch)
         noisy, masked = corrupted(batch, torch.full(batch.shape, 0.5), generator)
         guessed = model.denoise(noisy, batch).argmax(-1)
         right, masks = right + int((guessed == batch)[masked].sum()), masks + int(masked.sum())
-    nll = total / len(ids) / (LEVELS if limit is None else 4)
+    nll = total / len(ids) / LEVELS
     return {
         "nll": nll,
         "bits_per_byte": nll / 0.6931471805599453,
