@@ -15,6 +15,7 @@ from aropt import artifact, bench
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
 from aropt.errors import Unsupported, VerificationFailed
+from aropt.models import REFERENCES
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
@@ -63,7 +64,6 @@ def optimize(request: Request) -> dict[str, Any]:
     chosen = pipeline(request.passes, request.dropped)
     say("load")
     source = find(request)
-    source.meta["source"] = str(Path(request.model).resolve()) if Path(request.model).exists() else request.model
     threads = request.threads or torch.get_num_threads()
     if sum(p.nbytes for p in source.module.parameters()) < SMALL:
         torch.set_num_threads(
@@ -110,6 +110,8 @@ def optimize(request: Request) -> dict[str, Any]:
 def find(request: Request) -> Source:
     """The model that was asked for."""
     source = resolve(request.model, request.capacity, request.trust_remote_code, request.loop)
+    there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder
+    source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
     if request.mask is not None:
         source.meta["mask"] = request.mask
     return source

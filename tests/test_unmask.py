@@ -255,6 +255,15 @@ def test_passes_fuse_the_round(quota: Program) -> None:
     assert "logits" not in fast.graphs["step_greedy"].outputs
 
 
+def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aropt.command import Request, find
+
+    (tmp_path / "text-mdlm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = find(Request("text-mdlm", tmp_path / "out", mask=258))
+    assert source.meta["source"] == "text-mdlm" and source.meta["mask"] == 258
+
+
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "ModernBert"])
 def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     """Any directory that AutoModelForMaskedLM loads."""
