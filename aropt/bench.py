@@ -28,6 +28,8 @@ AGAINST = {
     "cached": "the derived cache, run eagerly by torch",
     "inductor": "the derived cache, compiled by torch.compile",
     "inductor-max": "the same with max-autotune, weights frozen (compiles for much longer)",
+    "stepping": "the same artifact, a call a round",
+    "one-call": "the same artifact, the whole loop in one call of ONNX Runtime",
     "hf": "transformers' generate with its own cache",
     "hf-static": "transformers' generate with its static cache and its built-in torch.compile",
     "ort-genai": "onnxruntime-genai, from its own model builder, float32",
@@ -35,6 +37,9 @@ AGAINST = {
     "llamacpp": "llama.cpp's C API, float32",
 }
 DEFAULT_AGAINST = ("eager", "cached", "hf")
+TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
+    ("inductor", "inductor-max"), "inductor"
+)
 SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_FREEZING": "1"}}  # environment
 
 
@@ -238,10 +243,27 @@ def variant(spec: Spec) -> Generate:
         return huggingface(spec, static=spec.variant == "hf-static")
     from aropt.artifact import load
 
-    target = {"cached": "eager", "inductor": "inductor", "inductor-max": "inductor"}.get(spec.variant)
+    target = TARGETS.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
+    if target == "onnxruntime":
+        program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
     whole = getattr(program.executor, "whole", None) is not None
     return one_call(program, spec) if whole else stepping(program, spec)
+
+
+def whole_loop(program: Any) -> Any:
+    """The program as one model, in a folder that lives as long as its session; checked against stepping."""
+    from aropt.exporters import run_loop
+    from aropt.exporters.whole_loop import export_program
+    from aropt.targets.whole import Whole
+
+    kept = tempfile.TemporaryDirectory(prefix="aropt-")
+    path = Path(kept.name) / "model.onnx"
+    export_program(program, path, contrib=True, graphs=program.executor.translated)
+    run_loop.compare(path, program)
+    whole = Whole(path, program.executor.threads)
+    whole.kept = kept
+    return whole
 
 
 def stepping(program: Any, spec: Spec) -> Generate:

@@ -32,6 +32,7 @@ class Whole:
     def __init__(self, path: Path, threads: int | None) -> None:
         self.path, self.threads = path, threads
         self.session: Any = None
+        self.kept: Any = None  # a temporary folder that lives as long as this
 
     def generate(self, inputs: Values) -> list[list[int]]:
         """The generated rows, -1 after a sequence's end."""
