@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from aropt import __version__
-from aropt.errors import UsageError, VerificationFailed
+from aropt.drift import Drift
+from aropt.drift import measure as drift_of
+from aropt.errors import BudgetMissed, UsageError, VerificationFailed
 from aropt.loops import autoregressive
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
@@ -88,23 +90,37 @@ def optimize(
     seed: int = 0,
     strict: bool = True,
     measure: bool = False,
+    budget: Mapping[str, float] | None = None,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
+
+    Lossy passes spend from `budget` ({metric: bound}, see `aropt.drift`), measured against `program`; the result
+    is then validated against the reference interpreter's run of what they made.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice.
     Raises VerificationFailed if the lowered program differs and `strict` is set.
     """
     instruments = instruments or Instruments()
+    if budget:
+        instruments = replace(instruments, budget=dict(budget))
     chosen = pipeline() if passes is None else list(passes)
     optimized, results = run_passes(program, chosen, target, instruments)
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
+    drift: Drift | None = None
     if check:
         verdict = validate(
-            program, probed, executor, cases(program, seed), lambda name: instruments.say(f"check: {name}")
+            optimized.reference or program,
+            probed,
+            executor,
+            cases(program, seed),
+            lambda name: instruments.say(f"check: {name}"),
         )
+        if optimized.reference is not None:
+            instruments.say("check: drift")
+            drift = drift_of(program, probed, executor)
         executor = (
             executor.without(probe(optimized))
             if hasattr(executor, "without")
@@ -121,6 +137,13 @@ def optimize(
     if hasattr(runner, "executed"):
         finished.report["nodes"] = {n: runner.executed(n) for n in runner.hot if n.startswith("step")}
         finished.report["notes"] += [nodes_note(name, found) for name, found in finished.report["nodes"].items()]
+    if drift is not None:
+        missed = drift.misses(instruments.budget)
+        finished.report["drift"] = {**asdict(drift), "budget": dict(instruments.budget), "missed": missed}
+        if missed and strict:
+            raise BudgetMissed(
+                what=f"the program lowered to {target} misses the budget", why=missed, hint="raise it, or --no-pass"
+            )
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))
@@ -156,7 +179,7 @@ def describe_run(
     passes = []
     for r in results:
         entry = asdict(r)
-        del entry["diff"]
+        del entry["diff"], entry["drift"]
         passes.append(
             {
                 **entry,

@@ -82,6 +82,9 @@ def optimize(
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")
     ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="METRIC=BOUND,..", help="What lossy passes may lose: kl, kl_max, top1, agreement.")
+    ] = "",
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[
         list[str] | None,
@@ -147,6 +150,7 @@ def optimize(
             note,
             loop=loop,
             mask=mask,
+            budget=budget,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)
@@ -199,6 +203,13 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
         print(
             f"verified       {int(m['cases'])} cases, {int(m['tokens'])} tokens, {int(m['ties'])} ties, "
             f"largest error {m['max_ratio']:.2f} of the noise floor (allowed: {m['tolerance_ratio']:.0f})"
+        )
+    if d := report.get("drift"):
+        allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())
+        print(
+            f"drift          KL {d['kl']:.2g} (largest {d['kl_max']:.2g}), top-1 {d['top1']:.1%}, answers agree in "
+            f"{d['agreement']:.1%} (budget: {allowed})\n{'':<14} {d['forwards']} forwards with {d['rows']} rows, "
+            f"exact: {d['exact_forwards']} with {d['exact_rows']}"
         )
     print()
     print(table(report))

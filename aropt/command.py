@@ -14,7 +14,8 @@ import torch
 from aropt import artifact, bench
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
-from aropt.errors import Unsupported, VerificationFailed
+from aropt.drift import budget
+from aropt.errors import BudgetMissed, Unsupported, VerificationFailed
 from aropt.models import REFERENCES
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
@@ -54,6 +55,7 @@ class Request:
     measure: bool = False  # let the target choose by timing even if nothing else is timed
     loop: str | None = None
     mask: int | None = None
+    budget: str = ""
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def optimize(request: Request) -> dict[str, Any]:
     say = request.say
     artifact.check_free(request.out, request.force)
     bench.check(request.against)
-    chosen = pipeline(request.passes, request.dropped)
+    chosen, allowed = pipeline(request.passes, request.dropped), budget(request.budget)
     say("load")
     source = find(request)
     threads = request.threads or torch.get_num_threads()
@@ -87,6 +89,7 @@ def optimize(request: Request) -> dict[str, Any]:
             seed=request.seed,
             strict=False,
             measure=request.runs > 0 or request.measure,
+            budget=allowed,
         )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":
@@ -98,6 +101,16 @@ def optimize(request: Request) -> dict[str, Any]:
                 where=f"{request.out}.failed/report.html",
                 why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
                 hint="see the report; leave a pass out with --no-pass NAME, or try --target eager",
+            )
+        missed = report.get("drift", {}).get("missed", "")
+        if missed:
+            artifact.write(done, folder, report, source.files)
+            put_aside(folder, request.out)
+            raise BudgetMissed(
+                what=f"the program lowered to {request.target} misses the budget",
+                where=f"{request.out}.failed/report.html",
+                why=missed,
+                hint="raise the budget, or leave the pass out",
             )
         say("samples")
         report["samples"] = samples(program, done, source)

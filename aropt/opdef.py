@@ -57,6 +57,7 @@ class OpDef:
         launch: runs the Triton kernel; only called on arguments for which `supports` returns None.
         supports: why the Triton kernel can't take these arguments, or None if it can.
         aot: ahead-of-time compilations to check without a GPU.
+        own_size: whether a size of the result depends on values; compilers then leave the op whole.
         tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
     """
 
@@ -74,6 +75,7 @@ class OpDef:
     launch: Callable[..., Any] | None = None
     supports: Callable[..., str | None] = lambda *_: None
     aot: Callable[[], Sequence[Aot]] = tuple
+    own_size: bool = False
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
 
     @property

@@ -11,21 +11,24 @@ if TYPE_CHECKING:
 
     from aropt.opdef import OpDef
 
-NAMES: tuple[str, ...] = ("noise", "cached_attention")
+NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select")
+# ops that lie with another one in its file, and under which name
+FAMILIES: dict[str, tuple[str, str]] = {"canvas_commit": ("canvas_select", "COMMIT")}
 
 
 def load(name: str) -> OpDef:
-    """The definition in `kernels/<name>.py`; registers the op as `torch.ops.aropt.<name>`."""
+    """The definition in `kernels/<name>.py`, or in its family's file; registers the op as `torch.ops.aropt.<name>`."""
     from aropt.opdef import register
 
-    op: OpDef = import_module(f"aropt.kernels.{name}").OP
+    file, held = FAMILIES.get(name, (name, "OP"))
+    op: OpDef = getattr(import_module(f"aropt.kernels.{file}"), held)
     register(op)
     return op
 
 
 def load_all() -> dict[str, OpDef]:
     """All ops, registered. Needed before a captured program that calls them is loaded from a file."""
-    return {name: load(name) for name in NAMES}
+    return {name: load(name) for name in (*NAMES, *FAMILIES)}
 
 
 def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., Any]]:
@@ -39,7 +42,7 @@ def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., A
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """From op to reference, for compilers that do better with the plain ops in sight (Inductor)."""
-    return {op.overload: op.reference for op in load_all().values()}
+    return {op.overload: op.reference for op in load_all().values() if not op.own_size}
 
 
 def overwriting(target: Any) -> Callable[..., Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from aropt.program import Call, Control, If, Loop, Program, Seq, calls
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls, symbols
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy")
 
@@ -28,10 +28,14 @@ class Contract:
 
 @dataclass(frozen=True)
 class Applies:
-    """The pass will change the program. `matches`: where; `rejected`: (where, why not)."""
+    """The pass will change the program. `matches`: where; `rejected`: (where, why not).
+
+    `level`: where the program allows a stricter one than the contract's.
+    """
 
     matches: tuple[str, ...]
     rejected: tuple[tuple[str, str], ...] = ()
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Result:
     matches: tuple[str, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     diff: str = ""
+    drift: dict[str, object] = field(default_factory=dict)  # of a lossy pass: what it was measured to lose
 
 
 def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Control:
@@ -87,6 +92,12 @@ def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Contro
             return If(cond, rewrite(then, change), rewrite(orelse, change))
         case Loop():
             return Loop(control.kind, control.until, rewrite(control.body, change), control.emits, control.params)
+
+
+def own_sizes(graph: Graph) -> set[str]:
+    """Symbols of a graph's results that its inputs don't give: sizes that only the values tell."""
+    given = set().union(*(symbols(d) for spec in graph.inputs.values() for d in spec.dims))
+    return set().union(*(symbols(d) for spec in graph.outputs.values() for d in spec.dims)) - given
 
 
 def loops(control: Control, kind: str | None = None) -> list[Loop]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,20 @@ from aropt.validate import Verdict, cases, validate, with_probe
 PASSES = {
     "canonicalize": "canonicalize",
     "kv-cache": "kv_cache",
+    "prefix-cache": "prefix_cache",
+    "dual-cache": "dual_cache",
+    "free-cache": "free_cache",
+    "dkv-cache": "dkv_cache",
+    "vicinity": "vicinity",
     "block-cache": "block_cache",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order
-PIPELINE = tuple(PASSES)
+ASKED = ("prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity")  # lossy: only where --pass names them
+REFRESHES = (16, 8, 4, 2, 1)  # what is tried while the budget is missed
+PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Instruments:
     print_diff: bool = False
     dump_dir: Path | None = None
     check: bool = True  # validate after each pass
+    budget: Mapping[str, float] = field(default_factory=dict)  # what lossy passes may spend: {metric: bound}
 
 
 def pass_class(name: str) -> Any:
@@ -82,12 +90,16 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pass]:
-    """The default passes with the options of `chosen` ("name:k=v"), without `dropped`."""
+    """The default passes and those of `chosen` ("name:k=v"), without `dropped`, in the order of PASSES."""
     options = dict(parse(text) for text in chosen)
     dropped = set(dropped)
     for name in (*options, *dropped):
         pass_class(name)
-    return [make(name, options.get(name)) for name in PIPELINE if name not in dropped]
+    return [
+        make(name, options.get(name))
+        for name in PASSES
+        if name not in dropped and (name in PIPELINE or name in options)
+    ]
 
 
 def run_passes(
@@ -108,17 +120,21 @@ def run_passes(
             result.reason = plan.reason
             result.seconds = time.perf_counter() - start
             continue
-        result.matches = plan.matches
+        result.matches, result.level = plan.matches, plan.level or one.contract.level
+        if result.level == "lossy":
+            program = spend(one, program, result, instruments)
+            result.seconds = time.perf_counter() - start
+            continue
         changed, result.seconds = one.run(program), time.perf_counter() - start
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        problem = check(reference, changed, result, instruments)
+        problem = check(program.reference or reference, changed, result, instruments)
         dump(program, changed, number, one.name, instruments)
         if problem:
             result.status, result.reason = "reverted", problem
             continue
         result.status = "applied"
         program = changed.replace(
-            ledger=(*program.ledger, Entry(one.name, one.contract.level, result.options, dict(result.verify)))
+            ledger=(*program.ledger, Entry(one.name, result.level, result.options, dict(result.verify)))
         )
     return program, results
 
@@ -137,6 +153,49 @@ def check(reference: Program, changed: Program, result: Result, instruments: Ins
     verdict = validate(reference, with_probe(changed), chosen=cases(reference, quick=True))
     result.verify = verdict.metrics()
     return "" if verdict.passed else describe(verdict)
+
+
+def spend(one: Pass, program: Program, result: Result, instruments: Instruments) -> Program:
+    """The program after a lossy pass that keeps to the budget, refreshed as often as that takes; else as it was.
+
+    With everything recomputed in each round it must equal the program: then what it loses is stale rows alone.
+    """
+    from aropt.drift import measure
+
+    if not instruments.budget:
+        raise UsageError(
+            what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
+            where=f"--pass {one.name}",
+            why="its rows see the whole canvas, and stored ones are not refreshed each round",
+            hint="give a budget: --budget kl=0.05,top1=0.95",
+        )
+    result.status, result.reason = "reverted", check(program, at_refresh(one, 1).run(program), result, instruments)
+    given, result.verify = int(result.options["refresh"]), {}  # type: ignore[call-overload]
+    for refresh in [] if result.reason else [given, *(r for r in REFRESHES if not given or r < given)]:
+        instruments.say(f"{one.name}: drift with refresh={refresh}")
+        changed = at_refresh(one, refresh).run(program)
+        result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
+        result.reason = check(changed, changed, result, instruments)  # batches against sequences alone
+        if result.reason:
+            break
+        drift = measure(program, with_probe(changed))
+        result.verify |= drift.metrics()
+        result.drift = asdict(drift)
+        result.reason = drift.misses(instruments.budget)
+        result.options["refresh"] = refresh
+        if not result.reason:
+            result.status = "applied"
+            result.reason = "" if refresh == given else f"refresh={refresh}: with fewer the budget was missed"
+            entry = Entry(one.name, "lossy", result.options, dict(result.verify))
+            return changed.replace(ledger=(*program.ledger, entry), reference=changed)
+    return program
+
+
+def at_refresh(one: Pass, refresh: int) -> Pass:
+    """The pass with everything recomputed every so many rounds."""
+    made: Any = one
+    changed: Pass = dataclasses.replace(made, refresh=refresh)
+    return changed
 
 
 def describe(verdict: Verdict) -> str:

@@ -172,6 +172,25 @@ class Calls(Strict):
     ms: dict[str, Positive] = {}
 
 
+class Drift(Strict):
+    """What lossy passes changed, measured on the lowered program (see aropt.drift). `steps`: [KL, top-1] a round."""
+
+    kl: Number
+    kl_max: Number
+    top1: Number
+    agreement: Number
+    first: int
+    measured: NonNegativeInt
+    tokens: NonNegativeInt
+    forwards: NonNegativeInt
+    exact_forwards: NonNegativeInt
+    rows: NonNegativeInt
+    exact_rows: NonNegativeInt
+    steps: list[tuple[Number, Number]]
+    budget: dict[str, NonNegative]
+    missed: str = ""
+
+
 class Report(Strict):
     """The content of report.json. `speedup` says how many times as fast aropt's variant is as the one named."""
 
@@ -186,6 +205,7 @@ class Report(Strict):
     speedup: dict[str, Positive] = {}
     roofline: Roofline | None = None
     calls: Calls | None = None
+    drift: Drift | None = None
     nodes: dict[str, dict[str, PositiveInt]] = {}
     samples: list[Sample] = []
     artifacts: list[Artifact] = []

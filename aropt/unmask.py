@@ -29,6 +29,7 @@ def unmasking(model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], ru
     ops.load_all()
     rule, vocab, mask = chosen(rules), int(meta["vocab"]), int(meta["mask"])
     graphs = {"model": model, "start": start(mask), "commit": commit(rule, mask), "answer": answer()}
+    graphs |= {"every_row": every_row()} | ({"align": align()} if meta.get("shift") else {})
     for name, sampled in (("greedy", False), ("sample", True)):
         graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")))
     control = Seq(
@@ -77,9 +78,15 @@ def same(graph: Graph) -> Call:
 
 def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     """Rounds with the named way to pick candidates."""
-    forward = Call("model", {"ids": "tokens"}, {"logits": "logits"})
-    body = Seq((forward, same(graphs[rule]), same(graphs["commit"])))
-    return Loop("unmask", "finished", body, {}, {"block": "block"})
+    body = [Call("model", {"ids": "tokens"}, {"logits": "logits"})]
+    if rule == "sample":
+        body.append(same(graphs["every_row"]))
+    if "align" in graphs:
+        body += [same(graphs[rule]), same(graphs["align"])]
+    else:
+        reads = {n: n for n in graphs[rule].inputs}
+        body.append(Call(rule, reads, {"picked": "candidate", "sure": "confidence"}))
+    return Loop("unmask", "finished", Seq((*body, same(graphs["commit"]))), {}, {"block": "block"})
 
 
 def start(mask: int) -> Graph:
@@ -101,26 +108,43 @@ def places(canvas: Tensor, lengths: Tensor) -> Tensor:
 
 
 def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool) -> Graph:
-    """logits [B, T, V] -> the candidate of each row and the rule's confidence in it; never the mask itself."""
+    """logits [B, R, V] -> what each row predicts and the rule's confidence in it; never the mask itself."""
 
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
-        logits = logits.to(F32)
-        if shift:
-            logits = logits.index_select(1, (torch.arange(logits.shape[1]) - 1).clamp(min=0))
-        logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits)
+        logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
         confidence = CONFIDENCES[rule.confidence]
         if not sampled:
             return logits.argmax(-1), confidence(logits)
         logits = logits / values["temperature"].clamp(min=1e-6)
-        candidate = drawn(logits, values, places(logits[:, :, 0], values["lengths"]))
+        candidate = drawn(logits, values, values["positions"] + int(shift))
         if rule.confidence != "probability":
             return candidate, confidence(logits)
         return candidate, torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
 
-    inputs = {"logits": Spec(F32, ("B", "T", vocab))}
+    inputs = {"logits": Spec(F32, ("B", "R", vocab))}
     if sampled:
-        inputs |= {"lengths": ROWS, "temperature": Spec(F32), "seed": SCALAR, "streams": ROWS, "rounds": SCALAR}
-    return capture_function(name, function, inputs, ["candidate", "confidence"])
+        inputs |= {"positions": Spec(I64, ("B", "R")), "temperature": Spec(F32), "seed": SCALAR, "streams": ROWS}
+        inputs |= {"rounds": SCALAR}
+    return capture_function(name, function, inputs, ["picked", "sure"])
+
+
+def every_row() -> Graph:
+    """The position of each row of a canvas, -1 in padding."""
+    inputs = {"tokens": CANVAS, "lengths": ROWS}
+    return capture_function(
+        "every_row", lambda tokens, lengths: places(tokens, lengths).clamp(min=-1), inputs, ["positions"]
+    )
+
+
+def align() -> Graph:
+    """Where row i predicts id i + 1: what is predicted for each row."""
+
+    def function(picked: Tensor, sure: Tensor) -> tuple[Tensor, ...]:
+        before = (torch.arange(picked.shape[1]) - 1).clamp(min=0)
+        return picked.index_select(1, before), sure.index_select(1, before)
+
+    inputs = {"picked": CANVAS, "sure": Spec(F32, ("B", "T"))}
+    return capture_function("align", function, inputs, ["candidate", "confidence"])
 
 
 def drawn(logits: Tensor, values: dict[str, Tensor], at: Tensor) -> Tensor:
@@ -157,7 +181,8 @@ def commit(rule: Rule, mask: int) -> Graph:
         step, masks = torch.where(fresh, 0, step), torch.where(fresh, left, masks)
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
-        rank = ranked(torch.where(active, confidence, -torch.inf))
+        least = torch.finfo(F32).min  # a row that may be written comes before those that may not, whatever it is worth
+        rank = ranked(torch.where(active, confidence.clamp(min=least), -torch.inf))
         seen = Round(active, confidence, rank, *(x.unsqueeze(1) for x in (step, masks, left)))
         tokens = torch.where(rule.select(seen, **params), candidate, tokens)
         tokens = filled(tokens, stop, mask, at, answers)

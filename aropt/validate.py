@@ -272,15 +272,22 @@ class Oracle:
     def __init__(self, reference: Program) -> None:
         self.program = reference
         self.eager = Eager(reference)
-        self.model = next(c for loop in loops(reference.control) for c in calls(loop.body) if list(c.reads) == ["ids"])
+        self.model = next(c for loop in loops(reference.control) for c in calls(loop.body) if "ids" in c.reads)
         graph = reference.graphs[self.model.graph]
         self.exact = in_double(graph.fx, {w: reference.weights[w] for w in graph.weights()})
 
     def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] in fp32 and in fp64."""
+        single, double = self.forward({"ids": ids})
+        return single["logits"], double["logits"]
+
+    def forward(self, inputs: Values, state: Values | None = None) -> tuple[Values, Values]:
+        """The forward's results in fp32, and in fp64 from the fp64 values of its state (otherwise from fp32's)."""
+        graph = self.program.graphs[self.model.graph]
+        wide = [(state or {}).get(n, inputs[n]) for n in graph.inputs]
         with torch.no_grad():
-            single = self.eager.call(self.model.graph, {"ids": ids})["logits"]
-            return single, self.exact(ids)[0]
+            double = self.exact(*[v.double() if v.is_floating_point() else v for v in wide])
+            return self.eager.call(self.model.graph, inputs), dict(zip(graph.outputs, double, strict=True))
 
 
 class Forced:

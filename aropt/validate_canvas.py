@@ -9,6 +9,7 @@ otherwise only where the reference's rule does the same with the candidate's log
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,26 +60,38 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     return made
 
 
+@dataclass
+class Step:
+    """A round of a sequence, padding left out: the canvas before and after it, the rows computed and their logits."""
+
+    before: Tensor
+    after: Tensor
+    rows: Tensor
+    logits: Tensor
+
+
 class Trace:
-    """A candidate's generation: for each prompt its canvas and logits [T, V] of each round, and its answer."""
+    """A candidate's generation: for each prompt its rounds and its answer."""
 
     def __init__(self, candidate: Program, case: Case, executor: Executor) -> None:
-        self.canvases: list[list[Tensor]] = [[] for _ in case.prompts]
-        self.logits: list[list[Tensor]] = [[] for _ in case.prompts]
+        self.steps: list[list[Step]] = [[] for _ in case.prompts]
         self.answers: list[list[int]] = [[] for _ in case.prompts]
-        self.computed: list[list[Tensor]] = [[] for _ in case.prompts]  # which rows' logits these are
         for group in case.groups(candidate):
             inputs = case.inputs(candidate, group)
             sizes = inputs["lengths"].tolist()
+            width = inputs["canvas"].shape[1]
+            last = [inputs["canvas"]]
 
-            def keep(values: Values, group: list[int] = group, sizes: list[int] = sizes) -> None:
-                everything = torch.ones_like(values["tokens"], dtype=torch.bool)
-                rows = (~everything).scatter(1, values["slots"], True) if "slots" in values else everything
+            def keep(values: Values, group: list[int] = group, sizes: list[int] = sizes, last: list[Tensor] = last,
+                     width: int = width) -> None:  # fmt: skip
                 for j, i in enumerate(group):
-                    self.computed[i].append(rows[j, -sizes[j] :].clone())
-                    self.canvases[i].append(values["tokens"][j, -sizes[j] :].clone())
-                    self.logits[i].append(values["logits"][j, -sizes[j] :].clone())
-                if len(self.logits[group[0]]) > max(sizes):
+                    pad = width - sizes[j]
+                    slots = values["slots"][j] if "slots" in values else torch.arange(width)
+                    real = (slots >= pad) & (slots < width)
+                    before, after = (x[j, pad:].clone() for x in (last[0], values["tokens"]))
+                    self.steps[i].append(Step(before, after, slots[real] - pad, values["logits"][j][real].clone()))
+                last[0] = values["tokens"].clone()
+                if len(self.steps[group[0]]) > max(sizes):
                     raise Mismatch(f"does not end after {max(sizes)} rounds")
 
             values = run(candidate, inputs, slots(candidate, inputs), executor, keep)
@@ -89,27 +102,45 @@ class Trace:
 class Forced:
     """Runs the reference's control on the candidate's canvases, and measures."""
 
-    def __init__(self, oracle: Oracle, trace: Trace, row: int, outcome: Outcome) -> None:
-        self.oracle, self.trace, self.row, self.outcome = oracle, trace, row, outcome
+    def __init__(self, oracle: Oracle, steps: Sequence[Step], outcome: Outcome) -> None:
+        self.oracle, self.steps, self.outcome = oracle, steps, outcome
+        self.mask, self.shift = (int(oracle.program.meta.get(k) or 0) for k in ("mask", "shift"))
         self.round, self.problem, self.floor = 0, "", 0.0
-        self.picked: tuple[str, Values] = ("", {})
+        self.rule = ""
+        self.read: dict[str, Values] = {}  # what each graph read in this round
+        self.state: Values = {}  # keys and values in fp64
 
     def call(self, graph: str, inputs: Values) -> Values:
-        trace, canvases = self.trace, self.trace.canvases[self.row]
+        self.read[graph] = inputs
         if graph == self.oracle.model.graph:
-            if self.round >= len(canvases):
-                raise Mismatch(f"stops after {len(canvases)} rounds, the reference goes on")
-            single, double = self.oracle.logits(inputs["ids"])
-            masked = (inputs["ids"][0] == int(self.oracle.program.meta["mask"])) & trace.computed[self.row][self.round]
-            self.measure(single[0, masked], double[0, masked], trace.logits[self.row][self.round][masked])
-            return {"logits": single}
+            return self.forward(inputs)
         results = self.oracle.eager.call(graph, inputs)
         if graph in RULES:
-            self.picked = graph, inputs
+            self.rule = graph
         if graph == "commit":
-            results = self.overruled(inputs, results, canvases[self.round])
+            results = self.overruled(inputs, results)
             self.round += 1
         return results
+
+    def forward(self, inputs: Values) -> Values:
+        """The reference's forward; its logits are compared with the candidate's."""
+        if self.round >= len(self.steps):
+            raise Mismatch(f"stops after {len(self.steps)} rounds, the reference goes on")
+        single, double = self.oracle.forward(inputs, self.state)
+        self.state = {n: v for n, v in double.items() if v.is_floating_point()}
+        step = self.steps[self.round]
+        if "slots" not in inputs:
+            mine = step.rows
+        elif torch.equal(inputs["slots"][0], step.rows):
+            mine = torch.arange(len(step.rows))
+        else:
+            raise Mismatch(f"round {self.round} computes rows {step.rows.tolist()}, the schedule says "
+                           f"{inputs['slots'][0].tolist()}")  # fmt: skip
+        predicted = (step.rows + self.shift).clamp(max=len(step.before) - 1)
+        masked = step.before[predicted] == self.mask
+        rows = mine[masked]
+        self.measure(single["logits"][0, rows], double["logits"][0, rows], step.logits[masked])
+        return single
 
     def measure(self, single: Tensor, double: Tensor, mine: Tensor) -> None:
         """Adds this round's distance of logits to the outcome."""
@@ -122,8 +153,9 @@ class Forced:
         if not error / floor <= self.outcome.ratio:
             self.outcome.error, self.outcome.floor = error, floor
 
-    def overruled(self, inputs: Values, results: Values, actual: Tensor) -> Values:
+    def overruled(self, inputs: Values, results: Values) -> Values:
         """The commit's results with the candidate's canvas in the place of its own."""
+        actual = self.steps[self.round].after
         if not torch.equal(results["tokens"][0], actual):
             if self.ties(inputs, results["tokens"][0], actual):
                 self.outcome.ties += 1
@@ -131,26 +163,33 @@ class Forced:
                 where = int((results["tokens"][0] != actual).nonzero()[0])
                 theirs = int(results["tokens"][0, where])
                 self.problem = f"round {self.round} leaves {int(actual[where])} at {where}, the reference {theirs}"
-        left = (actual == int(self.oracle.program.meta["mask"])).any()
-        return {**results, "tokens": actual[None], "finished": ~left}
+        return {**results, "tokens": actual[None], "finished": ~(actual == self.mask).any()}
 
     def ties(self, inputs: Values, theirs: Tensor, actual: Tensor) -> bool:
         """Whether the rule writes what the candidate wrote, given its logits, or some within the tolerance."""
-        (graph, read), mask = self.picked, int(self.oracle.program.meta["mask"])
-        nudged, masked = read["logits"].clone(), inputs["tokens"][0] == mask
-        step = 2 * TOLERANCE * self.floor  # two logits, each off by the tolerance
-        for row in (masked & (actual != theirs)).nonzero().flatten().tolist():
-            source = max(row - bool(self.oracle.program.meta.get("shift")), 0)
-            token = int(actual[row])
-            if token != mask:
-                nudged[0, source, token] += step
+        step = self.steps[self.round]
+        own = self.read[self.rule]["logits"]
+        at = {int(row): i for i, row in enumerate(step.rows if own.shape[1] == len(step.rows) else range(own.shape[1]))}
+        mine, nudged = own.clone(), own.clone()
+        mine[0, [at[int(row)] for row in step.rows]] = step.logits.to(own.dtype)
+        by = 2 * TOLERANCE * self.floor  # two logits, each off by the tolerance
+        for row in ((inputs["tokens"][0] == self.mask) & (actual != theirs)).nonzero().flatten().tolist():
+            source, token = at[max(row - self.shift, 0)], int(actual[row])
+            if token != self.mask:
+                nudged[0, source, token] += by
             else:
-                nudged[0, source, nudged[0, source].argmax()] -= step
-        for logits in (self.trace.logits[self.row][self.round][None], nudged):
-            again = self.oracle.eager.call(graph, {**read, "logits": logits})
-            if torch.equal(self.oracle.eager.call("commit", {**inputs, **again})["tokens"][0], actual):
-                return True
-        return False
+                nudged[0, source, nudged[0, source].argmax()] -= by
+        return any(torch.equal(self.written(inputs, logits), actual) for logits in (mine, nudged))
+
+    def written(self, inputs: Values, logits: Tensor) -> Tensor:
+        """The canvas [T] that the reference's rule leaves, given these logits."""
+        call = self.oracle.eager.call
+        found = call(self.rule, {**self.read[self.rule], "logits": logits})
+        for graph in ("align", "place"):
+            if graph in self.read:
+                found = call(graph, {**self.read[graph], **found})
+        names = dict(zip(("candidate", "confidence"), found.values(), strict=True))
+        return call("commit", {**inputs, **names})["tokens"][0]
 
 
 def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome: Outcome) -> None:
@@ -167,14 +206,14 @@ def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome
 
 def compare_row(oracle: Oracle, trace: Trace, i: int, outcome: Outcome) -> str:
     """Measures one prompt; returns what is wrong, or nothing."""
-    forced, canvases = Forced(oracle, trace, i, outcome), trace.canvases[i]
+    forced, rounds = Forced(oracle, trace.steps[i], outcome), trace.steps[i]
     try:
         values = run(oracle.program, outcome.case.inputs(oracle.program, [i]), 0, forced)
     except Mismatch as mismatch:
         return str(mismatch)
     expected = [t for t in values["generated"][0].tolist() if t >= 0]
-    if not forced.problem and any(not torch.equal(c, canvases[forced.round - 1]) for c in canvases[forced.round :]):
-        return f"changes the canvas in round {forced.round} of {len(canvases)}, after the reference's end"
+    if not forced.problem and any(not torch.equal(s.before, s.after) for s in rounds[forced.round :]):
+        return f"changes the canvas in round {forced.round} of {len(rounds)}, after the reference's end"
     if not forced.problem and expected != trace.answers[i]:
         return f"answers {trace.answers[i][:8]}..., the reference {expected[:8]}..."
     return forced.problem

@@ -24,7 +24,7 @@ from torch import Tensor
 from aropt import ops
 from aropt.exporters.onnx import OPSET, save, translate
 from aropt.passbase import loops
-from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
 from aropt.trace import capture_function
 
 I64 = torch.int64
@@ -103,9 +103,12 @@ class Writer:
         )
 
     def size(self, graph: Any, values: Mapping[str, Any], dim: Any) -> Any:
-        """A dim of an initial state as int64 [1]: a number, an input's symbol, products of these; no slots yet."""
+        """A dim of an initial state as int64 [1]: numbers, inputs' symbols, products, sums of these; no slots yet."""
         if isinstance(dim, int) or dim == "S":
             return self.constant(graph, [0 if dim == "S" else dim])
+        if "+" in dim:
+            first, _, rest = dim.partition("+")
+            return self.node(graph, "Add", [self.size(graph, values, d) for d in (first, rest)])
         total = None
         for factor in dim.split("*"):
             if factor.isdigit():
@@ -288,8 +291,8 @@ class Writer:
 
     def initial(self, state: StateSpec, graph: Any, values: Mapping[str, Any]) -> Any:
         """The state before the program starts; empty where a graph writes it first."""
-        factors = [f for d in state.spec.dims if isinstance(d, str) for f in d.split("*")]
-        known = all(f.isdigit() or f == "S" or f in self.place for f in factors)
+        used = set().union(*(symbols(d) for d in state.spec.dims))
+        known = used <= {"S", *self.place}
         sizes = [self.size(graph, values, d if known else 0) for d in state.spec.dims]
         if not sizes:
             return self.constant(graph, state.init or 0, state.spec.dtype)

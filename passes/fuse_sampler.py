@@ -6,17 +6,16 @@ Calls that follow each other become one graph, in a loop's body and before the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
 from aropt.compose import compose
-from aropt.passbase import Applies, Contract, Skips
-from aropt.program import Call, Control, If, Loop, Program, Seq
+from aropt.passbase import Applies, Contract, Skips, own_sizes
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq
 
-LOGITS = {"logits", "computed"}  # what forwards write
-RESULTS = {"token", "candidate"}  # what rules write
+RESULTS = {"token", "picked", "candidate"}  # what rules write
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FuseSampler:
     contract: ClassVar[Contract] = Contract("bitwise", (), ("one call a round",))
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        found = tuple(" + ".join(call.graph for call in run) for run in fusible(program.control))
+        found = tuple(" + ".join(call.graph for call in run) for run in fusible(program.control, program.graphs))
         return Applies(found) if found else Skips("each round is one call already")
 
     def run(self, program: Program) -> Program:
@@ -35,7 +34,7 @@ class FuseSampler:
         def fuse(control: Control) -> Control:
             match control:
                 case Seq(body):
-                    parts = [join(run) if len(run) > 1 else run[0] for run in runs(map(fuse, body))]
+                    parts = [join(run) if len(run) > 1 else run[0] for run in runs(map(fuse, body), graphs)]
                     return parts[0] if len(parts) == 1 else Seq(tuple(parts))
                 case If(cond, then, orelse):
                     return If(cond, fuse(then), fuse(orelse))
@@ -59,31 +58,40 @@ class FuseSampler:
 PASS = FuseSampler
 
 
-def runs(parts: Iterable[Control]) -> Iterator[list[Control]]:
-    """Calls that follow each other together, every other part by itself."""
+def runs(parts: Iterable[Control], graphs: Mapping[str, Graph]) -> Iterator[list[Control]]:
+    """Calls that follow each other together, every other part by itself.
+
+    A graph with results of a size of its own ends a run: what reads them is traced with that size as an input.
+    """
     for together, group in groupby(parts, lambda part: isinstance(part, Call)):
-        run = list(group)
-        yield from [run] if together else ([part] for part in run)
+        run: list[Control] = []
+        for part in group:
+            run.append(part)
+            if not isinstance(part, Call) or own_sizes(graphs[part.graph]):
+                yield run
+                run = []
+        if together and run:
+            yield run
 
 
-def fusible(control: Control) -> Iterator[list[Call]]:
+def fusible(control: Control, graphs: Mapping[str, Graph]) -> Iterator[list[Call]]:
     """The runs of more than one call."""
     match control:
         case Seq(body):
-            for run in runs(body):
+            for run in runs(body, graphs):
                 if len(run) > 1:
                     yield [call for call in run if isinstance(call, Call)]
                 else:
-                    yield from fusible(run[0])
+                    yield from fusible(run[0], graphs)
         case If(_, then, orelse):
-            yield from fusible(then)
-            yield from fusible(orelse)
+            yield from fusible(then, graphs)
+            yield from fusible(orelse, graphs)
         case Loop():
-            yield from fusible(control.body)
+            yield from fusible(control.body, graphs)
 
 
 def stem(run: Sequence[Call]) -> str:
     """A name that says which step and which rule the fused graph holds."""
-    steps = [call.graph for call in run if LOGITS & set(call.writes.values()) and call.graph != "model"]
+    steps = [call.graph for call in run if "logits" in call.writes.values() and call.graph != "model"]
     rules = [call.graph for call in run if RESULTS & set(call.writes.values())]
     return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else "begin"

@@ -43,7 +43,7 @@ class Prune:
             for name, kept in needed.items():
                 graph = program.graphs[name]
                 if kept:
-                    graphs[name] = trim(graph, kept, weights) if kept < set(graph.outputs) else graph
+                    graphs[name] = trim(graph, kept, weights) if kept < set(graph.outputs) or idle(graph) else graph
             control = rewrite(program.control, lambda call, g=graphs: shorten(call, g))  # type: ignore[misc]
             done = set(graphs) == set(program.graphs) and all(graphs[n] is program.graphs[n] for n in graphs)
             program = program.replace(graphs=graphs, control=control)
@@ -77,6 +77,11 @@ def shorten(call: Call, graphs: dict[str, Graph]) -> list[Control]:
             {o: v for o, v in call.writes.items() if o in graph.outputs},
         )
     ]
+
+
+def idle(graph: Graph) -> bool:
+    """Whether some input is not used."""
+    return any(node.op == "placeholder" and not node.users for node in graph.fx.nodes)
 
 
 def outputs_needed(program: Program) -> dict[str, set[str]]:

@@ -19,6 +19,7 @@ from aropt.passbase import Applies, Skips, rewrite
 from aropt.passes.block_cache import BlockCache
 from aropt.program import Call, Program, calls
 from aropt.restrict import restrict
+from aropt.rows import cached
 from aropt.runtime import make_inputs
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import capture, tiny
@@ -55,19 +56,39 @@ def test_it_asks_the_mask(plain: Program) -> None:
 prompts = st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=11), min_size=1, max_size=4)
 
 
+given_ids = st.lists(st.sampled_from([MASK, MASK, MASK, 7, 8]), min_size=17, max_size=17)
+
+
 @settings(deadline=None, max_examples=25)
-@given(prompts, st.integers(1, 17), st.sampled_from([0.05, 0.3, 2.0]), st.sampled_from([0.0, 1.0]), st.integers(0, 9))
+@given(prompts, st.integers(1, 17), st.sampled_from([0.05, 0.3, 2.0]), st.sampled_from([0.0, 1.0]), st.integers(0, 9),
+       given_ids)  # fmt: skip
 def test_batches_equal_the_plain_loop_alone(
-    plain: Program, fast: Program, ids: list[list[int]], n: int, tau: float, temperature: float, seed: int
+    plain: Program, fast: Program, ids: list[list[int]], n: int, tau: float, temperature: float, seed: int, fill: Any
 ) -> None:
-    """Ragged batches as one, rows in different blocks: every row as the plain program gives it alone."""
-    params: dict[str, Any] = {"threshold": tau, "temperature": temperature, "seed": seed}
+    """Ragged batches as one, rows in different blocks, some ids given: each as the plain program gives it alone."""
+    params: dict[str, Any] = {"threshold": tau, "temperature": temperature, "seed": seed, "fill": [fill[:n]] * len(ids)}
     together = fast.generate(ids, n, **params)
+    params["fill"] = [fill[:n]]
     assert together == [plain.generate([p], n, streams=[i], **params)[0] for i, p in enumerate(ids)]
 
 
-def test_few_rows_are_computed(plain: Program, fast: Program) -> None:
-    """All at first, two blocks when one begins, else one (dllm invariant E14: the schedule is what it says)."""
+def test_blocks_that_are_given_whole_are_computed_when_they_are_passed(plain: Program, fast: Program) -> None:
+    """Their keys and values see the block before them, whose ids were found meanwhile."""
+    for seed in range(8):
+        ids = torch.randint(0, 250, (3, 4), generator=torch.Generator().manual_seed(seed)).tolist()
+        fill = [[MASK] * 4 + ids[0] + ids[1] + [MASK] * 8]
+        assert fast.generate([ids[2]], 20, fill=fill, threshold=2.0) == plain.generate(
+            [ids[2]], 20, fill=fill, threshold=2.0
+        )
+
+
+def test_few_rows_are_computed(fast: Program) -> None:
+    """All up to the first block, two blocks when one begins, else one (dllm invariant E14)."""
+    assert schedule(fast, [[1] * 8], 12, threshold=2.0) == [12, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+
+
+def schedule(program: Program, ids: list[list[int]], n: int, **params: Any) -> list[int]:
+    """How many rows each round computes."""
     rows: list[int] = []
 
     class Counting(Eager):
@@ -76,31 +97,31 @@ def test_few_rows_are_computed(plain: Program, fast: Program) -> None:
                 rows.append(inputs["ids"].shape[1])
             return super().call(graph, inputs)
 
-    values = make_inputs(fast, [[1] * 8], 12, 0, (), [0], None, {"threshold": 2.0})
-    run(fast, values, 20, Counting(fast))
-    assert rows == [20, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]
+    values = make_inputs(program, ids, n, 0, (), range(len(ids)), None, params)
+    run(program, values, values["canvas"].shape[1], Counting(program))
+    return rows
 
 
-@pytest.mark.parametrize("wrong", ["no persisting forward", "rows of the block before", "stale slots"])
+@pytest.mark.parametrize("wrong", ["no persisting forward", "masks alone", "stale slots"])
 def test_validation_catches_a_wrong_schedule(plain: Program, fast: Program, wrong: str) -> None:
     """Without the forward after a block is done, its last rows stay as they were masked (dllm invariant E11)."""
-
-    def change(call: Call) -> list[Any]:
-        if wrong == "no persisting forward" and call.graph == "rows_two":
-            return [replace(call, graph="rows_one")]
-        if wrong == "rows of the block before" and call.graph == "rows_one":
-            return [replace(call, reads={**call.reads, "now": "cursor"}, graph="rows_one")]
-        if wrong == "stale slots" and call.graph == "step":
-            return [replace(call, writes={o: v for o, v in call.writes.items() if o != "k_1"} | {"k_1": "lost"})]
-        return [call]
-
-    broken = fast.replace(control=rewrite(fast.control, change))
-    if wrong == "rows of the block before":  # the cursor is the block of the round before: right but when one begins
-        broken = broken.replace(control=rewrite(broken.control, lambda c: [replace(c, graph="rows_one")]
-                                                if c.graph == "rows_two" else [c]))  # fmt: skip
+    broken = {
+        "no persisting forward": lambda: cached(
+            plain, lambda look: (look.index <= look.now) & ((look.index == look.now) | (look.rounds == 0))
+        ),
+        "masks alone": lambda: cached(plain, lambda look: look.masked | (look.rounds == 0)),
+        "stale slots": lambda: fast.replace(control=rewrite(fast.control, stale)),
+    }[wrong]()
     verdict = validate(plain, with_probe(broken), chosen=cases(plain))
     assert not verdict.passed
     assert validate(plain, with_probe(fast), chosen=cases(plain)).passed
+
+
+def stale(call: Call) -> list[Any]:
+    """The step without the new keys of its second layer."""
+    if call.graph != "step":
+        return [call]
+    return [replace(call, writes={o: v for o, v in call.writes.items() if o != "k_1"} | {"k_1": "lost"})]
 
 
 def test_rows_see_what_the_mask_shows() -> None:
@@ -127,7 +148,7 @@ def test_what_mixes_rows_otherwise_is_refused() -> None:
 def test_it_is_fused_and_lowered(plain: Program) -> None:
     done = aropt.optimize(plain, target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
-    assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows_two"}
+    assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows"}
     assert MASK not in done.generate([[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
 
 

@@ -15,22 +15,25 @@ from torch import Tensor, fx
 
 from aropt import ops
 from aropt.interpreter import Executor, Values
-from aropt.passbase import loops
+from aropt.passbase import loops, own_sizes
 from aropt.program import Program, calls
 from aropt.targets.eager import InPlace, in_place
 
 
 class Inductor(InPlace):
-    """Graphs inside loops are compiled at their first call (and again for a prompt's shape); others run eagerly."""
+    """Graphs inside loops are compiled at their first call (and again for a prompt's shape).
+
+    Others run eagerly, and so do those with sizes of their own.
+    """
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.hot = {c.graph for loop in loops(program.control) for c in calls(loop.body)}
 
     def module(self, name: str) -> Callable[..., tuple[Tensor, ...]]:
-        if name not in self.hot:
-            return super().module(name)
         graph = self.program.graphs[name]
+        if name not in self.hot or own_sizes(graph):
+            return super().module(name)
         bound = graph.bind(self.program.weights)
         bound.graph = inline_ops(in_place(graph, self.aliases[name]))
         bound.recompile()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
-from aropt.passbase import donated, loops
+from aropt.passbase import donated, loops, own_sizes
 from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
 from aropt.targets import whole
 from aropt.targets.whole import Whole
@@ -45,27 +45,42 @@ class Session:
         self.names = list(graph.inputs)
         self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
         self.turn = 0
+        self.own_sizes = bool(own_sizes(graph))
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
         self.entries: dict[tuple[Any, ...], Values] = {}
         self.turns: dict[tuple[int, ...], list[Any]] = {}
 
     def call(self, inputs: Values) -> Values:
-        key = (self.turn, *[(t.data_ptr(), t.shape) for t in map(inputs.__getitem__, self.names)])
-        self.turn ^= 1
+        """A round; its results stay as they are until the one after the next."""
+        if self.own_sizes:
+            return {n: self.buffer(n, r.shape, r.dtype).copy_(r) for n, r in self.once(inputs).items()}
+        inputs = {n: inputs[n].contiguous() for n in self.names}
+        key = (self.turn, *[(t.data_ptr(), t.shape) for t in inputs.values()])
         found = self.bindings.get(key)
         if found is None:
             if len(self.bindings) >= KEPT:
                 self.bindings.clear()
             found = self.bindings[key] = self.bind(inputs)
+        self.turn ^= 1
         binding, outputs, _ = found
         self.session.run_with_iobinding(binding)
         return dict(outputs)
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Where a result goes in this turn: the same place each time, so that its readers need no new binding."""
+        key = (self.turn, name, *shape)
+        if key not in self.buffers:
+            if len(self.buffers) >= KEPT * len(self.types):
+                self.buffers.clear()
+            self.buffers[key] = torch.empty(tuple(shape), dtype=dtype)
+        return self.buffers[key]
 
     def entry(self, inputs: Values) -> Values:
         """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing."""
         key = tuple(t.shape for t in inputs.values())
         if key not in self.entries:
             if len(self.entries) >= SHAPES:  # caches are large, and bindings and turns hold them too
-                for kept_values in (self.entries, self.bindings, self.turns):
+                for kept_values in (self.entries, self.bindings, self.turns, self.buffers):
                     kept_values.clear()
             self.entries[key] = {n: torch.empty_like(t) for n, t in inputs.items()}
         for name, kept in self.entries[key].items():
@@ -92,7 +107,7 @@ class Session:
             alias = self.aliases.get(name)
             shape = [resolve(d, sizes) for d in spec.dims]
             known = inputs[alias] if alias else (given or {}).get(name)
-            value = torch.empty(shape, dtype=spec.dtype) if known is None else known
+            value = self.buffer(name, shape, spec.dtype) if known is None else known
             binding.bind_output("out." + name, "cpu", 0, self.types[name], tuple(value.shape), pointer(value))
             outputs[name] = value
         return binding, outputs, inputs  # the inputs stay alive as long as their binding

@@ -1,0 +1,172 @@
+"""Drift: what a lossy cache changes, measured against the exact program, and held against a budget.
+
+The candidate generates. On the very canvases that it came by, the exact forward says what each masked row of the block
+at hand should have predicted (teacher forcing: an early difference does not hide later ones). Then whole generations
+are compared, which says what a user sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt.errors import UsageError
+from aropt.interpreter import Eager, Executor
+from aropt.program import Program
+from aropt.runtime import room
+from aropt.unmask import current_block
+from aropt.validate import Case
+from aropt.validate_canvas import Step, Trace
+
+AT_MOST, AT_LEAST = ("kl", "kl_max"), ("top1", "agreement")
+TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exact forward
+
+
+@dataclass(frozen=True)
+class Drift:
+    """`kl`: mean of KL(exact || cached) in nats over all measured rows, `kl_max` the largest; `top1`: share of the rows
+    with the same most likely id; `agreement`: share of the answers' ids that the exact program writes too; `first`: the
+    first answer's position that differs (-1: none). `forwards` and `rows` of the candidate, `exact_forwards` and
+    `exact_rows` of the exact program; `tokens`: of the answers. `steps`: [mean KL, top-1] of each round.
+    """
+
+    kl: float
+    kl_max: float
+    top1: float
+    agreement: float
+    first: int
+    measured: int
+    tokens: int
+    forwards: int
+    exact_forwards: int
+    rows: int
+    exact_rows: int
+    steps: list[tuple[float, float]]
+
+    def metrics(self) -> dict[str, float]:
+        """All but the curve."""
+        return {k: v for k, v in asdict(self).items() if k != "steps"}
+
+    def misses(self, budget: Mapping[str, float]) -> str:
+        """What is over the budget, in words; empty if nothing is."""
+        found = self.metrics()
+        over = [f"{m} {found[m]:.4g}, at most {budget[m]:g}" for m in AT_MOST if m in budget and found[m] > budget[m]]
+        under = [
+            f"{m} {found[m]:.4g}, at least {budget[m]:g}" for m in AT_LEAST if m in budget and found[m] < budget[m]
+        ]
+        return "; ".join(over + under)
+
+
+def budget(text: str) -> dict[str, float]:
+    """ "kl=0.05,top1=0.95" as {metric: bound}. Raises UsageError."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in (*AT_MOST, *AT_LEAST):
+            raise UsageError(
+                what=f"unknown metric '{name}'",
+                where="--budget",
+                hint=f"at most: {', '.join(AT_MOST)}; at least: {', '.join(AT_LEAST)}",
+            )
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if not 0 <= found[name] <= (1 if name in AT_LEAST else float("inf")):
+            raise UsageError(
+                what=f"'{value}' is no bound for {name}",
+                where="--budget",
+                hint="write a share, as top1=0.95" if name in AT_LEAST else "write nats, as kl=0.05",
+            )
+    return found
+
+
+def workload(program: Program) -> Case:
+    """The model's own prompts, as one batch, with the rule's default parameters."""
+    prompts = [tuple(int(t) for t in p) for p in program.meta["prompts"][:PROMPTS]]
+    n = max(1, min(TOKENS, room(program, max(map(len, prompts)))))
+    block = int(program.meta.get("block") or 0)
+    own = min(int(program.inputs["block"].default or n), n)
+    params = () if block else (("block", float(own)),)
+    return Case("drift", "greedy", tuple(prompts), n if block else n - n % own, params=params)
+
+
+def measure(exact: Program, candidate: Program, executor: Executor | None = None, case: Case | None = None) -> Drift:
+    """The drift of a candidate (with its probe, see `validate.with_probe`) from the exact plain program."""
+    case = case or workload(exact)
+    eager = Eager(exact)
+    mine, theirs = Trace(candidate, case, executor or Eager(candidate)), Trace(exact, case, eager)
+    rounds: list[list[tuple[Tensor, Tensor]]] = []
+    for i in range(len(case.prompts)):
+        inputs = case.inputs(exact, [i])
+        for number, found in enumerate(sequence(exact, eager, inputs, mine.steps[i])):
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(found)
+    kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
+    pairs = [(a, b) for x, y in zip(mine.answers, theirs.answers, strict=True) for a, b in zip(x, y, strict=False)]
+    firsts = [next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), -1)
+              for x, y in zip(mine.answers, theirs.answers, strict=True)]  # fmt: skip
+    per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
+    forwards, exact_forwards = (sum(map(len, trace.steps)) for trace in (mine, theirs))
+    computed, all_rows = (sum(len(s.rows) for steps in t.steps for s in steps) for t in (mine, theirs))
+    return Drift(
+        float(kl.mean()),
+        float(kl.max()),
+        float(same.double().mean()),
+        sum(a == b for a, b in pairs) / max(len(pairs), 1),
+        min((f for f in firsts if f >= 0), default=-1),
+        len(kl),
+        sum(map(len, mine.answers)),
+        forwards,
+        exact_forwards,
+        computed,
+        all_rows,
+        per_round,
+    )
+
+
+def mean(parts: list[Tensor]) -> float:
+    return float(torch.cat(parts).double().mean())
+
+
+def sequence(
+    exact: Program, eager: Eager, inputs: Mapping[str, Any], steps: Sequence[Step]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each round of a sequence: KL and agreement of the rows that predict the masks of the block at hand."""
+    mask, shift = int(exact.meta["mask"]), int(bool(exact.meta.get("shift")))
+    alive = [s for s in steps if bool((s.before == mask).any())]
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(alive), AT_ONCE):
+        some = alive[start : start + AT_ONCE]
+        canvases = torch.stack([s.before for s in some])
+        logits = eager.call("model", {"ids": canvases})["logits"]
+        for step, canvas, want in zip(some, canvases, logits, strict=True):
+            active = current_block(canvas[None], inputs["lengths"], inputs["origin"], inputs["block"], mask)[0][0]
+            sources = (active.nonzero().flatten() - shift).clamp(min=0)
+            at = {int(row): i for i, row in enumerate(step.rows)}
+            found.append(distance(want[sources], step.logits[[at[int(s)] for s in sources]], mask))
+    return found
+
+
+def distance(exact: Tensor, cached: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """KL(exact || cached) in nats and whether the most likely ids agree, the mask id left out: logits [N, V] -> [N]."""
+    hidden = torch.arange(exact.shape[-1]) == mask
+    p, q = (torch.where(hidden, -torch.inf, x.double()).log_softmax(-1) for x in (exact, cached))
+    terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+    return terms.sum(-1).clamp(min=0), p.argmax(-1) == q.argmax(-1)
+
+
+def ledger(steps: Sequence[Step]) -> Tensor:
+    """Which version of each row's keys and values each round of a sequence read: the round that computed them, -1 for
+    none, int64 [rounds, T]."""
+    versions = torch.full((len(steps), len(steps[0].before)), -1)
+    for number, step in enumerate(steps):
+        if number:
+            versions[number] = versions[number - 1]
+        versions[number, step.rows] = number
+    return versions
