@@ -146,10 +146,16 @@ class Rule:
         if self.test:
             function, params = TESTS[self.test]
             return round.active & ((round.rank == 0) | function(round, **{n: values[n] for n in params}))
+        return round.active & (round.rank < self.limits(round, **values)[0])
+
+    def limits(self, round: Round, **values: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows are written by rank, int64 [B, 1], and the confidence that is enough by itself, float32 []."""
+        if self.test == "threshold":
+            return torch.ones_like(round.left), torch.log(values["threshold"])
         steps = torch.where(values["steps"] > 0, values["steps"], round.masks)
         extra = {"shift": values["shift"]} if self.schedule == "shifted" else {}
         keep = SCHEDULES[self.schedule](round, steps.clamp(min=1), **extra)
-        return round.active & (round.rank < (round.left - keep).clamp(min=1))
+        return (round.left - keep).clamp(min=1), torch.full((), torch.inf)
 
 
 def chosen(names: tuple[str, ...]) -> Rule:

@@ -11,24 +11,21 @@ if TYPE_CHECKING:
 
     from aropt.opdef import OpDef
 
-NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select")
-# ops that lie with another one in its file, and under which name
-FAMILIES: dict[str, tuple[str, str]] = {"canvas_commit": ("canvas_select", "COMMIT")}
+NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select", "canvas_commit")
 
 
 def load(name: str) -> OpDef:
-    """The definition in `kernels/<name>.py`, or in its family's file; registers the op as `torch.ops.aropt.<name>`."""
+    """The definition in `kernels/<name>.py`; registers the op as `torch.ops.aropt.<name>`."""
     from aropt.opdef import register
 
-    file, held = FAMILIES.get(name, (name, "OP"))
-    op: OpDef = getattr(import_module(f"aropt.kernels.{file}"), held)
+    op: OpDef = import_module(f"aropt.kernels.{name}").OP
     register(op)
     return op
 
 
 def load_all() -> dict[str, OpDef]:
     """All ops, registered. Needed before a captured program that calls them is loaded from a file."""
-    return {name: load(name) for name in (*NAMES, *FAMILIES)}
+    return {name: load(name) for name in NAMES}
 
 
 def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., Any]]:

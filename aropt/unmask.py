@@ -8,6 +8,7 @@ masks, so that the rows of a batch don't wait for each other. Generation ends wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,6 +112,9 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
     """logits [B, R, V] -> what each row predicts and the rule's confidence in it; never the mask itself."""
 
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        if not sampled and rule.confidence == "probability":
+            found = torch.ops.aropt.canvas_select(logits.reshape(-1, vocab), mask)
+            return tuple(x.reshape(logits.shape[:2]) for x in found)
         logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
         confidence = CONFIDENCES[rule.confidence]
         if not sampled:
@@ -181,10 +185,8 @@ def commit(rule: Rule, mask: int) -> Graph:
         step, masks = torch.where(fresh, 0, step), torch.where(fresh, left, masks)
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
-        least = torch.finfo(F32).min  # a row that may be written comes before those that may not, whatever it is worth
-        rank = ranked(torch.where(active, confidence.clamp(min=least), -torch.inf))
-        seen = Round(active, confidence, rank, *(x.unsqueeze(1) for x in (step, masks, left)))
-        tokens = torch.where(rule.select(seen, **params), candidate, tokens)
+        numbers = tuple(x.unsqueeze(1) for x in (step, masks, left))
+        tokens = written(rule, tokens, candidate, confidence, active, numbers, params)
         tokens = filled(tokens, stop, mask, at, answers)
         done = ~((tokens == mask) & (at >= 0)).any()
         return tokens, current, step + 1, masks, rounds + 1, done
@@ -194,6 +196,26 @@ def commit(rule: Rule, mask: int) -> Graph:
     inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
     inputs |= {n: i.spec for n, i in rule.params.items()}
     return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished"])
+
+
+def written(
+    rule: Rule,
+    tokens: Tensor,
+    candidate: Tensor,
+    confidence: Tensor,
+    active: Tensor,
+    numbers: tuple[Tensor, ...],
+    params: dict[str, Tensor],
+) -> Tensor:
+    """The canvas with the rows that the rule writes; `numbers` are step, masks and left of `Round`."""
+    if rule.test in ("", "threshold"):  # quotas and thresholds are one op; the others rank, and test by themselves
+        segment = torch.where(active, 0, -1)
+        least, sure = rule.limits(Round(active, confidence, segment, *numbers), **params)
+        op: Callable[..., Tensor] = torch.ops.aropt.canvas_commit
+        return op(tokens, candidate, confidence, segment, least.squeeze(1), sure, False)
+    worst = torch.finfo(F32).min  # a row that may be written comes before those that may not, whatever it is worth
+    rank = ranked(torch.where(active, confidence.clamp(min=worst), -torch.inf))
+    return torch.where(rule.select(Round(active, confidence, rank, *numbers), **params), candidate, tokens)
 
 
 def current_block(tokens: Tensor, lengths: Tensor, origin: Tensor, block: Tensor, mask: int) -> tuple[Tensor, Tensor]:
