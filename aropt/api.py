@@ -16,6 +16,8 @@ from aropt import __version__
 from aropt.drift import Drift
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
+from aropt.guide import Guide
+from aropt.guide import make as make_guide
 from aropt.loops import autoregressive
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
@@ -39,19 +41,20 @@ def capture(
     rules: Sequence[str] | None = None,
     loop: str | None = None,
     trust_remote_code: bool = False,
+    guide: str | nn.Module | Source | None = None,
     **meta: Any,
 ) -> Program:
     """The plain generation program of a model: the whole forward for each token, then the rule.
 
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
     forward(ids int64[B, T]) -> logits[B, T, V]. `loop`: "positions" (one token after the other) or "unmask" (a canvas,
-    by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit for a canvas. `meta`
+    by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit for a canvas. `guide`: a
+    model of one token after the other that judges what a canvas's rounds would write (see aropt.guide). `meta`
     overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts, name).
     Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):
-        known = {"name": type(model).__name__, "source": "", "modality": "tokens", **facts(model, capacity)}
-        source = Source(model, known)
+        source = given(model, capacity)
     else:
         source = resolve(model, capacity, trust_remote_code) if isinstance(model, str) else model
     source.meta |= {**meta, "trust_remote_code": trust_remote_code}
@@ -59,8 +62,31 @@ def capture(
     check_loop(loop, source.meta)
     graph, weights = source.captured()
     if loop == "unmask":
-        return unmasking(graph, weights, source.meta, tuple(rules or ()))
+        return unmasking(graph, weights, source.meta, tuple(rules or ()), guided(guide, source, trust_remote_code))
+    if guide is not None:
+        raise UsageError(
+            what="a guide judges the rounds of a canvas",
+            where="--guide",
+            why="this loop writes one token after the other",
+            hint="leave it out, or choose --loop unmask",
+        )
     return autoregressive(graph, weights, source.meta, DEFAULT if rules is None else tuple(rules))
+
+
+def given(model: nn.Module, capacity: int | None) -> Source:
+    """A module of the caller's as a source."""
+    return Source(model, {"name": type(model).__name__, "source": "", "modality": "tokens", **facts(model, capacity)})
+
+
+def guided(guide: str | nn.Module | Source | None, source: Source, trusted: bool) -> Guide | None:
+    """The captured guide. Raises Unsupported, UsageError."""
+    if guide is None:
+        return None
+    found = given(guide, None) if isinstance(guide, nn.Module) else guide
+    found = resolve(found, None, trusted, "positions") if isinstance(found, str) else found
+    graph, weights = found.captured()
+    name = str(guide) if isinstance(guide, str) else str(found.meta["name"])
+    return make_guide(name, graph, weights, int(found.meta["vocab"]), int(found.meta["capacity"]))
 
 
 def check_loop(loop: str, meta: dict[str, Any]) -> None:

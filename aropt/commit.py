@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
+from aropt.guide import JUDGES
 from aropt.program import Input, Spec
 
 F32, I64 = torch.float32, torch.int64
@@ -139,6 +140,7 @@ class Rule:
     schedule: str = "uniform"  # used where there is no test
     test: str = ""
     eoser: bool = False
+    guide: str = ""  # how a guide's agreement is tested; then there is neither a schedule nor a test
     params: dict[str, Input] = field(default_factory=dict)
 
     def select(self, round: Round, **values: Tensor) -> Tensor:
@@ -160,8 +162,13 @@ class Rule:
 
 def chosen(names: tuple[str, ...]) -> Rule:
     """The rule of these names: at most one of each kind. Raises UsageError for an unknown name or two of a kind."""
-    kinds: dict[str, dict[str, Any]] = {"confidence": CONFIDENCES, "schedule": SCHEDULES, "test": TESTS}
-    known = [*CONFIDENCES, *SCHEDULES, *TESTS, "eoser"]
+    kinds: dict[str, dict[str, Any]] = {
+        "confidence": CONFIDENCES,
+        "schedule": SCHEDULES,
+        "test": TESTS,
+        "guide": JUDGES,
+    }
+    known = [*CONFIDENCES, *SCHEDULES, *TESTS, *JUDGES, "eoser"]
     found: dict[str, str] = {}
     for name in names:
         kind = next((k for k, members in kinds.items() if name in members), "")
@@ -179,13 +186,16 @@ def chosen(names: tuple[str, ...]) -> Rule:
             )
         if kind:
             found[kind] = name
-    if "schedule" in found and "test" in found:
+    deciding = [found[kind] for kind in ("schedule", "test", "guide") if kind in found]
+    if len(deciding) > 1:
         raise UsageError(
-            what=f"'{found['schedule']}' and '{found['test']}' don't go together",
-            why="a test decides by itself how many rows a round writes",
+            what=f"'{deciding[0]}' and '{deciding[1]}' don't go together",
+            why=f"'{deciding[1]}' decides by itself how many rows a round writes",
             hint="leave one out",
         )
     params = dict(TESTS[found["test"]][1]) if "test" in found else dict(STEPS)
+    if "guide" in found:
+        params = dict(JUDGES[found["guide"]][1])
     if found.get("schedule") == "shifted":
         params |= SHIFT
     if "eoser" in names:

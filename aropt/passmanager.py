@@ -24,6 +24,7 @@ PASSES = {
     "dkv-cache": "dkv_cache",
     "vicinity": "vicinity",
     "block-cache": "block_cache",
+    "guide-cache": "guide_cache",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "fuse-sampler": "fuse_sampler",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt import guide as guides
 from aropt import ops
 from aropt.commit import CONFIDENCES, Round, Rule, chosen
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
@@ -25,12 +26,26 @@ FAR = 2**20  # a block that no canvas reaches
 STATE = ("cursor", "step", "masks")
 
 
-def unmasking(model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: tuple[str, ...] = ()) -> Program:
-    """The plain loop. `meta` holds vocab, capacity, mask (the id), and may hold shift (row i predicts id i + 1)."""
+def unmasking(
+    model: Graph,
+    weights: dict[str, Tensor],
+    meta: dict[str, Any],
+    rules: tuple[str, ...] = (),
+    guide: guides.Guide | None = None,
+) -> Program:
+    """The plain loop. `meta` holds vocab, capacity, mask (the id), and may hold shift (row i predicts id i + 1).
+
+    `guide` judges what each round would write. Raises UsageError where rules, guide and model don't fit together.
+    """
     ops.load_all()
+    rules = guides.completed(rules, guide)
     rule, vocab, mask = chosen(rules), int(meta["vocab"]), int(meta["mask"])
     graphs = {"model": model, "start": start(mask), "commit": commit(rule, mask), "answer": answer()}
     graphs |= {"every_row": every_row()} | ({"align": align()} if meta.get("shift") else {})
+    if guide is not None:
+        guides.check(guide, meta)
+        graphs |= guides.graphs(guide, rule.guide, mask)
+        weights, meta = {**weights, **guide.weights}, {**meta, "guide": guide.name}
     for name, sampled in (("greedy", False), ("sample", True)):
         graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")))
     control = Seq(
@@ -87,6 +102,7 @@ def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     else:
         reads = {n: n for n in graphs[rule].inputs}
         body.append(Call(rule, reads, {"picked": "candidate", "sure": "confidence"}))
+    body += guides.calls(graphs) if "guide" in graphs else []
     return Loop("unmask", "finished", Seq((*body, same(graphs["commit"]))), {}, {"block": "block"})
 
 
@@ -186,7 +202,10 @@ def commit(rule: Rule, mask: int) -> Graph:
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
         numbers = tuple(x.unsqueeze(1) for x in (step, masks, left))
-        tokens = written(rule, tokens, candidate, confidence, active, numbers, params)
+        if rule.guide:
+            tokens = torch.where(guides.accepted_rows(active, params["accepted"]), candidate, tokens)
+        else:
+            tokens = written(rule, tokens, candidate, confidence, active, numbers, params)
         tokens = filled(tokens, stop, mask, at, answers)
         done = ~((tokens == mask) & (at >= 0)).any()
         return tokens, current, step + 1, masks, rounds + 1, done
@@ -194,7 +213,7 @@ def commit(rule: Rule, mask: int) -> Graph:
     grid = {"candidate": CANVAS, "confidence": Spec(F32, ("B", "T"))}
     rows = {n: ROWS for n in ("lengths", "answers", "origin", *STATE)}
     inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
-    inputs |= {n: i.spec for n, i in rule.params.items()}
+    inputs |= {"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else {n: i.spec for n, i in rule.params.items()}
     return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished"])
 
 

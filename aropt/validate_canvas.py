@@ -44,6 +44,7 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
         made.append(Case(name, kind, tuple(map(prompt, lengths)), room, seed, tuple(params.items())))
 
     usual = {"steps": 8.0, "threshold": 0.05, "factor": 1.0}
+    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}  # so that some are accepted
     several = {n: v for n, v in usual.items() if n in program.inputs}
     once = {n: 1.0 if n == "steps" else v for n, v in several.items()}
     third = max(1, min(9, capacity // 3))

@@ -1,0 +1,167 @@
+"""Guided diffusion: an autoregressive model judges what a round would write, and never writes (FlashDLM, 2505.21467).
+
+Each round the canvas model drafts every mask of the block at hand. The guide reads the canvas with the drafts in it, once,
+and the drafts are kept from the left up to the first that it does not accept; the first of all is kept in any case. So the
+ids are always the canvas model's own, and a good guide lets a round write many of them.
+
+In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these in
+their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to the rows that are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from aropt.compose import inline
+from aropt.errors import UsageError
+from aropt.program import Call, Graph, Input, Spec
+from aropt.torch_compat import build
+from aropt.trace import capture_function
+
+BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
+CANVAS, PICKED = Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
+PREFIX = "guide."  # of its weights' names
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A captured autoregressive model: forward `graph`, its weights under PREFIX, its capacity."""
+
+    name: str
+    graph: Graph
+    weights: dict[str, Tensor]
+    vocab: int
+    capacity: int
+
+
+def argmax(logits: Tensor, draft: Tensor) -> Tensor:
+    """The draft is the guide's own choice."""
+    return logits.argmax(-1) == draft
+
+
+def top_k(logits: Tensor, draft: Tensor, guide_k: Tensor) -> Tensor:
+    """The draft is among its k most likely ids; of equal ones all count."""
+    return (logits > of(logits, draft)).to(I64).sum(-1) < guide_k
+
+
+def relative(logits: Tensor, draft: Tensor, guide_share: Tensor) -> Tensor:
+    """The draft is among its two most likely ids, and has a share of the most likely one's probability."""
+    own = of(logits, draft).squeeze(-1)
+    return ((logits > own.unsqueeze(-1)).to(I64).sum(-1) < 2) & (own >= logits.amax(-1) + torch.log(guide_share))
+
+
+def threshold(logits: Tensor, draft: Tensor, guide_threshold: Tensor) -> Tensor:
+    """The draft has at least this probability."""
+    return torch.log_softmax(logits, -1).gather(-1, draft.unsqueeze(-1)).squeeze(-1) >= torch.log(guide_threshold)
+
+
+def of(logits: Tensor, draft: Tensor) -> Tensor:
+    return logits.gather(-1, draft.unsqueeze(-1))
+
+
+JUDGES: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
+    "guide-argmax": (argmax, {}),
+    "guide-top-k": (top_k, {"guide_k": Input(Spec(I64), 5, "ids of the guide that count")}),
+    "guide-relative": (relative, {"guide_share": Input(Spec(F32), 0.5, "least share of the guide's best probability")}),
+    "guide-threshold": (threshold, {"guide_threshold": Input(Spec(F32), 0.1, "least probability under the guide")}),
+}
+
+
+def make(name: str, graph: Graph, weights: dict[str, Tensor], vocab: int, capacity: int) -> Guide:
+    """A guide from a captured forward, its weights renamed."""
+    moved = {PREFIX + n: w for n, w in weights.items()}
+    return Guide(name, renamed(graph, {n: PREFIX + n for n in weights}, moved), moved, vocab, capacity)
+
+
+def renamed(graph: Graph, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> Graph:
+    """The graph "guide" with other names for some of its weights, which `weights` has."""
+    copy = fx.Graph()
+    results = inline(copy, graph, {n: copy.placeholder(n) for n in graph.inputs})
+    copy.output(tuple(results.values()))
+    for node in copy.nodes:
+        if node.op == "get_attr":
+            node.target = names.get(str(node.target), str(node.target))
+    return build("guide", copy, graph.inputs, list(graph.outputs), weights)
+
+
+def check(guide: Guide, meta: dict[str, object]) -> None:
+    """Raises UsageError unless the guide reads the ids that the canvas model writes, and as many."""
+    vocab, capacity = int(str(meta["vocab"])), int(str(meta["capacity"]))
+    if guide.vocab != vocab:
+        raise UsageError(
+            what=f"the guide has a vocabulary of {guide.vocab} ids, the model one of {vocab}",
+            where=f"--guide {guide.name}",
+            why="it judges the model's ids as they are",
+            hint="choose a guide with the same tokenizer",
+        )
+    if guide.capacity < capacity:
+        raise UsageError(
+            what=f"the guide takes {guide.capacity} ids, the model {capacity}",
+            where=f"--guide {guide.name}",
+            hint=f"give --capacity {guide.capacity}",
+        )
+    if meta.get("shift"):
+        raise UsageError(
+            what="a guide can't judge a model whose rows predict the next id", where=f"--guide {guide.name}",
+            hint="leave the guide out",
+        )  # fmt: skip
+
+
+def completed(rules: tuple[str, ...], guide: Guide | None) -> tuple[str, ...]:
+    """The rules with a judge where there is a guide. Raises UsageError for a judge without one."""
+    judges = [r for r in rules if r in JUDGES]
+    if judges and guide is None:
+        raise UsageError(
+            what=f"the rule '{judges[0]}' needs a guide", hint="name one: --guide MODEL, or guide= in Python"
+        )
+    return rules if guide is None or judges else (*rules, "guide-argmax")
+
+
+def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
+    """The graphs of a guided round."""
+    from aropt.unmask import current_block
+
+    def draft(tokens: Tensor, candidate: Tensor, lengths: Tensor, origin: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        active = current_block(tokens, lengths, origin, block, mask)[0]
+        drafted = torch.where(active, candidate, tokens)
+        after = (torch.arange(tokens.shape[1]) + 1).clamp(max=tokens.shape[1] - 1)
+        return drafted, drafted.index_select(1, after)
+
+    def agree(fits: Tensor) -> Tensor:
+        rows = torch.arange(fits.shape[1])
+        return fits.index_select(1, (rows - 1).clamp(min=0)) & (rows > 0)
+
+    test, params = JUDGES[judge]
+    rows = {n: Spec(I64, ("B",)) for n in ("lengths", "origin")}
+    given = {"tokens": CANVAS, "candidate": CANVAS, **rows, "block": Spec(I64)}
+    judged = {"guide_logits": Spec(F32, ("B", "R", guide.vocab)), "following": PICKED}
+    judged |= {n: i.spec for n, i in params.items()}
+
+    def fits(guide_logits: Tensor, following: Tensor, **values: Tensor) -> Tensor:
+        return test(guide_logits.to(F32), following, **values)
+
+    return {
+        "draft": capture_function("draft", draft, given, ["drafted", "following"]),
+        "guide": replace(guide.graph, outputs={"guide_logits": guide.graph.outputs["logits"]}, aliases={}),
+        "judge": capture_function("judge", fits, judged, ["fits"]),
+        "agree": capture_function("agree", agree, {"fits": Spec(BOOL, ("B", "T"))}, ["accepted"]),
+    }
+
+
+def calls(made: dict[str, Graph]) -> list[Call]:
+    """The calls of a guided round, between the candidates and the commit."""
+    from aropt.unmask import same
+
+    forward = Call("guide", {"ids": "drafted"}, {"guide_logits": "guide_logits"})
+    return [same(made["draft"]), forward, same(made["judge"]), same(made["agree"])]
+
+
+def accepted_rows(active: Tensor, accepted: Tensor) -> Tensor:
+    """From the left up to the first mask that is not accepted, and the first in any case: bool [B, T]."""
+    wrong = (active & ~accepted).to(I64).cumsum(1)
+    first = active.to(I64).cumsum(1) == 1
+    return active & ((wrong == 0) | first)

@@ -1,0 +1,125 @@
+"""guide-cache: the guide of a guided diffusion computes the rows that are new, against its stored keys and values.
+
+Exact where no row of the guide sees a later one, which its mask is asked. Before the first mask all ids are known; after
+a round those up to the next mask are the drafts that were kept, whose keys and values are right as they are. What was
+stored of other drafts is not rolled back: it lies after the rows that could see it, and is computed anew before it counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aropt.errors import Unsupported
+from aropt.guide import PREFIX as WEIGHTS
+from aropt.guide import renamed
+from aropt.passbase import Applies, Contract, Skips, loops, rewrite
+from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
+from aropt.restrict import Restricted, restrict
+from aropt.rows import sized
+from aropt.trace import capture_function
+from aropt.unmask import FAR, current_block, places, same
+
+I64 = torch.int64
+CANVAS, PICKED, ROWS = Spec(I64, ("B", "T")), Spec(I64, ("B", "R")), Spec(I64, ("B",))
+PREFIX = "guide_"  # of its state
+
+
+@dataclass(frozen=True)
+class GuideCache:
+    name: ClassVar[str] = "guide-cache"
+    contract: ClassVar[Contract] = Contract("rounding", (), ("cached guide",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        found = [c for loop in loops(program.control) for c in calls(loop.body) if c.reads == {"ids": "drafted"}]
+        if not found:
+            return Skips("no guide runs a full forward over drafts")
+        try:
+            reach = restricted(program).facts["reach"]
+        except Unsupported as error:
+            return Skips(str(error))
+        late = next((i for i, far in enumerate(reach) if far > i), None)
+        if late is not None:
+            return Skips(f"row {late} of the guide sees row {reach[late]}")
+        return Applies(("guide: rows from the last known id on",))
+
+    def run(self, program: Program) -> Program:
+        found = restricted(program)
+        names = {n: WEIGHTS + n for n in found.constants}
+        constants = {names[n]: w for n, w in found.constants.items()}
+        step = renamed(found.graph, names, {**program.weights, **constants})
+        step = replace(step, outputs={"guide_logits" if n == "logits" else n: s for n, s in step.outputs.items()})
+        parts = [guide_rows(int(program.meta["mask"])), agree(), step]
+        graphs = {**program.graphs, **{g.name: g for g in parts}}
+        state = {PREFIX + n: sized(s) for n, s in found.state.items()}
+        state["guide_end"] = StateSpec("counter", ROWS, 0)
+
+        def change(call: Call) -> list[Control]:
+            if call.graph == "guide":
+                reads = {n: PREFIX + n for n in step.inputs} | {"ids": "guide_feed"}
+                writes = {n: n if n == "guide_logits" else PREFIX + n for n in step.outputs}
+                return [same(graphs["guide_rows"]), Call("guide", reads, writes)]
+            if call.graph == "judge":
+                return [replace(call, reads={**call.reads, "following": "guide_following"})]
+            return [same(graphs["agree"])] if call.graph == "agree" else [call]
+
+        return program.replace(
+            graphs=graphs,
+            state={**program.state, **state},
+            control=rewrite(program.control, change),
+            weights={**program.weights, **constants},
+        )
+
+
+PASS = GuideCache
+
+
+def restricted(program: Program) -> Restricted:
+    """The guide's forward for chosen rows, its constants under names of their own. Raises Unsupported."""
+    guide = program.graphs["guide"]
+    plain = replace(guide, outputs={"logits": guide.outputs["guide_logits"]})
+    return restrict(plain, program.weights, int(program.meta["capacity"]), canvas=True)
+
+
+def guide_rows(mask: int) -> Graph:
+    """From the row before the first mask, or the first that was never computed, to the one before the block's last mask."""
+
+    def function(
+        tokens: Tensor,
+        drafted: Tensor,
+        following: Tensor,
+        lengths: Tensor,
+        origin: Tensor,
+        block: Tensor,
+        guide_end: Tensor,
+    ) -> tuple[Tensor, ...]:
+        at = places(tokens, lengths)
+        active, now = current_block(tokens, lengths, origin, block, mask)
+        first = torch.where(active, at, FAR).amin(1, keepdim=True)
+        last = torch.where(active, at, -1).amax(1, keepdim=True)
+        due = (at >= torch.minimum(first - 1, guide_end.unsqueeze(1))) & (at < last) & (at >= 0)
+        due = due & (now.unsqueeze(1) < FAR)
+        slots = torch.ops.aropt.due_slots(due)
+        inside = slots.clamp(max=tokens.shape[1] - 1)
+        positions = torch.where(slots < tokens.shape[1], at.gather(1, inside), -1)
+        return drafted.gather(1, inside), slots, positions, following.gather(1, inside), last.squeeze(1)
+
+    rows = {n: ROWS for n in ("lengths", "origin", "guide_end")}
+    inputs = {"tokens": CANVAS, "drafted": CANVAS, "following": CANVAS, **rows, "block": Spec(I64)}
+    outputs = ["guide_feed", "guide_slots", "guide_positions", "guide_following", "guide_end"]
+    return capture_function("guide_rows", function, inputs, outputs)
+
+
+def agree() -> Graph:
+    """Which rows the guide agrees with, in their places: a row judges the next id."""
+
+    def function(tokens: Tensor, guide_slots: Tensor, fits: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        to = (guide_slots + 1).clamp(max=length)
+        return torch.zeros(batch, length + 1, dtype=torch.bool).scatter(1, to, fits)[:, :-1]
+
+    inputs = {"tokens": CANVAS, "guide_slots": PICKED, "fits": Spec(torch.bool, ("B", "R"))}
+    return capture_function("agree", function, inputs, ["accepted"])
