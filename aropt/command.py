@@ -56,6 +56,8 @@ class Request:
     loop: str | None = None
     mask: int | None = None
     budget: str = ""
+    block: int | None = None
+    shift: bool | None = None
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -122,11 +124,12 @@ def optimize(request: Request) -> dict[str, Any]:
 
 def find(request: Request) -> Source:
     """The model that was asked for."""
-    source = resolve(request.model, request.capacity, request.trust_remote_code, request.loop)
+    loop = request.loop or ("unmask" if request.mask is not None else None)
+    source = resolve(request.model, request.capacity, request.trust_remote_code, loop)
     there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder
     source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
-    if request.mask is not None:
-        source.meta["mask"] = request.mask
+    given = {"mask": request.mask, "block": request.block, "shift": request.shift}
+    source.meta |= {name: value for name, value in given.items() if value is not None}
     return source
 
 
