@@ -20,7 +20,7 @@ from aropt.models import REFERENCES
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
-from aropt.runtime import room
+from aropt.runtime import fitted, room
 from aropt.sources import Source, resolve
 
 Say = Callable[[str], None]
@@ -153,7 +153,7 @@ def timed(
         report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
-    prompt = [int(t) for t in program.meta["prompts"][0]]
+    prompt = fitted(program, program.meta["prompts"][0])
     n = min(request.tokens, room(program, len(prompt)))
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
     add_timings(report, timings, n)
@@ -239,7 +239,7 @@ def add_roofline(
 
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:
     """The same prompts through the reference interpreter and through the result: pictures or texts."""
-    prompts = [list(map(int, p)) for p in program.meta["prompts"]]
+    prompts = [fitted(program, p) for p in program.meta["prompts"]]
     found = []
     for i, prompt in enumerate(prompts[:10]):
         n = min(64, room(program, len(prompt)))

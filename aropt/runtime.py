@@ -97,6 +97,12 @@ def room(program: Program, prompt: int) -> int:
     return int(program.meta["capacity"]) - prompt + (program.meta.get("loop") != "unmask")
 
 
+def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
+    """An example prompt, cut to half the capacity where no new token would fit after all of it."""
+    ids = [int(t) for t in prompt]
+    return ids if room(program, len(ids)) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
+
+
 def check(
     program: Program,
     prompts: Sequence[Sequence[int]],

@@ -55,7 +55,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt import artifact, bench
     from aropt.command import Request, add_roofline, add_timings, optimize
-    from aropt.runtime import room
+    from aropt.runtime import fitted, room
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     drawn = model in models.SHAPES
@@ -65,7 +65,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=not large)
     report = optimize(request)
     program = artifact.load(out)
-    prompt = models.PROMPT if drawn else [int(t) for t in program.meta["prompts"][0]]
+    prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, len(prompt)))
     timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS)
     report["notes"] = []
