@@ -144,11 +144,7 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     if not (path / "tokenizer.json").is_file():
         meta["modality"] = "tokens"
     if masked:
-        meta["mask"] = mask_id(path, module)
-        most = longest(module, int(meta["capacity"]))
-        if capacity is not None and most < capacity:
-            raise too_long(capacity, most)
-        meta["capacity"] = most
+        meta |= {"mask": mask_id(path, module), "capacity": checked(module, int(meta["capacity"]), capacity)}
     return Source(module.eval().requires_grad_(False), meta, files)
 
 
@@ -194,6 +190,14 @@ def unrecognized(error: Exception) -> bool:
     """Whether the directory's kind of model is not one of this class."""
     text = str(error)
     return isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text)
+
+
+def checked(module: nn.Module, capacity: int, asked: int | None) -> int:
+    """The capacity, shortened to what the model takes. Raises UsageError if more was asked for."""
+    most = longest(module, capacity)
+    if asked is not None and most < asked:
+        raise too_long(asked, most)
+    return most
 
 
 def longest(module: nn.Module, capacity: int) -> int:
