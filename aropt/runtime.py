@@ -221,7 +221,6 @@ def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
 
 RESERVED = {
     "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
-    "span",
 }  # fmt: skip
 
 
@@ -304,8 +303,6 @@ def canvas_inputs(
         "origin": torch.tensor([0 if own else len(p) for p in prompts]),
         "block": torch.tensor(block),
     }
-    if "span" in program.inputs:
-        values["span"] = torch.arange(min(block, values["canvas"].shape[1]))
     if "steps" in program.inputs:
         steps = int(params.get("steps", 0))
         values["steps"] = torch.tensor(steps if own else share(steps, -(-n // block)))

@@ -371,13 +371,10 @@ def canvas_guard(program: Program) -> Guard:
         blocks = block < 1
         if own:
             blocks = blocks | (block != int(own)) | (rows["origin"] != 0).any()
-        if "span" in rows:
-            blocks = blocks | (torch.minimum(block, width) != rows["span"].shape[0])
         status = first([width > int(capacity or 0), wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
         return status, finished | (status != 0), torch.where(status != 0, FOREVER, answers)
 
-    needed = ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
-    return check, needed + [n for n in ("span",) if n in program.inputs]
+    return check, ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
 
 
 def outside(seed: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ def canvas(program: Program, lengths: list[int], n: int = 4, width: int | None =
     own, width = int(program.meta["block"]), width or max(lengths)
     rows = [[0] * (width - size) + [1] * (size - n) + [MASK] * n for size in lengths]
     inputs = {"canvas": rows, "lengths": lengths, "answers": [size - n for size in lengths], "block": own or n}
-    inputs |= {"origin": [0 if own else size - n for size in lengths], "streams": list(range(len(lengths)))}
-    return inputs | ({"span": list(range(own))} if "span" in program.inputs else {})
+    return inputs | {"origin": [0 if own else size - n for size in lengths], "streams": list(range(len(lengths)))}
 
 
 BAD: list[tuple[dict[str, Any], int]] = [
