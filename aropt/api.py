@@ -56,7 +56,8 @@ def capture(
     if isinstance(model, nn.Module):
         source = given(model, capacity)
     else:
-        source = resolve(model, capacity, trust_remote_code) if isinstance(model, str) else model
+        kind = loop or ("unmask" if meta.get("mask") is not None else None)
+        source = resolve(model, capacity, trust_remote_code, kind) if isinstance(model, str) else model
     source.meta |= {**meta, "trust_remote_code": trust_remote_code}
     loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
     check_loop(loop, source.meta)

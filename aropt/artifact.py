@@ -238,7 +238,7 @@ def source_of(folder: Path) -> Any:
     program = json.loads((folder / "program.json").read_text())
     meta = program["meta"]
     source = resolve(meta["source"], int(meta["capacity"]), bool(meta.get("trust_remote_code")), meta.get("loop"))
-    source.meta |= {"mask": meta["mask"]} if "mask" in meta else {}
+    source.meta |= {k: meta[k] for k in ("mask", "block", "shift") if k in meta}
     return source
 
 

@@ -105,6 +105,12 @@ def optimize(
         typer.Option(help="How the model generates: positions (one token after another), unmask (a canvas)."),
     ] = None,
     mask: Annotated[int | None, typer.Option(help="The mask id of a canvas, where the model does not say it.")] = None,
+    block: Annotated[
+        int | None, typer.Option(min=0, help="Rows of a block, where rows see their block and those before it; 0: all.")
+    ] = None,
+    shift: Annotated[
+        bool | None, typer.Option("--shift/--no-shift", help="Row i of the logits predicts id i + 1 (of a canvas).")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each pass would do.")] = False,
     explain: Annotated[
@@ -151,6 +157,8 @@ def optimize(
             loop=loop,
             mask=mask,
             budget=budget,
+            block=block,
+            shift=shift,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)

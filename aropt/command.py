@@ -20,7 +20,7 @@ from aropt.models import REFERENCES
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
-from aropt.runtime import room
+from aropt.runtime import fitted, room
 from aropt.sources import Source, resolve
 
 Say = Callable[[str], None]
@@ -56,6 +56,8 @@ class Request:
     loop: str | None = None
     mask: int | None = None
     budget: str = ""
+    block: int | None = None
+    shift: bool | None = None
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -122,11 +124,12 @@ def optimize(request: Request) -> dict[str, Any]:
 
 def find(request: Request) -> Source:
     """The model that was asked for."""
-    source = resolve(request.model, request.capacity, request.trust_remote_code, request.loop)
+    loop = request.loop or ("unmask" if request.mask is not None else None)
+    source = resolve(request.model, request.capacity, request.trust_remote_code, loop)
     there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder
     source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
-    if request.mask is not None:
-        source.meta["mask"] = request.mask
+    given = {"mask": request.mask, "block": request.block, "shift": request.shift}
+    source.meta |= {name: value for name, value in given.items() if value is not None}
     return source
 
 
@@ -150,7 +153,7 @@ def timed(
         report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
-    prompt = [int(t) for t in program.meta["prompts"][0]]
+    prompt = fitted(program, program.meta["prompts"][0])
     n = min(request.tokens, room(program, len(prompt)))
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
     add_timings(report, timings, n)
@@ -236,7 +239,7 @@ def add_roofline(
 
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:
     """The same prompts through the reference interpreter and through the result: pictures or texts."""
-    prompts = [list(map(int, p)) for p in program.meta["prompts"]]
+    prompts = [fitted(program, p) for p in program.meta["prompts"]]
     found = []
     for i, prompt in enumerate(prompts[:10]):
         n = min(64, room(program, len(prompt)))

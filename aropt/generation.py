@@ -11,7 +11,7 @@ from typing import Any
 from aropt import artifact
 from aropt.errors import UsageError
 from aropt.program import Program
-from aropt.runtime import room
+from aropt.runtime import fitted, room
 
 
 def run(
@@ -29,9 +29,9 @@ def run(
     if program.meta["modality"] == "image":
         return run_images(program, n or 10, prompts, params, seed, image or out.parent / f"{out.name}.png")
     coder = tokenizer(out)
-    ids = [encode(p, program, coder) for p in prompts or []] or [list(map(int, program.meta["prompts"][0]))]
+    ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
     ends = list(stop) if stop is not None else list(program.meta.get("eos", []))
-    most = min(200, room(program, max(map(len, ids))))
+    most = max(1, min(200, room(program, max(map(len, ids)))))
     tokens = program.generate(ids, n if n is not None else most, seed=seed, stop=ends, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
@@ -117,7 +117,7 @@ def bench(
             what="the artifact has no report to compare with", where=str(out), hint="make it with aropt optimize"
         )
     threads = threads or torch.get_num_threads()
-    prompt = [int(t) for t in program.meta["prompts"][0]]
+    prompt = fitted(program, program.meta["prompts"][0])
     n = min(tokens, room(program, len(prompt)))
     timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say)
     add_timings(report, timings, n)

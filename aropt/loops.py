@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def program_inputs(processors: dict[str, Processor], vocab: int, guided: bool) -
     for processor in processors.values():
         for name, given in processor.params.items():
             dims = tuple(vocab if d == "V" else d for d in given.spec.dims)
-            inputs[name] = Input(Spec(given.spec.dtype, dims), given.default, given.doc)
+            inputs[name] = replace(given, spec=Spec(given.spec.dtype, dims))
     return inputs
 
 

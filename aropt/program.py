@@ -142,11 +142,32 @@ Control = Seq | If | Loop | Call
 
 @dataclass(frozen=True)
 class Input:
-    """A value that the caller gives; `default` makes it optional."""
+    """A value that the caller gives; `default` makes it optional, `minimum` and `maximum` are the range it may have."""
 
     spec: Spec
     default: float | int | bool | None = None
     doc: str = ""
+    minimum: float | int | None = None
+    maximum: float | int | None = None
+
+    def problem(self, value: Any) -> str:
+        """Why a value can't be given; "" if it can."""
+        try:
+            given = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            return f"it takes numbers, not {type(value).__name__}"
+        dims = [d for d in self.spec.dims if isinstance(d, int)]
+        if given.dim() and list(given.shape) != dims:
+            return f"it takes {dims or 'one number'}, not {list(given.shape)}"
+        if given.isnan().any() or (given.isinf().any() and not dims):
+            return "it is not a finite number"
+        if not self.spec.dtype.is_floating_point and not (given == given.round()).all():
+            return "it takes whole numbers"
+        if self.minimum is not None and (given < self.minimum).any():
+            return f"the least is {self.minimum}"
+        if self.maximum is not None and (given > self.maximum).any():
+            return f"the most is {self.maximum}"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -76,22 +76,28 @@ def draw(logits: Tensor, seed: Tensor, streams: Tensor, position: Tensor) -> Ten
     return torch.argmax(logits - torch.log(-torch.log(uniform)), dim=-1)
 
 
-def scalar(dtype: torch.dtype, default: float | int, doc: str) -> Input:
-    return Input(Spec(dtype), default, doc)
+def scalar(
+    dtype: torch.dtype, default: float | int, doc: str, low: float | None = None, high: float | None = None
+) -> Input:
+    return Input(Spec(dtype), default, doc, low, high)
 
 
+SMALLEST = 0.01  # a repetition penalty of 0 would divide by it
 PROCESSORS: dict[str, Processor] = {
     "guidance": Processor(
         {"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off")}, guidance, draws=False
     ),
     "repetition-penalty": Processor(
-        {"repetition_penalty": scalar(F32, 1.0, "repetition penalty; 1 is off")}, repetition_penalty, False, ("seen",)
+        {"repetition_penalty": scalar(F32, 1.0, "repetition penalty; 1 is off", SMALLEST)},
+        repetition_penalty,
+        False,
+        ("seen",),
     ),
     "bias": Processor({"bias": Input(Spec(F32, ("V",)), 0.0, "added to the logits, one value a token")}, bias, False),
-    "temperature": Processor({"temperature": scalar(F32, 0.0, "0 is greedy")}, temperature),
-    "top-k": Processor({"top_k": scalar(I64, 0, "0 is off")}, top_k),
-    "top-p": Processor({"top_p": scalar(F32, 1.0, "1 is off")}, top_p),
-    "min-p": Processor({"min_p": scalar(F32, 0.0, "0 is off")}, min_p),
+    "temperature": Processor({"temperature": scalar(F32, 0.0, "0 is greedy", 0)}, temperature),
+    "top-k": Processor({"top_k": scalar(I64, 0, "0 is off", 0)}, top_k),
+    "top-p": Processor({"top_p": scalar(F32, 1.0, "1 is off", 0, 1)}, top_p),
+    "min-p": Processor({"min_p": scalar(F32, 0.0, "0 is off", 0, 1)}, min_p),
 }
 DEFAULT = ("temperature", "top-k", "top-p")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,19 +31,17 @@ def generate(
     """Up to `n` new token ids for each prompt (the stop token included).
 
     `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0.
+    `steps` of a program that unmasks: its rounds in all, the same number for each block; of a model with blocks of
+    its own, the rounds of each block, as their papers count (how many blocks there are differs by prompt).
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,
     otherwise one by one; the tokens are the same. `streams`: which noise each sequence draws (default: its
     index). `fill`: what the answers of a program that unmasks hold already, `n` ids each, the mask id elsewhere.
     Raises UsageError for a bad prompt or parameter.
     """
-    check(program, prompts, n, params)
+    check(program, prompts, n, params, negative, fill)
     executor = executor or program.executor
-    ragged = len({len(p) for p in prompts}) > 1
-    groups = (
-        [[i] for i in range(len(prompts))] if ragged and not program.meta.get("ragged") else [list(range(len(prompts)))]
-    )
     results: dict[int, list[int]] = {}
-    for group in groups:
+    for group in batches(program, prompts):
         drawn = group if streams is None else [streams[i] for i in group]
         inputs = make_inputs(
             program,
@@ -65,6 +63,13 @@ def generate(
         for i, row in zip(group, rows, strict=True):
             results[i] = [t for t in row if t >= 0]
     return [results[i] for i in range(len(prompts))]
+
+
+def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts that run as one batch: all, or one by one where lengths differ and the program minds."""
+    if len({len(p) for p in prompts}) > 1 and not program.meta.get("ragged"):
+        return [[i] for i in range(len(prompts))]
+    return [list(range(len(prompts)))]
 
 
 @contextmanager
@@ -92,9 +97,22 @@ def room(program: Program, prompt: int) -> int:
     return int(program.meta["capacity"]) - prompt + (program.meta.get("loop") != "unmask")
 
 
-def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: dict[str, Any]) -> None:
+def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
+    """An example prompt, cut to half the capacity where no new token would fit after all of it."""
+    ids = [int(t) for t in prompt]
+    return ids if room(program, len(ids)) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
+
+
+def check(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    params: Mapping[str, Any],
+    negative: Sequence[Sequence[int]] | None = None,
+    fill: Sequence[Sequence[int]] | None = None,
+) -> None:
     """Raises UsageError for prompts, lengths or parameters that the program can't take."""
-    capacity, known = int(program.meta["capacity"]), int(program.meta.get("input_vocab", program.meta["vocab"]))
+    capacity = int(program.meta["capacity"])
     unmask = program.meta.get("loop") == "unmask"
     if unmask and n < 1:
         raise UsageError(what=f"can't unmask {n} tokens", hint="give a number of new tokens of 1 or more")
@@ -112,28 +130,97 @@ def check(program: Program, prompts: Sequence[Sequence[int]], n: int, params: di
             why=f"it takes {capacity} tokens in all",
             hint=f"ask for at most {max(capacity - longest + (not unmask), 0)} new tokens",
         )
-    for i, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not 0 <= int(t) < known]
+    check_ids(program, prompts, "prompt")
+    if negative is not None:
+        check_negative(program, prompts, negative)
+    if fill is not None:
+        check_fill(program, prompts, n, fill)
+    check_parameters(program, params)
+
+
+def check_ids(program: Program, rows: Sequence[Sequence[int]], what: str) -> None:
+    """Raises UsageError for an id outside the vocabulary."""
+    known = int(program.meta.get("input_vocab", program.meta["vocab"]))
+    for i, row in enumerate(rows):
+        bad = [t for t in row if not 0 <= int(t) < known]
         if bad:
             raise UsageError(
                 what=f"token {bad[0]} is not in the vocabulary",
-                where=f"prompt {i}",
+                where=f"{what} {i}",
                 why=f"ids run from 0 to {known - 1}",
                 hint="encode the prompt with the model's own tokenizer",
             )
-    unknown = [p for p in params if p not in program.inputs or p in RESERVED]
-    if unknown:
-        known_params = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
+
+
+def check_negative(program: Program, prompts: Sequence[Sequence[int]], negative: Sequence[Sequence[int]]) -> None:
+    """Raises UsageError for unconditional prompts that the program can't take."""
+    if "negative" not in program.inputs:
         raise UsageError(
-            what=f"unknown sampling parameter '{unknown[0]}'",
-            why="the program's rule does not use it",
-            hint=f"it takes {', '.join(known_params)}; rules are chosen by aropt optimize --rule",
+            what="the program takes no negative prompts",
+            where="negative",
+            why="its rule has no guidance",
+            hint="leave negative= out, or capture the model with the rule 'guidance'",
         )
+    lengths, given = [len(p) for p in prompts], [len(p) for p in negative]
+    if given != lengths:
+        raise UsageError(
+            what=f"negative prompts have {given} tokens, the prompts {lengths}",
+            where="negative",
+            why="both run as rows of one batch, position by position",
+            hint="give one negative prompt of the same length for each prompt",
+        )
+    check_ids(program, negative, "negative")
+
+
+def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill: Sequence[Sequence[int]]) -> None:
+    """Raises UsageError for answers that are not `n` ids for each prompt, or where there is no canvas."""
+    if program.meta.get("loop") != "unmask":
+        raise UsageError(
+            what="the program has no canvas to fill",
+            where="fill",
+            why="it generates one token after the other",
+            hint="leave fill= out, or capture a model with a mask id",
+        )
+    if len(fill) != len(prompts):
+        raise UsageError(
+            what=f"{len(fill)} answers to fill in for {len(prompts)} prompts",
+            where="fill",
+            hint="give one for each prompt, or leave fill= out",
+        )
+    for i, answer in enumerate(fill):
+        if len(answer) != n:
+            raise UsageError(
+                what=f"fill {i} has {len(answer)} ids, not {n}",
+                where="fill",
+                why="an answer has as many ids as new tokens were asked for",
+                hint="give n ids for each prompt, the mask id where one is to be found",
+            )
+    check_ids(program, fill, "fill")
+
+
+def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
+    """Raises UsageError for a parameter that the rule doesn't have, or a value out of its range."""
+    known = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
+    for name, value in params.items():
+        if name not in program.inputs or name in RESERVED:
+            raise UsageError(
+                what=f"unknown sampling parameter '{name}'",
+                why="the program's rule does not use it",
+                hint=f"it takes {', '.join(known)}; rules are chosen by aropt optimize --rule",
+            )
+        given = program.inputs[name]
+        problem = given.problem(value)
+        if problem:
+            raise UsageError(
+                what=f"{name} can't be {value if given.spec.dims == () else 'that'}",
+                where=f"parameter {name}: {given.doc}" if given.doc else f"parameter {name}",
+                why=problem,
+                hint="choose another value, or leave it out",
+            )
 
 
 RESERVED = {
     "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
-    "span",
 }  # fmt: skip
 
 
@@ -193,8 +280,8 @@ def canvas_inputs(
     A model with blocks of its own has them counted from the first id, others from the first id of the answer.
     """
     mask, own = int(program.meta["mask"]), int(program.meta.get("block") or 0)
-    fill = fill or [[mask] * n] * len(prompts)
-    for i, (prompt, answer) in enumerate(zip(prompts, fill, strict=True)):
+    fill = [[mask] * n] * len(prompts) if fill is None else fill
+    for i, prompt in enumerate(prompts):
         if mask in prompt:
             raise UsageError(
                 what=f"the prompt holds the mask id {mask}",
@@ -202,8 +289,6 @@ def canvas_inputs(
                 why="ids of a prompt are given; masks belong to the answer",
                 hint="give them as fill=, with the mask id where an id is to be found",
             )
-        if len(answer) != n:
-            raise UsageError(what=f"fill {i} has {len(answer)} ids, not {n}", hint="give n ids for each prompt")
     block = int(params.get("block", own or program.inputs["block"].default or 1))
     if block < 1 or (own and block != own) or ("block" in params and not own and n % block):
         raise UsageError(
@@ -218,18 +303,22 @@ def canvas_inputs(
         "origin": torch.tensor([0 if own else len(p) for p in prompts]),
         "block": torch.tensor(block),
     }
-    if "span" in program.inputs:
-        values["span"] = torch.arange(min(block, values["canvas"].shape[1]))
     if "steps" in program.inputs:
-        total, blocks = int(params.get("steps", 0)), -(-n // block)
-        if total and total % blocks:
-            raise UsageError(
-                what=f"{total} steps are not a whole number for each of {blocks} blocks",
-                why="every block gets the same number of rounds, at least one",
-                hint=f"choose a multiple of {blocks}, or another block",
-            )
-        values["steps"] = torch.tensor(total // blocks)
+        steps = int(params.get("steps", 0))
+        values["steps"] = torch.tensor(steps if own else share(steps, -(-n // block)))
     return values
+
+
+def share(steps: int, blocks: int) -> int:
+    """Rounds of each block, of `steps` in all. Raises UsageError where they can't be shared out evenly."""
+    if steps % blocks:
+        raise UsageError(
+            what=f"{steps} steps are not a whole number for each of {blocks} blocks",
+            where="parameter steps: rounds in all (of a model with blocks of its own: rounds of each block)",
+            why="every block gets the same number of rounds, at least one",
+            hint=f"choose a multiple of {blocks}, or another block",
+        )
+    return steps // blocks
 
 
 def parameter(given: Input, value: Any) -> Tensor:

@@ -124,9 +124,10 @@ def load(kind: Any, data: Any, where: str, depth: int = DEPTH) -> Any:
         return load(cls, {k: v for k, v in data.items() if k != "is"}, f"{where}.{tag}", depth - 1)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        if set(typed(data, dict, where)) != set(hints):
+        optional = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}  # or newer
+        if not set(hints) - optional <= set(typed(data, dict, where)) <= set(hints):
             refuse(where, f"its fields are {sorted(data)}, not {sorted(hints)}")
-        values = {k: load(hint, data[k], f"{where}.{k}", depth - 1) for k, hint in hints.items()}
+        values = {k: load(hint, data[k], f"{where}.{k}", depth - 1) for k, hint in hints.items() if k in data}
         return kind(**values)  # type: ignore[operator]
     if origin is dict:
         found = typed(data, dict, where)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,7 @@ def resolve(
     """Loads MODEL. Raises UsageError for what isn't there or is damaged, Unsupported for what aropt can't take."""
     from aropt.models import REFERENCES
 
+    check_capacity(capacity)
     path = Path(model)
     if model in REFERENCES:
         return reference(model, capacity)
@@ -123,18 +127,7 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
         check_safetensors(file)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-        module, info = kind.from_pretrained(
-            path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:
-        raise loading_error(path, error, trust_remote_code, masked) from error
+    module, info = pretrained(path, trust_remote_code, masked)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
@@ -151,21 +144,94 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     if not (path / "tokenizer.json").is_file():
         meta["modality"] = "tokens"
     if masked:
-        meta["mask"] = mask_id(path, module)
-        meta["capacity"] = longest(module, int(meta["capacity"]))
+        meta |= {"mask": mask_id(path, module), "capacity": checked(module, int(meta["capacity"]), capacity)}
     return Source(module.eval().requires_grad_(False), meta, files)
 
 
+def pretrained(path: Path, trusted: bool, masked: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and what loading it had to say. A masked one may also be of the class that config.json names."""
+    import transformers
+
+    kinds = [transformers.AutoModelForCausalLM]
+    if masked:
+        kinds = [transformers.AutoModelForMaskedLM, *named(read_json(path / "config.json"))]
+    first: Exception | None = None
+    for kind in kinds:
+        try:
+            return kind.from_pretrained(  # type: ignore[no-any-return]
+                path,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trusted,
+            )
+        except Exception as error:
+            first = first or error
+            if not unrecognized(error):
+                break
+    assert first is not None
+    raise loading_error(path, first, trusted, masked) from first
+
+
+def named(config: dict[str, Any]) -> list[Any]:
+    """Classes that load the architectures of a config.json: transformers' own, or one that finds the model's code."""
+    import transformers
+
+    architectures = [str(name) for name in config.get("architectures") or []]
+    own = [getattr(transformers, name, None) for name in architectures]
+    found = [kind for kind in own if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+    code = config.get("auto_map") or {}
+    autos = [auto for auto, target in code.items() if str(target).rpartition(".")[2] in architectures]
+    return found + [getattr(transformers, auto) for auto in autos if auto.startswith("AutoModel")]
+
+
+def unrecognized(error: Exception) -> bool:
+    """Whether the directory's kind of model is not one of this class."""
+    text = str(error)
+    return isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text)
+
+
+def checked(module: nn.Module, capacity: int, asked: int | None) -> int:
+    """The capacity, shortened to what the model takes. Raises UsageError if more was asked for."""
+    most = longest(module, capacity)
+    if asked is not None and most < asked:
+        raise too_long(asked, most)
+    return most
+
+
 def longest(module: nn.Module, capacity: int) -> int:
-    """The most ids that the model takes in fact: RoBERTa's table of positions begins after the padding id."""
-    reserved = (getattr(module.config, "pad_token_id", None) or 0) + 1
-    ids = torch.full((1, capacity), reserved)
+    """The most ids that the model takes in fact: RoBERTa's table of positions begins after the padding id.
+
+    Raises Unsupported if it takes neither `capacity` nor what is left after that.
+    """
+    padding = getattr(module.config, "pad_token_id", None) or 0
+    token = 0 if padding else 1  # any id but padding, which RoBERTa does not count
+    problem = refusal(module, token, capacity)
+    if not problem:
+        return capacity
+    less = capacity - padding - 1
+    if less > 0 and not refusal(module, token, less):
+        return less
+    raise Unsupported(
+        what=f"the model does not take the {capacity} ids that its config.json promises",
+        where="config.json",
+        why=problem,
+        hint="give a smaller --capacity",
+    )
+
+
+def refusal(module: nn.Module, token: int, length: int) -> str:
+    """What a forward of so many ids fails with; "" if it runs. Raises MemoryError where there is not enough."""
     try:
         with torch.no_grad():
-            module(ids)
-    except (IndexError, RuntimeError):
-        return capacity - reserved
-    return capacity
+            module(torch.full((1, length), token))
+    except (IndexError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            raise MemoryError(text) from error
+        return (text.splitlines() or [type(error).__name__])[0][:300]
+    return ""
 
 
 def mask_id(path: Path, module: nn.Module) -> int | None:
@@ -198,7 +264,7 @@ def loading_error(path: Path, error: Exception, trusted: bool, masked: bool) -> 
             why=line[:300],
             hint="check vocab_size and hidden_size in config.json against the checkpoint",
         )
-    if isinstance(error, (KeyError, ValueError)) and ("does not recognize" in text or "Unrecognized" in text):
+    if unrecognized(error):
         return Unsupported(
             what=f"transformers can't load this as a {'masked' if masked else 'causal'} language model",
             where=str(path),
@@ -253,11 +319,14 @@ def factory(model: str, capacity: int | None) -> Source:
     spec = importlib.util.spec_from_file_location("aropt_user_" + path.stem, path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look their module up
     try:
-        spec.loader.exec_module(loaded)
-        make = getattr(loaded, name, None)
-        module = make() if callable(make) else None
+        with importable(path.resolve().parent):
+            spec.loader.exec_module(loaded)
+            make = getattr(loaded, name, None)
+            module = make() if callable(make) else None
     except Exception as error:
+        del sys.modules[spec.name]
         raise UsageError(
             what=f"'{model}' fails",
             where=str(path),
@@ -281,6 +350,16 @@ def factory(model: str, capacity: int | None) -> Source:
     return Source(module, {"name": path.stem, "source": model, "modality": "tokens", **facts(module, capacity)})
 
 
+@contextlib.contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """The modules of a folder can be imported, as by a script in it."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def exported(path: Path, capacity: int | None) -> Source:
     """A program saved by torch.export.save, its sequence length dynamic."""
     try:
@@ -302,18 +381,15 @@ def exported(path: Path, capacity: int | None) -> Source:
 def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
 
-    A module may say `capacity`, `input_vocab`, `null` and `prompts` as attributes.
+    A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`.
     """
+    check_capacity(capacity)
     config = getattr(module, "config", None)
     longest = next(
         (int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None
     )
     if capacity is not None and longest is not None and capacity > longest:
-        raise UsageError(
-            what=f"capacity {capacity} is more than the model takes",
-            why=f"its positions end at {longest}",
-            hint=f"use --capacity {longest} or less",
-        )
+        raise too_long(capacity, longest)
     vocab = logits_size(module)
     known = getattr(module, "input_vocab", None) or getattr(config, "vocab_size", None) or vocab
     prompts = getattr(module, "prompts", None) or [[min(1, int(known) - 1)]]
@@ -323,9 +399,31 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
         "capacity": capacity or min(longest or 512, LONGEST),
         "prompts": [list(map(int, p)) for p in prompts],
     }
-    if isinstance(getattr(module, "null", None), int):
-        found["null"] = module.null
+    for name, kind in (("null", int), ("mask", int), ("block", int), ("shift", bool)):
+        said = getattr(module, name, None)
+        if type(said) is kind:  # not a submodule, a table, or the like
+            found[name] = said
     return found
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Raises UsageError where nothing fits."""
+    if capacity is not None and capacity < 1:
+        raise UsageError(
+            what=f"capacity {capacity} leaves no room for an id",
+            where="--capacity, capacity= in Python",
+            why="a sequence has at least one token",
+            hint="give a number of tokens, or leave it out for what the model takes",
+        )
+
+
+def too_long(capacity: int, most: int) -> UsageError:
+    return UsageError(
+        what=f"capacity {capacity} is more than the model takes",
+        where="--capacity, capacity= in Python",
+        why=f"its positions end at {most}",
+        hint=f"use --capacity {most} or less",
+    )
 
 
 def logits_size(module: nn.Module) -> int:

@@ -125,6 +125,18 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         slots = op.Expand(op.Reshape(index, op.Constant(value_ints=shape)), op.Shape(source))
         return op.ScatterElements(self, slots, source, axis=dim)
 
+    def grouped(mask: Any, shape: list[Any], query: Any, groups: int) -> Any:
+        """The mask for queries whose groups of heads are rows."""
+        missing = list(range(4 - len(shape)))
+        mask = op.Unsqueeze(mask, op.Constant(value_ints=missing)) if missing else mask
+        shape = [1] * len(missing) + shape
+        if shape[1] == 1:
+            return mask if shape[2] == 1 else op.Tile(mask, op.Constant(value_ints=[1, 1, groups, 1]))
+        if shape[2] == 1:
+            one = op.Constant(value_ints=[1])
+            mask = op.Expand(mask, op.Concat(one, one, op.Shape(query, start=2, end=3), one, axis=0))
+        return op.Reshape(mask, op.Constant(value_ints=[0, shape[1] // groups, -1, 0]))
+
     def attention(
         query: Any,
         key: Any,
@@ -138,15 +150,16 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         if is_causal:
             raise NotImplementedError("causal attention without an explicit mask")
         heads, groups, size = query.shape[1], query.shape[1] // key.shape[1], query.shape[-1]
+        shape = [] if attn_mask is None else list(attn_mask.shape)
         factor = 1 / math.sqrt(size) if scale is None else scale
         order = [*range(len(query.shape) - 2), len(query.shape) - 1, len(query.shape) - 2]
         if attn_mask is not None and attn_mask.dtype is not None and attn_mask.dtype.name == "BOOL":
             zero, gone = (op.CastLike(op.Constant(value_float=v), query) for v in (0.0, -math.inf))
             attn_mask = op.Where(attn_mask, zero, gone)
         if enable_gqa and groups > 1:  # the heads of a group are rows of one product: keys and values are read once
-            query = op.Reshape(query, op.Constant(value_ints=[0, heads // groups, -1, size]))
             if attn_mask is not None:
-                attn_mask = op.Tile(attn_mask, op.Constant(value_ints=[1, 1, groups, 1]))
+                attn_mask = grouped(attn_mask, shape, query, groups)
+            query = op.Reshape(query, op.Constant(value_ints=[0, heads // groups, -1, size]))
         scores = op.Mul(
             op.MatMul(query, op.Transpose(key, perm=order)), op.CastLike(op.Constant(value_float=factor), query)
         )

@@ -6,7 +6,7 @@ Each control node has one lowering, whatever the model or the rule:
     If    ONNX If; a value that only one branch writes     Loop  ONNX Loop; state is loop-carried, emitted values are
           passes through the other                               scan outputs
 
-Inputs are the program's (those with a default may be left out), `steps`, the most rounds of this call, and `resume`
+Inputs are the program's (those with a default may be left out), `chunk`, the most rounds of this call, and `resume`
 with `state.*`, what an earlier call returned as `next.*`. Outputs: the program's, `counts` (tokens of each sequence),
 `status` (0, or why nothing was generated: see STATUS) and `next.*`. Caches grow as they fill: GroupQueryAttention
 appends to them; the standard operators write into slots, which are made when a loop is entered.
@@ -31,8 +31,10 @@ I64 = torch.int64
 FOREVER = 2**62
 STATUS = {
     1: "the prompt and the new tokens don't fit the model's capacity",
-    2: "a prompt is empty or longer than its row",
+    2: "a prompt or an answer is empty, or longer than its row",
     3: "the seed is not in 0 .. 2^62 - 1",
+    4: "rows are shorter than others, or padded: this model takes prompts of one length in a batch",
+    5: "the blocks are none that the model takes",
 }
 
 
@@ -195,7 +197,7 @@ class Writer:
             graph.outputs.append(value if fresh else self.node(graph, "Identity", [value]))
 
     def loop(self, control: Loop, graph: Any, values: dict[str, Any], nested: bool) -> None:
-        """A Loop of at most `steps` rounds (without limit inside another one)."""
+        """A Loop of at most `chunk` rounds (without limit inside another one)."""
         self.make_room(control, graph, values)
         carried = sorted(n for n in written(control.body) if n in values)
         inputs = [self.typed(self.name("round"), Spec(I64)), self.typed(self.name("go"), Spec(torch.bool))]
@@ -208,7 +210,7 @@ class Writer:
         start = self.node(graph, "Not", [values[control.until]])
         count = len(carried) + len(control.emits)
         made = self.node(
-            graph, "Loop", [None if nested else values["steps"], start, *(values[n] for n in carried)], count, body=body
+            graph, "Loop", [None if nested else values["chunk"], start, *(values[n] for n in carried)], count, body=body
         )
         made = made if isinstance(made, list) else [made]
         values.update(zip(carried, made[: len(carried)], strict=True))
@@ -259,7 +261,7 @@ class Writer:
         """The whole program."""
         program, graph = self.program, self.graph
         values: dict[str, Any] = {n: self.input(n, i.spec, i.default) for n, i in program.inputs.items()}
-        values["steps"], resume = self.input("steps", Spec(I64), FOREVER), self.input("resume", Spec(torch.bool), False)
+        values["chunk"], resume = self.input("chunk", Spec(I64), FOREVER), self.input("resume", Spec(torch.bool), False)
         given = {n: self.input(f"state.{n}", s.spec, 0) for n, s in program.state.items()}
         body = program.control.body if isinstance(program.control, Seq) else (program.control,)
         first = next((i for i, part in enumerate(body) if not isinstance(part, Call)), len(body))
@@ -302,21 +304,14 @@ class Writer:
 
     def guard(self, graph: Any, values: dict[str, Any]) -> Any:
         """Nothing is generated from what the program can't take; the status says why."""
-        needed = ("prompt", "lengths", "limit", "seed", "finished")
+        check = canvas_guard if "canvas" in self.program.inputs else prompt_guard
+        function, needed = check(self.program)
         if not all(n in values for n in needed):
             return self.constant(graph, 0)
-        capacity = int(self.program.meta["capacity"])
-
-        def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
-            long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity
-            wrong = ((lengths < 1) | (lengths > prompt.shape[1])).any()
-            seeds = (seed < 0) | (seed >= FOREVER)
-            status = torch.where(long, 1, torch.where(wrong, 2, torch.where(seeds, 3, 0)))
-            return status, finished | (status != 0)
-
-        made = capture_function("guard", check, {n: self.spec(n) for n in needed}, ["status", "finished"])
+        writes = ["status", "finished", *(["answers"] if "answers" in needed else [])]
+        made = capture_function("guard", function, {n: self.spec(n) for n in needed}, writes)
         self.program = self.program.replace(graphs={**self.program.graphs, "guard": made})
-        self.call(Call("guard", {n: n for n in needed}, {"status": "status", "finished": "finished"}), graph, values)
+        self.call(Call("guard", {n: n for n in needed}, {n: n for n in writes}), graph, values)
         return values["status"]
 
     def outputs(self, values: dict[str, Any], status: Any) -> None:
@@ -348,6 +343,55 @@ class Writer:
         typed = self.typed(name, spec)
         made.name, made.type, made.shape = name, typed.type, typed.shape
         self.graph.outputs.append(made)
+
+
+Guard = tuple[Callable[..., tuple[Tensor, ...]], list[str]]  # a function, and the values that it reads
+
+
+def prompt_guard(program: Program) -> Guard:
+    """Of prompts that are continued: -> status, finished."""
+    capacity, ragged = int(program.meta["capacity"]), program.meta.get("ragged", True)
+
+    def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
+        long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity
+        wrong = ((lengths < 1) | (lengths > prompt.shape[1])).any()
+        status = first([long, wrong, outside(seed), *apart(lengths, prompt, ragged)])
+        return status, finished | (status != 0)
+
+    return check, ["prompt", "lengths", "limit", "seed", "finished"]
+
+
+def canvas_guard(program: Program) -> Guard:
+    """Of canvases: -> status, finished, answers; these begin nowhere if nothing may be generated."""
+    capacity, ragged, own = (program.meta.get(k) for k in ("capacity", "ragged", "block"))
+
+    def check(canvas: Tensor, block: Tensor, seed: Tensor, finished: Tensor, **rows: Tensor) -> tuple[Tensor, ...]:
+        lengths, answers, width = rows["lengths"], rows["answers"], torch.zeros((), dtype=I64) + canvas.shape[1]
+        wrong = ((answers < 1) | (answers >= lengths) | (lengths > width)).any()
+        blocks = block < 1
+        if own:
+            blocks = blocks | (block != int(own)) | (rows["origin"] != 0).any()
+        status = first([width > int(capacity or 0), wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
+        return status, finished | (status != 0), torch.where(status != 0, FOREVER, answers)
+
+    return check, ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
+
+
+def outside(seed: Tensor) -> Tensor:
+    return (seed < 0) | (seed >= FOREVER)
+
+
+def apart(lengths: Tensor, rows: Tensor, ragged: Any) -> list[Tensor]:
+    """Whether some row is padded, which a program without positions apart from slots can't tell from a prompt."""
+    return [torch.zeros((), dtype=torch.bool) if ragged else (lengths != rows.shape[1]).any()]
+
+
+def first(problems: list[Tensor]) -> Tensor:
+    """The number of the first problem, from 1 on; 0 if there is none: see STATUS."""
+    status = torch.zeros((), dtype=I64)
+    for number, found in reversed(list(enumerate(problems, 1))):
+        status = torch.where(found, number, status)
+    return status
 
 
 def written(control: Control, lasting: bool = False) -> set[str]:

@@ -2,15 +2,17 @@
 
     python -m perf.run [--runs 6] [--no-readme] [MODEL ...]
 
-Models are the reference models and three random Llamas (see perf.models), which it writes under build/. Writes
-perf/results/cpu.json (device, versions, medians and spread) and the table between the marks in README.md. Engines that
-are not installed here are left out: AROPT_PYTHON_ORT_GENAI and AROPT_PYTHON_LLAMACPP name Pythons that have them.
+Models are digits-ar, text-ar and three random Llamas (see perf.models), which it writes under build/. Writes
+perf/results/cpu.json (for each model: device, versions, medians and spread; models that are not named keep theirs) and
+the table between the marks in README.md. Engines that are not installed here are listed with how to get them:
+AROPT_PYTHON_ORT_GENAI and AROPT_PYTHON_LLAMACPP name Pythons that have them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt import artifact, bench
     from aropt.command import Request, add_roofline, add_timings, optimize
-    from aropt.runtime import room
+    from aropt.runtime import fitted, room
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     drawn = model in models.SHAPES
@@ -65,13 +67,14 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=not large)
     report = optimize(request)
     program = artifact.load(out)
-    prompt = models.PROMPT if drawn else [int(t) for t in program.meta["prompts"][0]]
+    prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, len(prompt)))
     timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS)
     report["notes"] = []
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(prompt), threads)
     kept = {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
+    kept |= {"loop": program.meta.get("loop", "positions"), "runs": runs, "rounds": ROUNDS}
     return {**kept, "tokens": n, "engines": {v: t.version for v, t in timings.items() if t.version}}
 
 
@@ -84,6 +87,7 @@ def table(known: dict[str, Any]) -> str:
     for model, found in known.items():
         rates = {b["variant"]: b["median"] for b in found["bench"] if b["unit"] == "tok/s"}
         first = {b["variant"]: b["median"] for b in found["bench"] if b["phase"] == "prefill"}
+        streams = found.get("loop", "positions") == "positions"  # the first id of a canvas is no sign of the others
         share = (found["roofline"] or {}).get("share")
         for b in found["bench"]:
             if b["phase"] == "generate" and b["unit"] == "ms":
@@ -94,7 +98,7 @@ def table(known: dict[str, Any]) -> str:
                     f"{b['median']:.1f} ms",
                     f"{b['p10']:.1f} to {b['p90']:.1f}",
                     f"{rates[name]:.0f}",
-                    f"{first[name]:.1f} ms",
+                    f"{first[name]:.1f} ms" if streams else "",
                     f"{share:.0%}" if share and name.startswith("aropt") else "",
                     f"{factor:.2f}x" if factor else "",
                 ]
@@ -103,17 +107,36 @@ def table(known: dict[str, Any]) -> str:
 
 
 def protocol(known: dict[str, Any]) -> str:
-    """One paragraph: machine, versions, what a run is."""
-    last = list(known.values())[-1]
-    env = last["env"]
-    engines = {e for found in known.values() for e in found.get("engines", {}).values()}
-    versions = [*(f"{p} {env[p]}" for p in ("torch", "onnxruntime", "transformers")), *sorted(engines)]
-    other = [f"{found['tokens']} of {m}" for m, found in known.items() if found.get("tokens", TOKENS) != TOKENS]
+    """One paragraph: machine, versions, what a run is; where models differ in one of these, which has what."""
+    packages = ("torch", "onnxruntime", "transformers")
+    machine = {m: f"{found['env']['cpu']}, {found['env']['threads']} threads" for m, found in known.items()}
+    versions = [{m: f"{p} {found['env'][p]}" for m, found in known.items()} for p in packages]
+    engines = sorted({e for found in known.values() for e in found.get("engines", {})})
+    versions += [{m: f["engines"][e] for m, f in known.items() if e in f.get("engines", {})} for e in engines]
+    tokens = {m: str(found.get("tokens", TOKENS)) for m, found in known.items()}
+    runs = {f"{m}'s {b['variant']}": str(b["n"]) for m, found in known.items() for b in found["bench"]}
+    rounds = {m: str(found.get("rounds", ROUNDS)) for m, found in known.items()}
+    setting = ", ".join(map(said, [machine, *versions]))
     return (
-        f"{env['cpu']}, {env['threads']} threads, {', '.join(versions)}. Batch 1, greedy, {TOKENS} new tokens"
-        f"{' (' + ', '.join(other) + ')' if other else ''}; medians of {last['bench'][0]['n']} runs in {ROUNDS} "
-        "processes of each variant, taking turns."
+        f"{setting}. Batch 1, greedy, {usual(tokens, 'new tokens', str(TOKENS))}; medians of {usual(runs, 'runs')} in "
+        f"{usual(rounds, 'processes')} of each variant, taking turns."
     )
+
+
+def said(values: dict[str, str]) -> str:
+    """The value, or each with the models that have it."""
+    different = dict.fromkeys(values.values())
+    if len(different) == 1:
+        return next(iter(different))
+    return " or ".join(f"{v} ({', '.join(m for m, w in values.items() if w == v)})" for v in different)
+
+
+def usual(values: dict[str, str], noun: str, most: str = "") -> str:
+    """The value that most have, or the one given, of the noun; in brackets the others'."""
+    most = most or statistics.mode(values.values())
+    others = [v for v in dict.fromkeys(values.values()) if v != most]
+    named = [f"{v} of {', '.join(m for m, w in values.items() if w == v)}" for v in others]
+    return f"{most} {noun}" + (f" ({'; '.join(named)})" if named else "")
 
 
 def remarks(known: dict[str, Any]) -> list[str]:

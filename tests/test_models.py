@@ -24,7 +24,7 @@ def digits_model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def text_model() -> nn.Module:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs aropt[hf]")
     return load("text-ar")
 
 
@@ -34,7 +34,7 @@ CANVAS = [name for name, reference in REFERENCES.items() if reference.mask is no
 @pytest.fixture(scope="module")
 def digits_heldout() -> tuple[Tensor, Tensor]:
     """(labels int64 [N], pixels int64 [N, 64]) kept out of training."""
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs aropt[models]")
     return train.digits_data()[2]
 
 
@@ -178,7 +178,7 @@ def test_digits_prompts_and_images(digits_heldout: tuple[Tensor, Tensor]) -> Non
 
 
 def test_tokenizer_maps_each_byte_to_its_value() -> None:
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+    tokenizer = pytest.importorskip("transformers", reason="needs aropt[hf]").AutoTokenizer.from_pretrained(
         REFERENCES["text-ar"].checkpoint, local_files_only=True
     )
     assert len(tokenizer) == text.VOCAB
@@ -193,7 +193,7 @@ def test_tokenizer_maps_each_byte_to_its_value() -> None:
 
 
 def test_checkpoint_is_a_plain_hugging_face_directory() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs aropt[hf]")
     directory = REFERENCES["text-ar"].checkpoint
     assert transformers.AutoConfig.from_pretrained(directory).dtype == torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)

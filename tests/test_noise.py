@@ -84,8 +84,8 @@ def test_each_word_counts() -> None:
 
 def test_onnx_with_a_symbolic_width() -> None:
     """The width may come from another tensor's shape, as a vocabulary's does in a graph for several models."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs aropt[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
 
     class Like(torch.nn.Module):
         def forward(self, seed: Tensor, position: Tensor, logits: Tensor) -> Tensor:

@@ -165,8 +165,8 @@ def test_inductor(op: OpDef, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
     """ONNX Runtime on the translation, exported once with symbolic sizes and run on other sizes."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs aropt[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
     if (op.contrib if contrib else op.onnx) is None:
         pytest.skip("no such translation")
     args = data.draw(sizable(op))
@@ -194,7 +194,7 @@ def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_kernel(op: OpDef, data: st.DataObject) -> None:
     """The Triton kernel, on a GPU or in Triton's interpreter."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     if not (INTERPRET or torch.cuda.is_available()):
         pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
     if op.launch is None:
@@ -209,7 +209,7 @@ def test_kernel(op: OpDef, data: st.DataObject) -> None:
 @pytest.mark.skipif(INTERPRET, reason="runs itself")
 def test_kernels_in_the_interpreter() -> None:
     """`test_kernel` in a process of its own: Triton decides when it's imported whether to compile or to interpret."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_kernel"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
@@ -219,7 +219,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_ahead_of_time(op: OpDef, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for GPUs that aren't there, keep all values in registers and use the instructions meant."""
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aropt.errors import Unsupported, VerificationFailed
 from aropt.interpreter import Values
 from aropt.program import Program
-from aropt.runtime import room
+from aropt.runtime import fitted, room
 
 ROUNDS = 5
 MARGIN = 1.03  # what one call must win by to be worth its file and its session
@@ -45,21 +44,32 @@ class Whole:
 
 
 def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Builds, checks and times the whole loop; the executor keeps it if it is faster. Returns what was measured."""
+    """Builds, checks and times the whole loop; the executor keeps it if it is faster. Returns what was measured.
+
+    Whatever fails, the target steps, and the reason is in the result.
+    """
+    path = file(executor.folder)
+    try:
+        found = measured(program, executor, path, say)
+    except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
+        found = {"picked": "stepping", "reason": (str(error).splitlines() or [type(error).__name__])[0]}
+    if found["picked"] == "stepping":
+        executor.whole = None
+        discard(path)
+    return found
+
+
+def measured(program: Program, executor: Any, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """What `pick` returns, where nothing fails."""
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
 
-    path = file(executor.folder)
     say("one call: export")
-    try:
-        export_program(program, path, contrib=True, graphs=executor.translated)
-        say("one call: compare")
-        found: dict[str, Any] = {"verify": run_loop.compare(path, program.replace(executor=executor))}
-    except (Unsupported, VerificationFailed) as error:
-        discard(path)
-        return {"picked": "stepping", "reason": str(error).splitlines()[0]}
+    export_program(program, path, contrib=True, graphs=executor.translated)
+    say("one call: compare")
+    verify = run_loop.compare(path, program.replace(executor=executor))
     whole = Whole(path, executor.threads)
-    prompt = [int(t) for t in program.meta["prompts"][0]]
+    prompt = fitted(program, program.meta["prompts"][0])
     n = min(64, room(program, len(prompt)))
     runs: dict[str, list[float]] = {"stepping": [], "one call": []}
     say("one call: time")
@@ -72,9 +82,8 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
     medians = {way: statistics.median(times[1:]) for way, times in runs.items()}
     better = medians["stepping"] > MARGIN * medians["one call"]
     executor.whole = whole if better else None
-    if not better:
-        discard(path)
-    return found | {"picked": "one call" if better else "stepping", "tokens": n, "n": ROUNDS, "ms": medians}
+    picked = "one call" if better else "stepping"
+    return {"verify": verify, "picked": picked, "tokens": n, "n": ROUNDS, "ms": medians}
 
 
 def discard(path: Path) -> None:

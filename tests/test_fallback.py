@@ -1,0 +1,109 @@
+"""What is optional may fail: the whole loop in one call. And example prompts that leave no room for new tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aropt
+from aropt import bench, command
+from aropt.errors import MissingTool, UsageError
+from aropt.exporters import run_loop
+from aropt.interpreter import Eager
+from aropt.program import Program
+from aropt.runtime import fitted, room
+from aropt.sources import Source
+from aropt.targets import whole
+from tests.conftest import Tiny, make_program
+from tests.test_unmask import tiny
+
+
+class Stub(Eager):
+    """An executor that has what `pick` asks for."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        super().__init__(program)
+        self.folder, self.threads, self.whole = folder, 1, "something"
+
+    def translated(self, name: str) -> None:
+        return None
+
+
+class Fail(Exception):
+    """As ONNX Runtime's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [Fail("bad\nmodel"), MissingTool("no tool"), UsageError("no room"), KeyError()])
+@pytest.mark.parametrize("where", ["export", "compare", "run"])
+def test_stepping_where_one_call_fails(
+    error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    def writes(_: object, path: Path, **__: object) -> None:
+        path.parent.mkdir(parents=True)
+        path.write_text("model")
+        if where == "export":
+            fails()
+
+    monkeypatch.setattr("aropt.exporters.whole_loop.export_program", writes)
+    monkeypatch.setattr(run_loop, "compare", fails if where == "compare" else lambda *_: {})
+    monkeypatch.setattr(whole.Whole, "generate", fails)
+    program = make_program(1)
+    program = program.replace(meta={**program.meta, "prompts": [[1]]})
+    executor = Stub(program, tmp_path)
+    found = whole.pick(program, executor)
+    assert found == {"picked": "stepping", "reason": (str(error).splitlines() or ["KeyError"])[0]}
+    assert executor.whole is None and not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(("prompt", "kept"), [(3, 3), (7, 7), (8, 4), (30, 4)])
+def test_a_prompt_is_cut_only_where_nothing_fits(prompt: int, kept: int) -> None:
+    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * prompt])
+    assert len(fitted(program, program.meta["prompts"][0])) == kept
+
+
+@pytest.mark.parametrize("mask", [259, None])
+def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples and timing are of prompts that fit."""
+    model: Any = Tiny(1) if mask is None else tiny()
+    program = aropt.capture(model, mask=mask, capacity=8, prompts=[[1] * 30], modality="tokens")
+    (sample,) = command.samples(program, program, Source(model, program.meta))
+    assert sample["same"] and len(sample["after"].split()) == 8 + (mask is None)
+    seen: list[Any] = []
+
+    def measure(_: Path, variants: list[str], prompt: list[int], n: int, *__: object) -> dict[str, bench.Timing]:
+        seen.append((len(prompt), n))
+        return {v: bench.Timing(v, error="none") for v in variants}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    request = command.Request("x", Path("out"), against=[])
+    command.timed({"target": "eager"}, Path("out"), program, Source(model, program.meta), request, 1)
+    assert seen == [(4, 4 + (mask is None))]
+
+
+def test_a_worker_says_what_ended_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    def fails(_: bench.Spec) -> None:
+        raise Fail("bad model")
+
+    monkeypatch.setattr(bench, "variant", fails)
+    bench.main(json.dumps(asdict(bench.Spec("aropt", "out", [1], 2, 1))))
+    assert json.loads(capsys.readouterr().out) == {"error": "bad model"}
+
+
+def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
+    """Without -n as well: not that it can't generate fewer than no tokens."""
+    from aropt import generation
+
+    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
+    assert room(program, 30) < 0
+    program.save(str(tmp_path / "out"))
+    assert len(generation.run(tmp_path / "out", None, None, {}, 0, None, None, "eager")["tokens"][0]) == 4
+    with pytest.raises(UsageError, match="prompt of 9 tokens and 1 new ones don't fit"):
+        generation.run(tmp_path / "out", ["1 1 1 1 1 1 1 1 1"], None, {}, 0, None, None, "eager")
