@@ -242,10 +242,10 @@ def source_of(folder: Path) -> Any:
     return source
 
 
-def loop_of(folder: Path) -> tuple[str, list[str]]:
-    """The kind of an artifact's loop, and the names of its rules."""
+def loop_of(folder: Path) -> tuple[str, list[str], str | None]:
+    """The kind of an artifact's loop, the names of its rules, and its guide."""
     meta = json.loads((folder / "program.json").read_text())["meta"]
-    return meta.get("loop", "positions"), list(meta.get("rules", []))
+    return meta.get("loop", "positions"), list(meta.get("rules", [])), meta.get("guide")
 
 
 def model_folder(folder: Path) -> Path | None:

@@ -303,9 +303,9 @@ def eager(spec: Spec) -> Generate:
     from aropt.artifact import loop_of, source_of
     from aropt.trace import Forward
 
-    loop, rules = loop_of(Path(spec.artifact))
+    loop, rules, guide = loop_of(Path(spec.artifact))
     if loop == "unmask":
-        return stepping(capture(source_of(Path(spec.artifact)), loop=loop, rules=rules), spec)
+        return stepping(capture(source_of(Path(spec.artifact)), loop=loop, rules=rules, guide=guide), spec)
     forward = Forward(source_of(Path(spec.artifact)).module)
 
     def generate() -> tuple[list[int], float]:

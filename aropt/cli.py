@@ -91,7 +91,7 @@ def optimize(
         typer.Option(
             help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance. Of a "
             "canvas, what a round writes: threshold, factor, segments, or uniform, cosine, shifted, doubling; "
-            "probability, margin, entropy; eoser."
+            "probability, margin, entropy; eoser; and of a guide: guide-argmax, -top-k, -relative, -threshold."
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
@@ -103,6 +103,9 @@ def optimize(
     loop: Annotated[
         str | None,
         typer.Option(help="How the model generates: positions (one token after another), unmask (a canvas)."),
+    ] = None,
+    guide: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model that judges what a canvas's rounds would write.")
     ] = None,
     mask: Annotated[int | None, typer.Option(help="The mask id of a canvas, where the model does not say it.")] = None,
     block: Annotated[
@@ -157,6 +160,7 @@ def optimize(
             loop=loop,
             mask=mask,
             budget=budget,
+            guide=guide,
             block=block,
             shift=shift,
         )

@@ -56,6 +56,7 @@ class Request:
     loop: str | None = None
     mask: int | None = None
     budget: str = ""
+    guide: str | None = None
     block: int | None = None
     shift: bool | None = None
 
@@ -135,7 +136,12 @@ def find(request: Request) -> Source:
 
 def captured(request: Request, source: Source) -> Program:
     """Its plain program."""
-    return capture(source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code)
+    guide = request.guide
+    if guide is not None and Path(guide).exists() and guide not in REFERENCES:
+        guide = str(Path(guide).resolve())
+    return capture(
+        source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code, guide=guide
+    )
 
 
 def put_aside(folder: Path, out: Path) -> None:

@@ -1,11 +1,11 @@
 """Guided diffusion: an autoregressive model judges what a round would write, and never writes (FlashDLM, 2505.21467).
 
-Each round the canvas model drafts every mask of the block at hand. The guide reads the canvas with the drafts in it, once,
-and the drafts are kept from the left up to the first that it does not accept; the first of all is kept in any case. So the
-ids are always the canvas model's own, and a good guide lets a round write many of them.
+Each round the canvas model drafts every mask of the block at hand. The guide reads the canvas with the drafts in it,
+once, and the drafts are kept from the left up to the first that it does not accept; the first of all is kept in any
+case. So the ids are always the canvas model's own, and a good guide lets a round write many of them.
 
-In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these in
-their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to the rows that are new.
+In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these
+in their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to new rows.
 """
 
 from __future__ import annotations

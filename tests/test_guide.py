@@ -1,0 +1,190 @@
+"""Guided diffusion: what the guide decides and what it can't, its cache, and input that is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import aropt
+from aropt.errors import UsageError
+from aropt.guide import JUDGES
+from aropt.models.canvas import MASK, VOCAB
+from aropt.passbase import Applies, Skips
+from aropt.passes.guide_cache import GuideCache
+from aropt.passmanager import make
+from aropt.program import Program
+from aropt.validate import cases, validate, with_probe
+from aropt.verifier import verify
+from tests.test_unmask import rounds, tiny
+
+
+class Judge(nn.Module):
+    """A small causal model. `causal=False`: a guide that no cache fits."""
+
+    def __init__(self, causal: bool = True, vocab: int = VOCAB, capacity: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.query, self.head = nn.Embedding(vocab, 32), nn.Linear(32, 32), nn.Linear(32, vocab)
+        self.embed.weight.data *= 3
+        self.causal, self.capacity, self.vocab = causal, capacity, vocab
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)[:, None]
+        mixed = F.scaled_dot_product_attention(self.query(x), x, x, is_causal=self.causal)
+        logits: Tensor = self.head((x + mixed)[:, 0])
+        return logits
+
+
+def guided(judge: str = "guide-top-k", guide: nn.Module | None = None) -> Program:
+    return aropt.capture(tiny(), mask=MASK, guide=guide or Judge(), rules=(judge,))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Program:
+    return guided()
+
+
+@pytest.fixture(scope="module")
+def fast(plain: Program) -> Program:
+    return GuideCache().run(plain)
+
+
+@torch.no_grad()
+def plainly(prompt: list[int], n: int, block: int, accepts: Callable[[Tensor, int], bool]) -> tuple[list[int], int]:
+    """FlashDLM's guided loop in the words of the paper: drafts, judged from the left, at least one kept."""
+    model, judge = tiny(), Judge().eval()
+    x, count = torch.tensor([prompt + [MASK] * n]), 0
+    for begin in range(len(prompt), len(prompt) + n, block):
+        while masks := [i for i in range(begin, begin + block) if x[0, i] == MASK]:
+            logits = model(x)[0]
+            logits[:, MASK] = -torch.inf
+            drafts = logits.argmax(-1)
+            y = x.clone()
+            for i in masks:
+                y[0, i] = drafts[i]
+            scores = judge(y)[0]
+            kept = next((k for k, i in enumerate(masks) if not accepts(scores[i - 1], int(drafts[i]))), len(masks))
+            for i in masks[: max(kept, 1)]:
+                x[0, i] = drafts[i]
+            count += 1
+    return x[0, len(prompt) :].tolist(), count
+
+
+ACCEPTS: dict[str, tuple[dict[str, float], Callable[[Tensor, int], bool]]] = {
+    "guide-argmax": ({}, lambda s, d: int(s.argmax()) == d),
+    "guide-top-k": ({"guide_k": 120}, lambda s, d: int((s > s[d]).sum()) < 120),
+    "guide-relative": (
+        {"guide_share": 0.2},
+        lambda s, d: int((s > s[d]).sum()) < 2 and bool(s[d].exp() >= 0.2 * s.exp().max()),
+    ),
+    "guide-threshold": ({"guide_threshold": 1e-3}, lambda s, d: bool(s.softmax(-1)[d] >= 1e-3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", sorted(JUDGES))
+def test_the_loop_is_the_papers(judge: str) -> None:
+    params, accepts = ACCEPTS[judge]
+    program = guided(judge)
+    for prompt in ([1, 2, 3], [77]):
+        want, count = plainly(prompt, 12, 6, accepts)
+        assert rounds(program, [prompt], 12, block=6, **params) == ([want], count)
+
+
+def test_a_guide_that_rejects_all_leaves_the_first_mask(plain: Program) -> None:
+    """E9: one id a round, from the left; and one that accepts all fills each block in one round."""
+    want = plainly([5, 6], 12, 6, lambda *_: False)
+    got, count = rounds(plain, [[5, 6]], 12, block=6, guide_k=0)
+    assert (got[0], count) == want and count == 12
+    got, count = rounds(plain, [[5, 6]], 12, block=6, guide_k=VOCAB)
+    assert (got[0], count) == plainly([5, 6], 12, 6, lambda *_: True) and count == 2
+
+
+def test_more_acceptance_needs_no_more_rounds(plain: Program) -> None:
+    counts = [rounds(plain, [[5, 6]], 12, block=12, guide_k=k)[1] for k in (0, VOCAB)]
+    assert counts == [12, 1]
+
+
+prompts = st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=7), min_size=1, max_size=4)
+given_ids = st.lists(st.sampled_from([MASK, MASK, 7, 8]), min_size=12, max_size=12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(prompts, st.sampled_from([0, 60, 150, VOCAB]), st.sampled_from([3, 4, 12]), given_ids)
+def test_the_cached_guide_judges_alike(
+    plain: Program, fast: Program, ids: list[list[int]], k: int, block: int, fill: list[int]
+) -> None:
+    """Prompts one by one, some ids given: rows that no mask follows are computed when a later one needs them."""
+    for prompt in ids:
+        options: dict[str, Any] = {"fill": [fill], "guide_k": k, "block": block}
+        assert fast.generate([prompt], 12, **options) == plain.generate([prompt], 12, **options)
+
+
+@settings(deadline=None, max_examples=15)
+@given(prompts, st.sampled_from([60, 150]), st.sampled_from(["free-cache", "dual-cache"]))
+def test_batches_equal_the_request_alone(fast: Program, ids: list[list[int]], k: int, name: str) -> None:
+    both = make(name).run(fast)
+    together = both.generate(ids, 12, block=4, guide_k=k)
+    assert together == [both.generate([p], 12, block=4, guide_k=k)[0] for p in ids]
+
+
+def test_the_cache_is_legal_by_the_mask(plain: Program, fast: Program) -> None:
+    assert isinstance(GuideCache().plan(plain, "eager"), Applies)
+    assert isinstance(GuideCache().plan(fast, "eager"), Skips)
+    both_ways = GuideCache().plan(guided(guide=Judge(causal=False)), "eager")
+    assert isinstance(both_ways, Skips) and both_ways.reason == "row 0 of the guide sees row 63"
+
+
+def test_validation_sees_a_wrong_judge(plain: Program, fast: Program) -> None:
+    """Drafts that are judged by the row they stand in, instead of the one before, are kept by other rules."""
+    chosen = cases(plain, quick=True)
+    verify(fast)
+    assert validate(plain, with_probe(fast), chosen=chosen).passed
+    agree = fast.graphs["agree"]
+    off = fast.replace(graphs={**fast.graphs, "agree": broken(agree)})
+    assert not validate(plain, with_probe(off), chosen=chosen).passed
+
+
+def broken(graph: Any) -> Any:
+    """The graph with an addition of 0 in the place of 1."""
+    import copy
+
+    from torch import fx
+
+    new, nodes = fx.Graph(), {}  # type: ignore[var-annotated]
+    new.output(new.graph_copy(graph.fx, nodes))
+    for node in new.nodes:
+        if node.target is torch.ops.aten.add.Tensor:
+            node.args = (node.args[0], 0)
+    made = copy.copy(graph)
+    object.__setattr__(made, "fx", new)
+    return made
+
+
+def test_it_lowers(plain: Program) -> None:
+    done = aropt.optimize(plain, target="onnxruntime")
+    assert done.report["verify"]["status"] == "pass"
+    names = {p["name"] for p in done.report["passes"] if p["status"] == "applied"}
+    assert {"guide-cache", "fuse-sampler"} <= names
+
+
+@pytest.mark.parametrize(
+    ("make_it", "why"),
+    [
+        (lambda: guided(guide=Judge(vocab=100)), "vocabulary of 100"),
+        (lambda: guided(guide=Judge(capacity=8)), "takes 8 ids"),
+        (lambda: aropt.capture(tiny(), mask=MASK, rules=("guide-argmax",)), "needs a guide"),
+        (lambda: aropt.capture(tiny(), mask=MASK, guide=Judge(), rules=("threshold",)), "don't go together"),
+        (lambda: aropt.capture(Judge(), guide=Judge()), "judges the rounds of a canvas"),
+        (lambda: aropt.capture(tiny(), mask=MASK, shift=1, guide=Judge()), "predict the next id"),
+    ],
+)
+def test_bad_input(make_it: Callable[[], Program], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        make_it()
