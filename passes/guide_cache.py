@@ -1,8 +1,8 @@
 """guide-cache: the guide of a guided diffusion computes the rows that are new, against its stored keys and values.
 
 Exact where no row of the guide sees a later one, which its mask is asked. Before the first mask all ids are known;
-after a round those up to the next mask are drafts that were kept: their keys and values are right. What was stored of other
-drafts is not rolled back: it lies after the rows that could see it, and is computed anew before it counts.
+after a round those up to the next mask are drafts that were kept: their keys and values are right. What was stored of
+other drafts is not rolled back: it lies after the rows that could see it, and is computed anew before it counts.
 """
 
 from __future__ import annotations

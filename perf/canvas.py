@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--d2cache", type=Path)
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each variant, one after the other")
     args = parser.parse_args()
     if args.worker:
         serve(json.loads(args.worker))
@@ -143,7 +144,7 @@ def measure(work: Work, checkouts: dict[str, Path | None], args: argparse.Namesp
     """Every variant in a process of its own, taking turns; the first turns compare tokens, the others are timed."""
     timings = {v.name: Timing() for v in work.variants}
     ids = prompts(work.model)
-    for number in range(2):  # two processes of each: the same program may run at another speed in each
+    for number in range(args.rounds):  # the same program may run at another speed in each process
         workers = {v.name: Worker(v, work.model, ids, checkouts, args) for v in work.variants}
         try:
             for name, worker in workers.items():
@@ -157,7 +158,7 @@ def measure(work: Work, checkouts: dict[str, Path | None], args: argparse.Namesp
                         timings[name].tokens.append(answer["tokens"])
                         timings[name].forwards.append(answer["nfe"])
                         timings[name].rows.append(answer.get("rows", -1))
-            for _ in range(args.runs // 2):
+            for _ in range(args.runs // args.rounds):
                 for name, worker in alive.items():
                     time.sleep(PAUSE)
                     timings[name].ms.append(worker.go(0)["ms"])
