@@ -407,12 +407,12 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
 
 
 def check_capacity(capacity: int | None) -> None:
-    """Raises UsageError where nothing fits."""
-    if capacity is not None and capacity < 1:
+    """Raises UsageError where no sequence fits: of one length alone, none could be captured as any length."""
+    if capacity is not None and capacity < 2:
         raise UsageError(
-            what=f"capacity {capacity} leaves no room for an id",
+            what=f"capacity {capacity} leaves no room",
             where="--capacity, capacity= in Python",
-            why="a sequence has at least one token",
+            why="a sequence has a token of the prompt, and a new one",
             hint="give a number of tokens, or leave it out for what the model takes",
         )
 

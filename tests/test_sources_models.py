@@ -69,7 +69,7 @@ def test_a_directory_without_such_a_class_is_refused(llama: str, names: list[str
         resolve(str(tmp_path), loop="unmask")
 
 
-@pytest.mark.parametrize("capacity", [0, -3])
+@pytest.mark.parametrize("capacity", [1, 0, -3])
 def test_no_capacity_is_refused(capacity: int, llama: str) -> None:
     models: list[Any] = [Tiny(1), "digits-ar", "text-ar", llama]
     for model in models:
