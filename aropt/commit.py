@@ -118,18 +118,19 @@ def segments(round: Round, threshold: Tensor, low: Tensor) -> Tensor:
 
 
 TESTS: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
-    "threshold": (threshold, {"threshold": Input(Spec(F32), 0.9, "probability from which a row is written")}),
-    "factor": (factor, {"factor": Input(Spec(F32), 1.0, "how much joint doubt a round may write")}),
+    "threshold": (threshold, {"threshold": Input(Spec(F32), 0.9, "probability from which a row is written", 0.0)}),
+    "factor": (factor, {"factor": Input(Spec(F32), 1.0, "how much joint doubt a round may write", 0.0)}),
     "segments": (
         segments,
         {
-            "threshold": Input(Spec(F32), 0.9, "probability above which a row is written"),
-            "low": Input(Spec(F32), 0.4, "probability above which the best row of a run of masks is written"),
+            "threshold": Input(Spec(F32), 0.9, "probability above which a row is written", 0.0),
+            "low": Input(Spec(F32), 0.4, "probability above which the best row of a run of masks is written", 0.0),
         },
     ),
 }
-STEPS = {"steps": Input(Spec(I64), 0, "rounds of a block; 0: as many as it has rows")}
-SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds")}
+STEPS = {"steps": Input(Spec(I64), 0, "rounds in all, or of each of a model's own blocks; 0: one for a row", 0)}
+FLAGS = ("eoser", "rcr")
+SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds", 0.0)}
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Rule:
     schedule: str = "uniform"  # used where there is no test
     test: str = ""
     eoser: bool = False
+    rcr: bool = False  # rows of the block at hand may be masked again (see aropt.unmask.revised)
     guide: str = ""  # how a guide's agreement is tested; then there is neither a schedule nor a test
     params: dict[str, Input] = field(default_factory=dict)
 
@@ -168,11 +170,11 @@ def chosen(names: tuple[str, ...]) -> Rule:
         "test": TESTS,
         "guide": JUDGES,
     }
-    known = [*CONFIDENCES, *SCHEDULES, *TESTS, *JUDGES, "eoser"]
+    known = [*CONFIDENCES, *SCHEDULES, *TESTS, *JUDGES, *FLAGS]
     found: dict[str, str] = {}
     for name in names:
         kind = next((k for k, members in kinds.items() if name in members), "")
-        if not kind and name != "eoser":
+        if not kind and name not in FLAGS:
             raise UsageError(
                 what=f"unknown rule '{name}'",
                 why="it is not in the list of commit rules",
@@ -199,5 +201,13 @@ def chosen(names: tuple[str, ...]) -> Rule:
     if found.get("schedule") == "shifted":
         params |= SHIFT
     if "eoser" in names:
-        params["eos_gamma"] = Input(Spec(F32), 0.4, "what the confidence of an end token is multiplied by at first")
-    return Rule(**found, eoser="eoser" in names, params=params)
+        params["eos_gamma"] = Input(
+            Spec(F32), 0.4, "what an end token's confidence is multiplied by at first", 0.0, 1.0
+        )
+    if "rcr" in names and len(deciding) > ("schedule" in found):
+        raise UsageError(
+            what=f"'rcr' and '{deciding[0]}' don't go together",
+            why="how many rows are masked again follows from a schedule",
+            hint="choose from " + ", ".join(SCHEDULES),
+        )
+    return Rule(**found, eoser="eoser" in names, rcr="rcr" in names, params=params)

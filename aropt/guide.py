@@ -65,9 +65,15 @@ def of(logits: Tensor, draft: Tensor) -> Tensor:
 
 JUDGES: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
     "guide-argmax": (argmax, {}),
-    "guide-top-k": (top_k, {"guide_k": Input(Spec(I64), 5, "ids of the guide that count")}),
-    "guide-relative": (relative, {"guide_share": Input(Spec(F32), 0.5, "least share of the guide's best probability")}),
-    "guide-threshold": (threshold, {"guide_threshold": Input(Spec(F32), 0.1, "least probability under the guide")}),
+    "guide-top-k": (top_k, {"guide_k": Input(Spec(I64), 5, "ids of the guide that count", 0)}),
+    "guide-relative": (
+        relative,
+        {"guide_share": Input(Spec(F32), 0.5, "share of the guide's best", 0.0, 1.0)},
+    ),
+    "guide-threshold": (
+        threshold,
+        {"guide_threshold": Input(Spec(F32), 0.1, "probability under the guide", 0.0, 1.0)},
+    ),
 }
 
 

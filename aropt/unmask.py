@@ -24,6 +24,7 @@ from aropt.trace import capture_function
 SCALAR, ROWS, CANVAS = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T"))
 FAR = 2**20  # a block that no canvas reaches
 STATE = ("cursor", "step", "masks")
+HELD = Spec(F32, ("B", "T"))
 
 
 def unmasking(
@@ -58,10 +59,11 @@ def unmasking(
     counter, flag = StateSpec("counter", SCALAR), StateSpec("flag", Spec(BOOL))
     state = {"tokens": StateSpec("tokens", CANVAS), "rounds": counter, "finished": flag}
     state |= {name: StateSpec("counter", ROWS) for name in STATE}
+    state |= {"held": StateSpec("flag", HELD, 1.0)} if rule.rcr else {}
     return Program(
         meta.get("name", "program"),
         graphs,
-        program_inputs(rule),
+        program_inputs(rule, int(meta.get("block") or 0)),
         state,
         control,
         ("generated", "rounds"),
@@ -70,17 +72,17 @@ def unmasking(
     )
 
 
-def program_inputs(rule: Rule) -> dict[str, Input]:
+def program_inputs(rule: Rule, block: int) -> dict[str, Input]:
     """What the caller of a generation gives."""
     return {
         "canvas": Input(CANVAS, doc="token ids, the mask id where one is to be found, padded on the left"),
         "lengths": Input(ROWS, doc="ids of each canvas without padding"),
         "answers": Input(ROWS, doc="position of the first id of the answer"),
         "origin": Input(ROWS, doc="position where the first block begins"),
-        "block": Input(SCALAR, 32, "rows of a block"),
+        "block": Input(SCALAR, block or 32, "rows of a block", 1),
         "stop": Input(Spec(I64, ("K",)), doc="tokens that fill the rest of the canvas; -1 never matches"),
         "greedy": Input(Spec(BOOL), True, "argmax instead of a draw"),
-        "temperature": Input(Spec(F32), 0.0, "0 is greedy"),
+        "temperature": Input(Spec(F32), 0.0, "0 is greedy", 0.0),
         "seed": Input(SCALAR, 0, "seed of the noise"),
         "streams": Input(ROWS, doc="which sequence each row is, for the noise"),
         **rule.params,
@@ -202,6 +204,13 @@ def commit(rule: Rule, mask: int) -> Graph:
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
         numbers = tuple(x.unsqueeze(1) for x in (step, masks, left))
+        if rule.rcr:
+            index = block_of(at, origin, block)
+            tokens, held = revised(rule, tokens, candidate, confidence, active, numbers, params, mask, index)
+            open_block = (tokens == mask) & (index == current.unsqueeze(1))
+            tokens = torch.where(open_block.any(1, keepdim=True), tokens, filled(tokens, stop, mask, at, answers))
+            done = ~((tokens == mask) & (at >= 0)).any()
+            return tokens, current, step + 1, masks, rounds + 1, done, held
         if rule.guide:
             tokens = torch.where(guides.accepted_rows(active, params["accepted"]), candidate, tokens)
         else:
@@ -214,7 +223,9 @@ def commit(rule: Rule, mask: int) -> Graph:
     rows = {n: ROWS for n in ("lengths", "answers", "origin", *STATE)}
     inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
     inputs |= {"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else {n: i.spec for n, i in rule.params.items()}
-    return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished"])
+    inputs |= {"held": HELD} if rule.rcr else {}
+    outputs = ["tokens", *STATE, "rounds", "finished", *(["held"] if rule.rcr else [])]
+    return capture_function("commit", function, inputs, outputs)
 
 
 def written(
@@ -237,11 +248,41 @@ def written(
     return torch.where(rule.select(Round(active, confidence, rank, *numbers), **params), candidate, tokens)
 
 
+def revised(
+    rule: Rule,
+    tokens: Tensor,
+    candidate: Tensor,
+    confidence: Tensor,
+    active: Tensor,
+    numbers: tuple[Tensor, ...],
+    params: dict[str, Tensor],
+    mask: int,
+    index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """All masks of the block are written; then the least sure of its written rows are masked again, as many as the
+    schedule leaves (RCR, MDPO, 2508.13148; the confidence is that of a row's last writing, as in its code).
+
+    `held` float32 [B, T]: these confidences, 1 where nothing was written.
+    """
+    least = rule.limits(Round(active, confidence, active, *numbers), **params)[0]
+    held = torch.where(active, confidence, params["held"])
+    current = torch.where(active, index, FAR).amin(1, keepdim=True)
+    ours = (index == current) & (held <= 0)
+    rank = ranked(torch.where(ours, held.clamp(min=torch.finfo(F32).min), -torch.inf))
+    kept = ours.to(I64).sum(1, keepdim=True) - (numbers[2] - least)
+    return torch.where(ours & (rank >= kept), mask, torch.where(active, candidate, tokens)), held
+
+
+def block_of(at: Tensor, origin: Tensor, block: Tensor) -> Tensor:
+    """The block of each row; rows before the first count to it: int64 [B, T]."""
+    return torch.div((at - origin.unsqueeze(1)).clamp(min=0), block, rounding_mode="floor")
+
+
 def current_block(tokens: Tensor, lengths: Tensor, origin: Tensor, block: Tensor, mask: int) -> tuple[Tensor, Tensor]:
     """The first block with masks of each canvas, int64 [B] (FAR: none), and its masked rows, bool [B, T]."""
     at = places(tokens, lengths)
     masked = (tokens == mask) & (at >= 0)
-    index = torch.div((at - origin.unsqueeze(1)).clamp(min=0), block, rounding_mode="floor")
+    index = block_of(at, origin, block)
     current = torch.where(masked, index, FAR).amin(1)
     return masked & (index == current.unsqueeze(1)), current
 

@@ -48,6 +48,7 @@ class Case:
     stop: tuple[int, ...] = ()
     streams: tuple[int, ...] = ()  # empty: 0, 1, ...
     negative: tuple[tuple[int, ...], ...] = ()  # empty: the program's null class
+    fill: tuple[int, ...] = ()  # of a canvas: what the answers hold already, the same for all
 
     def repro(self, name: str) -> str:
         """A line of Python that runs the case."""
@@ -57,6 +58,7 @@ class Case:
         }
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         params += f", streams={list(self.streams)}" if self.streams else ""
+        params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
         return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params})"
 
     def groups(self, program: Program) -> list[list[int]]:
@@ -68,8 +70,9 @@ class Case:
         """The program's inputs for these prompts."""
         streams = [self.streams[i] if self.streams else i for i in group]
         negative = [self.negative[i] for i in group] if self.negative else None
+        fill = [self.fill] * len(group) if self.fill else None
         return make_inputs(program, [self.prompts[i] for i in group], self.n, self.seed, self.stop, streams, negative,
-                           dict(self.params))  # fmt: skip
+                           dict(self.params), fill)  # fmt: skip
 
 
 @dataclass

@@ -94,6 +94,56 @@ def test_threshold_is_that_of_fast_dllm(model: CanvasLM, above: Program, tau: fl
     assert 2 <= count <= 16
 
 
+@torch.no_grad()
+def revising(model: CanvasLM, prompt: list[int], n: int, block: int, steps: int) -> tuple[list[int], list[int]]:
+    """RCR in the words of MDPO's code: write all masks of the block, mask the least sure again. Also masks left."""
+    x, left = torch.tensor([prompt + [MASK] * n]), []
+    for begin in range(len(prompt), len(prompt) + n, block):
+        sure: dict[int, float] = {}
+        for i in range(steps):
+            logits = model(x)[0].double()
+            logits[:, MASK] = -torch.inf
+            best, token = logits.log_softmax(-1).max(-1)
+            for row in range(begin, begin + block):
+                if x[0, row] == MASK:
+                    x[0, row], sure[row] = token[row], float(best[row])
+            rest = sum(block // steps + (j < block % steps) for j in range(i + 1, steps))
+            for row in sorted(sure, key=lambda r: (sure[r], -r))[:rest]:
+                x[0, row] = MASK
+            left.append(int((x == MASK).sum()))
+    return x[0, len(prompt) :].tolist(), left
+
+
+@pytest.mark.parametrize(("block", "steps"), [(8, 4), (16, 16), (8, 3), (4, 1)])
+def test_rcr_is_that_of_mdpo(model: CanvasLM, quota: Program, block: int, steps: int) -> None:
+    """E13: the masks left are the sum of the quotas to come; one round a block is the plain rule."""
+    rcr, masks = capture(model, "rcr"), []  # type: ignore[var-annotated]
+    params = {"block": block, "steps": steps * (16 // block)}
+    keep = lambda values: [masks.append(int((values["tokens"] == MASK).sum()))]  # noqa: E731
+    (got,) = rcr.generate([[4, 5, 6]], 16, on_round=keep, **params)
+    assert (got, masks) == revising(model, [4, 5, 6], 16, block, steps)
+    if steps == 1:
+        assert [got] == quota.generate([[4, 5, 6]], 16, **params)
+
+
+def test_rcr_revises(model: CanvasLM) -> None:
+    """Some id that was written is another one later; a stop token fills the rest when its block is done."""
+    rcr, seen = capture(model, "rcr"), []  # type: ignore[var-annotated]
+    keep = lambda values: [seen.append(values["tokens"][0].clone())]  # noqa: E731
+    (free,) = rcr.generate([[4, 5, 6]], 16, block=16, on_round=keep)
+    assert any(len(set(column.tolist()) - {MASK}) > 1 for column in torch.stack(seen).T)
+    (got,) = rcr.generate([[4, 5, 6]], 16, block=16, stop=[free[5]])
+    assert MASK not in got and got[-1] == free[5]
+
+
+def test_eoser_without_its_factor_is_the_plain_rule(model: CanvasLM, quota: Program) -> None:
+    """E5; and with one that is 0 at first, an end token comes later."""
+    late, stop = capture(model, "eoser"), [quota.generate([[4, 5, 6]], 16, block=16)[0][5]]
+    assert late.generate([[4, 5, 6]], 16, block=16, stop=stop, eos_gamma=1.0) == quota.generate(
+        [[4, 5, 6]], 16, block=16, stop=stop
+    )
+
+
 def test_tests_end_where_quotas_do(model: CanvasLM, quota: Program, above: Program) -> None:
     """A threshold above 1 writes one id a round, one of about 0 a block; so does the factor rule."""
     one_a_round, all_at_once = rounds(quota, [[1]], 12, block=4), rounds(quota, [[1]], 12, block=4, steps=3)
@@ -189,8 +239,15 @@ def test_bad_input(quota: Program, changes: dict[str, Any], why: str) -> None:
         quota.generate(options.pop("prompts"), options.pop("n"), **options)
 
 
-@pytest.mark.parametrize(("rules", "why"), [(("nucleus",), "unknown rule"), (("factor", "cosine"), "together"),
-                                            (("margin", "entropy"), "two rules")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        (("nucleus",), "unknown rule"),
+        (("factor", "cosine"), "together"),
+        (("margin", "entropy"), "two rules"),
+        (("rcr", "factor"), "together"),
+    ],
+)
 def test_bad_rules(rules: tuple[str, ...], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         chosen(rules)
@@ -203,7 +260,7 @@ def test_a_model_without_a_mask_is_refused(model: CanvasLM) -> None:
         aropt.capture(model, mask=VOCAB)
 
 
-@pytest.mark.parametrize("rules", [("threshold",), ("segments", "margin"), ("cosine", "entropy", "eoser")])
+@pytest.mark.parametrize("rules", [("threshold",), ("segments", "margin"), ("cosine", "entropy", "eoser"), ("rcr",)])
 def test_the_lowered_program_is_verified(model: CanvasLM, rules: tuple[str, ...]) -> None:
     fast = aropt.optimize(capture(model, *rules), target="onnxruntime")
     assert fast.report["verify"]["status"] == "pass"
