@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from aropt.opdef import OpDef
 
-NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select", "canvas_commit")
+NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select", "canvas_commit", "write_rows")
 
 
 def load(name: str) -> OpDef:
@@ -49,11 +49,13 @@ def overwriting(target: Any) -> Callable[..., Any] | None:
 
 def updated(node: Any) -> tuple[Any, Any]:
     """For a node that is a result of one of our ops: that op's node, and the argument it may be written into."""
-    if getattr(node.target, "__name__", "") == "getitem":
-        call, index = node.args
-        name = str(getattr(call.target, "name", str)())
-        if name.startswith("aropt::"):
-            op = load(name.removeprefix("aropt::"))
-            names = [argument.name for argument in op.overload._schema.arguments]
-            return call, call.args[names.index(op.in_place[index])] if index in op.in_place else None
-    return None, None
+    several = getattr(node.target, "__name__", "") == "getitem"
+    call, index = node.args if several else (node, 0)
+    name = str(getattr(call.target, "name", str)())
+    if not name.startswith("aropt::"):
+        return None, None
+    op = load(name.removeprefix("aropt::"))
+    if not several and index not in op.in_place:
+        return None, None
+    names = [argument.name for argument in op.overload._schema.arguments]
+    return call, call.args[names.index(op.in_place[index])] if index in op.in_place else None

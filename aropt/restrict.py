@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt import ops
 from aropt.analysis import FULL_SIZE, Analysis, Info, unsupported
 from aropt.axes import (
     COLUMN,
@@ -107,8 +108,10 @@ class Restriction:
         names = ("ids", "slots", "positions", "slot_positions")
         self.ids, self.slots, self.rows, stored = (self.out.placeholder(n) for n in names)
         self.last_input = stored
-        write = aten.scatter.src if self.canvas else aten.index_copy.default
-        self.columns = self.out.call_function(write, (stored, 1, self.slots, self.rows))
+        if self.canvas:
+            self.columns = self.call(ops.load("write_rows").overload, stored, self.slots, self.rows, 1)
+        else:
+            self.columns = self.call(aten.index_copy.default, stored, 1, self.slots, self.rows)
 
     def result(self, name: str) -> Restricted:
         for node in self.analysis.graph.nodes:
@@ -305,7 +308,9 @@ class Restriction:
             store = self.last_input = self.out.placeholder(name)
         self.state[name] = StateSpec(self.kind, Spec(node.meta["val"].dtype, dims), 0.0, row)
         # no "origin": it holds all slots, not the rows of the original
-        if self.canvas:
+        if self.canvas and axes[0] == B and row > 0:
+            self.updated[name] = self.call(ops.load("write_rows").overload, store, self.slots, self.new[node], row)
+        elif self.canvas:
             index = self.memoized(("index", axes), lambda: self.spread_slots(axes))
             self.updated[name] = self.call(aten.scatter.src, store, row, index, self.new[node])
         else:
