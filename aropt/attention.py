@@ -2,7 +2,8 @@
 
 A restricted step may write rotary embedding and masks in any way. What the targets' kernels take is narrow: heads split
 from a flat projection, turned by the angle of their slot, causal. So the nodes between projection and attention are cut
-out and evaluated on chosen inputs, for rows that fill consecutive slots of a batch without padding ("dense").
+out and evaluated on chosen inputs, for rows that fill consecutive slots of a batch without padding ("dense"). On a
+canvas the mask is taken as it is, and rows may have any slots.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt import ops
 from aropt.errors import Unsupported
+from aropt.kernels import canvas_attention
 from aropt.kernels.cached_attention import rotated, unsupported
 from aropt.program import Graph
 
@@ -75,6 +78,7 @@ class Probe:
     def __init__(self, graph: Graph, weights: dict[str, Tensor], capacity: int) -> None:
         self.graph, self.weights, self.capacity = graph, weights, capacity
         self.inputs = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
+        self.canvas = len(graph.inputs["slots"].dims) == 2  # each sequence has rows of its own
 
     def placed(self, node: fx.Node) -> bool:
         """Computed from where the rows are, not from what they hold (sizes of `ids` count as the former)."""
@@ -90,7 +94,7 @@ class Probe:
         stored = torch.arange(slots)
         return {
             "ids": torch.zeros(1, rows, dtype=torch.int64),
-            "slots": at,
+            "slots": at[None] if self.canvas else at,
             "positions": at[None],
             "slot_positions": torch.where(stored < filled, stored, -1)[None],
         }
@@ -264,24 +268,23 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     """What the op takes in place of an SDPA node; `known` keeps tables and masks that layers share."""
     query, keys, values, mask = node.args[:4]
     assert all(isinstance(n, fx.Node) for n in (query, keys, values, mask))
-    for stored in (keys, values):
-        if stored.target is not aten.index_copy.default or stored.args[1] != 2 or len(stored.users) != 2:
-            raise NotThis(
-                what=f"{stored.name} is not the update of a cache of its own, [batch, heads, slots, features]"
-            )
+    new_keys, new_values = (written_rows(n, probe.canvas) for n in (keys, values))
     heads, size = (int(query.meta["val"].shape[i]) for i in (1, 3))
     kv_heads = int(keys.meta["val"].shape[1])
     if values.meta["val"].shape != keys.meta["val"].shape or keys.meta["val"].dtype != torch.float32:
         raise NotThis(what="keys and values differ in shape, or are not float32")
-    operands = ((query, heads), (keys.args[3], kv_heads), (values.args[3], kv_heads))
+    operands = ((query, heads), (new_keys, kv_heads), (new_values, kv_heads))
     sources = [probe.projection(n, count, size) for n, count in operands]
     turns = [probe.rotary(n, s, count, size) for (n, count), s in zip(operands, sources, strict=True)]
     if turns[2] is not None or (turns[0] is None) != (turns[1] is None):
         raise NotThis(what="queries and keys are not turned alike, or values are")
     rotary = same(turns[0], turns[1], known) if turns[0] else None
     if mask not in known:
-        known[mask] = probe.window(mask)
-    refused = unsupported(heads, kv_heads, size, 2 * rotary.cos.shape[1] if rotary else 0)
+        known[mask] = check_mask(mask) if probe.canvas else probe.window(mask)
+    width = 2 * rotary.cos.shape[1] if rotary else 0
+    refused = canvas_attention.unsupported(size, width) if probe.canvas else unsupported(heads, kv_heads, size, width)
+    if probe.canvas and heads != kv_heads:
+        refused = "the kernel has no groups of heads"
     if refused:
         raise NotThis(what=refused)
     scale = node.kwargs.get("scale")
@@ -294,6 +297,26 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     )
     rows = packed(sources, [heads * size, kv_heads * size, kv_heads * size])
     return Match(node, *probe.flattened(node, heads, size), (keys, values), rows, rotary, numbers)
+
+
+def written_rows(stored: Any, canvas: bool) -> fx.Node:
+    """The rows [B, heads, R, D] that a cache of their own is updated with."""
+    if canvas:
+        right, index = stored.target is ops.load("write_rows").overload and stored.args[3] == 2, 2
+    else:
+        right, index = stored.target is aten.index_copy.default and stored.args[1] == 2, 3
+    if not right or len(stored.users) != 2:
+        raise NotThis(what=f"{stored.name} is not the update of a cache of its own, [batch, heads, slots, features]")
+    rows: fx.Node = stored.args[index]
+    return rows
+
+
+def check_mask(mask: fx.Node) -> int:
+    """0, for a mask of which slots each row sees, the same for all heads."""
+    value = mask.meta["val"]
+    if value.dtype != torch.bool or value.dim() != 4 or value.shape[1] != 1:
+        raise NotThis(what="the mask is not bool [batch, 1, rows, slots]")
+    return 0
 
 
 def same(first: Rotary | None, second: Rotary | None, known: dict[Any, Any]) -> Rotary:

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
 
     from aropt.opdef import OpDef
 
-NAMES: tuple[str, ...] = ("noise", "cached_attention", "due_slots", "canvas_select", "canvas_commit", "write_rows")
+NAMES: tuple[str, ...] = (
+    "noise",
+    "cached_attention",
+    "due_slots",
+    "canvas_select",
+    "canvas_commit",
+    "write_rows",
+    "canvas_attention",
+)
 
 
 def load(name: str) -> OpDef:

@@ -27,6 +27,7 @@ PASSES = {
     "guide-cache": "guide_cache",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
+    "fuse-canvas": "fuse_canvas",
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order

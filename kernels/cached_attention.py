@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [B, N, R, D] with its first 2*cos.shape[1] features rotated; cos, sin [R, r/2]."""
-    size = 2 * cos.shape[1]
+    """x [B, N, R, D] with its first r features rotated; cos, sin [R, r/2], or [B, 1, R, r/2]."""
+    size = 2 * cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]

@@ -54,17 +54,18 @@ def fake(store: Tensor, slots: Tensor, rows: Tensor, axis: int) -> Tensor:
     return torch.empty_like(store)
 
 
-def onnx(store, slots, rows, axis):  # type: ignore[no-untyped-def]
+def onnx(store, slots, rows, axis, heads=None):  # type: ignore[no-untyped-def]
     """The same by ScatterND, which copies what lies after the slot's axis as a whole.
 
-    The indices are made of the slots and of sizes alone, so that all caches of a step share them.
+    The indices are made of the slots and of sizes alone, so that all caches of a step share them. `heads`: the size of
+    axis 1, where the values don't have it yet.
     """
     from onnxscript import opset18 as op
 
     def size(dim: int) -> Any:
         if dim in (0, axis):
             return op.Shape(slots, start=min(dim, 1), end=min(dim, 1) + 1)
-        known = rows.shape[dim]
+        known = heads or rows.shape[dim]
         return op.Constant(value_ints=[known]) if isinstance(known, int) else op.Shape(rows, start=dim, end=dim + 1)
 
     sizes = [size(dim) for dim in range(axis + 1)]
