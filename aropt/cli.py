@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,14 +39,25 @@ COMMAND_ERRORS: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy
 
 
 class Progress:
-    """One line on stderr that says what is going on; plain lines where stderr is no terminal."""
+    """One line on stderr that says what is going on; plain lines where stderr is no terminal.
+
+    An interrupt that lands in a callback of torch is lost there: it is raised again with the next line.
+    """
 
     def __init__(self) -> None:
         self.live: Any = None
+        self.interrupted = False
+        self.before: Any = None
         self.start = time.perf_counter()
         self.last = ""
 
+    def interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
     def __enter__(self) -> Progress:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self.interrupt)
         if sys.stderr.isatty() and not os.environ.get("CI"):
             from rich.console import Console
 
@@ -53,6 +66,8 @@ class Progress:
         return self
 
     def __call__(self, text: str) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         elapsed = time.perf_counter() - self.start
         if self.live is not None:
             self.live.update(f"{text} [{elapsed:.0f} s]")
@@ -61,6 +76,8 @@ class Progress:
         self.last = text
 
     def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
         if self.live is not None:
             self.live.stop()
 
