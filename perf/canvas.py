@@ -93,6 +93,7 @@ BLOCKS = Work(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="of llada-text-mdlm, llada-bench, text-bd (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--fast-dllm", type=Path)
@@ -112,14 +113,16 @@ def main() -> None:
     trained = folder(models / "llada-text-mdlm", model="text-mdlm")
     drawn = folder(models / "llada-bench")
     works = [Work(str(path), there, RATIOS, SAME) for path in (trained, drawn)] + [BLOCKS]
-    found: dict[str, Any] = {"env": environment(args.threads), "runs": args.runs, "tokens": NEW, "block": BLOCK}
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for work in works:
         name = Path(work.model).name
-        timings = measure(work, checkouts, args)
-        found[name] = described(work, timings)
+        if args.models and name not in args.models:
+            continue
+        about = {"env": environment(args.threads), "tokens": NEW, "block": BLOCK, "threshold": TAU}
+        found[name] = about | described(work, measure(work, checkouts, args))
         print(table(name, found[name]), flush=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -145,11 +148,13 @@ def measure(work: Work, checkouts: dict[str, Path | None], args: argparse.Namesp
     timings = {v.name: Timing() for v in work.variants}
     ids = prompts(work.model)
     for number in range(args.rounds):  # the same program may run at another speed in each process
-        workers = {v.name: Worker(v, work.model, ids, checkouts, args) for v in work.variants}
+        workers: dict[str, Worker] = {}
         try:
-            for name, worker in workers.items():
+            for variant in work.variants:  # one after the other: threads that wait for each other spin
+                name = variant.name
                 print(f"{Path(work.model).name}: {name}", file=sys.stderr, flush=True)
-                timings[name].error = timings[name].error or worker.ready()
+                workers[name] = Worker(variant, work.model, ids, checkouts, args)
+                timings[name].error = timings[name].error or workers[name].ready()
             alive = {n: w for n, w in workers.items() if not timings[n].error}
             if number == 0:
                 for name, worker in alive.items():

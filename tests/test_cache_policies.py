@@ -96,6 +96,15 @@ def test_the_schedule_is_the_declared_one(fast: dict[str, Program], name: str, t
         assert versions[number].tolist() == last
 
 
+def test_dkv_stores_a_row_after_it_was_written(fast: dict[str, Program]) -> None:
+    """E12: never what it was in the round that wrote it; the last round's rows are not read again."""
+    for steps in rounds(fast["dkv-cache"], [[1, 2, 3], [4]], 16, threshold=0.1, block=8):
+        versions = ledger(steps)
+        for number, step in enumerate(steps[:-1]):
+            written = ((step.before == MASK) & (step.after != MASK)).nonzero().flatten()
+            assert (versions[number + 1 :, written] >= number + 1).all()
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_stored_is_what_the_ledger_says(fast: dict[str, Program], name: str) -> None:
     """Keys change in the rows that a round computes, and in no other."""
