@@ -118,6 +118,8 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
     """Translations that replace torch's, for aropt's own ops and for the ops named above."""
     from onnxscript import opset20 as op
 
+    from aropt.kernels.canvas_select import log1p_series
+
     def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
         rank = len(source.shape)
         shape = [1] * rank
@@ -204,6 +206,11 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
         size = op.Shape(x, start=dim % len(x.shape), end=dim % len(x.shape) + 1)
         return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)  # of equal values the first comes first
 
+    def log1p(x: Any) -> Any:
+        """Accurate near 0, where log(1 + x), torch's own translation, has lost x."""
+        near = op.Less(op.Abs(x), op.CastLike(op.Constant(value_float=0.25), x))
+        return op.Where(near, log1p_series(x), op.Log(op.Add(x, op.CastLike(op.Constant(value_float=1.0), x))))
+
     aten = torch.ops.aten
     own: dict[Any, Callable[..., Any]] = dict(ops.translation_table(contrib))
     own |= {aten.__or__.Tensor: either, aten.__and__.Tensor: both, aten.any.dim: any_of, aten.all.default: all_of}
@@ -211,6 +218,7 @@ def translations(contrib: bool = False) -> dict[Any, Callable[..., Any]]:
     return {
         **own,
         aten.index_copy.default: index_copy,
+        aten.log1p.default: log1p,
         aten.scaled_dot_product_attention.default: attention,
         aten.rms_norm.default: rms_norm,
     }

@@ -40,7 +40,7 @@ FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 BLOCK = 1024  # lanes, each with a maximum and a sum of its own
 
 
-def _series(x):  # type: (Any) -> Any  # a comment, as Triton would look up annotations
+def log1p_series(x):  # type: (Any) -> Any  # a comment, as Triton would look up annotations
     """log(1 + x) to float32 accuracy for 0 <= x < 0.5, as 2 atanh(x / (x + 2)): torch, ONNX and Triton values alike."""
     z = x / (x + 2.0)
     s = z * z
@@ -96,13 +96,13 @@ def onnx(logits, mask_id):  # type: ignore[no-untyped-def]
     ratio = op.Exp(op.Where(op.Equal(x, best), zero, op.Sub(x, best)))
     best_one = op.And(op.Equal(index, candidate), op.Equal(x, best))  # not a NaN that ReduceMax passed over
     others = op.ReduceSum(op.Where(best_one, zero, ratio), [1], keepdims=1)
-    logs = op.Where(op.Less(others, op.Constant(value_float=0.5)), _series(others), op.Log(others + 1.0))
+    logs = op.Where(op.Less(others, op.Constant(value_float=0.5)), log1p_series(others), op.Log(others + 1.0))
     confidence = op.Where(op.And(impossible, op.Not(op.IsNaN(others))), low, op.Neg(logs))
     return op.Squeeze(candidate, [1]), op.Squeeze(confidence, [1])
 
 
 if HAS_TRITON:
-    _kernel_series = triton.jit(_series)
+    _kernel_series = triton.jit(log1p_series)
 
     @triton.jit
     def _select_kernel(  # type: ignore[no-untyped-def]

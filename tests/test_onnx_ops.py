@@ -1,4 +1,4 @@
-"""Grouped-query attention as ONNX, with masks of every rank: ONNX Runtime against torch."""
+"""Translations of our own for torch's ops, as ONNX Runtime computes them: against torch."""
 
 from __future__ import annotations
 
@@ -52,3 +52,16 @@ def test_masks_of_grouped_queries(dims: tuple[Any, ...], dtype: torch.dtype, tmp
             values["mask"][..., 0] = True  # every row sees something
         (got,) = session.run(None, {n: x.numpy() for n, x in values.items()})
         torch.testing.assert_close(torch.from_numpy(got), function(**values), rtol=1e-5, atol=1e-5)
+
+
+def test_log1p_keeps_what_is_small(tmp_path: Path) -> None:
+    """Float32 accuracy everywhere: log(1 + x) would give 0 below 6e-8."""
+    import onnxruntime
+
+    graph = capture_function("log1p", torch.log1p, {"x": Spec(torch.float32, ("N",))}, ["y"])
+    export(graph, {}, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    near = torch.logspace(-38, 0, 2000)
+    x = torch.cat([near, -near[near < 1], near * 1e30, torch.tensor([0.0, -1.0, torch.inf, torch.nan])])
+    (got,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), x.log1p(), rtol=1e-6, atol=0, equal_nan=True)
