@@ -1,0 +1,45 @@
+"""The n-gram that judges guided answers, and the windows that text-mdlm's tuning reads."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aropt.models.train_canvas import BLANKS, flat
+from perf.guided import NGram, hashed
+
+TEXT = list(b"the cat sat on the mat. the dog sat on the cat. " * 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=9))
+def test_the_judge_is_a_distribution(before: list[int]) -> None:
+    judge = NGram(np.array(TEXT) % 16, 16)
+    chances = [math.exp(-judge.nll([0] * 6 + before + [i], 6 + len(before))) for i in range(16)]
+    assert sum(chances) == pytest.approx(1)
+
+
+def test_the_judge_likes_what_it_has_read() -> None:
+    judge = NGram(np.array(TEXT), 128)
+    assert judge.nll(TEXT, 10) < 0.3 < math.log(128) / 2 < judge.nll(TEXT[::-1], 10)
+
+
+@given(st.lists(st.integers(0, 300), min_size=3, max_size=12), st.integers(0, 3))
+def test_contexts_have_keys_of_their_own(ids: list[int], order: int) -> None:
+    keys = hashed(np.array(ids), order)
+    contexts = [tuple(ids[i - order : i]) for i in range(order, len(ids))]
+    assert len(keys) == len(contexts)
+    for (a, x), (b, y) in pairwise(sorted(zip(contexts, keys.tolist(), strict=True))):
+        assert (a == b) == (x == y)
+
+
+@given(st.lists(st.sampled_from([32, 32, 32, 65]), min_size=1, max_size=60), st.integers(BLANKS, 20))
+def test_windows_without_long_blanks(ids: list[int], length: int) -> None:
+    want = [i for i in range(len(ids) - length + 1) if bytes([32] * BLANKS) not in bytes(ids[i : i + length])]
+    assert flat(torch.tensor(ids), length).tolist() == want
