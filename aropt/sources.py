@@ -166,7 +166,7 @@ def pretrained(path: Path, trusted: bool, masked: bool) -> tuple[nn.Module, dict
                 output_loading_info=True,
                 trust_remote_code=trusted,
             )
-        except Exception as error:
+        except Exception as error:  # the model's own code may raise anything
             first = first or error
             if not unrecognized(error):
                 break
@@ -325,7 +325,7 @@ def factory(model: str, capacity: int | None) -> Source:
             spec.loader.exec_module(loaded)
             make = getattr(loaded, name, None)
             module = make() if callable(make) else None
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         del sys.modules[spec.name]
         raise UsageError(
             what=f"'{model}' fails",
@@ -365,7 +365,7 @@ def exported(path: Path, capacity: int | None) -> Source:
     try:
         with quiet():
             program = torch.export.load(path)
-    except Exception as error:
+    except Exception as error:  # zip, JSON and pickle errors, by what is damaged
         raise UsageError(
             what="the .pt2 file can't be loaded",
             where=str(path),
@@ -433,7 +433,7 @@ def logits_size(module: nn.Module) -> int:
     try:
         with torch.no_grad():
             logits = Forward(module)(torch.zeros(1, 2, dtype=torch.int64))
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         raise export_failure(error) from error
     if logits.dim() != 3:
         raise Unsupported(
