@@ -91,11 +91,22 @@ def reference(name: str, capacity: int | None) -> Source:
     if name == "digits-ar":
         meta |= {"input_vocab": 28, "null": 27}
     if found.mask is not None:
-        meta |= {"mask": found.mask, "block": found.block}
+        meta |= {"mask": found.mask, "block": found.block, "examples": infilling()}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
     if found.mask is not None:  # the bytes of text-ar
         files = sorted(REFERENCES["text-ar"].checkpoint.glob("tokenizer*.json"))
     return Source(module, meta, sorted(files))
+
+
+def infilling() -> list[dict[str, Any]]:
+    """Held-out text with spans to be found, in bytes (written by aropt.models.train_canvas)."""
+    from aropt.models import CHECKPOINTS
+    from aropt.quality import read
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    return read(CHECKPOINTS / "infilling.jsonl", encode, encode)
 
 
 def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, masked: bool = False) -> Source:

@@ -1,7 +1,8 @@
-"""Training and measuring text-mdlm and text-bd (called by aropt.models.train)."""
+"""Training and measuring text-mdlm and text-bd (called by aropt.models.train); run as a module, writes their task."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from aropt.models.canvas import BLOCK, CAPACITY, MASK, CanvasLM, load
 SEED = 0
 LEVELS = 8  # of noise, when the bound is measured
 MEASURED = 65536  # ids of held-out text, evenly spread over the documents
+EXAMPLES, PROMPT, ANSWER, SPAN = 32, 32, 64, 4  # of the task: how many, ids of each part, ids masked in a row
 LEAST = 0.02  # least share of masked ids: fewer make the weight 1/t too large
 
 
@@ -69,6 +71,18 @@ def measure(model: CanvasLM, limit: int = MEASURED) -> dict[str, Any]:
     }
 
 
+def infilling() -> list[str]:
+    """Lines of `aropt.quality`: windows of held-out text, evenly spread, every other span of the answer to be found."""
+    ids, size = text.stream(text.split()[1]), PROMPT + ANSWER
+    spans = [[i, i + SPAN] for i in range(0, ANSWER, 2 * SPAN)]
+    lines: list[str] = []
+    for near in range(0, len(ids) - size, (len(ids) - size) // EXAMPLES)[:EXAMPLES]:
+        start = next(i for i in range(near, len(ids)) if max(ids[i : i + size]) < 128)  # ids are then characters
+        window = text.decode(ids[start : start + size])
+        lines.append(json.dumps({"prompt": window[:PROMPT], "answer": window[PROMPT:], "masked": spans}))
+    return lines
+
+
 def train(name: str, steps: int, out: Path, optimise: Callable[..., Any], log: Callable[[str], None]) -> dict[str, Any]:
     """Trains the model, writes its checkpoint into out and returns its record but for the measurements.
 
@@ -99,3 +113,7 @@ def train(name: str, steps: int, out: Path, optimise: Callable[..., Any], log: C
         "ids": len(stream),
         "data_sha256": text.digest(docs),
     }
+
+
+if __name__ == "__main__":  # the examples that quality is measured on
+    (CHECKPOINTS / "infilling.jsonl").write_text("\n".join(infilling()) + "\n", encoding="utf-8")
