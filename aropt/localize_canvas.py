@@ -47,9 +47,9 @@ class Rounds(Recorder):
 class Compared(Forced):
     """The reference's control on the candidate's canvases; stops at the first value that differs."""
 
-    def __init__(self, oracle: Oracle, steps: list[Step], case: Case, kept: list[Round], place: int, pads: int) -> None:
+    def __init__(self, oracle: Oracle, steps: list[Step], case: Case, kept: list[Round], place: int) -> None:
         super().__init__(oracle, steps, Outcome(case))
-        self.kept, self.place, self.pads, self.batch = kept, place, pads, len(case.prompts)
+        self.kept, self.place, self.batch = kept, place, len(case.prompts)
         self.found: dict[str, Any] | None = None
 
     def forward(self, inputs: Values) -> Values:
@@ -66,9 +66,9 @@ class Compared(Forced):
             origin = by_origin.get(node.meta["origin"])
             if origin is None:
                 continue
-            single, double = (self.chosen(x[origin], origin, rows, alone, 0) for x in (theirs, exact))
+            single, double = (self.chosen(x[origin], origin, rows, alone) for x in (theirs, exact))
             mine = own(value, theirs[origin], self.place, self.batch, 1)
-            mine = self.chosen(mine, node, rows, one.slots, self.pads)
+            mine = self.chosen(mine, node, rows, one.slots)
             error, floor = distance(mine, single, double, 0) if mine.shape == single.shape else (0.0, 1.0)
             if error > TOLERANCE * floor:
                 self.found = {"module": node.meta.get("where", ""), "node": node.name, "op": op_name(node),
@@ -76,18 +76,16 @@ class Compared(Forced):
                 raise Enough
         return results
 
-    def chosen(self, value: Tensor, node: fx.Node, rows: Tensor, slots: Tensor | None, pads: int) -> Tensor:
-        """The round's rows of a value, in axes of rows (as many as slots) and of columns (the canvas, or all slots)."""
-        width, places = len(self.steps[0].before) + pads, rows + pads
-        count = width if slots is None else slots.shape[1]
+    def chosen(self, value: Tensor, node: fx.Node, rows: Tensor, slots: Tensor | None) -> Tensor:
+        """The round's rows of a value: of a whole canvas these, of slots the first ones (what nobody sees is last)."""
+        width = len(self.steps[0].before)
         for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())[: value.dim()]):
             if isinstance(size, int):
                 continue
-            if slots is not None and value.shape[axis] == count:  # ascending; those that nobody sees come last
-                before = int((slots[self.place if len(slots) > 1 else 0] < pads).sum())
-                value = value.narrow(axis, before, len(rows))
-            elif value.shape[axis] in (width, width + 1):
-                value = value.index_select(axis, places)
+            if slots is None and value.shape[axis] == width:
+                value = value.index_select(axis, rows)
+            elif slots is not None and value.shape[axis] == slots.shape[1]:
+                value = value.narrow(axis, 0, len(rows))
         return value
 
 
@@ -103,10 +101,9 @@ def first_in_canvas(oracle: Oracle, candidate: Program, case: Case, row: int) ->
         tuple(case.streams[i] if case.streams else i for i in group),
     )
     batch, place, recorder = replace(case, prompts=prompts, streams=streams), group.index(row), Rounds(candidate)
-    pads = max(map(len, prompts)) - len(prompts[place])
     try:
         steps = Trace(candidate, batch, recorder).steps[place]
-        compared = Compared(oracle, steps, batch, recorder.kept, place, pads)
+        compared = Compared(oracle, steps, batch, recorder.kept, place)
         run(oracle.program, batch.inputs(oracle.program, [place]), 0, compared)
     except Mismatch:  # it computes other rows, or does not end: nothing to compare with
         return None
