@@ -103,10 +103,13 @@ def first_in_canvas(oracle: Oracle, candidate: Program, case: Case, row: int) ->
     batch, place, recorder = replace(case, prompts=prompts, streams=streams), group.index(row), Rounds(candidate)
     try:
         steps = Trace(candidate, batch, recorder).steps[place]
-        compared = Compared(oracle, steps, batch, recorder.kept, place)
+    except Exception:  # it fails when run eagerly too, or does not end: the outcome says so
+        return None
+    compared = Compared(oracle, steps, batch, recorder.kept, place)
+    try:
         run(oracle.program, batch.inputs(oracle.program, [place]), 0, compared)
-    except Mismatch:  # it computes other rows, or does not end: nothing to compare with
+    except Mismatch:  # it computes other rows: nothing to compare with
         return None
     except Enough:
-        return compared.found
-    return None
+        pass
+    return compared.found

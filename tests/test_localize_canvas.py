@@ -110,3 +110,11 @@ def test_cases_are_shrunk_to_ones_that_a_canvas_takes() -> None:
     small = shrink(lambda c: fails(oracle, wrong, Eager(wrong), c), case)
     assert len(small.prompts) == 1 and small.n < case.n and len(small.fill) == small.n
     assert not fails(oracle, wrong, Eager(wrong), replace(case, params=(("block", 7.0),)))
+
+
+def test_a_program_that_raises_is_reported() -> None:
+    reference, candidate = pair("plain")
+    wrong = changed(candidate, "head", lambda new, node: new.call_function(aten.view.default, (node, [7, 11])))
+    verdict = validate(reference, wrong, chosen=cases(reference, quick=True))
+    assert "raises" in verdict.outcomes[-1].problem and verdict.diverges is not None
+    assert verdict.diverges["where"] == "outside the model: rule, loop or state"
