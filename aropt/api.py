@@ -50,7 +50,8 @@ def capture(
     forward(ids int64[B, T]) -> logits[B, T, V]. `loop`: "positions" (one token after the other) or "unmask" (a canvas,
     by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit for a canvas. `guide`:
     a model of one token after the other that judges what a canvas's rounds would write (see aropt.guide). `meta`
-    overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts, name).
+    overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts, examples
+    (see aropt.quality), name).
     Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):

@@ -100,8 +100,17 @@ def optimize(
         list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")
     ] = None,
     budget: Annotated[
-        str, typer.Option(metavar="METRIC=BOUND,..", help="What lossy passes may lose: kl, kl_max, top1, agreement.")
+        str,
+        typer.Option(
+            metavar="METRIC=BOUND,..", help="What lossy passes may lose: kl, kl_max, top1, agreement, quality."
+        ),
     ] = "",
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A task to measure quality on: JSON lines with prompt and answer, texts or ids."
+        ),
+    ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[
         list[str] | None,
@@ -180,6 +189,7 @@ def optimize(
             guide=guide,
             block=block,
             shift=shift,
+            examples=examples,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)
@@ -240,6 +250,11 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
             f"{d['agreement']:.1%} (budget: {allowed})\n{'':<14} {d['forwards']} forwards with {d['rows']} rows, "
             f"exact: {d['exact_forwards']} with {d['exact_rows']}"
         )
+        if d.get("judged"):
+            print(
+                f"quality        {d['quality']:.1%} of {d['judged']} ids of the examples are right, "
+                f"exact: {d['exact_quality']:.1%}"
+            )
     print()
     print(table(report))
     for text in report["notes"]:

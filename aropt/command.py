@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from aropt import artifact, bench
+from aropt import artifact, bench, quality
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
 from aropt.drift import budget
-from aropt.errors import BudgetMissed, Unsupported, VerificationFailed
+from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.models import REFERENCES
 from aropt.passbase import Skips
 from aropt.passmanager import Instruments, bisect, pipeline
@@ -59,6 +59,7 @@ class Request:
     guide: str | None = None
     block: int | None = None
     shift: bool | None = None
+    examples: Path | None = None
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -131,6 +132,8 @@ def find(request: Request) -> Source:
     source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
     given = {"mask": request.mask, "block": request.block, "shift": request.shift}
     source.meta |= {name: value for name, value in given.items() if value is not None}
+    if request.examples is not None:
+        source.meta["examples"] = quality.read(request.examples, *quality.texts(tokenizer(source.files)))
     return source
 
 
@@ -139,9 +142,17 @@ def captured(request: Request, source: Source) -> Program:
     guide = request.guide
     if guide is not None and Path(guide).exists() and guide not in REFERENCES:
         guide = str(Path(guide).resolve())
-    return capture(
+    program = capture(
         source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code, guide=guide
     )
+    if request.examples is not None and program.meta.get("loop") != "unmask":
+        raise UsageError(
+            what="examples are for models that unmask a canvas",
+            where="--examples",
+            why="passes for other models lose nothing",
+            hint="leave it out",
+        )
+    return program
 
 
 def put_aside(folder: Path, out: Path) -> None:

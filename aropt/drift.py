@@ -2,7 +2,7 @@
 
 The candidate generates. On the very canvases that it came by, the exact forward says what each masked row of the block
 at hand should have predicted (teacher forcing: an early difference does not hide later ones). Then whole generations
-are compared, which says what a user sees.
+are compared, which says what a user sees. Where the model has examples of a task, both do it (`aropt.quality`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt import quality
 from aropt.errors import UsageError
 from aropt.interpreter import Eager, Executor
 from aropt.program import Program
@@ -22,7 +23,7 @@ from aropt.unmask import current_block
 from aropt.validate import Case
 from aropt.validate_canvas import Step, Trace
 
-AT_MOST, AT_LEAST = ("kl", "kl_max"), ("top1", "agreement")
+AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
 TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exact forward
 
 
@@ -31,7 +32,8 @@ class Drift:
     """`kl`: mean of KL(exact || cached) in nats over all measured rows, `kl_max` the largest; `top1`: share of the rows
     with the same most likely id; `agreement`: share of the answers' ids that the exact program writes too; `first`: the
     first answer's position that differs (-1: none). `forwards` and `rows` of the candidate, `exact_forwards` and
-    `exact_rows` of the exact program; `tokens`: of the answers. `steps`: [mean KL, top-1] of each round.
+    `exact_rows` of the exact program; `tokens`: of the answers. `steps`: [mean KL, top-1] of each round. `quality`,
+    `exact_quality`: share of the `judged` ids of a task that both get right; None without examples.
     """
 
     kl: float
@@ -46,14 +48,18 @@ class Drift:
     rows: int
     exact_rows: int
     steps: list[tuple[float, float]]
+    quality: float | None = None
+    exact_quality: float | None = None
+    judged: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """All but the curve."""
-        return {k: v for k, v in asdict(self).items() if k != "steps"}
+        """All that was measured but the curve."""
+        return {k: v for k, v in asdict(self).items() if k != "steps" and v is not None}
 
     def misses(self, budget: Mapping[str, float]) -> str:
-        """What is over the budget, in words; empty if nothing is."""
-        found = self.metrics()
+        """What is over the budget, in words; empty if nothing is. The bound of `quality` is on its loss."""
+        lost = float("inf") if self.quality is None or self.exact_quality is None else self.exact_quality - self.quality
+        found = {**self.metrics(), "quality": lost}
         over = [f"{m} {found[m]:.4g}, at most {budget[m]:g}" for m in AT_MOST if m in budget and found[m] > budget[m]]
         under = [
             f"{m} {found[m]:.4g}, at least {budget[m]:g}" for m in AT_LEAST if m in budget and found[m] < budget[m]
@@ -76,11 +82,11 @@ def budget(text: str) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             found[name] = -1.0
-        if not 0 <= found[name] <= (1 if name in AT_LEAST else float("inf")):
+        if not 0 <= found[name] <= (1 if name in SHARES else float("inf")):
             raise UsageError(
                 what=f"'{value}' is no bound for {name}",
                 where="--budget",
-                hint="write a share, as top1=0.95" if name in AT_LEAST else "write nats, as kl=0.05",
+                hint=f"write a share, as {name}=0.95" if name in AT_LEAST else f"write a loss, as {name}=0.05",
             )
     return found
 
@@ -95,8 +101,17 @@ def workload(program: Program) -> Case:
     return Case("drift", "greedy", tuple(prompts), n if block else n - n % own, params=params)
 
 
-def measure(exact: Program, candidate: Program, executor: Executor | None = None, case: Case | None = None) -> Drift:
-    """The drift of a candidate (with its probe, see `validate.with_probe`) from the exact plain program."""
+def measure(
+    exact: Program,
+    candidate: Program,
+    executor: Executor | None = None,
+    case: Case | None = None,
+    known: tuple[float, int] | None = None,
+) -> Drift:
+    """The drift of a candidate (with its probe, see `validate.with_probe`) from the exact plain program.
+
+    `known`: the exact program's quality, where it has been measured. Raises UsageError for examples that are none.
+    """
     case = case or workload(exact)
     eager = Eager(exact)
     mine, theirs = Trace(candidate, case, executor or Eager(candidate)), Trace(exact, case, eager)
@@ -114,6 +129,10 @@ def measure(exact: Program, candidate: Program, executor: Executor | None = None
     per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
     forwards, exact_forwards = (sum(map(len, trace.steps)) for trace in (mine, theirs))
     computed, all_rows = (sum(len(s.rows) for steps in t.steps for s in steps) for t in (mine, theirs))
+    scored: tuple[Any, ...] = ()
+    if exact.meta.get("examples"):
+        best, judged = known or quality.measure(exact, eager)
+        scored = (quality.measure(candidate, executor)[0], best, judged)
     return Drift(
         float(kl.mean()),
         float(kl.max()),
@@ -127,6 +146,7 @@ def measure(exact: Program, candidate: Program, executor: Executor | None = None
         computed,
         all_rows,
         per_round,
+        *scored,
     )
 
 

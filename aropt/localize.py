@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from aropt.axes import op_name
 from aropt.interpreter import Eager, Executor, Values, run
-from aropt.program import Graph, Program
+from aropt.program import Graph, Program, dict_root
 from aropt.runtime import slots
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class Recorder(Eager):
 
 def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], found: dict[fx.Node, Any]) -> None:
     """Puts every node's value into `found`."""
-    module = fx.GraphModule(graph.bind(weights), graph.fx)
 
     class Keep(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -48,12 +47,15 @@ def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], 
             return found[n]
 
     with torch.no_grad():
-        Keep(module, garbage_collect_values=False).run(*inputs)
+        Keep(dict_root(list(weights), weights), garbage_collect_values=False, graph=graph.fx).run(*inputs)
 
 
 def localize(oracle: Oracle, candidate: Program, executor: Executor, case: Case, row: int = 0) -> dict[str, Any] | None:
     """The first op that differs for prompt `row`: {module, node, op, error, round, repro}, or no node and `where`."""
-    found = first_in_program(oracle, candidate, case, row)
+    first = first_in_program
+    if oracle.program.meta.get("loop") == "unmask":
+        from aropt.localize_canvas import first_in_canvas as first
+    found = first(oracle, candidate, case, row)
     if found is None:
         found = first_in_target(candidate, executor, case, row)
     if found is None:
@@ -128,7 +130,7 @@ def own(value: Tensor, like: Tensor, place: int, batch: int, branches: int) -> T
     return value.reshape(branches, batch, -1, *value.shape[1:])[:, place].flatten(0, 1)
 
 
-def exact_values(oracle: Oracle, captured: Graph, ids: Tensor) -> dict[fx.Node, Any]:
+def exact_values(oracle: Oracle, captured: Graph, *inputs: Tensor) -> dict[fx.Node, Any]:
     """The captured forward's values in fp64, by the nodes of the fp32 graph."""
     found: dict[fx.Node, Any] = {}
     twins = dict(zip(oracle.exact.graph.nodes, captured.fx.nodes, strict=True))
@@ -139,7 +141,7 @@ def exact_values(oracle: Oracle, captured: Graph, ids: Tensor) -> dict[fx.Node, 
             return found[twins[n]]
 
     with torch.no_grad():
-        Keep(oracle.exact, garbage_collect_values=False).run(ids)
+        Keep(oracle.exact, garbage_collect_values=False).run(*inputs)
     return found
 
 

@@ -162,6 +162,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
 
     With everything recomputed in each round it must equal the program: then what it loses is stale rows alone.
     """
+    from aropt import quality
     from aropt.drift import measure
 
     if not instruments.budget:
@@ -171,6 +172,8 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
             why="its rows see the whole canvas, and stored ones are not refreshed each round",
             hint="give a budget: --budget kl=0.05,top1=0.95",
         )
+    wanted = program.meta.get("examples") or "quality" in instruments.budget
+    known = quality.measure(program) if wanted else None
     result.status, result.reason = "reverted", check(program, at_refresh(one, 1).run(program), result, instruments)
     given, result.verify = int(result.options["refresh"]), {}  # type: ignore[call-overload]
     for refresh in [] if result.reason else [given, *(r for r in REFRESHES if not given or r < given)]:
@@ -180,7 +183,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
         result.reason = check(changed, changed, result, instruments)  # batches against sequences alone
         if result.reason:
             break
-        drift = measure(program, with_probe(changed))
+        drift = measure(program, with_probe(changed), known=known)
         result.verify |= drift.metrics()
         result.drift = asdict(drift)
         result.reason = drift.misses(instruments.budget)

@@ -189,6 +189,9 @@ class Drift(Strict):
     steps: list[tuple[Number, Number]]
     budget: dict[str, NonNegative]
     missed: str = ""
+    quality: Number = None  # share of the ids of a task that are right; None: the model has no examples
+    exact_quality: Number = None
+    judged: NonNegativeInt = 0  # how many ids these are
 
 
 class Report(Strict):

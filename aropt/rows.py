@@ -118,17 +118,8 @@ def sized(state: StateSpec) -> StateSpec:
 def rows(policy: Policy, mask: int, shift: bool) -> Graph:
     """The rows that the policy wants, and in any case those that predict the masks of the block at hand."""
 
-    def function(
-        tokens: Tensor,
-        earlier: Tensor,
-        lengths: Tensor,
-        origin: Tensor,
-        block: Tensor,
-        cursor: Tensor,
-        step: Tensor,
-        rounds: Tensor,
-    ) -> tuple[Tensor, ...]:
-        active, look = seen(tokens, earlier, lengths, origin, block, cursor, step, rounds, mask)
+    def function(tokens: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        active, look = seen(mask, tokens, **values)
         due = policy(look) | active
         if shift:  # the row before a mask predicts it
             length = tokens.shape[1]
@@ -144,6 +135,7 @@ def rows(policy: Policy, mask: int, shift: bool) -> Graph:
 
 
 def seen(
+    mask: int,
     tokens: Tensor,
     earlier: Tensor,
     lengths: Tensor,
@@ -152,7 +144,6 @@ def seen(
     cursor: Tensor,
     step: Tensor,
     rounds: Tensor,
-    mask: int,
 ) -> tuple[Tensor, Look]:
     """The masked rows of the block at hand, and what a policy may look at."""
     at = places(tokens, lengths)
@@ -190,8 +181,11 @@ def exact_by_mask(program: Program) -> str:
     return "" if late is None else f"row {late} sees row {reach[late]}, which is in a later block of {block}"
 
 
-def plan_cache(program: Program, schedule: str, by_mask: bool) -> Applies | Skips:
-    """The plan of a lossy cache. `by_mask`: its schedule is exact where the model's mask is causal over blocks."""
+def plan_cache(program: Program, schedule: str, by_mask: bool, lossy: bool = True) -> Applies | Skips:
+    """The plan of a cache. `by_mask`: its schedule is exact where the model's mask is causal over blocks.
+
+    `lossy`: it may be used elsewhere too, as a lossy one.
+    """
     model = full_forward(program)
     if model is None:
         return Skips("no loop runs a full forward over a canvas")
@@ -199,6 +193,8 @@ def plan_cache(program: Program, schedule: str, by_mask: bool) -> Applies | Skip
         why = exact_by_mask(program)
     except Unsupported as error:
         return Skips(str(error))
+    if why and not lossy:
+        return Skips(why)
     return Applies((f"{model.graph}: {schedule}",), level="rounding" if by_mask and not why else "")
 
 

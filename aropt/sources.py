@@ -91,11 +91,22 @@ def reference(name: str, capacity: int | None) -> Source:
     if name == "digits-ar":
         meta |= {"input_vocab": 28, "null": 27}
     if found.mask is not None:
-        meta |= {"mask": found.mask, "block": found.block}
+        meta |= {"mask": found.mask, "block": found.block, "examples": infilling()}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
     if found.mask is not None:  # the bytes of text-ar
         files = sorted(REFERENCES["text-ar"].checkpoint.glob("tokenizer*.json"))
     return Source(module, meta, sorted(files))
+
+
+def infilling() -> list[dict[str, Any]]:
+    """Held-out text with spans to be found, in bytes (written by aropt.models.train_canvas)."""
+    from aropt.models import CHECKPOINTS
+    from aropt.quality import read
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    return read(CHECKPOINTS / "infilling.jsonl", encode, encode)
 
 
 def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, masked: bool = False) -> Source:
@@ -166,7 +177,7 @@ def pretrained(path: Path, trusted: bool, masked: bool) -> tuple[nn.Module, dict
                 output_loading_info=True,
                 trust_remote_code=trusted,
             )
-        except Exception as error:
+        except Exception as error:  # the model's own code may raise anything
             first = first or error
             if not unrecognized(error):
                 break
@@ -325,7 +336,7 @@ def factory(model: str, capacity: int | None) -> Source:
             spec.loader.exec_module(loaded)
             make = getattr(loaded, name, None)
             module = make() if callable(make) else None
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         del sys.modules[spec.name]
         raise UsageError(
             what=f"'{model}' fails",
@@ -365,7 +376,7 @@ def exported(path: Path, capacity: int | None) -> Source:
     try:
         with quiet():
             program = torch.export.load(path)
-    except Exception as error:
+    except Exception as error:  # zip, JSON and pickle errors, by what is damaged
         raise UsageError(
             what="the .pt2 file can't be loaded",
             where=str(path),
@@ -433,7 +444,7 @@ def logits_size(module: nn.Module) -> int:
     try:
         with torch.no_grad():
             logits = Forward(module)(torch.zeros(1, 2, dtype=torch.int64))
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         raise export_failure(error) from error
     if logits.dim() != 3:
         raise Unsupported(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.errors import AroptError
+from aropt.errors import AroptError, UsageError
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.passbase import loops
 from aropt.program import Call, Program, calls, dict_root
@@ -200,15 +200,23 @@ def validate(
         progress(case.name)
         outcome = compare(oracle, candidate, executor, case)
         verdict.outcomes.append(outcome)
-        if outcome.problem and explain and reference.meta.get("loop") != "unmask":
+        if outcome.problem and explain:
             from aropt.localize import localize
 
-            small = shrink(lambda c: not compare(oracle, candidate, executor, c).passed, case)
+            small = shrink(lambda c: fails(oracle, candidate, executor, c), case)
             verdict.outcomes[-1] = outcome = compare(oracle, candidate, executor, small)
             verdict.diverges = localize(oracle, candidate, executor, small, outcome.row)
         if outcome.problem:
             break
     return verdict
+
+
+def fails(oracle: Oracle, candidate: Program, executor: Executor, case: Case) -> bool:
+    """Whether a case that was made smaller fails; one that the program can't take (blocks, steps) does not."""
+    try:
+        return not compare(oracle, candidate, executor, case).passed
+    except UsageError:
+        return False
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
@@ -251,7 +259,7 @@ def simpler(case: Case) -> Iterator[tuple[str, Case]]:
         yield f"prompt {i} alone", replace(case, prompts=case.prompts[i : i + 1], streams=streams, negative=negative)
     for kind, n in (("one token", 1), ("half the tokens", case.n // 2), ("a token less", case.n - 1)):
         if 0 < n < case.n:
-            yield kind, replace(case, n=n)
+            yield kind, replace(case, n=n, fill=case.fill[:n])
     for kind, keep in (("prompts of one", 0), ("half the prompts", 2)):
         lengths = [max(1, len(p) // keep if keep else 1) for p in case.prompts]
         if lengths != [len(p) for p in case.prompts]:

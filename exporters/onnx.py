@@ -60,7 +60,7 @@ def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False
             except torch.onnx.OnnxExporterError as first:  # an op that only torch's decompositions bring to ONNX
                 try:
                     model = traced(graph, weights, contrib)
-                except Exception:
+                except Exception:  # what torch's exporter can't translate either: the first error names the op
                     raise first from first.__cause__
     except Exception as error:
         cause: BaseException = error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.library import get_ctx
 
 from aropt.opdef import Cost, OpDef
 
@@ -39,7 +40,7 @@ def reference(due: Tensor) -> Tensor:
 def fake(due: Tensor) -> Tensor:
     """int64 [B, N] with N a size that only the values tell."""
     _check(due)
-    count = torch.library.get_ctx().new_dynamic_size()
+    count = get_ctx().new_dynamic_size()
     return due.new_empty((due.shape[0], count), dtype=torch.int64)
 
 

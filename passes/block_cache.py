@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from aropt.errors import Unsupported
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Program
-from aropt.rows import Look, cached, exact_by_mask, full_forward
+from aropt.rows import Look, cached, plan_cache
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,7 @@ class BlockCache:
     contract: ClassVar[Contract] = Contract("rounding", (), ("cached",))
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        model = full_forward(program)
-        if model is None:
-            return Skips("no loop runs a full forward over a canvas")
-        try:
-            why = exact_by_mask(program)
-        except Unsupported as error:
-            return Skips(str(error))
-        return Skips(why) if why else Applies((f"{model.graph}: blocks of {program.meta['block']}",))
+        return plan_cache(program, f"blocks of {program.meta.get('block')}", by_mask=True, lossy=False)
 
     def run(self, program: Program) -> Program:
         return cached(program, due)

@@ -112,7 +112,7 @@ def main() -> None:
 
 def examples(ids: list[int], count: int) -> list[list[int]]:
     """Windows of held-out text, drawn where text-mdlm's tuning draws its own: not in deep indentation."""
-    from aropt.models.train_canvas import flat
+    from aropt.models.tune_canvas import flat
 
     stream = torch.tensor(ids)
     starts = flat(stream, PROMPT + NEW)

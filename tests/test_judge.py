@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aropt.models.train_canvas import BLANKS, flat
+from aropt.models.tune_canvas import BLANKS, flat
 from perf.guided import NGram, hashed
 
 TEXT = list(b"the cat sat on the mat. the dog sat on the cat. " * 3)

@@ -18,10 +18,12 @@ from aropt.errors import MissingTool, Unsupported
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import STATUS, export_program
 from aropt.interpreter import run
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.models.canvas import MASK
+from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.program import Call, Control, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import Processor, scalar
 from aropt.trace import capture_function
+from tests.test_unmask import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 I64, BOOL = torch.int64, torch.bool
@@ -57,7 +59,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def blocks() -> list[str]:
     """The README's Python that runs an exported loop."""
     found = re.findall(r"```python\n(.*?)```", README, re.S)
-    return [code for code in found if "InferenceSession" in code or "resume" in code]
+    return [code for code in found if "session.run" in code]
+
+
+def asked(code: str, prompts: list[list[int]], greedy: bool) -> str:
+    """The README's first block, with these prompts."""
+    code = re.sub(r"prompts = .*", f"prompts = {prompts}", code)
+    return re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', code)
 
 
 def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +74,9 @@ def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(folder)
     for prompts in ([[1, 2, 3]], [[1, 2, 3], [4, 5]]):
         for greedy in (True, False):
-            whole, chunks = blocks()
-            whole = re.sub(r"prompts = .*", f"prompts = {prompts}", whole)
-            whole = re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', whole)
+            whole, chunks, _ = blocks()
             space: dict[str, Any] = {}
-            exec(whole, space)
+            exec(asked(whole, prompts, greedy), space)
             params: dict[str, Any] = {} if greedy else {"temperature": 0.8, "seed": 7}
             want = program.generate(prompts, int(space["inputs"]["limit"]), **params)
             assert [row[row >= 0].tolist() for row in space["tokens"]] == want
@@ -78,6 +84,37 @@ def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPa
             shown: list[Any] = []
             exec(chunks, {**space, "print": shown.append})
             assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "ort"),
+    [("tiny", "dual-cache", False), ("tiny", "dual-cache", True), ("text-mdlm", "dual-cache", True),
+     ("text-bd", "block-cache", False)],
+)  # fmt: skip
+def test_the_readme_of_canvases(
+    name: str, cache: str, ort: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's text for a program that unmasks gives the program's tokens: one prompt and several, in chunks."""
+    plain = aropt.capture(tiny() if name == "tiny" else name, capacity=64, rules=("threshold",), mask=MASK)
+    program = run_passes(make(cache).run(plain), pipeline(), "onnxruntime", Instruments(check=False))[0]
+    assert any("slots" in g.inputs for g in program.graphs.values())
+    monkeypatch.chdir(tmp_path)
+    export_program(program, Path("out-onnx/model.onnx"), ort)
+    start, chunks, canvas = blocks()
+    own = int(program.meta.get("block") or 0)
+    size = own or 8
+    for prompts in ([[100, 101, 102, 32]], [[100, 101, 102, 32], [105, 102]]):
+        for greedy in (True, False):
+            space: dict[str, Any] = {}
+            exec(asked(start.partition("tokens, counts")[0], prompts, greedy), space)
+            space["inputs"] |= {"block": np.array(size), "threshold": np.array(0.3, np.float32)}
+            exec(re.sub('("origin": np.array).*', r"\1([0] * len(prompts)),", canvas) if own else canvas, space)
+            params = {"threshold": 0.3, **({} if greedy else {"temperature": 0.8, "seed": 7})}
+            want = program.generate(prompts, space["n"], block=size, **params)
+            assert [row[row >= 0].tolist() for row in space["canvases"]] == want
+            shown: list[Any] = []
+            exec(re.sub(r"np.array\(8\)", "np.array(2)", chunks), {**space, "print": shown.append})
+            assert len(shown) > 1 and [row[row >= 0].tolist() for row in shown[-1]] == want
 
 
 BAD = [

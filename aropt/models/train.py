@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aropt.models import CHECKPOINTS, REFERENCES, canvas, digits, load, text, train_canvas
+from aropt.models import CHECKPOINTS, REFERENCES, canvas, digits, load, text, train_canvas, tune_canvas
 
 SEED = 0
 CANVAS = ("text-mdlm", "text-bd")
@@ -266,7 +266,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     if name in CANVAS:
-        made = train_canvas.train(name, steps, out, optimise, log, TUNED)
+
+        def tune(model: canvas.CanvasLM, stream: Tensor) -> dict[str, Any]:
+            return tune_canvas.tune(model, stream, TUNED, optimise, log)
+
+        made = train_canvas.train(name, steps, out, optimise, log, tune)
     else:
         made = (train_digits if name == "digits-ar" else train_text)(steps, out)
     seconds = round(time.perf_counter() - start)

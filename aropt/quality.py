@@ -1,0 +1,136 @@
+"""Quality: how many ids of known answers a program of a canvas finds, so that a lossy cache can be held to a task.
+
+An example is {"prompt": ids, "answer": ids, "masked": [[start, end], ...]}: the ids of the answer in these spans are to
+be found (all of it, where "masked" is left out), the others are given. A file has one a line, as JSON; prompt and
+answer may be texts there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aropt.errors import UsageError
+from aropt.interpreter import Eager, Executor
+from aropt.program import Program
+from aropt.runtime import generate
+
+Example = dict[str, Any]
+AT_ONCE = 16  # canvases of one batch
+FORM = '{"prompt": "def f(", "answer": "x):", "masked": [[0, 2]]}'
+
+
+def measure(program: Program, executor: Executor | None = None) -> tuple[float, int]:
+    """The share of the ids to be found that are the examples', and how many ids these are; greedy, rule's defaults.
+
+    `executor` runs the program (default: eagerly). Raises UsageError for examples that the program can't take.
+    """
+    examples, mask = checked(program), int(program.meta["mask"])
+    right = total = 0
+    for n in sorted({len(e["answer"]) for e in examples}):
+        alike = [e for e in examples if len(e["answer"]) == n]
+        for start in range(0, len(alike), AT_ONCE):
+            some = alike[start : start + AT_ONCE]
+            hidden = [to_find(e) for e in some]
+            fill = [
+                [mask if i in h else t for i, t in enumerate(e["answer"])] for e, h in zip(some, hidden, strict=True)
+            ]
+            prompts = [e["prompt"] for e in some]
+            found = generate(program, prompts, n, fill=fill, executor=executor or Eager(program))
+            for example, answer, rows in zip(some, found, hidden, strict=True):
+                right += sum(answer[i] == example["answer"][i] for i in rows)
+                total += len(rows)
+    return right / total, total
+
+
+def to_find(example: Example) -> set[int]:
+    """Which places of the answer are masked."""
+    spans = example.get("masked", [[0, len(example["answer"])]])
+    return {i for start, end in spans for i in range(start, end)}
+
+
+def checked(program: Program) -> list[Example]:
+    """The program's examples. Raises UsageError where it has none, or can't take one of them."""
+    examples: list[Example] = program.meta.get("examples") or []
+    if not examples:
+        raise UsageError(
+            what="there is nothing to measure quality on",
+            where="--budget quality",
+            why="the model comes without examples",
+            hint="give some: --examples FILE, with lines as " + FORM,
+        )
+    known, mask, capacity = (int(program.meta[k]) for k in ("vocab", "mask", "capacity"))
+    for number, example in enumerate(examples, 1):
+        problem = wrong(example)
+        ids = [] if problem else [*example["prompt"], *example["answer"]]
+        bad = next((t for t in ids if not 0 <= t < known or t == mask), None)
+        if bad is not None:
+            problem = f"id {bad} is {'the mask' if bad == mask else f'outside the vocabulary of {known}'}"
+        elif len(ids) > capacity:
+            problem = f"{len(ids)} ids, and the model takes {capacity}"
+        if problem:
+            raise refused(f"example {number}", problem)
+    return examples
+
+
+def wrong(example: Any) -> str:
+    """What is wrong with the form of an example whose texts are ids by now; empty if nothing is."""
+    if not isinstance(example, dict) or not {"prompt", "answer"} <= set(example) <= {"prompt", "answer", "masked"}:
+        return 'it has "prompt" and "answer", may have "masked", and nothing else'
+    for name in ("prompt", "answer"):
+        ids = example[name]
+        if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
+            return f'"{name}" is neither a text nor a list of ids, or it is empty'
+    spans = example.get("masked", [[0, 1]])
+    if not isinstance(spans, list) or not spans or not all(is_span(s, len(example["answer"])) for s in spans):
+        return f'"masked" is a list of [start, end] with 0 <= start < end <= {len(example["answer"])}'
+    return ""
+
+
+def is_span(span: Any, length: int) -> bool:
+    """Whether it is [start, end] within an answer of so many ids."""
+    pair = isinstance(span, (list, tuple)) and len(span) == 2 and all(type(i) is int for i in span)
+    return pair and 0 <= span[0] < span[1] <= length
+
+
+def read(path: Path, prompt: Callable[[str], list[int]] | None, answer: Callable[[str], list[int]] | None
+         ) -> list[Example]:  # fmt: skip
+    """The examples of a file; `prompt` and `answer` encode texts. Raises UsageError for a file or line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(what="the examples can't be read", where=str(path), why=str(error)) from error
+    found = [example(t, f"{path}, line {i}", prompt, answer) for i, t in enumerate(lines, 1) if t.strip()]
+    if not found:
+        raise UsageError(what="there are no examples", where=str(path), hint="write lines as " + FORM)
+    return found
+
+
+def example(line: str, where: str, *coders: Callable[[str], list[int]] | None) -> Example:
+    """The example of a line, its texts as ids. Raises UsageError."""
+    try:
+        made = json.loads(line)
+    except ValueError as error:
+        raise refused(where, f"no JSON: {error}") from error
+    for name, coder in zip(("prompt", "answer"), coders, strict=True):
+        text = made.get(name) if isinstance(made, dict) else None
+        if isinstance(text, str) and coder is None:
+            raise refused(where, f'"{name}" is a text, and the model has no tokenizer')
+        if isinstance(text, str) and coder is not None:
+            made[name] = coder(text)
+    if problem := wrong(made):
+        raise refused(where, problem)
+    return made  # type: ignore[no-any-return]
+
+
+def refused(where: str, why: str) -> UsageError:
+    return UsageError(what="an example can't be used", where=where, why=why, hint="write it as " + FORM)
+
+
+def texts(coder: Any) -> Sequence[Callable[[str], list[int]] | None]:
+    """How a tokenizer encodes prompts (as `aropt run` does) and answers (without special tokens); None without one."""
+    if coder is None:
+        return None, None
+    return lambda t: list(coder.encode(t).ids), lambda t: list(coder.encode(t, add_special_tokens=False).ids)
