@@ -2,11 +2,13 @@
 
 A model of a whole corpus is sure of blanks and of little else. One writer has fewer ways to go on than a corpus has, so
 more ids can be written at once (sequence-level distillation: Kim and Rush 2016; for parallel decoding Gu et al. 2018).
+First the writer draws, then it takes its most likely byte, and what is right shall be sure (dParallel, 2509.26488).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +21,24 @@ from aropt.models.train_canvas import LEAST, SEED, bound, corrupted, shares
 
 PROMPT, NEW, WINDOW = 64, 128, 32
 CONTINUATIONS, WRITTEN = 12288, 64  # in all, and at a time
-TEMPERATURE, DISTINCT, BLANKS = 0.5, 0.4, 6
+BLANKS = 6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How the writer draws (0: the most likely), how much of a text must be new, and what certainty weighs."""
+
+    temperature: float
+    distinct: float
+    certainty: float
+
+
+STAGES = (Stage(0.5, 0.4, 0.0), Stage(0.0, 0.2, 1.0))
 
 
 @torch.no_grad()
-def continuations(stream: Tensor, count: int, generator: torch.Generator, log: Callable[[str], None]) -> Tensor:
-    """ids [N, PROMPT + NEW], N <= count: prompts of the corpus and what text-ar writes after them.
+def continuations(stream: Tensor, stage: Stage, generator: torch.Generator, log: Callable[[str], None]) -> Tensor:
+    """ids [N, PROMPT + NEW], N <= CONTINUATIONS: prompts of the corpus and what text-ar writes after them.
 
     Texts that run in circles are left out, and those that are indented far: blanks are what is surest in most places,
     so whole answers would become blank.
@@ -32,15 +46,17 @@ def continuations(stream: Tensor, count: int, generator: torch.Generator, log: C
     writer = text.load(CHECKPOINTS / "text-ar").eval()
     starts = flat(stream, PROMPT)
     kept: list[Tensor] = []
-    for done in range(0, count, WRITTEN):
+    drawn = {"do_sample": True, "temperature": stage.temperature, "top_k": 0} if stage.temperature else {}
+    for done in range(0, CONTINUATIONS, WRITTEN):
         pick = starts[torch.randint(len(starts), (WRITTEN,), generator=generator)]
         prompt = stream[pick[:, None] + torch.arange(PROMPT)]
         torch.manual_seed(SEED + done)
-        options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "eos_token_id": None}
-        ids = writer.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, **options)
-        kept += [row for row in ids if distinct(row[PROMPT:].tolist()) >= DISTINCT and len(flat(row, len(row)))]
+        ids = writer.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, eos_token_id=None, **drawn
+        )
+        kept += [row for row in ids if distinct(row[PROMPT:].tolist()) >= stage.distinct and len(flat(row, len(row)))]
         if done % (16 * WRITTEN) == 0:
-            log(f"text-mdlm: {done + WRITTEN}/{count} continuations written, {len(kept)} kept")
+            log(f"text-mdlm: {done + WRITTEN}/{CONTINUATIONS} continuations written, {len(kept)} kept")
     return torch.stack(kept)
 
 
@@ -71,21 +87,47 @@ def fronts(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.where(now, levels, 0.0), place >= starts + WINDOW
 
 
-def continued(model: CanvasLM, clean: Tensor, generator: torch.Generator) -> Tensor:
-    """The bound on one window of each of the continuations clean [B, PROMPT + NEW]."""
+def continued(model: CanvasLM, clean: Tensor, generator: torch.Generator, certainty: float = 0.0) -> Tensor:
+    """The bound on one window of each of the continuations clean [B, PROMPT + NEW].
+
+    `certainty` adds the entropy where the most likely id is right, so that rounds with a threshold write more.
+    """
     levels, later = fronts(len(clean), generator)
     noisy, masked = corrupted(clean, levels, generator)
     logits = model.denoise(torch.where(later, MASK, noisy), clean)
     loss = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
-    return (loss * masked / levels.clamp(min=LEAST)).sum() / (len(clean) * WINDOW)
+    total = (loss * masked / levels.clamp(min=LEAST)).sum() / (len(clean) * WINDOW)
+    if certainty:
+        logs = logits[masked & (logits.argmax(-1) == clean)].log_softmax(-1)
+        total = total - certainty * (logs.exp() * logs).sum() / masked.sum().clamp(min=1)
+    return total
 
 
 def tune(
     model: CanvasLM, stream: Tensor, steps: int, optimise: Callable[..., Any], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Teaches text-mdlm to go on from a prompt as text-ar does; a third of the rows stay text of the corpus."""
+    """Teaches text-mdlm to go on from a prompt as text-ar does, `steps` steps a stage."""
     generator = torch.Generator().manual_seed(SEED)
-    written, begins = continuations(stream, CONTINUATIONS, generator, log), flat(stream, PROMPT + NEW)
+    counts = []
+    for stage in STAGES:
+        written = continuations(stream, stage, generator, log)
+        counts.append(len(written))
+        tune_stage(model, stream, written, stage, steps, generator, optimise, log)
+    return {"tuning_steps": steps * len(STAGES), "continuations": counts}
+
+
+def tune_stage(
+    model: CanvasLM,
+    stream: Tensor,
+    written: Tensor,
+    stage: Stage,
+    steps: int,
+    generator: torch.Generator,
+    optimise: Callable[..., Any],
+    log: Callable[[str], None],
+) -> None:
+    """A third of the rows stay text of the corpus."""
+    begins = flat(stream, PROMPT + NEW)
     held, written = written[:128], written[128:]
     for step, _ in optimise(model.train(), steps, peak=1e-3, decay=0.1):
         if step % 250 == 0:
@@ -98,6 +140,5 @@ def tune(
         pick = begins[torch.randint(len(begins), (6,), generator=generator)]
         clean = stream[pick[:, None] + torch.arange(rows.shape[1])]
         levels = shares(model, (len(clean), clean.shape[1]), generator)
-        loss = 2 / 3 * continued(model, rows, generator) + bound(model, clean, levels, generator) / 3
-        torch.autograd.backward(loss)
-    return {"tuning_steps": steps, "continuations": len(written)}
+        real = bound(model, clean, levels, generator)
+        torch.autograd.backward(2 / 3 * continued(model, rows, generator, stage.certainty) + real / 3)
