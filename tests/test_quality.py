@@ -134,9 +134,7 @@ def test_the_budget_bounds_the_loss(plain: Program) -> None:
     lost = drift.exact_quality - drift.quality
     assert lost > 0 and not drift.misses({"quality": lost + 1e-9})
     assert f"quality {lost:.4g}, at most" in drift.misses({"quality": lost / 2})
-    _, (loose,) = run_passes(plain, [make("dual-cache")], "eager", Instruments(budget={"quality": 1.0}))
     _, (tight,) = run_passes(plain, [make("dual-cache")], "eager", Instruments(budget={"quality": 0.0}))
-    assert (loose.status, loose.options["refresh"]) == ("applied", 0) and loose.verify["quality"] == drift.quality
     assert tight.status == "applied" and tight.options["refresh"] != 0 and tight.verify["quality"] >= 35 / 40
 
 
@@ -149,6 +147,9 @@ def test_without_examples_no_quality_is_claimed(plain: Program) -> None:
 def test_the_report_shows_it(plain: Program, capsys: pytest.CaptureFixture[str]) -> None:
     done = aropt.optimize(plain, passes=pipeline(["dual-cache"]), target="eager", budget={"quality": 1.0})
     found = done.report["drift"]
+    entry = next(p for p in done.report["passes"] if p["name"] == "dual-cache")
+    assert (entry["status"], entry["options"]["refresh"]) == ("applied", 0)
+    assert entry["verify"]["quality"] == found["quality"]
     assert found["judged"] == 40 and found["quality"] < found["exact_quality"] == 35 / 40
     assert f"{100 * found['quality']:.1f} %, exact 87.5 % of 40 ids right" in html(done.report)
     show_report(done.report, Path("out"), False, 1.0)

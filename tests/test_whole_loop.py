@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPa
             assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
 
 
+@functools.cache
+def canvas_program(name: str, cache: str) -> Program:
+    plain = aropt.capture(tiny() if name == "tiny" else name, capacity=64, rules=("threshold",), mask=MASK)
+    return run_passes(make(cache).run(plain), pipeline(), "onnxruntime", Instruments(check=False))[0]
+
+
 @pytest.mark.parametrize(
     ("name", "cache", "ort"),
     [("tiny", "dual-cache", False), ("tiny", "dual-cache", True), ("text-mdlm", "dual-cache", True),
@@ -95,8 +102,7 @@ def test_the_readme_of_canvases(
     name: str, cache: str, ort: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's text for a program that unmasks gives the program's tokens: one prompt and several, in chunks."""
-    plain = aropt.capture(tiny() if name == "tiny" else name, capacity=64, rules=("threshold",), mask=MASK)
-    program = run_passes(make(cache).run(plain), pipeline(), "onnxruntime", Instruments(check=False))[0]
+    program = canvas_program(name, cache)
     assert any("slots" in g.inputs for g in program.graphs.values())
     monkeypatch.chdir(tmp_path)
     export_program(program, Path("out-onnx/model.onnx"), ort)
