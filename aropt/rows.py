@@ -25,7 +25,7 @@ from aropt.passbase import Applies, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import Restricted, restrict
 from aropt.trace import capture_function
-from aropt.unmask import FAR, current_block, places, same
+from aropt.unmask import FAR, block_of, current_block, places, same
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, ROWS, SCALAR = Spec(I64, ("B", "T")), Spec(I64, ("B",)), Spec(I64)
@@ -38,9 +38,9 @@ class Look:
 
     [B, T]: `at`, the position of each row counted from the first id; `index`, its block (-1 before the first);
     `offset`, its distance from the first row of the block at hand; `masked` now; `before`, masked in the round before
-    (all at first). int64 [B, 1]: `now`, the block at hand; `was`, that of the round before (-1 at first); `step`,
-    rounds of this block so far. int64 []: `rounds` so far; `size`, the rows of a block. `fresh`, bool [B, 1]: a block
-    begins. `all`: every row that is not padding.
+    or changed by it (all at first). int64 [B, 1]: `now`, the block at hand; `was`, that of the round before (-1 at
+    first); `step`, rounds of this block so far. int64 []: `rounds` so far; `size`, the rows of a block. `fresh`, bool
+    [B, 1]: a block begins. `all`: every row that is not padding.
     """
 
     at: Tensor
@@ -84,7 +84,8 @@ def cached(program: Program, policy: Policy) -> Program:
     model, found = full_forward(program), restricted(program)
     assert model is not None
     shift = bool(program.meta.get("shift"))
-    parts = [rows(policy, int(program.meta["mask"]), shift), place(shift), replace(found.graph, name="step")]
+    whole = "remask" in program.meta.get("rules", ())  # what a block has written is looked at again
+    parts = [rows(policy, int(program.meta["mask"]), shift, whole), place(shift), replace(found.graph, name="step")]
     dropped = {model.graph, "every_row", "align"}
     graphs = {n: g for n, g in program.graphs.items() if n not in dropped} | {g.name: g for g in parts}
 
@@ -115,8 +116,10 @@ def sized(state: StateSpec) -> StateSpec:
     return replace(state, spec=replace(state.spec, dims=tuple("T+1" if d == "S" else d for d in state.spec.dims)))
 
 
-def rows(policy: Policy, mask: int, shift: bool) -> Graph:
-    """The rows that the policy wants, and in any case those that predict the masks of the block at hand."""
+def rows(policy: Policy, mask: int, shift: bool, whole: bool) -> Graph:
+    """The rows that the policy wants, and in any case those that predict the masks of the block at hand, or all of it
+    (`whole`).
+    """
 
     def function(
         tokens: Tensor,
@@ -129,10 +132,11 @@ def rows(policy: Policy, mask: int, shift: bool) -> Graph:
         rounds: Tensor,
     ) -> tuple[Tensor, ...]:
         active, look = seen(tokens, earlier, lengths, origin, block, cursor, step, rounds, mask)
-        due = policy(look) | active
+        needed = (block_of(look.at, origin, block) == look.now) & look.all if whole else active
+        due = policy(look) | needed
         if shift:  # the row before a mask predicts it
             length = tokens.shape[1]
-            due = due | (active.index_select(1, (torch.arange(length) + 1).clamp(max=length - 1)))
+            due = due | (needed.index_select(1, (torch.arange(length) + 1).clamp(max=length - 1)))
         slots = torch.ops.aropt.due_slots(due & look.all & (look.now < FAR))
         inside = slots.clamp(max=tokens.shape[1] - 1)
         positions = torch.where(slots < tokens.shape[1], look.at.gather(1, inside), -1)
@@ -161,7 +165,7 @@ def seen(
     offset = at - origin.unsqueeze(1)
     index = torch.where(offset < 0, -1, torch.div(offset.clamp(min=0), block, rounding_mode="floor"))
     so_far = torch.where(now != was, 0, step.unsqueeze(1))
-    before = ((earlier == mask) | (earlier < 0)) & (at >= 0)
+    before = ((earlier == mask) | (earlier < 0) | (earlier != tokens)) & (at >= 0)
     masked = (tokens == mask) & (at >= 0)
     return active, Look(at, index, offset - now * block, masked, before, now, was, so_far, rounds, block)
 
