@@ -142,7 +142,7 @@ TESTS: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
     ),
 }
 STEPS = {"steps": Input(Spec(I64), 0, "rounds in all, or of each of a model's own blocks; 0: one for a row", 0)}
-FLAGS = ("eoser", "credit", "rcr", "remask")
+FLAGS = ("eoser", "credit", "smooth", "rcr", "remask")
 SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds", 0.0)}
 EOSER = {"eos_gamma": Input(Spec(F32), 0.4, "what an end token's confidence is multiplied by at first", 0.0, 1.0)}
 REMASK = {"remask_threshold": Input(Spec(F32), 0.4, "confidence below which a written row is masked again", 0.0)}
@@ -150,6 +150,11 @@ CREDIT = {  # of the graph that picks candidates, not of the commit
     "credit_weight": Input(Spec(F32), 0.7, "what the logarithm of 1 + credit is multiplied by in the logits", 0.0),
     "credit_power": Input(Spec(F32), 0.2, "power of its probability that the most likely id gains a round", 0.0),
     "credit_decay": Input(Spec(F32), 0.8, "share of its credit that an id keeps from round to round", 0.0, 1.0),
+}
+SMOOTH = {  # of the forward
+    "smooth_start": Input(Spec(F32), 0.15, "share of the expected embedding that masks get in the second round", 0.0),
+    "smooth_growth": Input(Spec(F32), 0.02, "what each later round adds to that share", 0.0),
+    "smooth_most": Input(Spec(F32), 0.3, "the largest share", 0.0),
 }
 
 
@@ -162,6 +167,7 @@ class Rule:
     test: str = ""
     eoser: bool = False
     credit: bool = False  # logits are fused with what earlier rounds found (see aropt.unmask.credited)
+    smooth: bool = False  # masked rows are embedded as what was expected of them (see aropt.smooth)
     rcr: bool = False  # rows of the block at hand may be masked again (see aropt.unmask.revised)
     remask: bool = False  # those of low confidence are (see aropt.unmask.doubted)
     guide: str = ""  # how a guide's agreement is tested; then there is neither a schedule nor a test
@@ -252,7 +258,7 @@ def parameters(names: tuple[str, ...], found: dict[str, str]) -> dict[str, Input
         params = dict(JUDGES[found["guide"]][1])
     else:
         params = dict(TESTS[found["test"]][1]) if "test" in found else dict(STEPS)
-    options = {"shifted": SHIFT, "eoser": EOSER, "credit": CREDIT, "remask": REMASK}
+    options = {"shifted": SHIFT, "eoser": EOSER, "credit": CREDIT, "smooth": SMOOTH, "remask": REMASK}
     for name in options:
         params |= options[name] if name in names else {}
     return params

@@ -38,9 +38,9 @@ class Look:
 
     [B, T]: `at`, the position of each row counted from the first id; `index`, its block (-1 before the first);
     `offset`, its distance from the first row of the block at hand; `masked` now; `before`, masked in the round before
-    or changed by it (all at first). int64 [B, 1]: `now`, the block at hand; `was`, that of the round before (-1 at
-    first); `step`, rounds of this block so far. int64 []: `rounds` so far; `size`, the rows of a block. `fresh`, bool
-    [B, 1]: a block begins. `all`: every row that is not padding.
+    (all at first). int64 [B, 1]: `now`, the block at hand; `was`, that of the round before (-1 at first); `step`,
+    rounds of this block so far. int64 []: `rounds` so far; `size`, the rows of a block. `fresh`, bool [B, 1]: a block
+    begins. `all`: every row that is not padding.
     """
 
     at: Tensor
@@ -68,8 +68,8 @@ Policy = Callable[[Look], Tensor]
 
 def full_forward(program: Program) -> Call | None:
     """The call that runs the forward over the whole canvas, in an unmasking loop."""
-    found = (c for loop in loops(program.control, "unmask") for c in calls(loop.body) if c.reads == {"ids": "tokens"})
-    return next((c for c in found if list(program.graphs[c.graph].inputs) == ["ids"]), None)
+    found = (c for loop in loops(program.control, "unmask") for c in calls(loop.body))
+    return next((c for c in found if c.reads.get("ids") == "tokens"), None)
 
 
 def restricted(program: Program) -> Restricted:
@@ -84,19 +84,21 @@ def cached(program: Program, policy: Policy) -> Program:
     model, found = full_forward(program), restricted(program)
     assert model is not None
     shift = bool(program.meta.get("shift"))
-    whole = "remask" in program.meta.get("rules", ())  # what a block has written is looked at again
-    parts = [rows(policy, int(program.meta["mask"]), shift, whole), place(shift), replace(found.graph, name="step")]
+    again = "remask" in program.meta.get("rules", ())
+    parts = [rows(policy, int(program.meta["mask"]), shift, again), place(shift), replace(found.graph, name="step")]
     dropped = {model.graph, "every_row", "align"}
     graphs = {n: g for n, g in program.graphs.items() if n not in dropped} | {g.name: g for g in parts}
+    moved = {*dropped, "blend"}
 
     def change(call: Call) -> list[Control]:
         if call.graph == model.graph:
             step = graphs["step"]
             reads = {n: n for n in step.inputs} | {"ids": "feed"}
-            return [same(graphs["rows"]), Call("step", reads, {n: n for n in step.outputs})]
+            before = [same(graphs[n]) for n in ("rows", "blend") if n in graphs]  # a blend is of these rows
+            return [*before, Call("step", reads, {n: n for n in step.outputs})]
         if "picked" in call.writes and call.graph not in dropped:
             return [replace(call, writes={o: o for o in call.writes}), same(graphs["place"])]
-        return [] if call.graph in dropped else [call]
+        return [] if call.graph in moved else [call]
 
     return program.replace(
         graphs=graphs,
@@ -116,9 +118,9 @@ def sized(state: StateSpec) -> StateSpec:
     return replace(state, spec=replace(state.spec, dims=tuple("T+1" if d == "S" else d for d in state.spec.dims)))
 
 
-def rows(policy: Policy, mask: int, shift: bool, whole: bool) -> Graph:
-    """The rows that the policy wants, and in any case those that predict the masks of the block at hand, or all of it
-    (`whole`).
+def rows(policy: Policy, mask: int, shift: bool, again: bool) -> Graph:
+    """The rows that the policy wants, and in any case those that predict the masks of the block at hand, or what were
+    masks once (`again`: the rule looks at what it has written).
     """
 
     def function(
@@ -130,9 +132,12 @@ def rows(policy: Policy, mask: int, shift: bool, whole: bool) -> Graph:
         cursor: Tensor,
         step: Tensor,
         rounds: Tensor,
+        **given: Tensor,
     ) -> tuple[Tensor, ...]:
         active, look = seen(tokens, earlier, lengths, origin, block, cursor, step, rounds, mask)
-        needed = (block_of(look.at, origin, block) == look.now) & look.all if whole else active
+        needed = active
+        if again:
+            needed = (block_of(look.at, origin, block) == look.now) & (given["canvas"] == mask)
         due = policy(look) | needed
         if shift:  # the row before a mask predicts it
             length = tokens.shape[1]
@@ -144,6 +149,7 @@ def rows(policy: Policy, mask: int, shift: bool, whole: bool) -> Graph:
 
     ones = {n: ROWS for n in ("lengths", "origin", "cursor", "step")}
     inputs = {"tokens": CANVAS, "earlier": CANVAS, **ones, "block": SCALAR, "rounds": SCALAR}
+    inputs |= {"canvas": CANVAS} if again else {}
     return capture_function("rows", function, dict(inputs), ["feed", "slots", "positions", "earlier"])
 
 
@@ -165,7 +171,7 @@ def seen(
     offset = at - origin.unsqueeze(1)
     index = torch.where(offset < 0, -1, torch.div(offset.clamp(min=0), block, rounding_mode="floor"))
     so_far = torch.where(now != was, 0, step.unsqueeze(1))
-    before = ((earlier == mask) | (earlier < 0) | (earlier != tokens)) & (at >= 0)
+    before = ((earlier == mask) | (earlier < 0)) & (at >= 0)
     masked = (tokens == mask) & (at >= 0)
     return active, Look(at, index, offset - now * block, masked, before, now, was, so_far, rounds, block)
 

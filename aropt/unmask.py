@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from aropt import guide as guides
-from aropt import ops
-from aropt.commit import CONFIDENCES, CREDIT, Round, Rule, chosen
+from aropt import ops, smooth
+from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, F32, I64, draw
 from aropt.trace import capture_function
@@ -43,7 +43,11 @@ def unmasking(
     rules = guides.completed(rules, guide)
     rule, vocab, mask = chosen(rules), int(meta["vocab"]), int(meta["mask"])
     graphs = {"model": model, "start": start(mask), "commit": commit(rule, mask), "answer": answer()}
-    graphs |= {"every_row": every_row(rule.credit)} | ({"align": align()} if meta.get("shift") else {})
+    smoothed: dict[str, StateSpec] = {}
+    if rule.smooth:
+        made, smoothed["expected"] = smooth.graphs(model, weights, meta)
+        graphs |= made
+    graphs |= {"every_row": every_row(rule.credit or rule.smooth)} | ({"align": align()} if meta.get("shift") else {})
     if guide is not None:
         guides.check(guide, meta)
         graphs |= guides.graphs(guide, rule.guide, mask)
@@ -62,6 +66,7 @@ def unmasking(
     state |= {name: StateSpec("counter", ROWS) for name in STATE}
     state |= {"held": StateSpec("flag", HELD, 1.0)} if rule.rcr else {}
     state |= {"credit": StateSpec("recurrent", Spec(F32, ("B", "T", vocab)), 0.0)} if rule.credit else {}
+    state |= smoothed
     return Program(
         meta.get("name", "program"),
         graphs,
@@ -98,10 +103,11 @@ def same(graph: Graph) -> Call:
 
 def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     """Rounds with the named way to pick candidates."""
-    body = [Call("model", {"ids": "tokens"}, {"logits": "logits"})]
     chosen = same(graphs[rule])
-    if "positions" in chosen.reads or "slots" in chosen.reads:
-        body.append(same(graphs["every_row"]))
+    body = [same(graphs["every_row"])] if "blend" in graphs or {"positions", "slots"} & set(chosen.reads) else []
+    model = same(graphs["model"])
+    model = replace(model, reads={**model.reads, "ids": "tokens"})
+    body += [same(graphs["blend"]), model, same(graphs["expect"])] if "blend" in graphs else [model]
     if "align" in graphs:
         body += [chosen, same(graphs["align"])]
     else:
@@ -171,9 +177,9 @@ def credited(logits: Tensor, values: dict[str, Tensor], mask: int, shift: bool) 
 
     The credit of an id in a row is the sum of p^gamma over the rounds in which it was the most likely one there, p its
     probability; each round multiplies what there was by beta. Masked rows of the block at hand gain, and to logits
-    alpha log(1 + credit) is added: an id that stays ahead is sure earlier (credit decoding, dInfer, 2510.08666, section
-    on parallel decoding; the dense matrix of its code, CreditThresholdParallelDecoder: 4 T V bytes a sequence here, as
-    each sequence has a block of its own). `values`: credit, slots of the rows, the canvas, and the parameters.
+    alpha log(1 + credit) is added: an id that stays ahead is sure earlier (credit decoding, dInfer, 2510.08666; the
+    matrix is dense as in its code, CreditThresholdParallelDecoder, and of the whole canvas, as each sequence is in a
+    block of its own: 4 T V bytes a sequence). `values`: credit, slots of the rows, the canvas, and the parameters.
     """
     tokens, slots, vocab = values["tokens"], values["slots"], logits.shape[2]
     batch, length = tokens.shape
@@ -242,13 +248,12 @@ def commit(rule: Rule, mask: int) -> Graph:
         at = places(tokens, lengths)
         active, current = current_block(tokens, lengths, origin, block, mask)
         here = (block_of(at, origin, block) == current.unsqueeze(1)) & (at >= 0)
-        fresh = current != cursor
-        left = active.to(I64).sum(1)
+        fresh, left = current != cursor, active.to(I64).sum(1)
         step, masks = torch.where(fresh, 0, step), torch.where(fresh, left, masks)
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
-        numbers = (x.unsqueeze(1) for x in (step, masks, left, left - left))
-        round, kept = Round(active, confidence, *numbers), params.get("held")
+        round = Round(active, confidence, *(x.unsqueeze(1) for x in (step, masks, left, left - left)))
+        kept = params.get("held")
         if kept is not None:
             tokens, kept = revised(rule, round, tokens, candidate, here, mask, params)
         elif rule.guide:
@@ -260,18 +265,17 @@ def commit(rule: Rule, mask: int) -> Graph:
         ended = filled(tokens, stop, mask, at, answers)
         if rule.rcr or rule.remask:  # while its block is open, a stop token may be masked again
             ended = torch.where(((tokens == mask) & here).any(1, keepdim=True), tokens, ended)
-        done = ~((ended == mask) & (at >= 0)).any()
-        results = (ended, current, step + 1, masks, rounds + 1, done)
+        results = (ended, current, step + 1, masks, rounds + 1, ~((ended == mask) & (at >= 0)).any())
         return results if kept is None else (*results, kept)
 
-    grid = {"candidate": CANVAS, "confidence": Spec(F32, ("B", "T"))}
     rows = {n: ROWS for n in ("lengths", "answers", "origin", *STATE)}
-    inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
-    params = {n: i.spec for n, i in rule.params.items() if n not in CREDIT}
-    inputs |= {"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else params
-    inputs |= ({"held": HELD} if rule.rcr else {}) | ({"canvas": CANVAS} if rule.remask else {})
-    outputs = ["tokens", *STATE, "rounds", "finished", *(["held"] if rule.rcr else [])]
-    return capture_function("commit", function, inputs, outputs)
+    inputs = {"tokens": CANVAS, "candidate": CANVAS, "confidence": Spec(F32, ("B", "T")), **rows}
+    inputs |= {"block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
+    params = {n: i.spec for n, i in rule.params.items() if n not in {**CREDIT, **SMOOTH}}
+    held = {"held": HELD} if rule.rcr else {}
+    inputs |= ({"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else params) | held
+    inputs |= {"canvas": CANVAS} if rule.remask else {}
+    return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished", *held])
 
 
 def written(rule: Rule, round: Round, tokens: Tensor, candidate: Tensor, params: dict[str, Tensor]) -> Tensor:
