@@ -30,6 +30,7 @@ from aropt.axes import (
     from_sizes,
     has,
     op_name,
+    plain,
     pointwise,
     positive,
     reduced_axes,
@@ -129,7 +130,7 @@ class Analysis:
 
     def classify(self, node: fx.Node) -> Info:
         if node.op == "placeholder":
-            return Info((B, ROW))
+            return Info((B, ROW, *(plain(d) for d in self.dims(node)[2:])))  # ids, or values of each row
         name = op_name(node)
         if name == "getitem":
             of, which = bind(node).values()

@@ -8,7 +8,7 @@ Ties go to the lowest position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,18 +49,31 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Round:
-    """What a test of a rule may look at; all [B, T] but `step`, `masks` and `left`, which are int64 [B, 1].
+    """What a rule may look at: `active` bool and `confidence` float32 [B, T], the others int64 [B, 1].
 
-    `active`: masked rows of the block at hand; `rank`: of the confidence among them, 0 is the highest; `step`: the
-    block's rounds so far; `masks`: its masked rows when it began; `left`: those it has now.
+    `active`: rows that may be written, masked ones of the block at hand and those masked again; `step`: the block's
+    rounds so far; `masks`: its masked rows when it began; `left`: those it had before this round; `again`: how many of
+    `active` this round masked again.
     """
 
     active: Tensor
     confidence: Tensor
-    rank: Tensor
     step: Tensor
     masks: Tensor
     left: Tensor
+    again: Tensor
+
+    @property
+    def rank(self) -> Tensor:
+        """Of the confidence among the active rows, 0 the highest: int64 [B, T]."""
+        worst = torch.finfo(F32).min  # an active row comes before those that aren't, whatever it is worth
+        return ranked(torch.where(self.active, self.confidence.clamp(min=worst), -torch.inf))
+
+
+def ranked(score: Tensor) -> Tensor:
+    """The rank of each value in its row, 0 the highest; of equal ones the first is higher: int64 [B, T]."""
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    return torch.sort(order, dim=1).indices
 
 
 def uniform(round: Round, steps: Tensor) -> Tensor:
@@ -129,8 +142,20 @@ TESTS: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
     ),
 }
 STEPS = {"steps": Input(Spec(I64), 0, "rounds in all, or of each of a model's own blocks; 0: one for a row", 0)}
-FLAGS = ("eoser", "rcr")
+FLAGS = ("eoser", "credit", "smooth", "rcr", "remask")
 SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds", 0.0)}
+EOSER = {"eos_gamma": Input(Spec(F32), 0.4, "what an end token's confidence is multiplied by at first", 0.0, 1.0)}
+REMASK = {"remask_threshold": Input(Spec(F32), 0.4, "confidence below which a written row is masked again", 0.0)}
+CREDIT = {  # of the graph that picks candidates, not of the commit
+    "credit_weight": Input(Spec(F32), 0.7, "what the logarithm of 1 + credit is multiplied by in the logits", 0.0),
+    "credit_power": Input(Spec(F32), 0.2, "power of its probability that the most likely id gains a round", 0.0),
+    "credit_decay": Input(Spec(F32), 0.8, "share of its credit that an id keeps from round to round", 0.0, 1.0),
+}
+SMOOTH = {  # of the forward
+    "smooth_start": Input(Spec(F32), 0.15, "share of the expected embedding that masks get in the second round", 0.0),
+    "smooth_growth": Input(Spec(F32), 0.02, "what each later round adds to that share", 0.0),
+    "smooth_most": Input(Spec(F32), 0.3, "the largest share", 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -141,25 +166,33 @@ class Rule:
     schedule: str = "uniform"  # used where there is no test
     test: str = ""
     eoser: bool = False
+    credit: bool = False  # logits are fused with what earlier rounds found (see aropt.unmask.credited)
+    smooth: bool = False  # masked rows are embedded as what was expected of them (see aropt.smooth)
     rcr: bool = False  # rows of the block at hand may be masked again (see aropt.unmask.revised)
+    remask: bool = False  # those of low confidence are (see aropt.unmask.doubted)
     guide: str = ""  # how a guide's agreement is tested; then there is neither a schedule nor a test
     params: dict[str, Input] = field(default_factory=dict)
 
     def select(self, round: Round, **values: Tensor) -> Tensor:
-        """bool [B, T]: the rows written in this round, at least the best one of each row of the batch."""
-        if self.test:
-            function, params = TESTS[self.test]
-            return round.active & ((round.rank == 0) | function(round, **{n: values[n] for n in params}))
-        return round.active & (round.rank < self.limits(round, **values)[0])
+        """bool [B, T]: the rows written in this round, of each row of the batch one more than it masked again."""
+        if not self.test:
+            return round.active & (round.rank < self.limits(round, **values)[0])
+        function, params = TESTS[self.test]
+        passed = round.active & function(round, **{n: values[n] for n in params})
+        if not self.remask:
+            return passed | (round.active & (round.rank == 0))
+        missing = round.again + 1 - passed.to(I64).sum(1, keepdim=True)
+        rest = replace(round, active=round.active & ~passed)
+        return passed | (rest.active & (rest.rank < missing))
 
     def limits(self, round: Round, **values: Tensor) -> tuple[Tensor, Tensor]:
         """How many rows are written by rank, int64 [B, 1], and the confidence that is enough by itself, float32 []."""
         if self.test == "threshold":
-            return torch.ones_like(round.left), torch.log(values["threshold"])
+            return round.again + 1, torch.log(values["threshold"])
         steps = torch.where(values["steps"] > 0, values["steps"], round.masks)
         extra = {"shift": values["shift"]} if self.schedule == "shifted" else {}
         keep = SCHEDULES[self.schedule](round, steps.clamp(min=1), **extra)
-        return (round.left - keep).clamp(min=1), torch.full((), torch.inf)
+        return (round.left - keep).clamp(min=1) + round.again, torch.full((), torch.inf)
 
 
 def chosen(names: tuple[str, ...]) -> Rule:
@@ -195,19 +228,37 @@ def chosen(names: tuple[str, ...]) -> Rule:
             why=f"'{deciding[1]}' decides by itself how many rows a round writes",
             hint="leave one out",
         )
-    params = dict(TESTS[found["test"]][1]) if "test" in found else dict(STEPS)
-    if "guide" in found:
-        params = dict(JUDGES[found["guide"]][1])
-    if found.get("schedule") == "shifted":
-        params |= SHIFT
-    if "eoser" in names:
-        params["eos_gamma"] = Input(
-            Spec(F32), 0.4, "what an end token's confidence is multiplied by at first", 0.0, 1.0
-        )
-    if "rcr" in names and len(deciding) > ("schedule" in found):
+    check_flags(names, deciding)
+    values: dict[str, Any] = {**found, **{flag: flag in names for flag in FLAGS}}
+    return Rule(**values, params=parameters(names, found))
+
+
+def check_flags(names: tuple[str, ...], deciding: list[str]) -> None:
+    """Raises UsageError where an option has no part in what decides. `deciding`: the schedule, test or guide."""
+    if "rcr" in names and deciding and deciding[0] not in SCHEDULES:
         raise UsageError(
             what=f"'rcr' and '{deciding[0]}' don't go together",
             why="how many rows are masked again follows from a schedule",
             hint="choose from " + ", ".join(SCHEDULES),
         )
-    return Rule(**found, eoser="eoser" in names, rcr="rcr" in names, params=params)
+    judge = next((n for n in deciding if n in JUDGES), "")
+    reasons = {
+        ("remask", "rcr"): "both decide which rows keep their ids",
+        ("remask", judge): "what the guide accepted is kept",
+        ("eoser", judge): "the guide decides, and not the confidence",
+    }
+    for (one, other), why in reasons.items():
+        if one in names and other in names:
+            raise UsageError(what=f"'{one}' and '{other}' don't go together", why=why, hint="leave one out")
+
+
+def parameters(names: tuple[str, ...], found: dict[str, str]) -> dict[str, Input]:
+    """The program's inputs for a rule; `found`: its members by kind."""
+    if "guide" in found:
+        params = dict(JUDGES[found["guide"]][1])
+    else:
+        params = dict(TESTS[found["test"]][1]) if "test" in found else dict(STEPS)
+    options = {"shifted": SHIFT, "eoser": EOSER, "credit": CREDIT, "smooth": SMOOTH, "remask": REMASK}
+    for name in options:
+        params |= options[name] if name in names else {}
+    return params

@@ -19,6 +19,7 @@ from aropt.errors import UsageError
 from aropt.interpreter import Eager, Executor
 from aropt.program import Program
 from aropt.runtime import room
+from aropt.smooth import forward
 from aropt.unmask import current_block
 from aropt.validate import Case
 from aropt.validate_canvas import Step, Trace
@@ -159,12 +160,21 @@ def sequence(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each round of a sequence: KL and agreement of the rows that predict the masks of the block at hand."""
     mask, shift = int(exact.meta["mask"]), int(bool(exact.meta.get("shift")))
-    alive = [s for s in steps if bool((s.before == mask).any())]
+    alive, values = [s for s in steps if bool((s.before == mask).any())], dict(inputs)
+    if "expected" in exact.state:
+        values["cursor"] = inputs["lengths"] - inputs["lengths"] - 1
+        values["expected"] = exact.state["expected"].create({"B": 1, "T": len(steps[0].before)})
     found: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(alive), AT_ONCE):
-        some = alive[start : start + AT_ONCE]
+    count = 1 if "expected" in values else AT_ONCE
+    for start in range(0, len(alive), count):
+        some = alive[start : start + count]
         canvases = torch.stack([s.before for s in some])
-        logits = eager.call("model", {"ids": canvases})["logits"]
+        if "expected" in values:  # a forward that reads what the one before found
+            values |= forward(eager, exact.graphs, {**values, "tokens": canvases, "rounds": torch.tensor(start)})
+            values["cursor"] = current_block(canvases, values["lengths"], values["origin"], values["block"], mask)[1]
+        else:
+            values |= eager.call("model", {"ids": canvases})
+        logits = values["logits"]
         for step, canvas, want in zip(some, canvases, logits, strict=True):
             active = current_block(canvas[None], inputs["lengths"], inputs["origin"], inputs["block"], mask)[0][0]
             sources = (active.nonzero().flatten() - shift).clamp(min=0)

@@ -274,7 +274,7 @@ def step_bytes(program: Program) -> int:
     total = sum(program.weights[w].nbytes for w in weights)
     read = {v for c in calls(loop.body) for v in c.reads.values()}
     total += sum(s.nbytes(sizes) for n, s in program.state.items() if n in read)
-    model = [program.graphs[c.graph] for c in calls(loop.body) if list(c.reads) == ["ids"]]
+    model = [program.graphs[c.graph] for c in calls(loop.body) if "ids" in c.reads and "slots" not in c.reads]
     for graph in model:
         for node in graph.fx.nodes:
             value = node.meta.get("val")

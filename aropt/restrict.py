@@ -1,6 +1,7 @@
 """restrict: compute only chosen rows of a forward, against stored keys and values (design section 4).
 
-Given `forward(ids[B, T]) -> logits[B, T, V]`, returns the same computation for R chosen rows:
+Given `forward(ids[B, T]) -> logits[B, T, V]`, returns the same computation for R chosen rows (what else the forward
+reads of each row, [B, T, ...], is read of those):
 
     step(ids[B, R], slots[R], positions[B, R], slot_positions[B, S], k_0, v_0, ...)
         -> logits[B, R or 1, V], slot_positions, k_0, v_0, ...
@@ -107,7 +108,9 @@ class Restriction:
         self.tail = self.find_tail() if last else set()
         names = ("ids", "slots", "positions", "slot_positions")
         self.ids, self.slots, self.rows, stored = (self.out.placeholder(n) for n in names)
-        self.last_input = stored
+        given = [n for n in analysis.graph.nodes if n.op == "placeholder" and n.name != "ids"]
+        self.beside = {n: self.out.placeholder(n.name) for n in given}  # what the forward reads of each row besides ids
+        self.last_input = [stored, *self.beside.values()][-1]
         if self.canvas:
             self.columns = self.call(ops.load("write_rows").overload, stored, self.slots, self.rows, 1)
         else:
@@ -118,7 +121,7 @@ class Restriction:
             if node not in self.analysis.content:
                 continue
             if node.op == "placeholder":
-                self.new[node] = self.ids
+                self.new[node] = self.beside.get(node, self.ids)
             elif node.op == "output":
                 logits = self.fetch(node.all_input_nodes[0], node)
                 self.out.output((logits, self.columns, *self.updated.values()))
@@ -129,7 +132,10 @@ class Restriction:
                     raise refusal(node, f"{op_name(node)} {reason}", "please report the model") from None
         slots = ("B", "R") if self.canvas else ("R",)
         specs = {"ids": ("B", "R"), "slots": slots, "positions": ("B", "R"), "slot_positions": ("B", "S")}
-        inputs = {n: Spec(torch.int64, dims) for n, dims in specs.items()} | {n: s.spec for n, s in self.state.items()}
+        inputs = {n: Spec(torch.int64, dims) for n, dims in specs.items()}
+        for node in self.beside:
+            inputs[node.name] = Spec(node.meta["val"].dtype, ("B", "R", *node.meta["val"].shape[2:]))
+        inputs |= {n: s.spec for n, s in self.state.items()}
         graph = build(name, self.out, inputs, ["logits", "slot_positions", *self.state], self.weights)
         state = {"slot_positions": StateSpec(self.kind, inputs["slot_positions"], -1, 1), **self.state}
         facts = {"masks": sorted(self.masks), "attentions": self.layers, "reach": self.seen.tolist()}

@@ -25,7 +25,7 @@ from aropt.passbase import Applies, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import Restricted, restrict
 from aropt.trace import capture_function
-from aropt.unmask import FAR, current_block, places, same
+from aropt.unmask import FAR, block_of, current_block, places, same
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, ROWS, SCALAR = Spec(I64, ("B", "T")), Spec(I64, ("B",)), Spec(I64)
@@ -68,8 +68,8 @@ Policy = Callable[[Look], Tensor]
 
 def full_forward(program: Program) -> Call | None:
     """The call that runs the forward over the whole canvas, in an unmasking loop."""
-    found = (c for loop in loops(program.control, "unmask") for c in calls(loop.body) if c.reads == {"ids": "tokens"})
-    return next((c for c in found if list(program.graphs[c.graph].inputs) == ["ids"]), None)
+    found = (c for loop in loops(program.control, "unmask") for c in calls(loop.body))
+    return next((c for c in found if c.reads.get("ids") == "tokens"), None)
 
 
 def restricted(program: Program) -> Restricted:
@@ -84,18 +84,21 @@ def cached(program: Program, policy: Policy) -> Program:
     model, found = full_forward(program), restricted(program)
     assert model is not None
     shift = bool(program.meta.get("shift"))
-    parts = [rows(policy, int(program.meta["mask"]), shift), place(shift), replace(found.graph, name="step")]
+    again = "remask" in program.meta.get("rules", ())
+    parts = [rows(policy, int(program.meta["mask"]), shift, again), place(shift), replace(found.graph, name="step")]
     dropped = {model.graph, "every_row", "align"}
     graphs = {n: g for n, g in program.graphs.items() if n not in dropped} | {g.name: g for g in parts}
+    moved = {*dropped, "blend"}
 
     def change(call: Call) -> list[Control]:
         if call.graph == model.graph:
             step = graphs["step"]
             reads = {n: n for n in step.inputs} | {"ids": "feed"}
-            return [same(graphs["rows"]), Call("step", reads, {n: n for n in step.outputs})]
+            before = [same(graphs[n]) for n in ("rows", "blend") if n in graphs]  # a blend is of these rows
+            return [*before, Call("step", reads, {n: n for n in step.outputs})]
         if "picked" in call.writes and call.graph not in dropped:
             return [replace(call, writes={o: o for o in call.writes}), same(graphs["place"])]
-        return [] if call.graph in dropped else [call]
+        return [] if call.graph in moved else [call]
 
     return program.replace(
         graphs=graphs,
@@ -115,15 +118,21 @@ def sized(state: StateSpec) -> StateSpec:
     return replace(state, spec=replace(state.spec, dims=tuple("T+1" if d == "S" else d for d in state.spec.dims)))
 
 
-def rows(policy: Policy, mask: int, shift: bool) -> Graph:
-    """The rows that the policy wants, and in any case those that predict the masks of the block at hand."""
+def rows(policy: Policy, mask: int, shift: bool, again: bool) -> Graph:
+    """The rows that the policy wants, and in any case those that predict the masks of the block at hand, or what were
+    masks once (`again`: the rule looks at what it has written).
+    """
 
-    def function(tokens: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
-        active, look = seen(mask, tokens, **values)
-        due = policy(look) | active
+    def function(tokens: Tensor, origin: Tensor, block: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        canvas = values.pop("canvas", None)
+        active, look = seen(mask, tokens, origin=origin, block=block, **values)
+        needed = active
+        if canvas is not None:
+            needed = (block_of(look.at, origin, block) == look.now) & (canvas == mask)
+        due = policy(look) | needed
         if shift:  # the row before a mask predicts it
             length = tokens.shape[1]
-            due = due | (active.index_select(1, (torch.arange(length) + 1).clamp(max=length - 1)))
+            due = due | (needed.index_select(1, (torch.arange(length) + 1).clamp(max=length - 1)))
         slots = torch.ops.aropt.due_slots(due & look.all & (look.now < FAR))
         inside = slots.clamp(max=tokens.shape[1] - 1)
         positions = torch.where(slots < tokens.shape[1], look.at.gather(1, inside), -1)
@@ -131,6 +140,7 @@ def rows(policy: Policy, mask: int, shift: bool) -> Graph:
 
     ones = {n: ROWS for n in ("lengths", "origin", "cursor", "step")}
     inputs = {"tokens": CANVAS, "earlier": CANVAS, **ones, "block": SCALAR, "rounds": SCALAR}
+    inputs |= {"canvas": CANVAS} if again else {}
     return capture_function("rows", function, dict(inputs), ["feed", "slots", "positions", "earlier"])
 
 

@@ -9,19 +9,20 @@ masks, so that the rows of a batch don't wait for each other. Generation ends wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aropt import guide as guides
-from aropt import ops
-from aropt.commit import CONFIDENCES, Round, Rule, chosen
+from aropt import ops, smooth
+from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, F32, I64, draw
 from aropt.trace import capture_function
 
-SCALAR, ROWS, CANVAS = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T"))
+SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
 FAR = 2**20  # a block that no canvas reaches
 STATE = ("cursor", "step", "masks")
 HELD = Spec(F32, ("B", "T"))
@@ -42,7 +43,11 @@ def unmasking(
     rules = guides.completed(rules, guide)
     rule, vocab, mask = chosen(rules), int(meta["vocab"]), int(meta["mask"])
     graphs = {"model": model, "start": start(mask), "commit": commit(rule, mask), "answer": answer()}
-    graphs |= {"every_row": every_row()} | ({"align": align()} if meta.get("shift") else {})
+    smoothed: dict[str, StateSpec] = {}
+    if rule.smooth:
+        made, smoothed["expected"] = smooth.graphs(model, weights, meta)
+        graphs |= made
+    graphs |= {"every_row": every_row(rule.credit or rule.smooth)} | ({"align": align()} if meta.get("shift") else {})
     if guide is not None:
         guides.check(guide, meta)
         graphs |= guides.graphs(guide, rule.guide, mask)
@@ -60,6 +65,8 @@ def unmasking(
     state = {"tokens": StateSpec("tokens", CANVAS), "rounds": counter, "finished": flag}
     state |= {name: StateSpec("counter", ROWS) for name in STATE}
     state |= {"held": StateSpec("flag", HELD, 1.0)} if rule.rcr else {}
+    state |= {"credit": StateSpec("recurrent", Spec(F32, ("B", "T", vocab)), 0.0)} if rule.credit else {}
+    state |= smoothed
     return Program(
         meta.get("name", "program"),
         graphs,
@@ -96,14 +103,15 @@ def same(graph: Graph) -> Call:
 
 def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     """Rounds with the named way to pick candidates."""
-    body = [Call("model", {"ids": "tokens"}, {"logits": "logits"})]
-    if rule == "sample":
-        body.append(same(graphs["every_row"]))
+    chosen = same(graphs[rule])
+    body = [same(graphs["every_row"])] if "blend" in graphs or {"positions", "slots"} & set(chosen.reads) else []
+    model = same(graphs["model"])
+    model = replace(model, reads={**model.reads, "ids": "tokens"})
+    body += [same(graphs["blend"]), model, same(graphs["expect"])] if "blend" in graphs else [model]
     if "align" in graphs:
-        body += [same(graphs[rule]), same(graphs["align"])]
+        body += [chosen, same(graphs["align"])]
     else:
-        reads = {n: n for n in graphs[rule].inputs}
-        body.append(Call(rule, reads, {"picked": "candidate", "sure": "confidence"}))
+        body.append(replace(chosen, writes=chosen.writes | {"picked": "candidate", "sure": "confidence"}))
     body += guides.calls(graphs) if "guide" in graphs else []
     return Loop("unmask", "finished", Seq((*body, same(graphs["commit"]))), {}, {"block": "block"})
 
@@ -129,10 +137,9 @@ def places(canvas: Tensor, lengths: Tensor) -> Tensor:
 def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool) -> Graph:
     """logits [B, R, V] -> what each row predicts and the rule's confidence in it; never the mask itself."""
 
-    def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+    def select(logits: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if not sampled and rule.confidence == "probability":
-            found = torch.ops.aropt.canvas_select(logits.reshape(-1, vocab), mask)
-            return tuple(x.reshape(logits.shape[:2]) for x in found)
+            return likeliest(logits, mask)
         logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
         confidence = CONFIDENCES[rule.confidence]
         if not sampled:
@@ -143,19 +150,61 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
             return candidate, confidence(logits)
         return candidate, torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
 
+    def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        if not rule.credit:
+            return select(logits, values)
+        logits, credit = credited(logits, values, mask, shift)
+        return *select(logits, values), credit
+
     inputs = {"logits": Spec(F32, ("B", "R", vocab))}
     if sampled:
-        inputs |= {"positions": Spec(I64, ("B", "R")), "temperature": Spec(F32), "seed": SCALAR, "streams": ROWS}
+        inputs |= {"positions": PICKED, "temperature": Spec(F32), "seed": SCALAR, "streams": ROWS}
         inputs |= {"rounds": SCALAR}
-    return capture_function(name, function, inputs, ["picked", "sure"])
+    if rule.credit:
+        inputs |= {"credit": Spec(F32, ("B", "T", vocab)), "slots": PICKED, "tokens": CANVAS, "block": SCALAR}
+        inputs |= {"lengths": ROWS, "origin": ROWS} | {n: i.spec for n, i in CREDIT.items()}
+    return capture_function(name, function, inputs, ["picked", "sure", *(["credit"] if rule.credit else [])])
 
 
-def every_row() -> Graph:
-    """The position of each row of a canvas, -1 in padding."""
+def likeliest(logits: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+    """The most likely id of each row but the mask, int64 [B, R], and its log-probability, float32 [B, R]."""
+    ids, logs = torch.ops.aropt.canvas_select(logits.reshape(-1, logits.shape[2]), mask)
+    return ids.reshape(logits.shape[:2]), logs.reshape(logits.shape[:2])
+
+
+def credited(logits: Tensor, values: dict[str, Tensor], mask: int, shift: bool) -> tuple[Tensor, Tensor]:
+    """Logits fused with credit, float32 [B, R, V], and the credit of all rows after this round, float32 [B, T, V].
+
+    The credit of an id in a row is the sum of p^gamma over the rounds in which it was the most likely one there, p its
+    probability; each round multiplies what there was by beta. Masked rows of the block at hand gain, and to logits
+    alpha log(1 + credit) is added: an id that stays ahead is sure earlier (credit decoding, dInfer, 2510.08666; the
+    matrix is dense as in its code, CreditThresholdParallelDecoder, and of the whole canvas, as each sequence is in a
+    block of its own: 4 T V bytes a sequence). `values`: credit, slots of the rows, the canvas, and the parameters.
+    """
+    tokens, slots, vocab = values["tokens"], values["slots"], logits.shape[2]
+    batch, length = tokens.shape
+    active = current_block(tokens, values["lengths"], values["origin"], values["block"], mask)[0]
+    if shift:  # the row before a mask predicts it
+        active = active.index_select(1, (torch.arange(length) + 1).clamp(max=length - 1))
+    at = slots.clamp(max=length - 1)
+    ids, logs = likeliest(logits, mask)
+    gains = torch.where(active.gather(1, at) & (slots < length), torch.exp(values["credit_power"] * logs), 0.0)
+    kept = (values["credit"] * values["credit_decay"]).reshape(batch, length * vocab)
+    credit = kept.scatter_add(1, at * vocab + ids, gains).reshape(batch, length, vocab)
+    own = credit.gather(1, at.unsqueeze(2).expand(-1, -1, vocab))
+    return logits.to(F32) + values["credit_weight"] * torch.log1p(own), credit
+
+
+def every_row(slots: bool) -> Graph:
+    """The position of each row of a canvas, -1 in padding; and its slot, where a rule keeps something by row."""
+
+    def function(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        batch, length = tokens.shape
+        positions = places(tokens, lengths).clamp(min=-1)
+        return (positions, torch.arange(length).expand(batch, length).clone()) if slots else (positions,)
+
     inputs = {"tokens": CANVAS, "lengths": ROWS}
-    return capture_function(
-        "every_row", lambda tokens, lengths: places(tokens, lengths).clamp(min=-1), inputs, ["positions"]
-    )
+    return capture_function("every_row", function, inputs, ["positions", *(["slots"] if slots else [])])
 
 
 def align() -> Graph:
@@ -198,79 +247,74 @@ def commit(rule: Rule, mask: int) -> Graph:
     ) -> tuple[Tensor, ...]:
         at = places(tokens, lengths)
         active, current = current_block(tokens, lengths, origin, block, mask)
-        fresh = current != cursor
-        left = active.to(I64).sum(1)
+        here = (block_of(at, origin, block) == current.unsqueeze(1)) & (at >= 0)
+        fresh, left = current != cursor, active.to(I64).sum(1)
         step, masks = torch.where(fresh, 0, step), torch.where(fresh, left, masks)
         if rule.eoser:
             confidence = confidence + early(candidate, stop, step, masks, params)
-        numbers = tuple(x.unsqueeze(1) for x in (step, masks, left))
-        if rule.rcr:
-            index = block_of(at, origin, block)
-            tokens, held = revised(rule, tokens, candidate, confidence, active, numbers, params, mask, index)
-            open_block = (tokens == mask) & (index == current.unsqueeze(1))
-            tokens = torch.where(open_block.any(1, keepdim=True), tokens, filled(tokens, stop, mask, at, answers))
-            done = ~((tokens == mask) & (at >= 0)).any()
-            return tokens, current, step + 1, masks, rounds + 1, done, held
-        if rule.guide:
+        round = Round(active, confidence, *(x.unsqueeze(1) for x in (step, masks, left, left - left)))
+        kept = params.get("held")
+        if kept is not None:
+            tokens, kept = revised(rule, round, tokens, candidate, here, mask, params)
+        elif rule.guide:
             tokens = torch.where(guides.accepted_rows(active, params["accepted"]), candidate, tokens)
         else:
-            tokens = written(rule, tokens, candidate, confidence, active, numbers, params)
-        tokens = filled(tokens, stop, mask, at, answers)
-        done = ~((tokens == mask) & (at >= 0)).any()
-        return tokens, current, step + 1, masks, rounds + 1, done
+            if rule.remask:
+                tokens, round = doubted(round, tokens, here, mask, params)
+            tokens = written(rule, round, tokens, candidate, params)
+        ended = filled(tokens, stop, mask, at, answers)
+        if rule.rcr or rule.remask:  # while its block is open, a stop token may be masked again
+            ended = torch.where(((tokens == mask) & here).any(1, keepdim=True), tokens, ended)
+        results = (ended, current, step + 1, masks, rounds + 1, ~((ended == mask) & (at >= 0)).any())
+        return results if kept is None else (*results, kept)
 
-    grid = {"candidate": CANVAS, "confidence": Spec(F32, ("B", "T"))}
     rows = {n: ROWS for n in ("lengths", "answers", "origin", *STATE)}
-    inputs = {"tokens": CANVAS, **grid, **rows, "block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
-    inputs |= {"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else {n: i.spec for n, i in rule.params.items()}
-    inputs |= {"held": HELD} if rule.rcr else {}
-    outputs = ["tokens", *STATE, "rounds", "finished", *(["held"] if rule.rcr else [])]
-    return capture_function("commit", function, inputs, outputs)
+    inputs = {"tokens": CANVAS, "candidate": CANVAS, "confidence": Spec(F32, ("B", "T")), **rows}
+    inputs |= {"block": SCALAR, "stop": Spec(I64, ("K",)), "rounds": SCALAR}
+    params = {n: i.spec for n, i in rule.params.items() if n not in {**CREDIT, **SMOOTH}}
+    held = {"held": HELD} if rule.rcr else {}
+    inputs |= ({"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else params) | held
+    inputs |= {"canvas": CANVAS} if rule.remask else {}
+    return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished", *held])
 
 
-def written(
-    rule: Rule,
-    tokens: Tensor,
-    candidate: Tensor,
-    confidence: Tensor,
-    active: Tensor,
-    numbers: tuple[Tensor, ...],
-    params: dict[str, Tensor],
-) -> Tensor:
-    """The canvas with the rows that the rule writes; `numbers` are step, masks and left of `Round`."""
-    if rule.test in ("", "threshold"):  # quotas and thresholds are one op; the others rank, and test by themselves
-        segment = torch.where(active, 0, -1)
-        least, sure = rule.limits(Round(active, confidence, segment, *numbers), **params)
-        op: Callable[..., Tensor] = torch.ops.aropt.canvas_commit
-        return op(tokens, candidate, confidence, segment, least.squeeze(1), sure, False)
-    worst = torch.finfo(F32).min  # a row that may be written comes before those that may not, whatever it is worth
-    rank = ranked(torch.where(active, confidence.clamp(min=worst), -torch.inf))
-    return torch.where(rule.select(Round(active, confidence, rank, *numbers), **params), candidate, tokens)
+def written(rule: Rule, round: Round, tokens: Tensor, candidate: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """The canvas with the rows that the rule writes."""
+    if rule.test not in ("", "threshold"):
+        return torch.where(rule.select(round, **params), candidate, tokens)
+    least, sure = rule.limits(round, **params)  # quotas and thresholds are one op; the others rank by themselves
+    op: Callable[..., Tensor] = torch.ops.aropt.canvas_commit
+    segment = torch.where(round.active, 0, -1)
+    return op(tokens, candidate, round.confidence, segment, least.squeeze(1), sure, False)
+
+
+def doubted(round: Round, tokens: Tensor, here: Tensor, mask: int, params: dict[str, Tensor]) -> tuple[Tensor, Round]:
+    """The canvas with written rows of low confidence masked again, and the round in which they are active.
+
+    Low is a confidence in what the row predicts now below `remask_threshold`. The rule then writes at least one row
+    more than was masked again, so that masks get fewer in each round, and no more stay than a schedule leaves (dInfer,
+    2510.08666, get_transfer_index_hierarchy_remask of its code). `here`: rows of the block at hand, bool [B, T]; of
+    these, ids that `params["canvas"]` gave stay.
+    """
+    low = round.confidence < torch.log(params["remask_threshold"])
+    again = here & (params["canvas"] == mask) & (tokens != mask) & low
+    count = again.to(I64).sum(1, keepdim=True)
+    return torch.where(again, mask, tokens), replace(round, active=round.active | again, again=count)
 
 
 def revised(
-    rule: Rule,
-    tokens: Tensor,
-    candidate: Tensor,
-    confidence: Tensor,
-    active: Tensor,
-    numbers: tuple[Tensor, ...],
-    params: dict[str, Tensor],
-    mask: int,
-    index: Tensor,
+    rule: Rule, round: Round, tokens: Tensor, candidate: Tensor, here: Tensor, mask: int, params: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """All masks of the block are written; then the least sure of its written rows are masked again, as many as the
     schedule leaves (RCR, MDPO, 2508.13148; the confidence is that of a row's last writing, as in its code).
 
-    `held` float32 [B, T]: these confidences, 1 where nothing was written.
+    `held` float32 [B, T]: these confidences, 1 where nothing was written. `here`: as for `doubted`.
     """
-    least = rule.limits(Round(active, confidence, active, *numbers), **params)[0]
-    held = torch.where(active, confidence, params["held"])
-    current = torch.where(active, index, FAR).amin(1, keepdim=True)
-    ours = (index == current) & (held <= 0)
-    rank = ranked(torch.where(ours, held.clamp(min=torch.finfo(F32).min), -torch.inf))
-    kept = ours.to(I64).sum(1, keepdim=True) - (numbers[2] - least)
-    return torch.where(ours & (rank >= kept), mask, torch.where(active, candidate, tokens)), held
+    held = torch.where(round.active, round.confidence, params["held"])
+    ours = here & (held <= 0)
+    kept = ours.to(I64).sum(1, keepdim=True) - (round.left - rule.limits(round, **params)[0])
+    again = ours & (replace(round, active=ours, confidence=held).rank >= kept)
+    return torch.where(again, mask, torch.where(round.active, candidate, tokens)), held
 
 
 def block_of(at: Tensor, origin: Tensor, block: Tensor) -> Tensor:
@@ -285,12 +329,6 @@ def current_block(tokens: Tensor, lengths: Tensor, origin: Tensor, block: Tensor
     index = block_of(at, origin, block)
     current = torch.where(masked, index, FAR).amin(1)
     return masked & (index == current.unsqueeze(1)), current
-
-
-def ranked(score: Tensor) -> Tensor:
-    """The rank of each value in its row, 0 the highest; of equal ones the first is higher: int64 [B, T]."""
-    order = torch.sort(score, dim=1, descending=True, stable=True).indices
-    return torch.sort(order, dim=1).indices
 
 
 def early(candidate: Tensor, stop: Tensor, step: Tensor, masks: Tensor, params: dict[str, Tensor]) -> Tensor:

@@ -187,8 +187,10 @@ class Forced:
         mine, nudged = own.clone(), own.clone()
         mine[0, [at[int(row)] for row in step.rows]] = step.logits.to(own.dtype)
         by = 2 * TOLERANCE * self.floor  # two logits, each off by the tolerance
-        for row in ((inputs["tokens"][0] == self.mask) & (actual != theirs)).nonzero().flatten().tolist():
-            source, token = at[max(row - self.shift, 0)], int(actual[row])
+        for row in (actual != theirs).nonzero().flatten().tolist():
+            source, token = at.get(max(row - self.shift, 0)), int(actual[row])
+            if source is None:  # not computed, so filled after a stop token
+                continue
             if token != self.mask:
                 nudged[0, source, token] += by
             else:
@@ -202,7 +204,7 @@ class Forced:
         for graph in ("align", "place"):
             if graph in self.read:
                 found = call(graph, {**self.read[graph], **found})
-        names = dict(zip(("candidate", "confidence"), found.values(), strict=True))
+        names = dict(zip(("candidate", "confidence"), found.values(), strict=False))  # a rule may keep more
         return call("commit", {**inputs, **names})["tokens"][0]
 
 

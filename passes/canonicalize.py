@@ -50,7 +50,7 @@ class Canonicalize:
     def normalized(self, program: Program, name: str) -> tuple[Graph, int]:
         """The graph with written-out attention as SDPA, and how many; only forwards hold attention."""
         graph = program.graphs[name]
-        if not self.attention or list(graph.inputs) != ["ids"]:
+        if not self.attention or set(graph.inputs) - {"smoothed"} != {"ids"}:
             return graph, 0
         return normalize_attention(graph, program.weights)
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,7 +345,10 @@ def table(name: str, found: dict[str, Any]) -> str:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "| variant | median | least to most | forwards | ids a forward | rows computed |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    show: Callable[[Any], str] = lambda rows: str(rows) if rows >= 0 else ""  # noqa: E731
+
+    def show(rows: Any) -> str:
+        return str(rows) if rows >= 0 else ""
+
     for variant, r in found["rows"].items():
         yield (
             f"| {variant} | {r['ms']:.0f} ms | {r['least']:.0f} to {r['most']:.0f} | {r['forwards']} | "

@@ -28,8 +28,8 @@ on_samples = settings(max_examples=60, deadline=None, suppress_health_check=[Hea
 @functools.cache
 def session(name: str, specs: tuple[Spec, ...], held: tuple[Any, ...]) -> Any:
     """ONNX Runtime on a graph of nothing but the op, captured and exported as a program's are."""
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="the ONNX forms need aropt[onnx]")
+    pytest.importorskip("onnxscript", reason="the ONNX forms need aropt[onnx]")
     import onnx_ir as ir
 
     from aropt.exporters.onnx import translate
@@ -71,7 +71,7 @@ every_commit = forms(commit, commit_in_onnx, canvas_commit.launch)
 @pytest.mark.parametrize("marked", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 def test_kernels_in_the_interpreter(marked: str) -> None:
     """This file's tests of forms on the kernels, in a process of its own as in test_ops."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="the kernels are Triton's, and have no wheel for every platform")
     if INTERPRET:
         pytest.skip("runs itself")
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-m", marked, "-k", "launch"]

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt.commit import SCHEDULES, Round, chosen, probability
+from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
 from aropt.interpreter import Eager
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
 from aropt.program import Program
-from aropt.unmask import filled, ranked
+from aropt.unmask import filled
 from aropt.validate import cases, validate, with_probe
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,7 +119,10 @@ def test_rcr_is_that_of_mdpo(model: CanvasLM, quota: Program, block: int, steps:
     """E13: the masks left are the sum of the quotas to come; one round a block is the plain rule."""
     rcr, masks = capture(model, "rcr"), []  # type: ignore[var-annotated]
     params = {"block": block, "steps": steps * (16 // block)}
-    keep = lambda values: [masks.append(int((values["tokens"] == MASK).sum()))]  # noqa: E731
+
+    def keep(values: Any) -> None:
+        masks.append(int((values["tokens"] == MASK).sum()))
+
     (got,) = rcr.generate([[4, 5, 6]], 16, on_round=keep, **params)
     assert (got, masks) == revising(model, [4, 5, 6], 16, block, steps)
     if steps == 1:
@@ -129,7 +132,10 @@ def test_rcr_is_that_of_mdpo(model: CanvasLM, quota: Program, block: int, steps:
 def test_rcr_revises(model: CanvasLM) -> None:
     """Some id that was written is another one later; a stop token fills the rest when its block is done."""
     rcr, seen = capture(model, "rcr"), []  # type: ignore[var-annotated]
-    keep = lambda values: [seen.append(values["tokens"][0].clone())]  # noqa: E731
+
+    def keep(values: Any) -> None:
+        seen.append(values["tokens"][0].clone())
+
     (free,) = rcr.generate([[4, 5, 6]], 16, block=16, on_round=keep)
     assert any(len(set(column.tolist()) - {MASK}) > 1 for column in torch.stack(seen).T)
     (got,) = rcr.generate([[4, 5, 6]], 16, block=16, stop=[free[5]])
@@ -161,8 +167,8 @@ def test_schedules_write_all(masks: int, steps: int, name: str) -> None:
     left, written = masks, []
     for step in range(masks + 1):
         active = torch.arange(masks).unsqueeze(0) < left
-        numbers = (torch.tensor([[n]]) for n in (step, masks, left))
-        round = Round(active, torch.zeros(1, masks), torch.arange(masks).unsqueeze(0), *numbers)
+        numbers = (torch.tensor([[n]]) for n in (step, masks, left, 0))
+        round = Round(active, torch.zeros(1, masks), *numbers)
         rows = int(rule.select(round, steps=torch.tensor(steps), shift=torch.tensor(0.33)).sum())
         assert 1 <= rows <= left
         left -= rows
