@@ -20,25 +20,25 @@ from aropt.models.canvas import MASK, CanvasLM
 from aropt.models.train_canvas import LEAST, SEED, bound, corrupted, shares
 
 PROMPT, NEW, WINDOW = 64, 128, 32
-CONTINUATIONS, WRITTEN = 12288, 64  # in all, and at a time
-BLANKS = 6
+WRITTEN, BLANKS = 64, 6  # continuations written at a time; how many blanks in a row are too many
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How the writer draws (0: the most likely), how much of a text must be new, and what certainty weighs."""
+    """How many texts are written, how (0: the most likely byte), how much must be new, and what certainty weighs."""
 
+    count: int
     temperature: float
     distinct: float
     certainty: float
 
 
-STAGES = (Stage(0.5, 0.4, 0.0), Stage(0.0, 0.2, 1.0))
+STAGES = (Stage(12288, 0.5, 0.4, 0.0), Stage(8192, 0.0, 0.2, 1.0))
 
 
 @torch.no_grad()
 def continuations(stream: Tensor, stage: Stage, generator: torch.Generator, log: Callable[[str], None]) -> Tensor:
-    """ids [N, PROMPT + NEW], N <= CONTINUATIONS: prompts of the corpus and what text-ar writes after them.
+    """ids [N, PROMPT + NEW], N <= stage.count: prompts of the corpus and what text-ar writes after them.
 
     Texts that run in circles are left out, and those that are indented far: blanks are what is surest in most places,
     so whole answers would become blank.
@@ -47,7 +47,7 @@ def continuations(stream: Tensor, stage: Stage, generator: torch.Generator, log:
     starts = flat(stream, PROMPT)
     kept: list[Tensor] = []
     drawn = {"do_sample": True, "temperature": stage.temperature, "top_k": 0} if stage.temperature else {}
-    for done in range(0, CONTINUATIONS, WRITTEN):
+    for done in range(0, stage.count, WRITTEN):
         pick = starts[torch.randint(len(starts), (WRITTEN,), generator=generator)]
         prompt = stream[pick[:, None] + torch.arange(PROMPT)]
         torch.manual_seed(SEED + done)
@@ -56,7 +56,7 @@ def continuations(stream: Tensor, stage: Stage, generator: torch.Generator, log:
         )
         kept += [row for row in ids if distinct(row[PROMPT:].tolist()) >= stage.distinct and len(flat(row, len(row)))]
         if done % (16 * WRITTEN) == 0:
-            log(f"text-mdlm: {done + WRITTEN}/{CONTINUATIONS} continuations written, {len(kept)} kept")
+            log(f"text-mdlm: {done + WRITTEN}/{stage.count} continuations written, {len(kept)} kept")
     return torch.stack(kept)
 
 
