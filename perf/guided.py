@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # rule, its parameters; the
     "free-cache": ("threshold", {"threshold": TAU}),
     "one id a round": ("threshold", {"threshold": 2.0}),
     "guide-argmax": ("guide-argmax", {}),
-    "guide-top-k, k = 2": ("guide-top-k", {"guide_k": 2}),
     "guide-top-k, k = 5": ("guide-top-k", {"guide_k": 5}),
     "guide-relative, half": ("guide-relative", {"guide_share": 0.5}),
     "guide-threshold, 0.1": ("guide-threshold", {"guide_threshold": 0.1}),
-    "guide-threshold, 0.01": ("guide-threshold", {"guide_threshold": 0.01}),
 }
 
 
@@ -126,7 +125,8 @@ def measured(name: str, texts: list[list[int]], judge: NGram, folder: Path, thre
 
     rule, params = VARIANTS[name]
     guided = rule.startswith("guide")
-    program = aropt.capture("text-mdlm", rules=(rule,), guide="text-ar" if guided else None)
+    print(name, file=sys.stderr, flush=True)
+    program = aropt.capture("text-mdlm", rules=(rule,), guide="text-ar" if guided else None, examples=[])
     program = aropt.optimize(
         program, "onnxruntime", pipeline(["free-cache"]), check=False, folder=folder / name.replace(" ", "-"),
         threads=threads, instruments=Instruments(budget={"kl": float("inf")}),
