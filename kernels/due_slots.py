@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.library import get_ctx
+from torch import Tensor, library
 
 from aropt.opdef import Cost, OpDef
 
@@ -40,7 +39,7 @@ def reference(due: Tensor) -> Tensor:
 def fake(due: Tensor) -> Tensor:
     """int64 [B, N] with N a size that only the values tell."""
     _check(due)
-    count = get_ctx().new_dynamic_size()
+    count = library.get_ctx().new_dynamic_size()
     return due.new_empty((due.shape[0], count), dtype=torch.int64)
 
 
