@@ -116,7 +116,7 @@ class Analysis:
         """The logits must be [B, T, vocabulary]."""
         logits = output.all_input_nodes[0]
         axes: Axes = self.info[logits].axes if logits in self.info else ()
-        if len(axes) != 3 or axes[:2] != (B, ROW) or has(axes[2], "brc?"):
+        if len(axes) < 3 or axes[:2] != (B, ROW) or any(has(axis, "brc?") for axis in axes[2:]):
             raise NotRowwise("returns something other than one row of logits for each token")
 
     def dims(self, node: fx.Node) -> Any:

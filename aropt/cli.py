@@ -280,7 +280,8 @@ def run(
     stop: Annotated[
         list[int] | None, typer.Option(help="A token that ends a sequence (default: the model's own).")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Where the picture goes (image models).")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-o", help="Where the picture goes (image models).")] = None,
+    grid: Annotated[str | None, typer.Option(metavar="COLUMNSxROWS", help="Rows of pictures, such as 8x5.")] = None,
     target: Annotated[str | None, typer.Option(help="Run on another target than the artifact's.")] = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -297,7 +298,7 @@ def run(
             raise UsageError(
                 what=f"'{pair}' is not NAME=VALUE", where="--param", hint="e.g. --param min_p=0.05"
             ) from None
-    result = generation.run(out, prompt, n, params, seed, stop, image, target)
+    result = generation.run(out, prompt, n, params, seed, stop, image, target, grid)
     print(json.dumps(result) if as_json else generation.text(result))
 
 

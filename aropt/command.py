@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aropt import artifact, bench, quality
+from aropt import artifact, bench, pictures, quality
 from aropt.api import capture
 from aropt.api import optimize as optimize_program
 from aropt.drift import budget
@@ -22,6 +22,7 @@ from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
 from aropt.runtime import fitted, room
 from aropt.sources import Source, resolve
+from aropt.units import rows, rows_for
 
 Say = Callable[[str], None]
 SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread
@@ -171,10 +172,10 @@ def timed(
         return
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
     prompt = fitted(program, program.meta["prompts"][0])
-    n = min(request.tokens, room(program, len(prompt)))
+    n = min(request.tokens, room(program, prompt))
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
     add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(prompt), threads)
+    add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
 
 
 def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int) -> None:
@@ -247,10 +248,11 @@ def add_roofline(
     weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}
     table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
     size = sum(program.weights[w].nbytes for w in weights - table)
-    sizes = {"B": 1, "S": prompt + n // 2, "R": 1, "T": prompt + n // 2, "P": prompt, "K": 1}
+    rounds = rows_for(program.meta, n)
+    sizes = {"B": 1, "S": prompt + rounds // 2, "R": 1, "T": prompt + rounds // 2, "P": prompt, "K": 1}
     size += sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
     rate = bench.bandwidth(size, threads)
-    step = own.median / n / 1e3
+    step = own.median / rounds / 1e3
     report["roofline"] = {"bytes_per_step": size, "bandwidth_gb_s": rate, "share": size / rate / 1e9 / step}
 
 
@@ -259,7 +261,7 @@ def samples(reference: Program, program: Program, source: Source) -> list[dict[s
     prompts = [fitted(program, p) for p in program.meta["prompts"]]
     found = []
     for i, prompt in enumerate(prompts[:10]):
-        n = min(64, room(program, len(prompt)))
+        n = min(64, room(program, prompt))
         options = {"seed": i, "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0}
         before, after = (p.generate([prompt], n, **options)[0] for p in (reference, program))
         image = program.meta["modality"] == "image"
@@ -280,7 +282,7 @@ def samples(reference: Program, program: Program, source: Source) -> list[dict[s
 def shown(tokens: list[int], prompt: list[int], program: Program, source: Source) -> Any:
     """Tokens as rows of pixels or as text."""
     if program.meta["modality"] == "image":
-        return [tokens[i : i + 8] for i in range(0, 64, 8)]
+        return pictures.pixels(tokens, program.meta).tolist()
     if program.meta["modality"] == "text":
         return decoder(source.files)([*prompt, *tokens])
     return " ".join(map(str, [*prompt, *tokens]))

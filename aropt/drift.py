@@ -95,7 +95,7 @@ def budget(text: str) -> dict[str, float]:
 def workload(program: Program) -> Case:
     """The model's own prompts, as one batch, with the rule's default parameters."""
     prompts = [tuple(int(t) for t in p) for p in program.meta["prompts"][:PROMPTS]]
-    n = max(1, min(TOKENS, room(program, max(map(len, prompts)))))
+    n = max(1, min(TOKENS, min(room(program, p) for p in prompts)))
     block = int(program.meta.get("block") or 0)
     own = min(int(program.inputs["block"].default or n), n)
     params = () if block else (("block", float(own)),)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt import artifact
+from aropt import artifact, pictures
 from aropt.errors import UsageError
 from aropt.program import Program
 from aropt.runtime import fitted, room
+from aropt.units import rows
 
 
 def run(
@@ -23,15 +24,22 @@ def run(
     stop: Sequence[int] | None,
     image: Path | None,
     target: str | None,
+    grid: str | None = None,
 ) -> dict[str, Any]:
     """Generates with an artifact: {tokens, text or image, prompts}."""
     program = artifact.load(out, target)
     if program.meta["modality"] == "image":
-        return run_images(program, n or 10, prompts, params, seed, image or out.parent / f"{out.name}.png")
+        path = image or out.parent / f"{out.name}.png"
+        return run_images(program, n or 10, prompts, params, seed, path, grid)
+    if grid or image:
+        raise UsageError(
+            what=f"'{out.name}' makes no pictures", where="--grid, --image", why="its tokens are no grey levels",
+            hint="leave them out",
+        )  # fmt: skip
     coder = tokenizer(out)
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
     ends = list(stop) if stop is not None else list(program.meta.get("eos", []))
-    most = max(1, min(200, room(program, max(map(len, ids)))))
+    most = max(1, min(200, min(room(program, p) for p in ids)))
     tokens = program.generate(ids, n if n is not None else most, seed=seed, stop=ends, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
@@ -40,34 +48,23 @@ def run(
 
 
 def run_images(
-    program: Program, n: int, prompts: Sequence[str] | None, params: dict[str, Any], seed: int, path: Path
+    program: Program,
+    n: int,
+    prompts: Sequence[str] | None,
+    params: dict[str, Any],
+    seed: int,
+    path: Path,
+    columns_by_rows: str | None,
 ) -> dict[str, Any]:
     """n pictures, classes in turn, side by side in one PNG."""
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
-    tokens = program.generate(ids, room(program, max(map(len, ids))), seed=seed, **{"temperature": 0.8, **params})
-    pictures = [[*p[1:], *t] for p, t in zip(ids, tokens, strict=True)]
-    write_png(pictures, path)
+    columns, _ = pictures.layout(columns_by_rows, len(ids))
+    most = min(room(program, p) for p in ids)
+    tokens = program.generate(ids, most, seed=seed, **{"temperature": 0.8, **params})
+    made = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
+    pictures.write(pictures.grid(made, columns, int(program.meta["vocab"])), path)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}
-
-
-def write_png(pictures: Sequence[Sequence[int]], path: Path, scale: int = 16) -> None:
-    """8x8 pictures of grey levels 0..16 in rows of ten."""
-    import numpy as np
-    from PIL import Image
-
-    columns = min(10, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * 10, columns * 10), 64, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * 10 + 1, i % columns * 10 + 1
-        sheet[y : y + 8, x : x + 8] = np.asarray(picture[:64], np.float32).reshape(8, 8) * 255 / 16
-    try:
-        Image.fromarray(sheet).resize((columns * 10 * scale, rows * 10 * scale), Image.Resampling.NEAREST).save(path)
-    except OSError as error:
-        raise UsageError(
-            what=f"can't write '{path}'", why=str(error), hint="choose another place with --image"
-        ) from error
 
 
 def encode(text: str, program: Program, coder: Any) -> list[int]:
@@ -118,10 +115,10 @@ def bench(
         )
     threads = threads or torch.get_num_threads()
     prompt = fitted(program, program.meta["prompts"][0])
-    n = min(tokens, room(program, len(prompt)))
+    n = min(tokens, room(program, prompt))
     timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say)
     add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(prompt), threads)
+    add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
     return report
 
 

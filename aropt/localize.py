@@ -18,6 +18,7 @@ from aropt.axes import op_name
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.program import Graph, Program, dict_root
 from aropt.runtime import slots
+from aropt.units import rows, rows_for
 
 if TYPE_CHECKING:
     from aropt.validate import Case, Oracle
@@ -75,7 +76,11 @@ class Round:
 def first_in_program(oracle: Oracle, candidate: Program, case: Case, row: int) -> dict[str, Any] | None:
     """Compares the candidate's graphs, run eagerly, with the captured forward."""
     group = next(g for g in case.groups(candidate) if row in g)
-    place, pads = group.index(row), max(len(case.prompts[i]) for i in group) - len(case.prompts[row])
+
+    def height(i: int) -> int:
+        return len(rows(candidate.meta, case.prompts[i]))
+
+    place, pads = group.index(row), max(map(height, group)) - height(row)
     captured = oracle.program.graphs[oracle.model.graph]
     weights = {w: oracle.program.weights[w] for w in captured.weights()}
     by_name = {n.name: n for n in captured.fx.nodes}
@@ -106,10 +111,10 @@ def rounds(candidate: Program, case: Case, group: list[int], place: int, pads: i
     def keep(values: Values) -> None:
         nonlocal ids
         kept.append(latest())
-        token = int(values["token" if "token" in values else "emitted"][place])
-        if token < 0 or len(kept) >= case.n:
+        token = values["token" if "token" in values else "emitted"][place]
+        if (token < 0).any() or len(kept) >= rows_for(candidate.meta, case.n):
             raise Enough
-        ids = torch.cat([ids, torch.full((len(ids), 1), token)], 1)
+        ids = torch.cat([ids, token.expand(len(ids), 1, *token.shape)], 1)
 
     try:
         with contextlib.suppress(Enough):

@@ -12,6 +12,7 @@ from aropt import ops
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, DEFAULT, I64, Processor, chosen, rule
 from aropt.trace import capture_function
+from aropt.units import window
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -26,13 +27,16 @@ def autoregressive(
     """
     ops.load_all()
     processors = chosen(rules)
-    vocab = int(meta["vocab"])
+    vocab, row = int(meta["vocab"]), window(meta)
     guided, penalized = "guidance" in processors, "repetition-penalty" in processors
-    graphs = {"model": model, "start": start(guided), "append": append(guided), "commit": commit(), "last": last(vocab)}
+    graphs = {
+        "model": model, "start": start(guided, row), "append": append(guided, row), "commit": commit(row),
+        "last": last(vocab, row),
+    }  # fmt: skip
     if penalized:
-        graphs |= {"seen": first_seen(vocab), "mark": mark(vocab)}
+        graphs |= {"seen": first_seen(vocab, row), "mark": mark(vocab, row)}
     for name, sampled in (("greedy", False), ("sample", True)):
-        function, inputs = rule(processors, vocab, sampled)
+        function, inputs = rule(processors, vocab, sampled, row)
         graphs[name] = capture_function(name, function, inputs, ["token"])
     graphs["position"] = capture_function(
         "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"]
@@ -46,7 +50,7 @@ def autoregressive(
     )
     batch = "2*B" if guided else "B"
     state = {
-        "tokens": StateSpec("tokens", Spec(I64, (batch, "T"))),
+        "tokens": StateSpec("tokens", Spec(I64, (batch, "T", *row))),
         "done": StateSpec("flag", Spec(BOOL, ("B",))),
         "count": StateSpec("counter", SCALAR),
         "finished": StateSpec("flag", Spec(BOOL)),
@@ -56,7 +60,7 @@ def autoregressive(
     return Program(
         meta.get("name", "program"),
         graphs,
-        program_inputs(processors, vocab, guided),
+        program_inputs(processors, vocab, guided, row),
         state,
         control,
         ("generated",),
@@ -65,19 +69,22 @@ def autoregressive(
     )
 
 
-def program_inputs(processors: dict[str, Processor], vocab: int, guided: bool) -> dict[str, Input]:
-    """What the caller of a generation gives."""
+def program_inputs(
+    processors: dict[str, Processor], vocab: int, guided: bool, row: tuple[int, ...]
+) -> dict[str, Input]:
+    """What the caller of a generation gives; `row`: the axes of one, () or (W,) (see aropt.units)."""
+    of, one = (f", {row[0]} a row", "rows") if row else ("", "tokens")
     inputs = {
-        "prompt": Input(Spec(I64, ("B", "P")), doc="token ids, padded on the left"),
-        "lengths": Input(ROWS, doc="tokens of each prompt without padding"),
-        "limit": Input(SCALAR, doc="new tokens at most"),
+        "prompt": Input(Spec(I64, ("B", "P", *row)), doc=f"token ids{of}, padded on the left"),
+        "lengths": Input(ROWS, doc=f"{one} of each prompt without padding"),
+        "limit": Input(SCALAR, doc=f"new {one} at most"),
         "stop": Input(Spec(I64, ("K",)), doc="tokens that end a sequence; -1 never matches"),
         "greedy": Input(Spec(BOOL), True, "argmax instead of a draw"),
         "seed": Input(SCALAR, 0, "seed of the noise"),
         "streams": Input(ROWS, doc="which sequence each row is, for the noise"),
     }
     if guided:
-        inputs["negative"] = Input(Spec(I64, ("B", "P")), doc="the unconditional prompt, shaped as the prompt")
+        inputs["negative"] = Input(Spec(I64, ("B", "P", *row)), doc="the unconditional prompt, shaped as the prompt")
     for processor in processors.values():
         for name, given in processor.params.items():
             dims = tuple(vocab if d == "V" else d for d in given.spec.dims)
@@ -104,61 +111,76 @@ def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
     return Loop("positions", "finished", Seq(tuple(body)), {"emitted": "generated"}, {"limit": "limit"})
 
 
-def start(guided: bool) -> Graph:
+def start(guided: bool, row: tuple[int, ...] = ()) -> Graph:
     """The state before the first round."""
 
     def function(prompt: Tensor, limit: Tensor, negative: Tensor | None = None) -> tuple[Tensor, ...]:
         tokens = prompt.clone() if negative is None else torch.cat([prompt, negative])
-        return tokens, prompt[:, 0] < -1, limit - limit, limit <= 0
+        return tokens, prompt.flatten(1)[:, 0] < -1 if row else prompt[:, 0] < -1, limit - limit, limit <= 0
 
-    inputs = {"prompt": Spec(I64, ("B", "P")), "limit": SCALAR}
+    inputs = {"prompt": Spec(I64, ("B", "P", *row)), "limit": SCALAR}
     if guided:
-        inputs["negative"] = Spec(I64, ("B", "P"))
+        inputs["negative"] = Spec(I64, ("B", "P", *row))
     return capture_function("start", function, inputs, ["tokens", "done", "count", "finished"])
 
 
-def append(guided: bool) -> Graph:
+def append(guided: bool, row: tuple[int, ...] = ()) -> Graph:
     """tokens [B, T], token [B] -> tokens [B, T + 1]; both branches get the same token when guided."""
 
     def function(tokens: Tensor, token: Tensor) -> Tensor:
         return torch.cat([tokens, (torch.cat([token, token]) if guided else token).unsqueeze(1)], 1)
 
-    return capture_function(
-        "append", function, {"tokens": Spec(I64, ("2*B" if guided else "B", "T")), "token": ROWS}, ["tokens"]
-    )
+    inputs = {"tokens": Spec(I64, ("2*B" if guided else "B", "T", *row)), "token": Spec(I64, ("B", *row))}
+    return capture_function("append", function, inputs, ["tokens"])
 
 
-def last(vocab: int) -> Graph:
+def last(vocab: int, row: tuple[int, ...] = ()) -> Graph:
     """The last row of logits [B, R, V]."""
-    inputs = {"logits": Spec(torch.float32, ("B", "R", vocab))}
+    inputs = {"logits": Spec(torch.float32, ("B", "R", *row, vocab))}
     return capture_function("last", lambda logits: logits[:, -1].to(torch.float32), inputs, ["row"])
 
 
-def commit() -> Graph:
-    """Counts, matches stop tokens, decides whether all is done. A finished row emits -1."""
+def commit(row: tuple[int, ...] = ()) -> Graph:
+    """Counts, matches stop tokens, decides whether all is done. A finished sequence emits -1."""
 
     def function(token: Tensor, done: Tensor, count: Tensor, limit: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
-        emitted = torch.where(done, -1, token)
-        ended = done | (token.unsqueeze(1) == stop).any(1)
+        if row:  # what a window holds after a stop token is not emitted either
+            ends = (token.unsqueeze(2) == stop).any(2)
+            before = ends.to(I64).cumsum(1) - ends.to(I64) > 0
+            emitted = torch.where(done.unsqueeze(1) | before, -1, token)
+            ended = done | ends.any(1)
+        else:
+            emitted = torch.where(done, -1, token)
+            ended = done | (token.unsqueeze(1) == stop).any(1)
         return emitted, ended, count + 1, ended.all() | (count + 1 >= limit)
 
-    inputs = {"token": ROWS, "done": Spec(BOOL, ("B",)), "count": SCALAR, "limit": SCALAR, "stop": Spec(I64, ("K",))}
+    inputs = {
+        "token": Spec(I64, ("B", *row)),
+        "done": Spec(BOOL, ("B",)),
+        "count": SCALAR,
+        "limit": SCALAR,
+        "stop": Spec(I64, ("K",)),
+    }
     return capture_function("commit", function, inputs, ["emitted", "done", "count", "finished"])
 
 
-def first_seen(vocab: int) -> Graph:
+def first_seen(vocab: int, row: tuple[int, ...] = ()) -> Graph:
     """Which tokens each prompt holds, padding left out: bool [B, V]."""
 
     def function(prompt: Tensor, lengths: Tensor) -> Tensor:
         real = torch.arange(prompt.shape[1]) >= prompt.shape[1] - lengths.unsqueeze(1)
-        return ((prompt.unsqueeze(2) == torch.arange(vocab)) & real.unsqueeze(2)).any(1)
+        held = prompt.unsqueeze(prompt.dim()) == torch.arange(vocab)
+        return ((held.any(2) if row else held) & real.unsqueeze(2)).any(1)
 
-    return capture_function("seen", function, {"prompt": Spec(I64, ("B", "P")), "lengths": ROWS}, ["seen"])
+    return capture_function("seen", function, {"prompt": Spec(I64, ("B", "P", *row)), "lengths": ROWS}, ["seen"])
 
 
-def mark(vocab: int) -> Graph:
-    """Adds the token to what was seen."""
-    inputs = {"seen": Spec(BOOL, ("B", vocab)), "token": ROWS}
-    return capture_function(
-        "mark", lambda seen, token: seen | (token.unsqueeze(1) == torch.arange(vocab)), inputs, ["seen"]
-    )
+def mark(vocab: int, row: tuple[int, ...] = ()) -> Graph:
+    """Adds the token, or the window's tokens, to what was seen."""
+
+    def function(seen: Tensor, token: Tensor) -> Tensor:
+        new = token.unsqueeze(token.dim()) == torch.arange(vocab)
+        return seen | (new.any(1) if row else new)
+
+    inputs = {"seen": Spec(BOOL, ("B", vocab)), "token": Spec(I64, ("B", *row))}
+    return capture_function("mark", function, inputs, ["seen"])

@@ -133,7 +133,7 @@ class Restriction:
         slots = ("B", "R") if self.canvas else ("R",)
         specs = {"ids": ("B", "R"), "slots": slots, "positions": ("B", "R"), "slot_positions": ("B", "S")}
         inputs = {n: Spec(torch.int64, dims) for n, dims in specs.items()}
-        for node in self.beside:
+        for node in (n for n in self.analysis.graph.nodes if n.op == "placeholder"):
             inputs[node.name] = Spec(node.meta["val"].dtype, ("B", "R", *node.meta["val"].shape[2:]))
         inputs |= {n: s.spec for n, s in self.state.items()}
         graph = build(name, self.out, inputs, ["logits", "slot_positions", *self.state], self.weights)

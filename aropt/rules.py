@@ -114,11 +114,16 @@ def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
     return {n: p for n, p in PROCESSORS.items() if n in names or n == "temperature"}
 
 
-def rule(processors: dict[str, Processor], vocab: int, sampled: bool) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
-    """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B]."""
+def rule(
+    processors: dict[str, Processor], vocab: int, sampled: bool, row: tuple[int, ...] = ()
+) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
+    """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B].
+
+    `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own.
+    """
     used = {n: p for n, p in processors.items() if sampled or not p.draws}
     rows = "2*B" if "guidance" in used else "B"
-    inputs = {"logits": Spec(F32, (rows, vocab))}
+    inputs = {"logits": Spec(F32, (rows, *row, vocab))}
     for processor in used.values():
         for name, given in processor.params.items():
             inputs[name] = Spec(given.spec.dtype, tuple(vocab if d == "V" else d for d in given.spec.dims))
@@ -127,12 +132,26 @@ def rule(processors: dict[str, Processor], vocab: int, sampled: bool) -> tuple[C
     if sampled:
         inputs |= {"seed": Spec(I64), "streams": Spec(I64, ("B",)), "position": Spec(I64, ("B",))}
 
+    def every(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What belongs to a row, for each id of its window."""
+        wide = dict(values)
+        for name in {"seen", "streams", "position"} & set(values):
+            wide[name] = values[name].repeat_interleave(row[0], 0)
+        if sampled:
+            places = values["position"].unsqueeze(1) * row[0] + torch.arange(row[0])
+            wide["position"] = places.flatten()
+        return wide
+
     def function(logits: Tensor, **values: Tensor) -> Tensor:
+        if row:
+            logits, values = logits.flatten(0, 1), every(values)
         for processor in used.values():
             names = (*processor.params, *processor.reads)
             logits = processor.apply(logits, **{n: values[n] for n in names})
         if sampled:
-            return draw(logits, values["seed"], values["streams"], values["position"])
-        return torch.argmax(logits, dim=-1)
+            token = draw(logits, values["seed"], values["streams"], values["position"])
+        else:
+            token = torch.argmax(logits, dim=-1)
+        return token.reshape(-1, *row) if row else token
 
     return function, inputs

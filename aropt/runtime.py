@@ -12,6 +12,7 @@ from torch import Tensor
 from aropt.errors import UsageError
 from aropt.interpreter import Executor, OnRound, Values, run
 from aropt.program import Input, Program
+from aropt.units import flat, ids_of, rows, rows_for, window
 
 
 def generate(
@@ -57,17 +58,17 @@ def generate(
         whole = getattr(executor, "whole", None)
         with host_threads(getattr(executor, "host_threads", None)):
             if whole is not None and on_round is None:  # the target found one call to be faster
-                rows = whole.generate(inputs)
+                generated = whole.generate(inputs)
             else:
-                rows = run(program, inputs, slots(program, inputs), executor, on_round)["generated"].tolist()
-        for i, row in zip(group, rows, strict=True):
-            results[i] = [t for t in row if t >= 0]
+                generated = run(program, inputs, slots(program, inputs), executor, on_round)["generated"]
+        for i, row in zip(group, flat(generated), strict=True):
+            results[i] = [t for t in row if t >= 0][:n]
     return [results[i] for i in range(len(prompts))]
 
 
 def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of the prompts that run as one batch: all, or one by one where lengths differ and the program minds."""
-    if len({len(p) for p in prompts}) > 1 and not program.meta.get("ragged"):
+    if len({len(rows(program.meta, p)) for p in prompts}) > 1 and not program.meta.get("ragged"):
         return [[i] for i in range(len(prompts))]
     return [list(range(len(prompts)))]
 
@@ -92,15 +93,16 @@ def slots(program: Program, inputs: Values) -> int:
     return min(-(-needed // 64) * 64, max(needed, int(program.meta["capacity"])))
 
 
-def room(program: Program, prompt: int) -> int:
-    """The most new tokens after a prompt of so many: the last one of a loop over positions is never read."""
-    return int(program.meta["capacity"]) - prompt + (program.meta.get("loop") != "unmask")
+def room(program: Program, prompt: Sequence[int]) -> int:
+    """The most new tokens after a prompt: the last row of a loop over positions is never read."""
+    left = int(program.meta["capacity"]) - len(rows(program.meta, prompt)) + (program.meta.get("loop") != "unmask")
+    return ids_of(program.meta, left)
 
 
 def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
     """An example prompt, cut to half the capacity where no new token would fit after all of it."""
     ids = [int(t) for t in prompt]
-    return ids if room(program, len(ids)) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
+    return ids if room(program, ids) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
 
 
 def check(
@@ -122,15 +124,15 @@ def check(
         )
     if n < 0:
         raise UsageError(what=f"can't generate {n} tokens", hint="give a number of new tokens of 0 or more")
-    longest = max(len(p) for p in prompts)
-    if longest + (n if unmask else max(n - 1, 0)) > capacity:
-        raise UsageError(
-            what=f"prompt of {longest} tokens and {n} new ones don't fit",
-            where="the model's capacity",
-            why=f"it takes {capacity} tokens in all",
-            hint=f"ask for at most {max(capacity - longest + (not unmask), 0)} new tokens",
-        )
     check_ids(program, prompts, "prompt")
+    longest = max(prompts, key=lambda p: len(rows(program.meta, p)))
+    if max(n, 0 if unmask else 1) > room(program, longest):
+        raise UsageError(
+            what=f"prompt of {len(longest)} tokens and {n} new ones don't fit",
+            where="the model's capacity",
+            why=f"it takes {capacity} {'rows' if window(program.meta) else 'tokens'} in all",
+            hint=f"ask for at most {max(room(program, longest), 0)} new tokens",
+        )
     if negative is not None:
         check_negative(program, prompts, negative)
     if fill is not None:
@@ -243,9 +245,9 @@ def make_inputs(
     temperature = float(params.get("temperature", program.inputs["temperature"].default or 0.0))
     unmask = program.meta.get("loop") == "unmask"
     values = canvas_inputs(program, prompts, n, params, fill) if unmask else {
-        "prompt": padded(prompts),
-        "lengths": torch.tensor([len(p) for p in prompts]),
-        "limit": torch.tensor(n),
+        "prompt": padded([rows(program.meta, p) for p in prompts]),
+        "lengths": torch.tensor([len(rows(program.meta, p)) for p in prompts]),
+        "limit": torch.tensor(rows_for(program.meta, n)),
     }  # fmt: skip
     values |= {
         "stop": torch.tensor(list(stop) or [-1]),
@@ -261,7 +263,10 @@ def make_inputs(
                 why="the model has no null class",
                 hint="give negative= prompts of the same lengths",
             )
-        values["negative"] = padded(negative if negative is not None else [[int(null or 0), *p[1:]] for p in prompts])
+        others = [rows(program.meta, p) for p in (prompts if negative is None else negative)]
+        if negative is None:
+            others = [[*rows(program.meta, [int(null or 0)]), *p[1:]] for p in others]
+        values["negative"] = padded(others)
     for name, given in program.inputs.items():
         if name not in values:
             values[name] = parameter(given, params.get(name, given.default))
@@ -328,7 +333,8 @@ def parameter(given: Input, value: Any) -> Tensor:
     return tensor.expand(dims).contiguous() if dims and tensor.dim() == 0 else tensor
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """int64 [B, P], padded with 0 on the left."""
-    width = max(len(p) for p in prompts)
-    return torch.tensor([[0] * (width - len(p)) + [int(t) for t in p] for p in prompts], dtype=torch.int64)
+def padded(prompts: Sequence[Sequence[Any]]) -> Tensor:
+    """int64 [B, P] or, of rows of W ids, [B, P, W]; padded with 0 on the left."""
+    width, first = max(len(p) for p in prompts), prompts[0][0]
+    empty = [0] * len(first) if isinstance(first, list) else 0
+    return torch.tensor([[empty] * (width - len(p)) + list(p) for p in prompts], dtype=torch.int64)

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.program import Graph
 from aropt.trace import capture_exported, capture_model, check_exported, quiet
+from aropt.units import window
 
+SAID = (
+    ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
+    ("side", int), ("window", int),
+)  # fmt: skip
 LONGEST = 2048  # default capacity where the model takes more
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
 TOKENIZER = (
@@ -45,7 +50,8 @@ class Source:
         """The forward as a graph, and its weights."""
         if self.exported is not None:
             return capture_exported(self.exported)
-        return capture_model(self.module, int(self.meta["input_vocab"]), int(self.meta["capacity"]))
+        vocab, capacity = int(self.meta["input_vocab"]), int(self.meta["capacity"])
+        return capture_model(self.module, vocab, capacity, window(self.meta))
 
 
 def resolve(
@@ -88,8 +94,7 @@ def reference(name: str, capacity: int | None) -> Source:
         "prompts": [list(p) for p in found.prompts],
         "heldout": found.heldout,
     }
-    if name == "digits-ar":
-        meta |= {"input_vocab": 28, "null": 27}
+    meta |= said(module)
     if found.mask is not None:
         meta |= {"mask": found.mask, "block": found.block, "examples": infilling()}
     files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
@@ -392,7 +397,8 @@ def exported(path: Path, capacity: int | None) -> Source:
 def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
 
-    A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`.
+    A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
+    of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures).
     """
     check_capacity(capacity)
     config = getattr(module, "config", None)
@@ -410,11 +416,13 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
         "capacity": capacity or min(longest or 512, LONGEST),
         "prompts": [list(map(int, p)) for p in prompts],
     }
-    for name, kind in (("null", int), ("mask", int), ("block", int), ("shift", bool)):
-        said = getattr(module, name, None)
-        if type(said) is kind:  # not a submodule, a table, or the like
-            found[name] = said
-    return found
+    return {**found, **said(module)}
+
+
+def said(module: nn.Module) -> dict[str, Any]:
+    """What a module says of itself as attributes: see `facts`."""
+    found = {name: getattr(module, name, None) for name, _ in SAID}
+    return {name: found[name] for name, kind in SAID if type(found[name]) is kind}  # not a submodule, a table, ...
 
 
 def check_capacity(capacity: int | None) -> None:
@@ -438,15 +446,17 @@ def too_long(capacity: int, most: int) -> UsageError:
 
 
 def logits_size(module: nn.Module) -> int:
-    """The last dimension of the logits of a short run."""
+    """The last dimension of the logits of a short run. Raises Unsupported unless there is a row of them for each id."""
     from aropt.trace import Forward, export_failure
 
+    unit = getattr(module, "unit", None)
+    row = (unit,) if type(unit) is int else ()
     try:
         with torch.no_grad():
-            logits = Forward(module)(torch.zeros(1, 2, dtype=torch.int64))
+            logits = Forward(module)(torch.zeros(1, 2, *row, dtype=torch.int64))
     except Exception as error:  # the user's code may raise anything
         raise export_failure(error) from error
-    if logits.dim() != 3:
+    if logits.dim() != 3 + len(row):
         raise Unsupported(
             what="the forward does not return logits",
             why=f"its result has shape {list(logits.shape)}",

@@ -51,25 +51,28 @@ class Forward(nn.Module):
         return logits
 
 
-def capture_model(model: nn.Module, vocab: int, capacity: int) -> tuple[Graph, dict[str, Tensor]]:
+def capture_model(
+    model: nn.Module, vocab: int, capacity: int, row: tuple[int, ...] = ()
+) -> tuple[Graph, dict[str, Tensor]]:
     """Captures `forward(ids int64[B, T]) -> logits float[B, T, V]` with B and T symbolic (1 <= T <= capacity).
 
-    `vocab` bounds the example ids. Returns the graph (input "ids", output "logits") and the weights by name.
+    `vocab` bounds the example ids; `row` is (W,) for ids [B, T, W] -> logits [B, T, W, V] (see
+    aropt.units). Returns the graph (input "ids", output "logits") and the weights by name.
     Raises Unsupported when torch can't export the forward, or exports it with a fixed length.
     """
     model = model.eval().requires_grad_(False)
-    example = torch.randint(0, vocab, (3, min(7, capacity)), generator=torch.Generator().manual_seed(0))
+    example = torch.randint(0, vocab, (3, min(7, capacity), *row), generator=torch.Generator().manual_seed(0))
     check_weights(model)
     with batched_experts(model):
         exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
-    specs = {"ids": Spec(torch.int64, ("B", "T"))}
+    specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
     graph, weights = from_exported("model", exported, specs, ["logits"])
     dims = graph.outputs["logits"].dims
-    if len(dims) != 3 or dims[:2] != ("B", "T"):
+    if len(dims) != 3 + len(row) or dims[:-1] != ("B", "T", *row):
         raise Unsupported(
             what="the forward does not return one row of logits for each token",
             where="output 'logits'",
-            why=f"its shape is {graph.outputs['logits']}, expected [B, T, vocabulary]",
+            why=f"its shape is {graph.outputs['logits']}, expected [B, T, {''.join(f'{n}, ' for n in row)}vocabulary]",
             hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
         )
     return graph, weights

@@ -20,7 +20,8 @@ from aropt.errors import AroptError, UsageError
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.passbase import loops
 from aropt.program import Call, Program, calls, dict_root
-from aropt.runtime import make_inputs, slots
+from aropt.runtime import batches, make_inputs, slots
+from aropt.units import flat, ids_of, rows, rows_for, window
 
 TOLERANCE = 16.0  # times the noise floor: two roundings in other orders, over many rows
 BLOCK = 64  # caches grow in blocks of so many slots
@@ -63,8 +64,7 @@ class Case:
 
     def groups(self, program: Program) -> list[list[int]]:
         """Which prompts run as one batch, as in `runtime.generate`."""
-        ragged = len({len(p) for p in self.prompts}) > 1 and not program.meta.get("ragged")
-        return [[i] for i in range(len(self.prompts))] if ragged else [list(range(len(self.prompts)))]
+        return batches(program, self.prompts)
 
     def inputs(self, program: Program, group: Sequence[int]) -> Values:
         """The program's inputs for these prompts."""
@@ -126,7 +126,7 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     generator = torch.Generator().manual_seed(seed)
 
     def prompt(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(0, vocab, (max(length, 1),), generator=generator).tolist())
+        return random_rows(program, vocab, max(length, 1), generator)
 
     def case(
         name: str,
@@ -139,7 +139,7 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     ) -> None:
         prompts = tuple(prompt(length) for length in lengths)
         negative = tuple(prompt(len(p)) for p in prompts) if needs_negative else ()
-        room = max(0, min(n, capacity - max(map(len, prompts)) + 1))
+        room = max(0, min(n, ids_of(program.meta, capacity - max(*lengths, 1) + 1)))
         made.append(Case(name, kind, prompts, room, seed, params, (), tuple(streams), negative))
 
     made: list[Case] = []
@@ -168,6 +168,18 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
 
 
 Params = tuple[tuple[str, Value], ...]
+
+
+def random_rows(program: Program, vocab: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Ids that fill so many rows: one each, or of windows a whole one or an id that stands alone."""
+    if not window(program.meta):
+        return tuple(torch.randint(0, vocab, (count,), generator=generator).tolist())
+    ids: list[int] = []
+    for first in torch.randint(0, vocab, (count,), generator=generator).tolist():
+        single = int(program.meta.get("single", vocab))
+        rest = torch.randint(0, single, (*window(program.meta),), generator=generator).tolist()
+        ids += [first] if first >= single else [first, *rest[1:]]
+    return tuple(ids)
 
 
 def parameters(program: Program) -> tuple[Params, Params]:
@@ -312,25 +324,26 @@ class Forced:
         self.rules: list[tuple[str, Values]] = []
 
     def call(self, graph: str, inputs: Values) -> Values:
-        tokens = self.trace.tokens[self.row]
+        tokens, meta = self.trace.tokens[self.row], self.oracle.program.meta
         if graph == self.oracle.model.graph:
             ids = inputs["ids"]
             if self.single is None:
-                forced = torch.tensor(tokens[:-1] or [0], dtype=torch.int64).expand(ids.shape[0], -1)
-                self.single, self.double = self.oracle.logits(
-                    torch.cat([ids, forced], 1)[:, : ids.shape[1] + len(tokens) - 1]
-                )
+                rows = max(rows_for(meta, len(tokens)) - 1, 0)  # the last one is not read
+                given = torch.tensor(tokens[: ids_of(meta, rows)], dtype=torch.int64).reshape(rows, *window(meta))
+                forced = torch.cat([ids, given.expand(ids.shape[0], *given.shape)], 1)
+                self.single, self.double = self.oracle.logits(forced[:, : ids.shape[1] + rows - (not tokens)])
             if ids.shape[1] > self.single.shape[1]:
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
             return {"logits": self.single[:, : ids.shape[1]]}
         results = self.oracle.eager.call(graph, inputs)
         if graph in ("greedy", "sample"):
-            step = len(self.decided)
-            self.decided.append(int(results["token"]))
+            own = results["token"].flatten().tolist()
+            step, self.decided = len(self.decided), [*self.decided, *own]
             self.rules.append((graph, inputs))
             if step >= len(tokens):
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
-            return {"token": torch.tensor([tokens[step]])}
+            theirs = tokens[step : step + len(own)]
+            return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(meta))}
         return results
 
 
@@ -348,14 +361,14 @@ class Trace:
             inputs = case.inputs(candidate, group)
 
             def keep(values: Values, group: list[int] = group) -> None:
-                branches = values["row"].reshape(-1, len(group), values["row"].shape[-1])
+                branches = values["row"].reshape(-1, len(group), *values["row"].shape[1:])
                 for j, i in enumerate(group):
                     self.logits[i].append(branches[:, j].clone())
-                if len(self.logits[group[0]]) > case.n:
+                if len(self.logits[group[0]]) > rows_for(candidate.meta, case.n):
                     raise Mismatch(f"does not end after {case.n} tokens")
 
             values = run(candidate, inputs, slots(candidate, inputs), executor, keep)
-            for i, row in zip(group, values["generated"].tolist(), strict=True):
+            for i, row in zip(group, flat(values["generated"]), strict=True):
                 self.tokens[i] = [t for t in row if t >= 0]
                 if any(t >= 0 for t in row[len(self.tokens[i]) :]):
                     self.tokens[i].append(-1)  # tokens after the end: never equal to the reference's
@@ -392,8 +405,8 @@ def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome
 
 def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequence[int], outcome: Outcome) -> str:
     """Measures one prompt; returns what is wrong, or nothing."""
-    forced, tokens = Forced(oracle, trace, i), trace.tokens[i]
-    if len(tokens) > len(trace.logits[i]):
+    forced, tokens, meta = Forced(oracle, trace, i), trace.tokens[i], oracle.program.meta
+    if len(tokens) > ids_of(meta, len(trace.logits[i])):
         return f"returns {len(tokens)} tokens after {len(trace.logits[i])} rounds"
     wrong = [t for t in tokens if not 0 <= t < int(oracle.program.meta["vocab"])]
     if wrong:
@@ -402,21 +415,22 @@ def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequen
         values = run(oracle.program, case.inputs(oracle.program, [i]), 0, forced)
     except Mismatch as mismatch:
         return str(mismatch)
-    expected = [t for t in values["generated"][0].tolist() if t >= 0]
+    expected = [t for t in flat(values["generated"])[0] if t >= 0]
     if expected != tokens:
         return f"ends after {len(tokens)} tokens, the reference after {len(expected)}"
     if forced.single is None or forced.double is None:
         return ""
     floor = noise_floor(forced.single, forced.double)
-    error, problem = 0.0, ""
+    error, problem, before = 0.0, "", len(rows(meta, prompt)) - 1
     for step, token in enumerate(tokens):
-        mine, theirs = trace.logits[i][step], forced.single[:, len(prompt) - 1 + step]
+        round, place = divmod(step, ids_of(meta, 1))
+        mine, theirs = trace.logits[i][round], forced.single[:, before + round]
         distance = torch.where(mine == theirs, 0.0, (mine - theirs).abs())
         if not torch.isfinite(distance).all():
             return f"logits of new token {step} are not finite"
         error = max(error, float(distance.max()))
         if forced.decided[step] != token and not problem:
-            if error <= TOLERANCE * floor and ties(oracle, *forced.rules[step], mine, token, TOLERANCE * floor):
+            if error <= TOLERANCE * floor and ties(oracle, *forced.rules[round], mine, token, TOLERANCE * floor, place):
                 outcome.ties += 1
             else:
                 problem = f"new token {step} is {token}, the reference's rule picks {forced.decided[step]}"
@@ -428,11 +442,15 @@ def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequen
     return problem
 
 
-def ties(oracle: Oracle, graph: str, read: Values, mine: Tensor, token: int, tolerance: float) -> bool:
-    """Whether the reference's rule picks the token too, from the candidate's logits or with a slightly higher logit."""
+def ties(oracle: Oracle, graph: str, read: Values, mine: Tensor, token: int, tolerance: float, place: int = 0) -> bool:
+    """Whether the reference's rule picks the token too, from the candidate's logits or with a slightly higher logit.
+
+    `place`: which of a window's ids it is.
+    """
     nudged = read["logits"].clone()
-    nudged[0, token] += 2 * tolerance  # two logits, each off by the tolerance
-    return any(int(oracle.eager.call(graph, {**read, "logits": x})["token"]) == token for x in (mine, nudged))
+    nudged[(0, place, token) if nudged.dim() == 3 else (0, token)] += 2 * tolerance  # two logits, each off by it
+    picks = [oracle.eager.call(graph, {**read, "logits": x})["token"].flatten()[place] for x in (mine, nudged)]
+    return any(int(picked) == token for picked in picks)
 
 
 def noise_floor(single: Tensor, double: Tensor) -> float:

@@ -12,6 +12,7 @@ from aropt.errors import MissingTool, VerificationFailed
 from aropt.interpreter import Values
 from aropt.program import Program
 from aropt.runtime import batches, make_inputs, room
+from aropt.units import flat, ids_of, window
 
 NEEDS = {20: (1, 17)}  # the first onnxruntime that has an opset
 
@@ -62,7 +63,8 @@ def generate(
     for group in batches(program, prompts):
         negatives, fills = (None if rows is None else [rows[i] for i in group] for rows in (negative, fill))
         values = make_inputs(program, [prompts[i] for i in group], n, seed, stop, group, negatives, params, fills)
-        results |= zip(group, batch(session, program.outputs[0], values, chunk), strict=True)
+        found = batch(session, program.outputs[0], values, chunk)
+        results |= {i: row[:n] for i, row in zip(group, found, strict=True)}
     return [results[i] for i in range(len(prompts))]
 
 
@@ -74,7 +76,7 @@ def batch(session: Any, generated: str, values: Values, chunk: int | None) -> li
     while True:
         most = {} if chunk is None else {"chunk": torch.tensor(chunk).numpy()}
         out = dict(zip(names, session.run(None, feeds | most), strict=True))
-        for row, new in zip(rows, out[generated].tolist(), strict=False):
+        for row, new in zip(rows, flat(torch.from_numpy(out[generated])), strict=False):
             row[:] = (row if "counts" in out else []) + [t for t in new if t >= 0]  # a canvas is whole each time
         if chunk is None or bool(out["next.finished"]):
             return rows
@@ -88,13 +90,14 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
     Raises VerificationFailed if a token differs.
     """
     made = session(path)
-    start = example(program)
-    n = min(12, room(program, len(start)))
-    second = [start[-1], *start[:-1]][: max(1, len(start) - 1)]
+    rows = example(program)
+    n = min(12, room(program, joined(rows)))
+    others = rows[::-1], [rows[-1], *rows[:-1]][: max(1, len(rows) - 1)]
+    start, back, second = (joined(some) for some in (rows, *others))
     tokens, cases = 0, 0
     needs_negative = "negative" in program.inputs and program.meta.get("null") is None
     choices: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "seed": 5})
-    for prompts in ([start], [start, start[::-1]], [start, second]):
+    for prompts in ([start], [start, back], [start, second]):
         for choice in choices:
             params = {**choice, "negative": [p[::-1] for p in prompts]} if needs_negative else choice
             want = program.generate(prompts, n, **params)
@@ -110,11 +113,18 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
     return {"status": "pass", "cases": cases, "tokens": tokens, "level": "tokens equal"}
 
 
-def example(program: Program) -> list[int]:
-    """A prompt of more than one token, so that others can be shorter, where the capacity allows it."""
+def joined(rows: list[list[int]]) -> list[int]:
+    return [t for row in rows for t in row]
+
+
+def example(program: Program) -> list[list[int]]:
+    """The rows of a prompt of more than one, so that others can be shorter, where the capacity allows it."""
     known, capacity = (int(program.meta.get(k, program.meta["vocab"])) for k in ("input_vocab", "capacity"))
     start = [int(t) for t in program.meta["prompts"][0]] if program.meta.get("prompts") else [1 % known]
-    if len(start) < 3:
-        start += [t for t in range(min(known, 5)) if t not in (start[0], program.meta.get("mask"))]
-        start = start[:3]
-    return start[: max(1, capacity // 2)]
+    more = [t for t in range(min(known, 5)) if t not in (start[0], program.meta.get("mask"))]
+    made = [[t] for t in start]
+    if window(program.meta):  # a class, then windows
+        made = [start[:1], *([t] * ids_of(program.meta, 1) for t in more)]
+    elif len(start) < 3:
+        made += [[t] for t in more]
+    return made[: max(1, min(3, capacity // 2) if len(start) < 3 else capacity // 2)]

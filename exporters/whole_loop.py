@@ -321,13 +321,14 @@ class Writer:
         self.output("status", status, Spec(I64))
         for name, state in self.program.state.items():
             self.output(f"next.{name}", values[name], state.spec)
-        if self.spec_of_output(self.program.outputs[0]) != Spec(I64, ("B", "N")):
+        axes = self.spec_of_output(self.program.outputs[0]).dims
+        if axes[:2] != ("B", "N"):
             return
         zero = self.constant(graph, 0)
         there = self.node(
             graph, "Cast", [self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], zero])], to=7
         )
-        counts = self.node(graph, "ReduceSum", [there, self.constant(graph, [1])], keepdims=0)
+        counts = self.node(graph, "ReduceSum", [there, self.constant(graph, list(range(1, len(axes))))], keepdims=0)
         self.output("counts", counts, Spec(I64, ("B",)))
 
     def spec_of_output(self, name: str) -> Spec:

@@ -51,7 +51,8 @@ class FuseAttention:
         dense = fused(graph, program, weights)
         graphs = {(RAGGED if n == STEP else n): g for n, g in program.graphs.items()}
         graphs[RAGGED] = replace(graphs[RAGGED], name=RAGGED)
-        graphs |= {STEP: dense, "compare": compare()}
+        check = compare(program.inputs["prompt"].spec)
+        graphs |= {STEP: dense, "compare": check}
         ends = {
             "last": StateSpec("counter", Spec(I32, program.state["pads"].spec.dims)),
             "total": StateSpec("counter", Spec(I32)),
@@ -59,7 +60,8 @@ class FuseAttention:
         state = {**program.state, "ragged": StateSpec("flag", Spec(torch.bool)), **ends}
         used = {w for g in graphs.values() for w in g.weights()}
         kept = {w: v for w, v in weights.items() if w in used}
-        return program.replace(graphs=graphs, state=state, weights=kept, control=branch(program.control, dense))
+        control = branch(program.control, dense, named(check))
+        return program.replace(graphs=graphs, state=state, weights=kept, control=control)
 
 
 PASS = FuseAttention
@@ -71,28 +73,28 @@ def restricted(program: Program) -> bool:
     return called and set(PLACES) <= set(program.graphs[STEP].inputs)
 
 
-def compare() -> Graph:
+def compare(prompt: Spec) -> Graph:
     """Whether some prompt is shorter than the longest; where the prompt's last row goes if none is."""
 
     def function(prompt: Tensor, pads: Tensor) -> tuple[Tensor, ...]:
         size = prompt.shape[1]
         return (pads != 0).any(), torch.full_like(pads, 0, dtype=I32) + (size - 1), torch.zeros((), dtype=I32) + size
 
-    inputs = {"prompt": Spec(I64, ("B", "P")), "pads": Spec(I64, ("N",))}
+    inputs = {"prompt": prompt, "pads": Spec(I64, ("N",))}
     return capture_function("compare", function, inputs, ["ragged", "last", "total"])
 
 
-def branch(control: Control, dense: Graph) -> Control:
+def branch(control: Control, dense: Graph, check: Call) -> Control:
     """Each loop twice: the general one for ragged batches, the fused one for others."""
     match control:
         case Seq(body):
-            parts = [branch(part, dense) for part in body]
+            parts = [branch(part, dense, check) for part in body]
             first = next((i for i, c in enumerate(parts) if isinstance(c, Call) and c.graph == "enter"), None)
             if first is not None:
-                parts.insert(first + 1, named(compare()))
+                parts.insert(first + 1, check)
             return Seq(tuple(parts))
         case If(cond, then, orelse):
-            return If(cond, branch(then, dense), branch(orelse, dense))
+            return If(cond, branch(then, dense, check), branch(orelse, dense, check))
         case Loop() if any(c.graph == STEP for c in calls(control.body)):
             return If(
                 "ragged", replace(control, body=general(control.body)), replace(control, body=even(control.body, dense))

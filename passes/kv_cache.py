@@ -16,6 +16,7 @@ from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import restrict
 from aropt.trace import capture_function
+from aropt.units import window
 
 I64 = torch.int64
 
@@ -46,12 +47,13 @@ class KvCache:
         guided = batch != "B"
         step = replace(found.graph, name="step")
         graphs = {n: g for n, g in program.graphs.items() if n != model.graph}
-        graphs |= {"step": step, "enter": enter(guided), "place": place(), "feed": feed(guided)}
+        row = window(program.meta)
+        graphs |= {"step": step, "enter": enter(guided, row), "place": place(row), "feed": feed(guided, row)}
         caches = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()}
         state = {
             **program.state,
             **caches,
-            "feed": StateSpec("tokens", Spec(I64, (batch, "R"))),
+            "feed": StateSpec("tokens", Spec(I64, (batch, "R", *row))),
             "filled": StateSpec("counter", Spec(I64)),
             "pads": StateSpec("lengths", Spec(I64, (batch,))),
         }
@@ -100,7 +102,7 @@ def rebatch(spec: Spec, batch: str) -> Spec:
     return Spec(spec.dtype, dims)
 
 
-def enter(guided: bool) -> Graph:
+def enter(guided: bool, row: tuple[int, ...]) -> Graph:
     """Before the first round: feed the whole prompt; slots before a short prompt are padding."""
 
     def function(prompt: Tensor, lengths: Tensor, negative: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -110,13 +112,13 @@ def enter(guided: bool) -> Graph:
         )
         return feed, torch.zeros((), dtype=I64), pads
 
-    inputs = {"prompt": Spec(I64, ("B", "P")), "lengths": Spec(I64, ("B",))}
+    inputs = {"prompt": Spec(I64, ("B", "P", *row)), "lengths": Spec(I64, ("B",))}
     if guided:
-        inputs["negative"] = Spec(I64, ("B", "P"))
+        inputs["negative"] = Spec(I64, ("B", "P", *row))
     return capture_function("enter", function, inputs, ["feed", "filled", "pads"])
 
 
-def place() -> Graph:
+def place(row: tuple[int, ...]) -> Graph:
     """Where the fed rows go: slots [R] after the filled ones, positions [B, R] counted from each prompt's start."""
 
     def function(feed: Tensor, filled: Tensor, pads: Tensor) -> tuple[Tensor, ...]:
@@ -124,15 +126,15 @@ def place() -> Graph:
         positions = (slots - pads.unsqueeze(1)).clamp(min=-1)
         return slots, positions, filled + feed.shape[1]
 
-    inputs = {"feed": Spec(I64, ("B", "R")), "filled": Spec(I64), "pads": Spec(I64, ("B",))}
+    inputs = {"feed": Spec(I64, ("B", "R", *row)), "filled": Spec(I64), "pads": Spec(I64, ("B",))}
     return capture_function("place", function, inputs, ["slots", "positions", "filled"])
 
 
-def feed(guided: bool) -> Graph:
+def feed(guided: bool, row: tuple[int, ...]) -> Graph:
     """The next round feeds the new token."""
     return capture_function(
         "feed",
         lambda token: (torch.cat([token, token]) if guided else token).unsqueeze(1),
-        {"token": Spec(I64, ("B",))},
+        {"token": Spec(I64, ("B", *row))},
         ["feed"],
     )

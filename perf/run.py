@@ -68,7 +68,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     report = optimize(request)
     program = artifact.load(out)
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
-    n = min(TOKENS, room(program, len(prompt)))
+    n = min(TOKENS, room(program, prompt))
     timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS)
     report["notes"] = []
     add_timings(report, timings, n)

@@ -102,7 +102,7 @@ def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
     from aropt import generation
 
     program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
-    assert room(program, 30) < 0
+    assert room(program, [1] * 30) < 0
     program.save(str(tmp_path / "out"))
     assert len(generation.run(tmp_path / "out", None, None, {}, 0, None, None, "eager")["tokens"][0]) == 4
     with pytest.raises(UsageError, match="prompt of 9 tokens and 1 new ones don't fit"):

@@ -81,6 +81,8 @@ class Block(nn.Module):
 class DigitsAR(nn.Module):
     """Predicts each pixel of an image from its class and the pixels before it in raster order."""
 
+    input_vocab, null, side = TOKENS, NULL, SIDE
+
     def __init__(
         self, width: int = 128, layers: int = 4, heads: int = 4, hidden: int = 352, dropout: float = 0.0
     ) -> None:

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from aropt.interpreter import Values
 from aropt.program import Program
 from aropt.runtime import fitted, room
@@ -33,14 +36,14 @@ class Whole:
         self.session: Any = None
         self.kept: Any = None  # a temporary folder that lives as long as this
 
-    def generate(self, inputs: Values) -> list[list[int]]:
-        """The generated rows, -1 after a sequence's end."""
+    def generate(self, inputs: Values) -> Tensor:
+        """The generated rows, int64 [B, N] or [B, N, W], -1 after a sequence's end."""
         from aropt.exporters.run_loop import session
 
         if self.session is None:
             self.session = session(self.path, self.threads)
         (rows,) = self.session.run(["generated"], {n: v.numpy() for n, v in inputs.items()})
-        return rows.tolist()  # type: ignore[no-any-return]
+        return torch.from_numpy(rows)
 
 
 def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def measured(program: Program, executor: Any, path: Path, say: Callable[[str], N
     verify = run_loop.compare(path, program.replace(executor=executor))
     whole = Whole(path, executor.threads)
     prompt = fitted(program, program.meta["prompts"][0])
-    n = min(64, room(program, len(prompt)))
+    n = min(64, room(program, prompt))
     runs: dict[str, list[float]] = {"stepping": [], "one call": []}
     say("one call: time")
     for _ in range(ROUNDS + 1):

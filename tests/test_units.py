@@ -1,0 +1,226 @@
+"""Rows of several ids: a model of image windows is captured, cached, lowered and exported like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import aropt
+from aropt import units
+from aropt.errors import Unsupported, UsageError
+from aropt.interpreter import run
+from aropt.models.digits import Block, RMSNorm
+from aropt.runtime import make_inputs, room, slots
+from aropt.targets import lower
+from aropt.validate import cases, validate, with_probe
+
+W, LEVELS, ROWS = 4, 5, 6
+
+
+class Windows(nn.Module):
+    """A tiny image model: rows of four ids, or of a class (ids 5 to 7) alone."""
+
+    unit, single, input_vocab, null, capacity, prompts = W, LEVELS, LEVELS + 3, LEVELS + 2, ROWS, ([LEVELS],)
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.small = nn.Embedding(self.input_vocab, width), nn.Linear(width, width // W)
+        self.place = nn.Embedding(ROWS, width)
+        self.blocks = nn.ModuleList(Block(width, 2, 24, 0.0) for _ in range(2))
+        self.norm, self.grow, self.head = RMSNorm(width), nn.Linear(width, width), nn.Linear(width // W, LEVELS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = torch.where(ids[..., :1] >= self.single, x[:, :, 0], self.small(x).flatten(2))
+        x = x + self.place(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.grow(self.norm(x)).unflatten(-1, (W, -1))) * 6
+        return logits
+
+
+RULES = ["guidance", "repetition-penalty", "temperature", "top-k", "top-p"]
+
+
+@pytest.fixture(scope="module")
+def program() -> aropt.Program:
+    return aropt.capture(Windows(), rules=RULES)
+
+
+@pytest.fixture(scope="module")
+def cached(program: aropt.Program) -> aropt.Program:
+    return aropt.optimize(program, "eager", check=False)
+
+
+Rows = list[list[int]]
+
+
+def joined(rows: Rows) -> list[int]:
+    return [t for row in rows for t in row]
+
+
+IDS = st.integers(0, LEVELS - 1)
+ROW = st.one_of(st.integers(LEVELS, LEVELS + 2).map(lambda c: [c]), st.lists(IDS, min_size=W, max_size=W))
+PROMPTS = st.lists(st.lists(ROW, min_size=1, max_size=3).map(joined), min_size=1, max_size=3)
+META = {"unit": W, "single": LEVELS, "vocab": LEVELS}
+
+
+@given(st.lists(ROW, max_size=5))
+def test_rows_hold_a_window_or_an_id_alone(rows: list[list[int]]) -> None:
+    assert units.rows(META, joined(rows)) == [r if len(r) == W else r * W for r in rows]
+    assert units.rows({"vocab": LEVELS}, joined(rows)) == joined(rows)
+
+
+@given(st.lists(ROW, max_size=3), st.lists(IDS, min_size=1, max_size=W - 1), st.lists(ROW, max_size=1))
+def test_windows_that_are_not_whole_are_refused(
+    before: list[list[int]], part: list[int], after: list[list[int]]
+) -> None:
+    if after and len(after[0]) == W:
+        after = [after[0][: W - len(part) - 1]]
+    with pytest.raises(UsageError, match=f"of its {W} ids"):
+        units.rows(META, joined([*before, part, *after]))
+
+
+def plain(model: nn.Module, prompt: list[int], n: int) -> list[int]:
+    """Greedy generation by forwards over all rows."""
+    rows = units.rows(META, prompt)
+    new: list[int] = []
+    while len(new) < n:
+        window = model(torch.tensor([rows]))[0, -1].argmax(-1).tolist()
+        new += window
+        rows = [*rows, window]
+    return new[:n]
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROMPTS, st.integers(0, 3 * W))
+def test_greedy_generation_is_the_models_own(prompts: list[list[int]], n: int) -> None:
+    model = Windows().eval()
+    program, cached = plain_programs(model)
+    expected = [plain(model, p, n) for p in prompts]
+    assert program.generate(prompts, n) == expected
+    assert cached.generate(prompts, n) == expected
+
+
+KEPT: dict[str, aropt.Program] = {}
+
+
+def plain_programs(model: nn.Module) -> tuple[aropt.Program, aropt.Program]:
+    if not KEPT:
+        KEPT["plain"] = aropt.capture(model)
+        KEPT["cached"] = aropt.optimize(KEPT["plain"], "eager", check=False)
+    return KEPT["plain"], KEPT["cached"]
+
+
+def test_a_round_is_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+    for one in (program, cached):
+        rounds: list[int] = []
+        (row,) = one.generate([[LEVELS]], 10, on_round=lambda _, r=rounds: r.append(1))
+        assert len(row) == 10 and len(rounds) == 3  # the third window is cut
+
+
+def test_what_fits(program: aropt.Program) -> None:
+    assert room(program, [LEVELS]) == ROWS * W and room(program, [LEVELS, 0, 0, 0, 0]) == (ROWS - 1) * W
+    assert len(program.generate([[LEVELS]], ROWS * W)[0]) == ROWS * W
+    with pytest.raises(UsageError, match="don't fit"):
+        program.generate([[LEVELS]], ROWS * W + 1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(PROMPTS, st.integers(0, 2**40), st.sampled_from([{}, {"top_k": 2}, {"repetition_penalty": 3.0}]))
+def test_sampled_rows_do_not_depend_on_the_batch(prompts: list[list[int]], seed: int, more: dict[str, float]) -> None:
+    if "guided" not in KEPT:
+        KEPT["guided"] = aropt.optimize(aropt.capture(Windows(), rules=RULES), "eager", check=False)
+    params = {"seed": seed, "temperature": 1.3, "guidance": 2.0, **more}
+    together = KEPT["guided"].generate(prompts, 2 * W, **params)
+    for i, prompt in enumerate(prompts):
+        assert KEPT["guided"].generate([prompt], 2 * W, streams=[i], **params) == [together[i]]
+
+
+def test_each_id_of_a_window_has_noise_of_its_own() -> None:
+    flat_model = Windows()
+    for weight in flat_model.head.parameters():
+        nn.init.zeros_(weight)
+    drawn = aropt.capture(flat_model).generate([[LEVELS]] * 60, 2 * W, temperature=1.0, seed=5)
+    seen = torch.tensor(drawn)
+    assert len(seen.unique()) == LEVELS
+    for i in range(2 * W):  # of any two ids in a sequence, a fifth are equal by chance
+        for j in range(i):
+            assert 0.05 < float((seen[:, i] == seen[:, j]).float().mean()) < 0.45
+
+
+def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+    (free,) = program.generate([[LEVELS]], 3 * W, temperature=1.0, seed=1)
+    at = next(i for i in range(W, 2 * W - 1) if free[i] not in free[:i])
+    for one in (program, cached):
+        assert one.generate([[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
+        values = run(one, make_inputs(one, [[LEVELS]], 3 * W, 1, [free[at]], [0], None, {"temperature": 1.0}), 16)
+        assert values["generated"].shape == (1, at // W + 1, W)
+
+
+def test_the_whole_pipeline_is_valid(program: aropt.Program) -> None:
+    done = aropt.optimize(program, "onnxruntime")
+    assert done.report["verify"]["status"] == "pass"
+    status = {p["name"]: p["status"] for p in done.report["passes"]}
+    assert status["kv-cache"] == "applied" and status["fuse-sampler"] == "applied"
+    assert status["fuse-attention"] == "applied"
+
+
+def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+    executor = lower(cached, "eager")
+
+    class Wrong:
+        """The third id of the second window is another one."""
+
+        rounds = 0
+
+        def call(self, graph: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            results = executor.call(graph, inputs)
+            for name, value in results.items():
+                if name == "emitted" and value.numel():
+                    self.rounds += 1
+                    if self.rounds == 2:
+                        results[name] = value.clone()
+                        results[name][0, 2] = (value[0, 2] + 1) % LEVELS
+            return results
+
+    probed = with_probe(cached)
+    executor = lower(probed, "eager")
+    chosen = [c for c in cases(program, quick=True) if c.name == "sampled"]
+    assert validate(program, probed, executor, chosen).passed
+    assert not validate(program, probed, Wrong(), chosen, explain=False).passed
+
+
+def test_the_whole_loop_runs_in_plain_onnxruntime(program: aropt.Program, tmp_path: Path) -> None:
+    from aropt.exporters import run_loop
+    from aropt.exporters.whole_loop import export_program
+
+    done = aropt.optimize(program, "onnxruntime", check=False)
+    for contrib in (False, True):
+        path = tmp_path / str(contrib) / "model.onnx"
+        export_program(done, path, contrib)
+        assert run_loop.compare(path, done)["status"] == "pass"
+
+
+class Flat(Windows):
+    """Forgets the axis of the window."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).flatten(2)
+
+
+def test_logits_without_a_row_for_each_id_are_refused() -> None:
+    with pytest.raises(Unsupported, match="return logits"):
+        aropt.capture(Flat())
+
+
+def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+    inputs = make_inputs(cached, [[LEVELS]], ROWS * W, 0, [], [0], None, {})
+    values = run(cached, inputs, slots(cached, inputs))
+    assert values["slot_positions"].amax() == ROWS - 1
