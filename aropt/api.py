@@ -127,7 +127,7 @@ def optimize(
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice.
-    Raises VerificationFailed if the lowered program differs and `strict` is set.
+    Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
     instruments = instruments or Instruments()
     if budget:
@@ -143,10 +143,10 @@ def optimize(
             optimized.reference or program,
             probed,
             executor,
-            cases(program, seed),
+            cases(optimized.reference or program, seed),
             lambda name: instruments.say(f"check: {name}"),
         )
-        if optimized.reference is not None:
+        if optimized.reference is not None and "needs_finetune" not in optimized.meta:
             instruments.say("check: drift")
             drift = drift_of(program, probed, executor)
         executor = (
@@ -175,6 +175,8 @@ def optimize(
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))
+    if check and strict and "needs_finetune" in optimized.meta:
+        raise untrained(optimized)
     if check and not verdict.passed and strict:
         raise VerificationFailed(
             what=f"the program lowered to {target} does not match its reference",
@@ -182,6 +184,16 @@ def optimize(
             hint="leave a pass out with --no-pass, or try --target eager; report it with the repro line",
         )
     return finished
+
+
+def untrained(program: Program) -> VerificationFailed:
+    """What to tell of a program whose new weights nothing has trained."""
+    return VerificationFailed(
+        what="the program needs fine-tuning",
+        where=", ".join(entry.name for entry in program.ledger if entry.level == "retrained"),
+        why="the pass makes another model of it, and its new weights are random",
+        hint=str(program.meta["needs_finetune"]),
+    )
 
 
 def nodes_note(graph: str, found: dict[str, int]) -> str:
@@ -233,7 +245,7 @@ def describe_run(
     ]
     notes = [] if verdict.outcomes else ["Nothing was validated: --no-check."]
     checked = {
-        "status": "pass" if verdict.passed and verdict.outcomes else "fail",
+        "status": "pass" if verdict.passed and verdict.outcomes and "needs_finetune" not in optimized.meta else "fail",
         "metrics": verdict.metrics(),
         "cases": outcomes,
         "diverges": divergence(verdict),

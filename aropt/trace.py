@@ -131,6 +131,19 @@ def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, 
     return graph
 
 
+def capture_module(
+    name: str, module: nn.Module, inputs: dict[str, Spec], outputs: list[str]
+) -> tuple[Graph, dict[str, Tensor]]:
+    """Captures part of a model: its graph, and its weights as "NAME.<path>"."""
+    known = {s: Dim(s) for s in example_sizes(inputs)}
+    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values())
+    holder = nn.Module()
+    holder.add_module(name, module.eval().requires_grad_(False))
+    holder.forward = lambda *values: module(*values)
+    exported = export(holder, tuple(examples(inputs).values()), (shapes,))
+    return from_exported(name, exported, inputs, outputs)
+
+
 def dynamic(dim: str, known: dict[str, Any]) -> Any:
     """torch.export's Dim of "B" or "2*B"."""
     factor, _, name = dim.rpartition("*")

@@ -140,8 +140,22 @@ def test_digits_end_to_end(tmp_path: Path) -> None:
 
     picture = Image.open(tmp_path / "ten.png")
     assert picture.size == (1600, 160) and len(picture.getcolors()) > 8
+    six = aropt("run", out, "-n", "6", "--grid", "3x2", "-o", tmp_path / "six.png")
+    assert six.returncode == 0 and Image.open(tmp_path / "six.png").size == (480, 320)
+    refused(aropt("run", out, "-n", "7", "--grid", "3x2"), 2, "7 pictures don't fit a grid of 3x2")
+    refused(aropt("run", out, "-n", "7", "--grid", "3"), 2, "'3' is no grid")
+    refused(aropt("run", out, "-n", "1", "-o", tmp_path / "no" / "there.png"), 2, "can't write")
     again = aropt("run", out, "-n", "10", "--image", tmp_path / "ten2.png", "--json", "--target", "eager")
     assert json.loads(again.stdout)["tokens"] == json.loads(run.stdout)["tokens"], "the same noise on another target"
+
+
+def test_what_needs_tuning_does_not_ship(tmp_path: Path) -> None:
+    done = aropt("optimize", "digits-ar", "-o", tmp_path / "out", *QUICK, "--pass", "token-shuffle:window=2")
+    refused(done, 3, "needs fine-tuning", "python -m aropt.models.train --from digits-ar --shuffle 2")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.failed" / "report.json").is_file()
+    refused(
+        aropt("optimize", "digits-ar", "-o", tmp_path / "out", "--pass", "token-shuffle:window=3"), 2, "don't divide"
+    )
 
 
 @pytest.mark.slow
