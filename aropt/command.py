@@ -22,6 +22,7 @@ from aropt.passmanager import Instruments, bisect, pipeline
 from aropt.program import Program
 from aropt.runtime import fitted, room
 from aropt.sources import Source, resolve
+from aropt.twins import curve
 from aropt.units import rows, rows_for
 
 Say = Callable[[str], None]
@@ -123,6 +124,8 @@ def optimize(request: Request) -> dict[str, Any]:
         report["samples"] = samples(program, done, source)
         artifact.write(done, folder, {}, source.files)
         timed(report, folder, done, source, request, threads)
+        if request.runs:
+            report["windows"] = curve(source.module, done, request.target, threads, request.runs, say)
         artifact.write(done, folder, report, source.files)
     return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
 

@@ -18,7 +18,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # JSON has no NaN, and an error may well be one: it is stored as null and shown as "not finite".
 Number = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
-Image = list[list[Annotated[int, Field(ge=0, le=16)]]]
+Image = list[list[Annotated[int, Field(ge=0)]]]
 CLIP, SHOWN = 3000, 24  # characters of a text and samples shown, so that the page stays below 1 MB
 
 
@@ -136,7 +136,7 @@ class Roofline(Strict):
 
 
 class Sample(Strict):
-    """The same prompt before and after: a text, or an image as rows of grey levels 0 to 16."""
+    """The same prompt before and after: a text, or an image as rows of grey levels."""
 
     label: str
     before: str | Image
@@ -194,6 +194,17 @@ class Drift(Strict):
     judged: NonNegativeInt = 0  # how many ids these are
 
 
+class Window(Strict):
+    """An image by windows of s x s ids: rounds, and milliseconds (smallest and largest of n runs beside the median)."""
+
+    window: PositiveInt
+    rounds: PositiveInt
+    median: Positive
+    p10: Positive
+    p90: Positive
+    n: PositiveInt
+
+
 class Report(Strict):
     """The content of report.json. `speedup` says how many times as fast aropt's variant is as the one named."""
 
@@ -209,6 +220,7 @@ class Report(Strict):
     roofline: Roofline | None = None
     calls: Calls | None = None
     drift: Drift | None = None
+    windows: list[Window] = []
     nodes: dict[str, dict[str, PositiveInt]] = {}
     samples: list[Sample] = []
     artifacts: list[Artifact] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +107,7 @@ class ShuffleAR(nn.Module):
         super().__init__()
         self.shape = shape = shape or Shape()
         shape.check()
+        self.side, self.window = shape.side, shape.window
         self.unit = shape.window**2
         self.single = shape.levels
         self.null = shape.levels + shape.classes
@@ -142,6 +143,10 @@ class ShuffleAR(nn.Module):
                 if name.startswith(("compress.", "expand.", "lift.")):
                     std = parameter.shape[1] ** -0.5  # what passes through keeps its scale
                 nn.init.normal_(parameter, std=std)
+
+    def twin(self, window: int) -> ShuffleAR:
+        """A model of the same shape with another window, its weights random. Raises UsageError as Shape.check does."""
+        return ShuffleAR(replace(self.shape, window=window)).eval()
 
     def fuse(self, ids: Tensor) -> Tensor:
         """Ids int64 [B, T, W] to rows float32 [B, T, width]; a class id fills a row and keeps its full width."""
