@@ -22,6 +22,7 @@ from typing import Any
 from aropt import peers
 from aropt.errors import UsageError
 from aropt.peers import Generate
+from aropt.units import flat, rows, rows_for
 
 AGAINST = {
     "eager": "the model as given: a full forward for each token",
@@ -306,17 +307,18 @@ def eager(spec: Spec) -> Generate:
     loop, rules, guide = loop_of(Path(spec.artifact))
     if loop == "unmask":
         return stepping(capture(source_of(Path(spec.artifact)), loop=loop, rules=rules, guide=guide), spec)
-    forward = Forward(source_of(Path(spec.artifact)).module)
+    source = source_of(Path(spec.artifact))
+    forward, prompt = Forward(source.module), rows(source.meta, spec.prompt)
 
     def generate() -> tuple[list[int], float]:
         start, first = time.perf_counter(), 0.0
-        ids = torch.tensor([spec.prompt])
+        ids = torch.tensor([prompt])
         with torch.inference_mode():
-            for _ in range(spec.n):
-                token = forward(ids)[:, -1].argmax(-1, keepdim=True)
-                ids = torch.cat([ids, token], 1)
+            for _ in range(rows_for(source.meta, spec.n)):
+                token = forward(ids)[:, -1].argmax(-1)
+                ids = torch.cat([ids, token.unsqueeze(1)], 1)
                 first = first or (time.perf_counter() - start) * 1e3
-        return ids[0, len(spec.prompt) :].tolist(), first
+        return flat(ids[:, len(prompt) :])[0][: spec.n], first
 
     return generate
 

@@ -7,11 +7,12 @@ come in whole windows. `meta` is a program's: without "unit", a row is an id.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from aropt.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def window(meta: Mapping[str, Any]) -> tuple[int, ...]:

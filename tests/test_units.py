@@ -224,3 +224,15 @@ def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Progra
     inputs = make_inputs(cached, [[LEVELS]], ROWS * W, 0, [], [0], None, {})
     values = run(cached, inputs, slots(cached, inputs))
     assert values["slot_positions"].amax() == ROWS - 1
+
+
+def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
+    from aropt import bench
+    from aropt.command import Request, optimize
+
+    out = tmp_path / "out"
+    optimize(Request(f"{__file__}:Windows", out, target="eager", runs=0, check=False))
+    expected = aropt.load(out).generate([[LEVELS]], 10)[0]
+    for variant in ("eager", "cached"):
+        tokens, first = bench.variant(bench.Spec(variant, str(out), [LEVELS], 10, 1))()
+        assert tokens == expected and first > 0

@@ -1,0 +1,140 @@
+"""Images by windows of neighbouring ids (Token-Shuffle): fewer rounds, and what they are worth end to end.
+
+    python -m perf.images [--runs 12] [--threads 2]
+
+Optimizes digits-ar, digits-shuffle2 and digits-shuffle4 in the same way, and a 32 x 32-id image model of width 512
+(random weights) with windows of 1 and 2; each variant in a process of its own, taking turns. Writes
+perf/results/images.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "perf" / "results" / "images.json"
+LARGE = {"side": 32, "levels": 1024, "classes": 1000, "width": 512, "layers": 8, "heads": 8, "hidden": 1408,
+         "mixing": 1024}  # fmt: skip
+ROUNDS = 2  # processes of each variant, one after the other
+# work -> its rows: (model, variant of aropt.bench); then ratios: (slower, faster, the least that is asked for)
+WORKS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str, float]]]] = {
+    "digits": (
+        [("digits-ar", "aropt"), ("digits-shuffle2", "aropt"), ("digits-shuffle4", "aropt"), ("digits-ar", "cached"),
+         ("digits-shuffle2", "cached")],
+        [("digits-ar, aropt", "digits-shuffle2, aropt", 3.0), ("digits-shuffle2, cached", "digits-shuffle2, aropt", 0)],
+    ),
+    "32 x 32 ids, width 512": (
+        [("window1", "cached"), ("window2", "cached"), ("window1", "aropt"), ("window2", "aropt")],
+        [("window2, cached", "window2, aropt", 6.0), ("window1, cached", "window2, aropt", 0),
+         ("window1, aropt", "window2, aropt", 0)],
+    ),
+}  # fmt: skip
+
+
+def window1() -> Any:
+    return large(1)
+
+
+def window2() -> Any:
+    return large(2)
+
+
+def large(window: int) -> Any:
+    """The larger model, weights of seed 0."""
+    import torch
+
+    from aropt.models.shuffle import Shape, ShuffleAR
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return ShuffleAR(Shape(window=window, **LARGE))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", nargs="*", help=", ".join(WORKS))
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for work in args.works or WORKS:
+        found[work] = measured(work, args.runs, args.threads)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(table(work, found[work]), flush=True)
+
+
+def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
+    """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
+    from aropt import artifact, bench
+    from aropt.api import environment
+    from aropt.runtime import room
+
+    variants, ratios = WORKS[work]
+    outs = {model: built(model, threads) for model in dict.fromkeys(m for m, _ in variants)}
+    names = [f"{model}, {variant}" for model, variant in variants]
+    timings = {name: bench.Timing(name) for name in names}
+    specs, rounds = [], {}
+    for name, (model, variant) in zip(names, variants, strict=True):
+        program = artifact.load(outs[model], target="eager")
+        prompt = [int(t) for t in program.meta["prompts"][0]]
+        rounds[name] = int(program.meta["capacity"])
+        specs.append(bench.Spec(variant, str(outs[model]), prompt, room(program, prompt), threads))
+    for number in range(ROUNDS):
+        workers = [bench.Worker(s, timings[name]) for name, s in zip(names, specs, strict=True)]
+        bench.take_turns(workers, range(number, runs, ROUNDS), lambda text: print(text, file=sys.stderr, flush=True))
+    rows = {name: row(t, rounds[name]) for name, t in timings.items() if t.runs}
+    return {
+        "env": environment(threads), "rows": rows,
+        "ratios": [[a, b, rows[a]["ms"] / rows[b]["ms"], least] for a, b, least in ratios],
+        "errors": {name: t.failure() for name, t in timings.items() if not t.runs},
+    }  # fmt: skip
+
+
+def row(timing: Any, rounds: int) -> dict[str, Any]:
+    ordered = sorted(timing.runs)
+    return {
+        "ms": statistics.median(ordered),
+        "least": ordered[0],
+        "most": ordered[-1],
+        "n": len(ordered),
+        "rounds": rounds,
+    }
+
+
+def built(model: str, threads: int) -> Path:
+    """The artifact of a model, optimized from scratch."""
+    from aropt.command import Request, optimize
+
+    out = ROOT / "build" / "bench" / model
+    small = model.startswith("digits")
+    source = model if small else f"{Path(__file__)}:{model}"
+    say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
+    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True))
+    return out
+
+
+def table(work: str, found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"\n### {work}\n",
+        "| variant | rounds | median | least to most | n |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {name} | {r['rounds']} | {r['ms']:.1f} ms | {r['least']:.1f} to {r['most']:.1f} | {r['n']} |"
+        for name, r in found["rows"].items()
+    ]
+    lines.append("")
+    for slow, fast, ratio, least in found["ratios"]:
+        asked = f" (asked: {least:g})" if least else ""
+        lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}.")
+    return "\n".join([*lines, *(f"* {why}" for why in found["errors"].values())])
+
+
+if __name__ == "__main__":
+    main()
