@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from aropt.models import REFERENCES, canvas, digits, load, text, train, train_canvas
+from aropt.models import REFERENCES, canvas, digits, load, text, train, train_canvas, train_digits
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ CANVAS = [name for name, reference in REFERENCES.items() if reference.mask is no
 def digits_heldout() -> tuple[Tensor, Tensor]:
     """(labels int64 [N], pixels int64 [N, 64]) kept out of training."""
     pytest.importorskip("sklearn", reason="needs aropt[models]")
-    return train.digits_data()[2]
+    return train_digits.data()[2]
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +123,15 @@ def test_checkpoint_is_small(name: str) -> None:
 
 def test_digits_heldout_nll_is_as_recorded(digits_model: nn.Module, digits_heldout: tuple[Tensor, Tensor]) -> None:
     recorded = REFERENCES["digits-ar"].heldout
-    assert train.digits_nll(digits_model, *digits_heldout) == pytest.approx(recorded["nll"], abs=1e-3)
+    assert train_digits.nll(digits_model, *digits_heldout) == pytest.approx(recorded["nll"], abs=1e-3)
     assert recorded["nll"] < recorded["unigram_nll"] - 0.6
 
 
 def test_digits_model_uses_its_class(digits_model: nn.Module, digits_heldout: tuple[Tensor, Tensor]) -> None:
     labels, pixels = (values[:120] for values in digits_heldout)
-    right = train.digits_nll(digits_model, labels, pixels)
-    assert train.digits_nll(digits_model, (labels + 1) % digits.CLASSES, pixels) > right + 0.05
-    assert train.digits_nll(digits_model, torch.full_like(labels, digits.CLASSES), pixels) > right
+    right = train_digits.nll(digits_model, labels, pixels)
+    assert train_digits.nll(digits_model, (labels + 1) % digits.CLASSES, pixels) > right + 0.05
+    assert train_digits.nll(digits_model, torch.full_like(labels, digits.CLASSES), pixels) > right
 
 
 def test_text_heldout_nll_is_as_recorded(text_model: nn.Module) -> None:

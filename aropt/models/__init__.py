@@ -110,7 +110,8 @@ REFERENCES: dict[str, Reference] = {
 def load(name: str, folder: Path = CHECKPOINTS) -> torch.nn.Module:
     """The reference model called name, from its checkpoint in folder: float32, in eval mode, without gradients.
 
-    digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17]; text-ar is a LlamaForCausalLM; text-mdlm and text-bd
+    digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17], the shuffled models ids int64 [B, T, W] to logits
+    float32 [B, T, W, 17]; text-ar is a LlamaForCausalLM; text-mdlm and text-bd
     map a canvas int64 [B, T] to logits float32 [B, T, 260].
     """
     if name not in REFERENCES:
@@ -119,10 +120,14 @@ def load(name: str, folder: Path = CHECKPOINTS) -> torch.nn.Module:
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint} is missing; make it with: python -m aropt.models.train {name}")
     model: torch.nn.Module
-    if name == "digits-ar":
+    if name in ("digits-ar", "digits-ar-cca"):
         from aropt.models import digits
 
         model = digits.load(checkpoint)
+    elif name.startswith("digits-shuffle"):
+        from aropt.models import shuffle
+
+        model = shuffle.load(checkpoint)
     elif REFERENCES[name].mask is not None:
         from aropt.models import canvas
 

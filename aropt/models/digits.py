@@ -69,11 +69,19 @@ class Block(nn.Module):
         # Not nn.Dropout: that leaves an identity call in every exported graph.
         return F.dropout(x, self.dropout) if self.training else x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, float32 [B, heads, T, width / heads], of x float32 [B, T, width]."""
         b, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind()
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(b, t, width)))
+        rows: Tensor = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, width // self.heads)
+        return rows.permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads_of(x)
+        return self.mixed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def mixed(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x and what its rows attended to, float32 [B, heads, T, width / heads], through the rest of the block."""
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(x.shape)))
         gate, value = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.drop(self.down(F.silu(gate) * value))
 
@@ -82,6 +90,7 @@ class DigitsAR(nn.Module):
     """Predicts each pixel of an image from its class and the pixels before it in raster order."""
 
     input_vocab, null, side = TOKENS, NULL, SIDE
+    guidance_free = False  # True of weights whose own distribution is what guidance would make of it
 
     def __init__(
         self, width: int = 128, layers: int = 4, heads: int = 4, hidden: int = 352, dropout: float = 0.0
@@ -113,10 +122,21 @@ class DigitsAR(nn.Module):
         return logits
 
 
+def save(model: DigitsAR, path: Path) -> None:
+    """Write the weights (bfloat16) as safetensors, and whether they are guidance-free."""
+    from safetensors.torch import save_file
+
+    weights = {name: value.bfloat16() for name, value in model.state_dict().items()}
+    save_file(weights, path, metadata={"guidance_free": str(model.guidance_free)})
+    path.chmod(0o644)  # the writer leaves it unreadable to other users
+
+
 def load(path: Path) -> DigitsAR:
     """The model saved at path (safetensors, bfloat16), widened to float32."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     model = DigitsAR()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    with safe_open(path, framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+        model.guidance_free = (file.metadata() or {}).get("guidance_free") == "True"
     return model

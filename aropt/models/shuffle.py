@@ -71,15 +71,21 @@ def rows(pixels: Tensor, side: int, window: int) -> Tensor:
     return cut.transpose(2, 3).reshape(-1, across * across, window * window)
 
 
+def raster(ids: Tensor, side: int, window: int) -> Tensor:
+    """The inverse of `rows`: int64 [B, (side / window)**2, window**2] to int64 [B, side * side]."""
+    across = side // window
+    return ids.view(-1, across, across, window, window).transpose(2, 3).reshape(-1, side * side)
+
+
 def image(tokens: Sequence[int] | npt.NDArray[np.int64], side: int = 8, window: int = 2) -> npt.NDArray[np.int64]:
     """The picture int64 [side, side] of side * side ids in the order of generation; a leading class id is dropped.
 
     Raises ValueError where there are fewer.
     """
-    ids, across = np.asarray(tokens, dtype=np.int64).reshape(-1)[-side * side :], side // window
+    ids = np.asarray(tokens, dtype=np.int64).reshape(-1)[-side * side :]
     if len(ids) != side * side:
         raise ValueError(f"expected {side * side} ids of an image, got {len(ids)}")
-    return ids.reshape(across, across, window, window).swapaxes(1, 2).reshape(side, side)
+    return raster(torch.from_numpy(ids), side, window).view(side, side).numpy()
 
 
 class MLP(nn.Module):
@@ -100,7 +106,7 @@ class MLP(nn.Module):
 class ShuffleAR(nn.Module):
     """Predicts each window of an image from its class and the windows before it, its ids independent of each other."""
 
-    guidance_free = False
+    guidance_free = False  # True of weights whose own distribution is what guidance would make of it
 
     def __init__(self, shape: Shape | None = None, dropout: float = 0.0) -> None:
         """Raises UsageError for shapes that can't be (Shape.check)."""
@@ -183,11 +189,12 @@ class ShuffleAR(nn.Module):
 
 
 def save(model: ShuffleAR, path: Path) -> None:
-    """Write weights (bfloat16) and shape as safetensors."""
+    """Write weights (bfloat16), shape and whether they are guidance-free as safetensors."""
     from safetensors.torch import save_file
 
     weights = {name: value.bfloat16().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, path, metadata={"shape": json.dumps(asdict(model.shape))})
+    described = {"shape": json.dumps(asdict(model.shape)), "guidance_free": str(model.guidance_free)}
+    save_file(weights, path, metadata=described)
     path.chmod(0o644)  # the writer leaves it unreadable to other users
 
 
@@ -196,6 +203,8 @@ def load(path: Path) -> ShuffleAR:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        model = ShuffleAR(Shape(**json.loads(file.metadata()["shape"])))
+        described = file.metadata()
+        model = ShuffleAR(Shape(**json.loads(described["shape"])))
+        model.guidance_free = described["guidance_free"] == "True"
         model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     return model
