@@ -56,6 +56,7 @@ def test_a_row_predicts_the_ids_of_a_window(cut: tuple[int, int], layout: Layout
 def test_what_capture_reads() -> None:
     model = ShuffleAR()
     assert (model.unit, model.single, model.input_vocab, model.null, model.capacity) == (4, 17, 28, 27, 16)
+    assert (model.side, model.window) == (8, 2)
     assert model.prompts == [[17 + label] for label in range(10)]
     assert not model.guidance_free
     large = Shape(side=32, width=512, heads=8, hidden=1408, levels=1024, classes=4)

@@ -130,16 +130,19 @@ def test_contrast_raises_the_right_class_over_the_wrong_one() -> None:
     model = narrow(0).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
 
-    def gap(model: nn.Module) -> float:
+    def seen(model: nn.Module) -> tuple[float, float]:
+        """Log likelihoods under the right and under the wrong classes."""
         with torch.no_grad():
             right, wrong = (train_cca.likelihood(model, c, pixels).mean() for c in (labels, labels.roll(1)))
-        return float(right - wrong)
+        return float(right), float(wrong)
 
     for _ in range(3):
         optimizer.zero_grad()
-        torch.autograd.backward(train_cca.contrast(model, frozen, labels, pixels, beta=0.1, negative=1.0))
+        torch.autograd.backward(train_cca.contrast(model, frozen, labels, pixels, beta=0.1, negative=4.0))
         optimizer.step()
-    assert gap(model) > gap(frozen) + 0.01
+    (right, wrong), (right_before, wrong_before) = seen(model), seen(frozen)
+    assert wrong < wrong_before
+    assert right - wrong > right_before - wrong_before + 0.01
 
 
 def test_cca_marks_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

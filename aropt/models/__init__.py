@@ -35,7 +35,7 @@ class Reference:
     checkpoint: Path
     """A safetensors file (digits-ar) or a Hugging Face directory (text-ar)."""
     capacity: int
-    """The most ids the model takes in one sequence."""
+    """The most rows the model takes in one sequence: ids, or windows of `unit` ids."""
     vocab: int
     """The size of the last dimension of its logits."""
     prompts: tuple[tuple[int, ...], ...]
@@ -46,6 +46,8 @@ class Reference:
     """How the checkpoint was made: steps, seconds, seed, parameters, data and its sha256."""
     mask: int | None = None
     """The id of what is not written yet, for models that unmask a canvas."""
+    unit: int = 1
+    """Ids of a row; those of a prompt stand alone, each in a row of its own."""
     block: int = 0
     """Rows of a block, for models whose rows see their block and those before it; 0: they see everything."""
 
@@ -63,6 +65,32 @@ REFERENCES: dict[str, Reference] = {
             prompts=tuple((17 + label,) for label in range(10)),
             heldout=_record("digits-ar", "heldout"),
             training=_record("digits-ar", "training"),
+        ),
+        Reference(
+            name="digits-ar-cca",
+            modality="image",
+            description="digits-ar tuned by condition contrastive alignment: it needs no guidance",
+            checkpoint=CHECKPOINTS / "digits-ar-cca.safetensors",
+            capacity=64,
+            vocab=17,
+            prompts=tuple((17 + label,) for label in range(10)),
+            heldout=_record("digits-ar-cca", "heldout"),
+            training=_record("digits-ar-cca", "training"),
+        ),
+        *(
+            Reference(
+                name=f"digits-shuffle{window}",
+                modality="image",
+                description=f"digits-ar's transformer over rows of {window}x{window} pixels (Token-Shuffle)",
+                checkpoint=CHECKPOINTS / f"digits-shuffle{window}.safetensors",
+                capacity=64 // window**2,
+                vocab=17,
+                prompts=tuple((17 + label,) for label in range(10)),
+                heldout=_record(f"digits-shuffle{window}", "heldout"),
+                training=_record(f"digits-shuffle{window}", "training"),
+                unit=window**2,
+            )
+            for window in (2, 4)
         ),
         Reference(
             name="text-ar",
