@@ -227,7 +227,7 @@ def test_checkpoint_is_a_plain_hugging_face_directory() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="digits-ar, .*text-ar"):
+    with pytest.raises(KeyError, match=r"digits-ar, .*text-ar"):
         load("nothing")
 
 
