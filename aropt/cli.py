@@ -392,7 +392,7 @@ def models(as_json: Json = False, verbose: Verbose = 0) -> None:
         )
         return
     for r in REFERENCES.values():
-        measured = ", ".join(f"{k} {v}" for k, v in r.heldout.items() if isinstance(v, (int, float)))
+        measured = ", ".join(f"{k} {v:.4g}" for k, v in r.heldout.items() if isinstance(v, (int, float)))
         print(
             f"{r.name:<12} {r.modality:<6} vocabulary {r.vocab}, up to {r.capacity} tokens. {r.description}\n"
             f"{'':<12} held out: {measured}"
