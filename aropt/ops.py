@@ -19,6 +19,7 @@ NAMES: tuple[str, ...] = (
     "canvas_commit",
     "write_rows",
     "canvas_attention",
+    "token_shuffle",
 )
 
 
