@@ -20,6 +20,7 @@ NAMES: tuple[str, ...] = (
     "write_rows",
     "canvas_attention",
     "token_shuffle",
+    "token_unshuffle",
 )
 
 

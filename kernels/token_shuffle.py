@@ -84,7 +84,8 @@ def onnx(ids, table, add):  # type: ignore[no-untyped-def]
     parts = op.Gather(rows, ids, axis=0)
     half = table.dtype.numpy().itemsize == 2
     if add:
-        total = op.ReduceSum(op.Cast(parts, to=1) if half else parts, [-2], keepdims=0)
+        # no negative axis: on an empty input ONNX Runtime 1.31 then sums nothing
+        total = op.ReduceSum(op.Cast(parts, to=1) if half else parts, [rank - 1], keepdims=0)
         return op.CastLike(total, table) if half else total
     known = given.shape[-1], table.shape[-1]
     if all(isinstance(size, int) for size in known):
