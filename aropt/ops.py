@@ -19,6 +19,8 @@ NAMES: tuple[str, ...] = (
     "canvas_commit",
     "write_rows",
     "canvas_attention",
+    "token_shuffle",
+    "token_unshuffle",
 )
 
 
