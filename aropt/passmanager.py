@@ -26,6 +26,7 @@ PASSES = {
     "vicinity": "vicinity",
     "block-cache": "block_cache",
     "guide-cache": "guide_cache",
+    "token-shuffle-fusion": "token_shuffle_fusion",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "fuse-canvas": "fuse_canvas",

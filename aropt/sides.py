@@ -1,0 +1,207 @@
+"""What the two sides of a model of windows compute, found in its graph on a basis (see aropt.affine).
+
+In: tables t with row = sum over places j of t[j, id of place j]. Out: matrices from a row to the logits of its ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from aropt.affine import affine, between, constant, dominates, evaluate, floating
+from aropt.axes import op_name
+
+NEAR = 1e-5  # of the largest value: what sums in another order may differ by
+TRIES = 256  # rows of random ids that tables have to get right
+
+
+class NotThis(Exception):
+    """Why a side is left as it is."""
+
+
+def joint(graph: fx.Graph) -> fx.Node:
+    """The last value [B, T, D] that the ids alone decide and that all the rest reads them through. Raises NotThis."""
+    ids = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "ids")
+    inside = {ids}
+    for node in graph.nodes:
+        read = [n for n in node.all_input_nodes if not constant(n)]
+        if read and all(n in inside for n in read) and op_name(node) != "aten::sym_size":
+            whole = not floating(node) or affine(node) or op_name(node) in ("aten::embedding", "aten::where")
+            inside |= {node} if whole else set()
+    starts = [n for n in inside if floating(n) and not any(floating(m) for m in n.all_input_nodes if m in inside)]
+    if not starts:
+        raise NotThis("no table is looked up for the ids")
+
+    def leaves(node: fx.Node) -> bool:
+        return floating(node) and any(u not in inside for u in node.users)
+
+    content: list[fx.Node] = [n for n in graph.nodes if n in inside and floating(n) and n not in starts]
+    for node in reversed(content):
+        if len(node.meta["val"].shape) == 3 and dominates(node, starts, inside, leaves):
+            return node
+    out = next(n for n in graph.nodes if n in inside and leaves(n))
+    user = next(u for u in out.users if u not in inside)
+    raise NotThis(
+        f"{op_name(user)} ({user.meta.get('where', '') or user.name}) reads ids before their window is joined"
+    )
+
+
+def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: int, single: int) -> tuple[Tensor, bool]:
+    """(table [V, c] or [W, V, c], whether places are summed) of `joined`; ids from `single` on fill a row alone.
+
+    Raises NotThis where the row is no sum over its places.
+    """
+    ids = next(n for n in joined.graph.nodes if n.op == "placeholder" and n.name == "ids")
+
+    def rows(given: Tensor) -> Tensor:
+        try:
+            return evaluate(joined, {ids: given.unsqueeze(1)}, weights)[:, 0]
+        except LookupError as reason:
+            raise NotThis(str(reason)) from None
+
+    base = rows(torch.zeros(1, places, dtype=torch.int64))
+    table = torch.zeros(places, known, base.shape[1])
+    for place in range(places):
+        given = torch.zeros(single, places, dtype=torch.int64)
+        given[:, place] = torch.arange(single)
+        table[place, :single] = rows(given) - base
+    if known > single:
+        table[0, single:] = rows(torch.arange(single, known).unsqueeze(1).expand(-1, places)) - base
+    table[0] += base
+    part = base.shape[1] // places
+    pieces = concatenated(table, part, single)
+    check(rows, table, single)
+    return (table, True) if pieces is None else (pieces, False)
+
+
+def check(rows: object, table: Tensor, single: int) -> None:
+    """Raises NotThis unless the tables give random rows, and every row of an id alone."""
+    places, known, _ = table.shape
+    given = torch.randint(0, single, (TRIES, places), generator=torch.Generator().manual_seed(0))
+    alone = torch.arange(single, known).unsqueeze(1).expand(-1, places)
+    given = torch.cat([given, alone])
+    wanted = rows(given)  # type: ignore[operator]
+    made = sum(table[j, given[:, j]] for j in range(places))
+    if not bool((made - wanted).abs().max() <= NEAR * wanted.abs().max()):
+        raise NotThis("a row is no sum over its places of what each id alone decides")
+
+
+def concatenated(table: Tensor, part: int, single: int) -> Tensor | None:
+    """The pieces [V, c] or [W, V, c], where each place fills a part of the row of its own; else None."""
+    places, _, width = table.shape
+    if part * places != width:
+        return None
+    pieces = torch.stack([table[j, :, j * part : (j + 1) * part] for j in range(places)])
+    pieces[:, single:] = table[0, single:].unflatten(1, (places, part)).transpose(0, 1)
+    rest = table[:, :single].clone()
+    constant_part = rest[0, 0].clone()
+    for j in range(places):
+        rest[j, :, j * part : (j + 1) * part] = 0
+    # what place 0 holds for the others is a constant: what they have of their first id
+    for j in range(1, places):
+        at = slice(j * part, (j + 1) * part)
+        pieces[j, :single] += constant_part[at]
+        rest[0, :, at] -= constant_part[at]
+    if bool(rest.abs().max() > NEAR * table.abs().max()):
+        return None
+    shared = all(torch.equal(pieces[0], p) for p in pieces[1:])
+    return pieces[0].contiguous() if shared else pieces.contiguous()
+
+
+def source(logits: fx.Node) -> fx.Node:
+    """The first value [B, R, d] that the logits [B, R, W, V] are affine in, and come through. Raises NotThis."""
+    entries: set[fx.Node] = set()
+    inside, todo = {logits}, [logits]
+    while todo:
+        node = todo.pop()
+        if not affine(node):
+            entries.add(node)
+            continue
+        new = {n for n in node.all_input_nodes if floating(n) and not constant(n)} - inside
+        inside |= new
+        todo += new
+    inner: list[fx.Node] = [n for n in logits.graph.nodes if n in inside and n is not logits]
+    for node in inner:
+        if len(node.meta["val"].shape) == 3 and dominates(node, entries, inside, lambda at: at is logits):
+            return node
+    last: fx.Node = next(n for n in reversed(list(logits.graph.nodes)) if n in entries)
+    raise NotThis(f"{op_name(last)} ({place(last)}) comes after windows are parted")
+
+
+def place(node: fx.Node) -> str:
+    """Where a node is, for people."""
+    return str(node.meta.get("where") or node.name)
+
+
+def matrix(entry: fx.Node, result: fx.Node, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(weight [d, ...], bias [...]) with result = entry weight + bias, for a row."""
+    width = int(entry.meta["val"].shape[-1])
+    rest = entry.meta["val"].shape[2:-1]
+    zero = evaluate(result, {entry: torch.zeros(1, 1, *rest, width)}, weights)[0, 0]
+    basis = torch.eye(width).reshape(width, 1, *[1] * len(rest), width).expand(width, 1, *rest, width)
+    return evaluate(result, {entry: basis}, weights)[:, 0] - zero, zero
+
+
+def unshuffle(
+    entry: fx.Node, part: fx.Node, logits: fx.Node, weights: Mapping[str, Tensor]
+) -> list[Tensor | None] | None:
+    """weight [W, c, d], bias [W, c], head [V, c] and its bias [V], by way of the part [B, R, W, c]; None: no such head.
+
+    `part` may be the logits: then there is no head. A bias of zeros is None.
+    """
+    weight, bias = matrix(entry, part, weights)
+    first: list[Tensor | None] = [weight.permute(1, 2, 0).contiguous(), bias if bool(bias.any()) else None]
+    if part is logits:
+        return [*first, None, None]
+    head, added = matrix(part, logits, weights)  # [c, W, V], [W, V]: of a basis vector in every place at once
+    near = NEAR * head.abs().max()
+    if bool((head - head[:, :1]).abs().max() > near) or bool((added - added[:1]).abs().max() > near):
+        return None
+    if head.shape[1] > 1 and not apart(part, logits, weights, head[:, 0]):
+        return None
+    return [*first, head[:, 0].T.contiguous(), added[0] if bool(added.any()) else None]
+
+
+def apart(part: fx.Node, logits: fx.Node, weights: Mapping[str, Tensor], head: Tensor) -> bool:
+    """Whether each place's logits come from its own part alone, by the head [c, V]."""
+    shape = [int(s) for s in part.meta["val"].shape[2:]]
+    given = torch.randn(4, 1, *shape, generator=torch.Generator().manual_seed(0))
+    zero = evaluate(logits, {part: torch.zeros(1, 1, *shape)}, weights)
+    wanted = evaluate(logits, {part: given}, weights) - zero
+    return bool((given @ head - wanted).abs().max() <= 10 * NEAR * wanted.abs().max())
+
+
+def ways(entry: fx.Node, logits: fx.Node) -> list[fx.Node]:
+    """Where the windows' parts can be cut: values [B, R, W, c] that all logits come through, the logits among them."""
+    inside = between(entry, logits)
+    places = int(logits.meta["val"].shape[2])
+    return [
+        n for n in inside[1:]
+        if len(n.meta["val"].shape) == 4 and int(n.meta["val"].shape[2]) == places
+        and (n is logits or dominates(n, [entry], set(inside), lambda at: at is logits))
+    ]  # fmt: skip
+
+
+def multiplied(entry: fx.Node, part: fx.Node, logits: fx.Node) -> int:
+    """Products of numbers that a row takes through a part."""
+    width, (places, vocab) = int(entry.meta["val"].shape[-1]), map(int, logits.meta["val"].shape[2:])
+    if part is logits:
+        return width * places * vocab
+    size = int(part.meta["val"].shape[3])
+    return width * places * size + places * size * vocab
+
+
+def written(entry: fx.Node, logits: fx.Node) -> int:
+    """Products of numbers that a row takes as the graph is written."""
+    total = 0
+    for node in between(entry, logits)[1:]:
+        if op_name(node) in ("aten::linear", "aten::matmul", "aten::mm"):
+            before, after = (n.meta["val"].shape for n in (node.args[0], node))  # type: ignore[union-attr]
+            sizes = [int(s) for s in after[2:]] + [int(before[-1])]
+            count = 1
+            for size in sizes:
+                count *= size
+            total += count
+    return total

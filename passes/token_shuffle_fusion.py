@@ -1,0 +1,111 @@
+"""token-shuffle-fusion: the way in and the way out of rows of several ids become one gather and one product or two.
+
+In: whatever is a sum over a window's places of something that its id alone decides (an embedding, narrowed and
+concatenated, or concatenated and reduced; a class's own full-width row) is one table a place, `aropt::token_shuffle`.
+Out: whatever is affine from a row to its ids' logits (an expansion, a lift, the head) is `aropt::token_unshuffle`, with
+its expansion folded into the head where that multiplies less. Both are found by what they compute, on a basis, not by
+how they are written or called. Sums are taken in another order: level `rounding`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.passbase import Applies, Contract, Skips
+from aropt.passes.canonicalize import copied
+from aropt.program import Graph, Program
+from aropt.sides import NotThis, joint, multiplied, place, source, tables, unshuffle, ways, written
+from aropt.torch_compat import build
+from aropt.units import window
+
+
+@dataclass(frozen=True)
+class TokenShuffleFusion:
+    """Option: `limit`, the largest table in MiB."""
+
+    limit: int = 256
+
+    name: ClassVar[str] = "token-shuffle-fusion"
+    contract: ClassVar[Contract] = Contract("rounding", ("rows of windows",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        if not window(program.meta):
+            return Skips("a row is one id")
+        matches, rejected = self.fused(program)[1:]
+        if not matches:
+            return Skips("; ".join(dict.fromkeys(why for _, why in rejected)) or "no forward reads ids", rejected)
+        return Applies(matches, rejected)
+
+    def run(self, program: Program) -> Program:
+        return self.fused(program)[0]
+
+    def fused(self, program: Program) -> tuple[Program, tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The program with both ops; which sides of which graphs matched, and why others did not."""
+        weights, graphs = dict(program.weights), dict(program.graphs)
+        matches, rejected = [], []
+        for name, graph in program.graphs.items():
+            if "ids" not in graph.inputs or "logits" not in graph.outputs:
+                continue
+            changed = copied(graph.fx)
+            for node, before in zip(changed.nodes, graph.fx.nodes, strict=True):
+                node.meta.setdefault("val", before.meta.get("val"))
+            for side, fuse in (("in", self.way_in), ("out", self.way_out)):
+                try:
+                    matches.append(f"{name}, {side}: {fuse(changed, graph, program, weights)}")
+                except NotThis as reason:
+                    rejected.append((f"{name}, {side}", str(reason)))
+            graphs[name] = build(name, changed, graph.inputs, list(graph.outputs), weights)
+        used = {w for g in graphs.values() for w in g.weights()}
+        kept = {w: v for w, v in weights.items() if w in used}
+        return program.replace(graphs=graphs, weights=kept), tuple(matches), tuple(rejected)
+
+    def way_in(self, changed: fx.Graph, graph: Graph, program: Program, weights: dict[str, Tensor]) -> str:
+        """Replaces what a row's ids become by one gather; says what it was. Raises NotThis."""
+        joined, (places,) = joint(changed), window(program.meta)
+        width, known = int(joined.meta["val"].shape[2]), int(program.meta.get("input_vocab", program.meta["vocab"]))
+        if known * width * 4 > self.limit * 2**20:
+            raise NotThis(f"a table of {known} ids of {width} features takes more than limit={self.limit} MiB")
+        table, add = tables(joined, weights, places, known, int(program.meta.get("single", known)))
+        if table.nbytes > self.limit * 2**20:
+            raise NotThis(f"tables of {known} ids of {width} features take more than limit={self.limit} MiB")
+        name = f"{graph.name}.shuffle"
+        weights[name] = table
+        ids = next(n for n in changed.nodes if n.name == "ids")
+        replaced(changed, joined, "token_shuffle", (ids, name, add))
+        form = f"sums {places} of" if add else f"concatenates {places} of"
+        return f"one gather {form} {table.shape[-1]} features for each of {known} ids ({place(joined)})"
+
+    def way_out(self, changed: fx.Graph, graph: Graph, program: Program, weights: dict[str, Tensor]) -> str:
+        """Replaces what a row becomes logits by with one product, or two; says what it was. Raises NotThis."""
+        output: Any = next(n for n in reversed(changed.nodes) if n.op == "output")
+        logits = output.args[0][list(graph.outputs).index("logits")]
+        entry = source(logits)
+        cost = {part: multiplied(entry, part, logits) for part in ways(entry, logits)}
+        before = written(entry, logits)
+        for part in sorted(cost, key=lambda n: cost[n]):
+            made = unshuffle(entry, part, logits, weights) if cost[part] <= before else None
+            if made is not None:
+                break
+        else:
+            raise NotThis(f"as it is written a row takes {before} products, folded {min(cost.values())}")
+        names = [t if t is None else f"{graph.name}.unshuffle.{i}" for i, t in enumerate(made)]
+        weights |= {n: t for n, t in zip(names, made, strict=True) if n is not None and t is not None}
+        replaced(changed, logits, "token_unshuffle", (entry, *names))
+        form = "one product" if part is logits else f"{part.meta['val'].shape[3]} features each, then the head"
+        return f"{form}: {cost[part]} multiplications a row, of {before} ({place(logits)})"
+
+
+PASS = TokenShuffleFusion
+
+
+def replaced(graph: fx.Graph, old: fx.Node, op: str, args: tuple[Any, ...]) -> None:
+    """An op in the place of a node; arguments that are text name weights."""
+    with graph.inserting_before(old.next):
+        given = [graph.get_attr(a) if isinstance(a, str) else a for a in args]
+        made = graph.call_function(ops.load(op).overload, tuple(given))
+    made.meta = {k: v for k, v in old.meta.items() if k != "val"}
+    old.replace_all_uses_with(made)
