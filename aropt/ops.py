@@ -21,6 +21,7 @@ NAMES: tuple[str, ...] = (
     "canvas_attention",
     "token_shuffle",
     "token_unshuffle",
+    "fused_sample",
 )
 
 

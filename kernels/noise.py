@@ -139,16 +139,14 @@ if HAS_TRITON:
         return tl.where(x >= _P, x - _P, x)
 
     @triton.jit
-    def _noise_kernel(seed_ptr, stream_ptr, position_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(0).to(tl.int64)
-        index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        seed = tl.load(seed_ptr)
+    def uniform(seed, stream, position, index):  # type: ignore[no-untyped-def]
+        """Elements `index` (a tensor) of the row of a stream and position: what `reference` says, for other kernels."""
         a = seed % _P
         b = _mod(a * a + seed // _P + _SEED_KEY)
         for _ in tl.static_range(_SEED_ROUNDS):
             a, b = b, _mod(b * b + a)
-        a, b = b, _mod(b * b + a + tl.load(stream_ptr + row))
-        a, b = b, _mod(b * b + a + tl.load(position_ptr + row))
+        a, b = b, _mod(b * b + a + stream)
+        a, b = b, _mod(b * b + a + position)
         for _ in tl.static_range(_ROUNDS):
             a, b = b, _mod(b * b + a)
 
@@ -160,8 +158,14 @@ if HAS_TRITON:
         y = _mod(a * u + b)
         z = _mod(y * y + v)
         word = _mod(z * z + b)
-        uniform = (word >> 8).to(tl.float32) * (2.0**-23) + (2.0**-24)
-        tl.store(out_ptr + row * n + index, uniform, mask=index < n)
+        return (word >> 8).to(tl.float32) * (2.0**-23) + (2.0**-24)
+
+    @triton.jit
+    def _noise_kernel(seed_ptr, stream_ptr, position_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        words = tl.load(seed_ptr), tl.load(stream_ptr + row), tl.load(position_ptr + row)
+        tl.store(out_ptr + row * n + index, uniform(words[0], words[1], words[2], index), mask=index < n)
 
 
 def supports(seed: Tensor, stream: Tensor, position: Tensor, n: int) -> str | None:
