@@ -399,6 +399,19 @@ def embedding(x: Args, dims: Dims) -> Axes:
     return (*x["indices"], plain(dims[-1]))
 
 
+def token_shuffle(x: Args, dims: Dims) -> Axes:
+    fixed(x["table"], "looks up a table that depends on the tokens")
+    only_plain(x["ids"][-1], "gathers")
+    return (*x["ids"][:-1], plain(dims[-1]))
+
+
+def token_unshuffle(x: Args, dims: Dims) -> Axes:
+    for name in ("weight", "bias", "head", "head_bias"):
+        fixed(x.get(name) or (), "has weights that depend on the tokens")
+    only_plain(x["x"][-1], "multiplies")
+    return (*x["x"][:-1], plain(dims[-2]), plain(dims[-1]))
+
+
 def index(x: Args, dims: Dims) -> Axes:
     """Neighbouring axes indexed: a table that depends on no tokens by tokens, or plain axes by constants."""
     where = [i for i, chosen in enumerate(x["indices"]) if chosen is not None]
@@ -489,7 +502,8 @@ RULES: dict[str, Rule] = {
     "aten::view_as_complex": as_complex, "aten::view_as_real": as_real, "aten::clone": same, "aten::type_as": same,
     "aten::_to_copy": same, "aten::to": same, "aten::dropout": same, "aten::contiguous": same,
     "aten::where": pointwise, "aten::maximum": pointwise, "aten::minimum": pointwise, "aten::zeros_like": same,
-    "aten::ones_like": same, "aten::full_like": same, "aten::fill": same,
+    "aten::ones_like": same, "aten::full_like": same, "aten::fill": same, "aropt::token_shuffle": token_shuffle,
+    "aropt::token_unshuffle": token_unshuffle,
 }  # fmt: skip
 
 
