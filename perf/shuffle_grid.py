@@ -16,7 +16,7 @@ NAMES = {
     "digits-shuffle2": "window 2, 16 steps",
     "digits-shuffle4": "window 4, 4 steps",
 }
-EACH, SCALE, SIDE, SEED = 2, 3, 8, 0  # rows of a model, pixels of a pixel
+EACH, SCALE, SIDE, SEED = 2, 4, 8, 0  # rows of a model, pixels of a pixel
 
 
 def main() -> None:
