@@ -247,6 +247,7 @@ def variant(spec: Spec) -> Generate:
     program = load(spec.artifact, target=target, threads=spec.threads)
     if target == "onnxruntime":
         program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
+        program.executor.rounds = {}
     whole = getattr(program.executor, "whole", None) is not None
     return one_call(program, spec) if whole else stepping(program, spec)
 

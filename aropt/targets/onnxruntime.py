@@ -2,7 +2,8 @@
 
 Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache update) is
 bound to its input's own buffer, which the operator then doesn't copy. Other outputs alternate between two sets of
-buffers, which are kept for the next generation of the same shape: then nothing is bound again.
+buffers, which are kept for the next generation of the same shape: then nothing is bound again. Where
+`aropt.targets.rounds` found it to be faster, another session runs several rounds a call, on the same buffers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops, own_sizes
 from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
-from aropt.targets import whole
+from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
 
 KEPT = 64  # bindings kept a graph
@@ -29,7 +31,10 @@ SHAPES = 2  # shapes of generations whose buffers are kept: each holds caches
 
 
 class Session:
-    """One graph's session and its bindings."""
+    """One graph's session and its bindings.
+
+    Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
+    """
 
     def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
         import onnxruntime as ort
@@ -38,17 +43,19 @@ class Session:
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.graph, self.aliases = graph, aliases
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
-        self.types = {name: numpy_type(spec) for name, spec in {**graph.outputs, **graph.inputs}.items()}
+        base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
+        self.graph = replace(graph, outputs={name: graph.outputs[output] for name, output in base.items()})
+        self.aliases = {name: aliases[output] for name, output in base.items() if output in aliases}
+        self.types = {name: numpy_type(spec) for name, spec in {**self.graph.outputs, **graph.inputs}.items()}
         self.names = list(graph.inputs)
         self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
         self.turn = 0
         self.own_sizes = bool(own_sizes(graph))
         self.buffers: dict[tuple[Any, ...], Tensor] = {}
         self.entries: dict[tuple[Any, ...], Values] = {}
-        self.turns: dict[tuple[int, ...], list[Any]] = {}
+        self.turns: dict[tuple[int, ...], Any] = {}
 
     def call(self, inputs: Values) -> Values:
         """A round; its results stay as they are until the one after the next."""
@@ -135,6 +142,9 @@ class OnnxRuntime:
         self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
+        self.rounds = rounds.files(folder, self.hot)  # graphs that have models of several rounds
+        self.several: dict[Path, Session] = {}
+        self.ran = ""  # the graph of the last loop
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph in self.hot:
@@ -151,7 +161,7 @@ class OnnxRuntime:
         call = control.body
         if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
-        session, emitted = self.session(call.graph), Emitted(control)
+        self.ran, session, emitted = call.graph, self.session(call.graph), Emitted(control)
         reads = session.entry({name: values[value] for name, value in call.reads.items()})
         written = set(call.writes.values())
         while True:
@@ -164,7 +174,7 @@ class OnnxRuntime:
             if bool(values[control.until]):
                 break
             if on_round is None:
-                take_turns(session, call, control, reads, values, emitted)
+                take_turns(session, self.more(call.graph), call, control, reads, values, emitted)
                 break
         values.update(emitted.stacked())
         return True
@@ -175,6 +185,13 @@ class OnnxRuntime:
             threads = self.threads if graph in self.hot else 1  # what runs once is small
             self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
         return self.sessions[graph]
+
+    def more(self, graph: str) -> Session | None:
+        """The session that runs several rounds of a graph a call, if there is one."""
+        path = self.rounds.get(graph)
+        if path is not None and path not in self.several:
+            self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
+        return self.several[path] if path is not None else None
 
     def translated(self, graph: str) -> Any:
         """A graph's ONNX model as it was built for its session, or None."""
@@ -244,6 +261,12 @@ class Emitted:
     def keep(self, arrays: list[Any]) -> None:
         self.rows.append([array.copy() for array in arrays])
 
+    def cut(self, count: int) -> None:
+        """Drops those of the last `count` rounds that came after the end: no sequence went on, all emit -1."""
+        for _ in range(count - 1):
+            if all((array < 0).all() for array in self.rows[-1]):
+                self.rows.pop()
+
     def stacked(self) -> Values:
         import numpy as np
 
@@ -251,32 +274,67 @@ class Emitted:
         return {t: torch.from_numpy(np.stack(rows, 1)) for t, rows in zip(self.targets, columns, strict=True)}
 
 
-def take_turns(session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted) -> None:
-    """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`."""
-    key = tuple(t.data_ptr() for t in reads.values())
+@dataclass
+class Side:
+    """One way from a set of buffers to the other. `rows`: what each of its rounds emits, an array for each name."""
+
+    run: Callable[[], None]
+    named: Values
+    until: Any
+    rows: list[list[Any]]
+    kept: Values  # what is read, to stay alive
+
+
+def take_turns(
+    session: Session,
+    more: Session | None,
+    call: Call,
+    control: Loop,
+    reads: Values,
+    values: Values,
+    emitted: Emitted,
+) -> None:
+    """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`.
+
+    `more` runs several rounds a call, as long as at least so many are left.
+    """
+    key = (more is None, *(t.data_ptr() for t in reads.values()))
     if key not in session.turns:
-        session.turns[key] = two_sides(session, call, control, reads, values)
-    run, sides, turn, done = session.session.run_with_iobinding, session.turns[key], 0, False
+        single = two_sides(session, call, control, reads, values)
+        other = {o: single[0].named[value] for o, value in call.writes.items()}
+        session.turns[key] = single, two_sides(more, call, control, reads, values, other) if more else single
+    single, several = session.turns[key]
+    size = len(several[0].rows)
+    left = int(values[control.params["limit"]]) - len(emitted.rows) if size > 1 else 0
+    turn, done = 0, False
     while not done:
-        binding, named, finished, rows, _ = sides[turn]
-        run(binding)
-        emitted.keep(rows)
-        done, turn = bool(finished), turn ^ 1
-    values.update(named)
+        side = (several if left >= size > 1 else single)[turn]
+        side.run()
+        for arrays in side.rows:
+            emitted.keep(arrays)
+        left -= len(side.rows)
+        done, turn = bool(side.until), turn ^ 1
+    emitted.cut(len(side.rows))
+    values.update(side.named)
 
 
-def two_sides(session: Session, call: Call, control: Loop, reads: Values, values: Values) -> list[Any]:
-    """A round from the results in `values` to other buffers, and one back: (binding, results, until, emitted) each."""
+def two_sides(
+    session: Session, call: Call, control: Loop, reads: Values, values: Values, other: Values | None = None
+) -> list[Side]:
+    """From the results in `values` to other buffers (those given, else new ones), and back."""
     first = {o: values[value] for o, value in call.writes.items()}
-    there, second, _ = session.bind(reads)
+    there, second, _ = session.bind(reads, other)
     readers = {value: name for name, value in call.reads.items()}
     fed = {readers[value]: second[o] for o, value in call.writes.items() if value in readers}
-    back = session.bind(reads | fed, first)[0]
+    back, third, _ = session.bind(reads | fed, first)
+    emits = [o for name in control.emits for o, value in call.writes.items() if value == name]
     sides = []
-    for binding, outputs in ((there, second), (back, first)):
+    for binding, outputs in ((there, second), (back, third)):
         named = {value: outputs[o] for o, value in call.writes.items()}
-        arrays = [named[n].numpy() for n in control.emits]
-        sides.append((binding, named, named[control.until].numpy(), arrays, reads))  # the last, to stay alive
+        rows = [[outputs[f"{o}@{number}"].numpy() for o in emits] for number in range(rounds.of(outputs, emits) - 1)]
+        rows.append([outputs[o].numpy() for o in emits])
+        run = partial(session.session.run_with_iobinding, binding)
+        sides.append(Side(run, named, named[control.until].numpy(), rows, reads))
     return sides
 
 
