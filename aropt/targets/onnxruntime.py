@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops, own_sizes
-from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
+from aropt.program import Call, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
 
@@ -36,13 +36,20 @@ class Session:
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
     """
 
-    def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
+    def __init__(
+        self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None, spin: int | None = None
+    ) -> None:
+        """`spin`: microseconds that its threads wait busily for work after a call; None: ONNX Runtime's own choice."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if spin == 0:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        elif spin is not None:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
         base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
@@ -82,16 +89,20 @@ class Session:
             self.buffers[key] = torch.empty(tuple(shape), dtype=dtype)
         return self.buffers[key]
 
-    def entry(self, inputs: Values) -> Values:
-        """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing."""
+    def entry(self, inputs: Values, own: Collection[str] = ()) -> Values:
+        """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing.
+
+        `own`: inputs whose buffers are the same each time already, and may be kept.
+        """
         key = tuple(t.shape for t in inputs.values())
         if key not in self.entries:
             if len(self.entries) >= SHAPES:  # caches are large, and bindings and turns hold them too
                 for kept_values in (self.entries, self.bindings, self.turns, self.buffers):
                     kept_values.clear()
-            self.entries[key] = {n: torch.empty_like(t) for n, t in inputs.items()}
+            self.entries[key] = {n: t if n in own else torch.empty_like(t) for n, t in inputs.items()}
         for name, kept in self.entries[key].items():
-            kept.copy_(inputs[name])
+            if kept is not inputs[name]:
+                kept.copy_(inputs[name])
         self.turn = 0
         return dict(self.entries[key])
 
@@ -145,12 +156,25 @@ class OnnxRuntime:
         self.rounds = rounds.files(folder, self.hot)  # graphs that have models of several rounds
         self.several: dict[Path, Session] = {}
         self.ran = ""  # the graph of the last loop
+        self.states: dict[tuple[Any, ...], Tensor] = {}
+        self.starts = starting_graphs(program)
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph in self.hot:
             return self.session(graph).call(inputs)
-        lowered = graph in self.sessions or file(self.folder, graph).exists()
-        return self.session(graph).once(inputs) if lowered else self.eager.call(graph, inputs)
+        if graph not in self.sessions and not file(self.folder, graph).exists():
+            return self.eager.call(graph, inputs)
+        session = self.session(graph)
+        return session.call(session.entry(inputs)) if graph in self.starts else session.once(inputs)
+
+    def create(self, name: str, state: StateSpec, sizes: Mapping[str, int]) -> Tensor:
+        """An initial value, in a buffer that generations of these sizes share."""
+        shape = tuple(resolve(d, sizes) for d in state.spec.dims)
+        if (name, shape) not in self.states:
+            if sum(known == name for known, _ in self.states) >= SHAPES:
+                self.states.clear()
+            self.states[name, shape] = state.create(sizes)
+        return self.states[name, shape].fill_(state.init or 0)
 
     def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
@@ -162,7 +186,9 @@ class OnnxRuntime:
         if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
         self.ran, session, emitted = call.graph, self.session(call.graph), Emitted(control)
-        reads = session.entry({name: values[value] for name, value in call.reads.items()})
+        kept = {id(t) for t in self.states.values()}
+        own = [name for name, value in call.reads.items() if id(values[value]) in kept]
+        reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
         written = set(call.writes.values())
         while True:
             outputs = session.call(reads)
@@ -174,7 +200,8 @@ class OnnxRuntime:
             if bool(values[control.until]):
                 break
             if on_round is None:
-                take_turns(session, self.more(call.graph), call, control, reads, values, emitted)
+                more, spare = self.more(call.graph), rounds.spare(self.program, call, values)
+                take_turns(session, more, call, control, reads, values, emitted, spare)
                 break
         values.update(emitted.stacked())
         return True
@@ -183,14 +210,16 @@ class OnnxRuntime:
         if graph not in self.sessions:
             spec = self.program.graphs[graph]
             threads = self.threads if graph in self.hot else 1  # what runs once is small
-            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
+            spin = 0 if graph in self.rounds else None  # another session goes on, and needs the cores
+            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads, spin)
         return self.sessions[graph]
 
     def more(self, graph: str) -> Session | None:
         """The session that runs several rounds of a graph a call, if there is one."""
         path = self.rounds.get(graph)
         if path is not None and path not in self.several:
-            self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
+            spec, aliases = self.program.graphs[graph], self.aliases[graph]
+            self.several[path] = Session(spec, aliases, path, self.threads, rounds.SPIN)
         return self.several[path] if path is not None else None
 
     def translated(self, graph: str) -> Any:
@@ -213,6 +242,12 @@ class OnnxRuntime:
             ort.InferenceSession(str(file(self.folder, graph)), options, providers=["CPUExecutionProvider"])
             model = onnx.load(options.optimized_model_filepath, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+    def like(self, several: dict[str, Path], one: Whole | None) -> OnnxRuntime:
+        """The same with other ways to generate, and sessions of its own."""
+        other = OnnxRuntime(self.program, self.folder, self.threads)
+        other.rounds, other.whole, other.kept = several, one, self.kept
+        return other
 
     def without(self, output: str) -> OnnxRuntime:
         """The same sessions with an output less: what validation looked at is not in the product."""
@@ -293,10 +328,12 @@ def take_turns(
     reads: Values,
     values: Values,
     emitted: Emitted,
+    spare: int,
 ) -> None:
     """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`.
 
-    `more` runs several rounds a call, as long as at least so many are left.
+    `more` runs several rounds a call: as long as so many are left, and after that where the caches have `spare` slots,
+    since another session's threads take longer to wake up than the rounds too many take.
     """
     key = (more is None, *(t.data_ptr() for t in reads.values()))
     if key not in session.turns:
@@ -304,17 +341,17 @@ def take_turns(
         other = {o: single[0].named[value] for o, value in call.writes.items()}
         session.turns[key] = single, two_sides(more, call, control, reads, values, other) if more else single
     single, several = session.turns[key]
-    size = len(several[0].rows)
-    left = int(values[control.params["limit"]]) - len(emitted.rows) if size > 1 else 0
-    turn, done = 0, False
+    size, turn, done, kept, switched = len(several[0].rows), 0, False, 1, False
+    left = int(values[control.params["limit"]]) - len(emitted.rows) if more else 1
     while not done:
-        side = (several if left >= size > 1 else single)[turn]
+        together = size > 1 and (left >= size or (switched and left + spare >= size))
+        side = (several if together else single)[turn]
         side.run()
-        for arrays in side.rows:
+        kept = min(left, size) if together else 1
+        for arrays in side.rows[:kept]:
             emitted.keep(arrays)
-        left -= len(side.rows)
-        done, turn = bool(side.until), turn ^ 1
-    emitted.cut(len(side.rows))
+        left, done, turn, switched = left - kept, bool(side.until), turn ^ 1, together
+    emitted.cut(kept)
     values.update(side.named)
 
 
@@ -341,6 +378,13 @@ def two_sides(
 def hot_graphs(program: Program) -> list[str]:
     """Graphs that run in a loop, once each."""
     return list(dict.fromkeys(c.graph for loop in loops(program.control) for c in calls(loop.body)))
+
+
+def starting_graphs(program: Program) -> set[str]:
+    """Graphs that run once a generation, whose results nobody has after it: the next one may overwrite them."""
+    found = Counter(c.graph for c in calls(program.control))
+    results = {c.graph for c in calls(program.control) if set(c.writes.values()) & set(program.outputs)}
+    return {g for g, n in found.items() if n == 1 and g not in results and not own_sizes(program.graphs[g])}
 
 
 def file(folder: Path, graph: str) -> Path:

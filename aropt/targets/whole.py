@@ -20,6 +20,7 @@ from aropt.runtime import fitted, room
 from aropt.targets import rounds
 
 ROUNDS = 15
+PAUSE = 0.05  # seconds before each run: the threads of the one before wait busily for a while
 MARGIN = 1.03  # what another way than stepping must win by to be worth its files and its session
 STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{rounds.ROUNDS} rounds a call"
 
@@ -51,72 +52,73 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
 
     A way that can't be had is left out, and why is in the result.
     """
-    path, verify, reasons = file(executor.folder), {}, []
-    ways: dict[str, Any] = {STEPPING: ({}, None)}
-    executor.rounds, executor.whole = ways[STEPPING]
+    stepping = executor.like({}, None)
+    ways, verify, reasons = {STEPPING: stepping}, {}, []
     for way, make in ((SEVERAL, several), (ONE_CALL, one_call)):
         say(f"{way}: export and compare")
         try:
-            ways[way], verify[way] = make(program, executor, path)
+            ways[way], verify[way] = make(program, stepping)
         except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
             reasons.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
     say("time " + ", ".join(ways))
     prompt = fitted(program, program.meta["prompts"][0])
     n = min(64, room(program, len(prompt)))
-    ms = timed(program, executor, ways, [prompt], n)
+    ms = timed(program, ways, [prompt], n)
     picked = min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
-    executor.rounds, executor.whole = ways[picked]
+    executor.rounds, executor.whole = ways[picked].rounds, ways[picked].whole
     if picked == SEVERAL:
-        keep_faster(program, executor, prompt, n)
-    rounds.clean(executor)
+        executor.rounds = faster(program, ways, prompt, n)
+    executor.sessions.clear()  # they are opened again, for the way that was picked
+    rounds.clean(executor.folder, executor.rounds)
     if picked != ONE_CALL:
-        discard(path)
+        discard(file(executor.folder))
     found: dict[str, Any] = {"picked": picked, "verify": verify, "tokens": n, "n": ROUNDS, "ms": ms}
     return {**found, "reason": "; ".join(reasons), "graphs": sorted(executor.rounds)}
 
 
-def several(program: Program, executor: Any, _: Path) -> Any:
-    """Models of several rounds, checked: what the executor is to use, and what the check found."""
-    made = rounds.build(program, executor)
-    return (made, None), rounds.compare(program, executor, made)
+def several(program: Program, stepping: Any) -> Any:
+    """An executor of several rounds a call, and what comparing it found."""
+    executor = stepping.like(rounds.build(program, stepping), None)
+    return executor, rounds.compare(program, stepping, executor)
 
 
-def one_call(program: Program, executor: Any, path: Path) -> Any:
-    """The model of the whole loop, checked: what the executor is to use, and what the check found."""
+def one_call(program: Program, stepping: Any) -> Any:
+    """An executor of the whole loop, and what comparing it found."""
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
 
-    export_program(program, path, contrib=True, graphs=executor.translated)
-    return ({}, Whole(path, executor.threads)), run_loop.compare(path, program.replace(executor=executor))
+    path = file(stepping.folder)
+    export_program(program, path, contrib=True, graphs=stepping.translated)
+    verify = run_loop.compare(path, program.replace(executor=stepping))
+    return stepping.like({}, Whole(path, stepping.threads)), verify
 
 
 def timed(
-    program: Program, executor: Any, ways: Mapping[str, Any], prompts: list[list[int]], n: int, **params: Any
+    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, **params: Any
 ) -> dict[str, float]:
     """Milliseconds of a generation in each way, in turns: lower quartiles, as what disturbs a run only adds to it."""
     if "negative" in program.inputs and program.meta.get("null") is None:
         params["negative"] = prompts
     runs: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS + 1):
-        for way, times in runs.items():
-            executor.rounds, executor.whole = ways[way]
+        for way, executor in ways.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             program.generate(prompts, n, executor=executor, **params)
-            times.append((time.perf_counter() - start) * 1e3)
-    executor.rounds, executor.whole = {}, None
+            runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: statistics.quantiles(times[1:], n=4)[0] for way, times in runs.items()}
 
 
-def keep_faster(program: Program, executor: Any, prompt: list[int], n: int) -> None:
-    """Of the other graphs, those for drawing and for prompts of several lengths, only the faster ones' models stay."""
-    made, timed_before = dict(executor.rounds), executor.ran
-    faster = dict(made)
+def faster(program: Program, ways: Mapping[str, Any], prompt: list[int], n: int) -> dict[str, Path]:
+    """The models of several rounds that are faster: those for drawing and for prompts of several lengths may not be."""
+    executor = ways[SEVERAL]
+    kept, first = dict(executor.rounds), executor.ran
     for prompts in ([prompt], [prompt, prompt[1:] or prompt]):
         for params in ({}, {"temperature": 0.9}):
-            ms = timed(program, executor, {STEPPING: ({}, None), SEVERAL: (made, None)}, prompts, n, **params)
-            if executor.ran != timed_before and ms[STEPPING] <= MARGIN * ms[SEVERAL]:
-                faster.pop(executor.ran, None)
-    executor.rounds = faster
+            ms = timed(program, {way: ways[way] for way in (STEPPING, SEVERAL)}, prompts, n, **params)
+            if executor.ran != first and ms[STEPPING] <= MARGIN * ms[SEVERAL]:
+                kept.pop(executor.ran, None)
+    return kept
 
 
 def discard(path: Path) -> None:
