@@ -1,9 +1,9 @@
 """Several rounds of a loop over one graph as one ONNX graph, without ONNX's `Loop`, which copies what it carries.
 
-The graph's nodes are repeated, each round reading what the one before wrote; weights are stored once. What only a
-prompt's round needs goes: sizes that rounds give each other are numbers, and what nobody reads is left out. Outputs are
-those of the last round, and of the others (named `out.<output>@<round>`, counted from 0) what the loop emits and the
-versions of a cache that may all be in one buffer.
+The graph's nodes are repeated, each round reading what the one before wrote; weights are stored once. The first round
+may be a prompt's. What only that needs goes from the others: sizes that rounds give each other are numbers, and what
+nobody reads is left out. Outputs are those of the last round, and of the others (named `out.<output>@<round>`, counted
+from 0) what the loop emits and the versions of a cache that may all be in one buffer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from aropt.program import Call, Graph, Loop
 def unroll(model: Any, graph: Graph, control: Loop, aliases: Mapping[str, str], rounds: int) -> Any:
     """`model`, an onnx_ir.Model of `graph`, the only one that the loop calls, with so many rounds. It is changed.
 
-    `aliases[output] = input`: the output is to be written into the input's buffer.
-    Raises Unsupported where a round's results have other sizes than what the next one reads, and for nodes with graphs.
+    The first round is the graph's, of a prompt too. `aliases[output] = input`: the output is to be written into the
+    input's buffer. Raises Unsupported where a round's results have other sizes than what the next one reads, and for
+    nodes with graphs.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     call, whole = control.body, model.graph
     assert isinstance(call, Call)
-    settle(whole, between(graph, call))
     results = dict(zip(graph.outputs, list(whole.outputs), strict=True))
     inputs = dict(zip(graph.inputs, list(whole.inputs), strict=True))
     body = list(whole)
@@ -40,14 +40,16 @@ def unroll(model: Any, graph: Graph, control: Loop, aliases: Mapping[str, str], 
         versions.append({o: known.get(v, v) for o, v in results.items()})
         writes = {value: versions[-1][o] for o, value in call.writes.items()}
         known = {inputs[name]: writes[value] for name, value in call.reads.items() if value in writes}
+        if number == 0:
+            settle(body, between(graph, call))
     for node in body:  # what is left of the one round reads nothing any more
         node.resize_inputs(0)
     for output in graph.outputs:
-        made = [version[output] for version in versions]
-        shared = output in aliases and in_order([inputs[aliases[output]], *made])
+        chain = [version[output] for version in versions]
+        shared = output in aliases and in_order([inputs[aliases[output]], *chain])
         emitted = call.writes.get(output) in control.emits
-        whole.outputs.extend(made if shared or emitted else made[-1:])
-        made[-1].name = "out." + output
+        whole.outputs.extend(chain if shared or emitted else chain[-1:])
+        chain[-1].name = "out." + output
     drop_slices(whole)
     join_counts(whole)
     RemoveUnusedNodesPass()(model)
@@ -74,11 +76,11 @@ def between(graph: Graph, call: Call) -> dict[str, int]:
     return sizes
 
 
-def settle(whole: Any, sizes: Mapping[str, int]) -> None:
+def settle(body: list[Any], sizes: Mapping[str, int]) -> None:
     """Puts numbers for symbols into all shapes."""
     import onnx_ir as ir
 
-    for value in [*whole.inputs, *(v for node in whole for v in node.outputs)]:
+    for value in (v for node in body for v in node.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([sizes.get(getattr(d, "value", None) or "", d) for d in value.shape])
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +35,19 @@ class Session:
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
     """
 
-    def __init__(
-        self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None, spin: int | None = None
-    ) -> None:
-        """`spin`: microseconds that its threads wait busily for work after a call; None: ONNX Runtime's own choice."""
+    def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        if spin == 0:
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        elif spin is not None:
-            options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
         base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
         self.graph = replace(graph, outputs={name: graph.outputs[output] for name, output in base.items()})
         self.aliases = {name: aliases[output] for name, output in base.items() if output in aliases}
+        self.rounds = 1 + max((int(n.partition("@")[2]) + 1 for n in base if "@" in n), default=0)
         self.types = {name: numpy_type(spec) for name, spec in {**self.graph.outputs, **graph.inputs}.items()}
         self.names = list(graph.inputs)
         self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
@@ -180,29 +173,33 @@ class OnnxRuntime:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
 
         The prompt's round runs as any call, and so do all that `on_round` wants to see. After them two sets of buffers
-        take turns: a round reads one and writes the other, through bindings made once.
+        take turns: a round reads one and writes the other, through bindings made once. Where `on_round` sees none, a
+        session of several rounds runs them, if there is one: another session's threads would first have to wake up.
         """
         call = control.body
         if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
-        self.ran, session, emitted = call.graph, self.session(call.graph), Emitted(control)
         kept = {id(t) for t in self.states.values()}
         own = [name for name, value in call.reads.items() if id(values[value]) in kept]
+        self.ran, session = call.graph, self.more(call.graph) if on_round is None else None
+        left = int(values[control.params["limit"]]) if session else 0
+        if session is None or left < session.rounds:
+            session = self.session(call.graph)
+        emitted = Emitted(control, call, left, rounds.spare(self.program, call, values) if session.rounds > 1 else 0)
         reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
-        written = set(call.writes.values())
-        while True:
+        done = False
+        while not done:
             outputs = session.call(reads)
             values.update({value: outputs[o] for o, value in call.writes.items()})
-            reads |= {name: values[value] for name, value in call.reads.items() if value in written}
-            emitted.keep([values[name].numpy() for name in control.emits])
+            emitted.keep(emitted.rows_of(outputs, session.rounds))
+            done = bool(values[control.until])
             if on_round is not None and on_round(values) is False:
                 on_round = None
-            if bool(values[control.until]):
-                break
-            if on_round is None:
-                more, spare = self.more(call.graph), rounds.spare(self.program, call, values)
-                take_turns(session, more, call, control, reads, values, emitted, spare)
-                break
+            while on_round is None and not done:  # a second time for the last rounds, fewer than the session runs
+                reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
+                session = session if emitted.fit(session.rounds) else self.session(call.graph)
+                done = take_turns(session, call, control, reads, values, emitted)
+            reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
         values.update(emitted.stacked())
         return True
 
@@ -210,16 +207,14 @@ class OnnxRuntime:
         if graph not in self.sessions:
             spec = self.program.graphs[graph]
             threads = self.threads if graph in self.hot else 1  # what runs once is small
-            spin = 0 if graph in self.rounds else None  # another session goes on, and needs the cores
-            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads, spin)
+            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
         return self.sessions[graph]
 
     def more(self, graph: str) -> Session | None:
         """The session that runs several rounds of a graph a call, if there is one."""
         path = self.rounds.get(graph)
         if path is not None and path not in self.several:
-            spec, aliases = self.program.graphs[graph], self.aliases[graph]
-            self.several[path] = Session(spec, aliases, path, self.threads, rounds.SPIN)
+            self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
         return self.several[path] if path is not None else None
 
     def translated(self, graph: str) -> Any:
@@ -287,20 +282,30 @@ class OnnxRuntime:
 
 
 class Emitted:
-    """What the rounds of a loop emit."""
+    """What the rounds of a loop emit. With several rounds a call: `left` until the limit, `spare` after it."""
 
-    def __init__(self, control: Loop) -> None:
+    def __init__(self, control: Loop, call: Call, left: int, spare: int) -> None:
         self.targets = list(control.emits.values())
+        self.names = [o for name in control.emits for o, value in call.writes.items() if value == name]
         self.rows: list[list[Any]] = []
+        self.left, self.spare = left, spare
 
-    def keep(self, arrays: list[Any]) -> None:
-        self.rows.append([array.copy() for array in arrays])
+    def rows_of(self, outputs: Values, count: int) -> list[list[Any]]:
+        """The arrays that each of a call's rounds writes."""
+        marks = [*(f"@{number}" for number in range(count - 1)), ""]
+        return [[outputs[name + mark].numpy() for name in self.names] for mark in marks]
 
-    def cut(self, count: int) -> None:
-        """Drops those of the last `count` rounds that came after the end: no sequence went on, all emit -1."""
-        for _ in range(count - 1):
-            if all((array < 0).all() for array in self.rows[-1]):
-                self.rows.pop()
+    def fit(self, count: int) -> bool:
+        """Whether so many rounds may run: they are left, or the caches have slots for those that are too many."""
+        return count == 1 or self.left + self.spare >= count
+
+    def keep(self, rows: list[list[Any]]) -> None:
+        """Of several rounds not those after the limit, nor those after the end, when every sequence emits -1."""
+        if len(rows) > 1:
+            rows, self.left = rows[: self.left], self.left - len(rows)
+            while len(rows) > 1 and all((array < 0).all() for array in rows[-1]):
+                rows = rows[:-1]
+        self.rows.extend([array.copy() for array in arrays] for arrays in rows)
 
     def stacked(self) -> Values:
         import numpy as np
@@ -309,69 +314,39 @@ class Emitted:
         return {t: torch.from_numpy(np.stack(rows, 1)) for t, rows in zip(self.targets, columns, strict=True)}
 
 
-@dataclass
-class Side:
-    """One way from a set of buffers to the other. `rows`: what each of its rounds emits, an array for each name."""
+def take_turns(session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted) -> bool:
+    """Calls after one that left its results in `values` and what the next one reads in `reads`.
 
-    run: Callable[[], None]
-    named: Values
-    until: Any
-    rows: list[list[Any]]
-    kept: Values  # what is read, to stay alive
-
-
-def take_turns(
-    session: Session,
-    more: Session | None,
-    call: Call,
-    control: Loop,
-    reads: Values,
-    values: Values,
-    emitted: Emitted,
-    spare: int,
-) -> None:
-    """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`.
-
-    `more` runs several rounds a call: as long as so many are left, and after that where the caches have `spare` slots,
-    since another session's threads take longer to wake up than the rounds too many take.
+    Until done, which is returned, or until fewer rounds are left than the session runs.
     """
-    key = (more is None, *(t.data_ptr() for t in reads.values()))
+    key = tuple(t.data_ptr() for t in reads.values())
     if key not in session.turns:
-        single = two_sides(session, call, control, reads, values)
-        other = {o: single[0].named[value] for o, value in call.writes.items()}
-        session.turns[key] = single, two_sides(more, call, control, reads, values, other) if more else single
-    single, several = session.turns[key]
-    size, turn, done, kept, switched = len(several[0].rows), 0, False, 1, False
-    left = int(values[control.params["limit"]]) - len(emitted.rows) if more else 1
-    while not done:
-        together = size > 1 and (left >= size or (switched and left + spare >= size))
-        side = (several if together else single)[turn]
-        side.run()
-        kept = min(left, size) if together else 1
-        for arrays in side.rows[:kept]:
-            emitted.keep(arrays)
-        left, done, turn, switched = left - kept, bool(side.until), turn ^ 1, together
-    emitted.cut(kept)
-    values.update(side.named)
+        session.turns[key] = two_sides(session, call, control, reads, values, emitted)
+    run, sides, turn, done = session.session.run_with_iobinding, session.turns[key], 0, False
+    named: Values = {}
+    while not done and emitted.fit(session.rounds):
+        binding, named, finished, rows, _ = sides[turn]
+        run(binding)
+        emitted.keep(rows)
+        done, turn = bool(finished), turn ^ 1
+    values.update(named)
+    return done
 
 
 def two_sides(
-    session: Session, call: Call, control: Loop, reads: Values, values: Values, other: Values | None = None
-) -> list[Side]:
-    """From the results in `values` to other buffers (those given, else new ones), and back."""
+    session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted
+) -> list[Any]:
+    """A call from the results in `values` to other buffers, and one back: (binding, results, until, emitted) each."""
     first = {o: values[value] for o, value in call.writes.items()}
-    there, second, _ = session.bind(reads, other)
+    there, second, _ = session.bind(reads)
     readers = {value: name for name, value in call.reads.items()}
     fed = {readers[value]: second[o] for o, value in call.writes.items() if value in readers}
     back, third, _ = session.bind(reads | fed, first)
-    emits = [o for name in control.emits for o, value in call.writes.items() if value == name]
     sides = []
     for binding, outputs in ((there, second), (back, third)):
         named = {value: outputs[o] for o, value in call.writes.items()}
-        rows = [[outputs[f"{o}@{number}"].numpy() for o in emits] for number in range(rounds.of(outputs, emits) - 1)]
-        rows.append([outputs[o].numpy() for o in emits])
-        run = partial(session.session.run_with_iobinding, binding)
-        sides.append(Side(run, named, named[control.until].numpy(), rows, reads))
+        rows = emitted.rows_of(outputs, session.rounds)
+        sides.append((binding, named, named[control.until].numpy(), rows, reads))  # the last, to stay alive
     return sides
 
 

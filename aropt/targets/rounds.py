@@ -1,9 +1,8 @@
 """Several rounds a call: the onnxruntime target's rounds where calls and what the host does between them show.
 
-`aropt.exporters.unroll` repeats a step's graph in one model, whose caches stay in their buffers; a session of it takes
-turns with the step's own, which runs the prompt, what is streamed, and the last rounds. It generates what stepping
-generates (compared here over the cases that validation knows, and lengths around its own), and each of its rounds holds
-the weights once more in the layout that ONNX Runtime multiplies: it is for small models, and picked by timing.
+`aropt.exporters.unroll` repeats a step's graph in one model, whose caches stay in their buffers. A session of it runs
+what is not streamed; after the limit it may run a few rounds more, which nobody sees. It generates what stepping
+generates (compared here over the cases that validation knows, and lengths around its own), and is picked by timing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from aropt.runtime import room
 from aropt.validate import Case, Outcome, Verdict, cases, with_stops
 
 ROUNDS = 4  # a call, of which each round then pays a quarter
-SPIN = 500  # microseconds that the session's threads wait for the next call: then the next prompt needs the cores
 LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it
 
 
@@ -31,11 +29,6 @@ def files(folder: Path, graphs: Sequence[str]) -> dict[str, Path]:
     """The models of several rounds in an artifact, by graph."""
     found = {graph: sorted((folder / "models" / graph / "onnxruntime").glob("rounds-*.onnx")) for graph in graphs}
     return {graph: paths[0] for graph, paths in found.items() if paths}
-
-
-def of(outputs: Any, emits: Sequence[str]) -> int:
-    """How many rounds write these outputs."""
-    return 1 + sum(name.startswith(f"{emits[0]}@") for name in outputs) if emits else 1
 
 
 def spare(program: Program, call: Call, values: Values) -> int:
