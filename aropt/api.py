@@ -204,11 +204,11 @@ def nodes_note(graph: str, found: dict[str, int]) -> str:
 
 def calls_note(calls: dict[str, Any]) -> str:
     """How the target generates, and why, for people."""
-    if "ms" not in calls:
-        return f"The target steps: the whole loop in one call was not to be had ({calls['reason']})."
     times = ", ".join(f"{way} {ms:.1f} ms" for way, ms in calls["ms"].items())
-    chosen = "runs the whole loop in one call" if calls["picked"] == "one call" else "steps, one call a round"
-    return f"The target {chosen}: measured on {calls['tokens']} tokens, {times}."
+    kinds = {"stepping": "steps, one call a round", "one call": "runs the whole loop in one call"}
+    chosen = kinds.get(calls["picked"]) or f"runs {calls['picked']} of {', '.join(calls['graphs'])}"
+    reason = f" Not to be had: {calls['reason']}." if calls["reason"] else ""
+    return f"The target {chosen}: measured on {calls['tokens']} tokens, {times}.{reason}"
 
 
 def describe_run(

@@ -22,7 +22,8 @@ class Executor(Protocol):
 
     def call(self, graph: str, inputs: Values) -> Values: ...
 
-    # An executor may also have `loop(control, values, on_round) -> bool`, which runs a whole loop if it can.
+    # An executor may also have `loop(control, values, on_round) -> bool`, which runs a whole loop if it can, and
+    # `create(name, state, sizes) -> Tensor`, which makes a state's initial value, valid until the next generation.
 
 
 class Eager:
@@ -55,9 +56,10 @@ def run(
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)
+    create = getattr(executor, "create", lambda _, state, sizes: state.create(sizes))
     for name, state in program.state.items():
         if state.init is not None:
-            values[name] = state.create(sizes)
+            values[name] = create(name, state, sizes)
 
     def nothing(name: str) -> Tensor:
         """What a loop without rounds emits of a value."""

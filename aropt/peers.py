@@ -24,7 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-Generate = Callable[[], "tuple[list[int], float]"]  # new tokens, milliseconds to the first one
+# New tokens, milliseconds to the first one; and those of the generation, where that is not all that was run.
+Generate = Callable[[], "tuple[list[int], float] | tuple[list[int], float, float]"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def serve(generate: Generate, out: TextIO, variant: str, version: str = "") -> N
     print(json.dumps({"ready": variant, "version": version}), file=out, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        tokens, first = generate()
-        elapsed = (time.perf_counter() - start) * 1e3
+        result = generate()
+        elapsed = result[2] if len(result) == 3 else (time.perf_counter() - start) * 1e3
+        tokens, first = result[:2]
         print(json.dumps({"ms": elapsed, "first": first, "tokens": tokens}), file=out, flush=True)
 
 

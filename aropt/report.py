@@ -162,9 +162,13 @@ class Artifact(Strict):
 
 
 class Calls(Strict):
-    """Whether the target steps or runs the whole loop in one call, and the milliseconds of both."""
+    """Whether the target steps, runs several rounds a call or the whole loop in one, and the milliseconds of each.
 
-    picked: Literal["stepping", "one call"]
+    `graphs`: those that run several rounds a call. `reason`: why a way was not to be had.
+    """
+
+    picked: str
+    graphs: list[str] = []
     reason: str = ""
     verify: dict[str, Any] = {}
     tokens: NonNegativeInt = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,9 +204,9 @@ def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill:
 
 def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
     """Raises UsageError for a parameter that the rule doesn't have, or a value out of its range."""
-    known = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
     for name, value in params.items():
         if name not in program.inputs or name in RESERVED:
+            known = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
             raise UsageError(
                 what=f"unknown sampling parameter '{name}'",
                 why="the program's rule does not use it",
@@ -269,7 +271,7 @@ def make_inputs(
         values["negative"] = padded(others)
     for name, given in program.inputs.items():
         if name not in values:
-            values[name] = parameter(given, params.get(name, given.default))
+            values[name] = parameter(given, params[name]) if name in params else default(given)
     return values
 
 
@@ -326,6 +328,12 @@ def share(steps: int, blocks: int) -> int:
     return steps // blocks
 
 
+@functools.lru_cache(maxsize=256)
+def default(given: Input) -> Tensor:
+    """A parameter that is not given; a tensor that is made once, and read only."""
+    return parameter(given, given.default)
+
+
 def parameter(given: Input, value: Any) -> Tensor:
     """A sampling parameter as a tensor of the declared type."""
     tensor = torch.as_tensor(value, dtype=given.spec.dtype)
@@ -335,6 +343,7 @@ def parameter(given: Input, value: Any) -> Tensor:
 
 def padded(prompts: Sequence[Sequence[Any]]) -> Tensor:
     """int64 [B, P] or, of rows of W ids, [B, P, W]; padded with 0 on the left."""
-    width, first = max(len(p) for p in prompts), prompts[0][0]
-    empty = [0] * len(first) if isinstance(first, list) else 0
-    return torch.tensor([[empty] * (width - len(p)) + list(p) for p in prompts], dtype=torch.int64)
+    made = np.zeros((len(prompts), max(len(p) for p in prompts), *np.shape(prompts[0][0])), np.int64)
+    for row, prompt in zip(made, prompts, strict=True):
+        row[len(row) - len(prompt) :] = prompt
+    return torch.from_numpy(made)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,6 +38,9 @@ def curve(
     if twin is None or not done.meta.get("window"):
         return []
     own, side = int(done.meta["window"]), int(done.meta["side"])
+    runner: Any = done.executor
+    if hasattr(runner, "like"):
+        done = done.replace(executor=runner.like({}, None))
     programs = {}
     for window in windows(side):
         say(f"window {window}")
@@ -46,8 +48,7 @@ def curve(
             capture(twin(window), rules=tuple(done.meta["rules"])), target, pipeline(), check=False, threads=threads,
             instruments=Instruments(check=False),
         )  # fmt: skip
-    with stepping(done.executor):
-        times = timed(programs, runs)
+    times = timed(programs, runs)
     return [
         {"window": window, "rounds": (side // window) ** 2, "n": len(found), "median": statistics.median(found),
          "p10": min(found), "p90": max(found)}
@@ -65,17 +66,3 @@ def timed(programs: dict[int, Program], runs: int) -> dict[int, list[float]]:
             program.generate([prompt], room(program, prompt), temperature=1.0, seed=run)
             times[window] += [(time.perf_counter() - start) * 1e3] if run else []
     return times
-
-
-@contextmanager
-def stepping(executor: Any) -> Iterator[None]:
-    """The executor without its whole loop in one call."""
-    kept = getattr(executor, "whole", None)
-    if kept is None:
-        yield
-        return
-    executor.whole = None
-    try:
-        yield
-    finally:
-        executor.whole = kept

@@ -2,14 +2,15 @@
 
 Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache update) is
 bound to its input's own buffer, which the operator then doesn't copy. Other outputs alternate between two sets of
-buffers, which are kept for the next generation of the same shape: then nothing is bound again.
+buffers, which are kept for the next generation of the same shape: then nothing is bound again. Where
+`aropt.targets.rounds` found it to be faster, another session runs several rounds a call, on the same buffers.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.passbase import donated, loops, own_sizes
-from aropt.program import Call, Graph, Loop, Program, Spec, calls, resolve, sizes_of
-from aropt.targets import whole
+from aropt.program import Call, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
+from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
 
 KEPT = 64  # bindings kept a graph
@@ -29,7 +30,10 @@ SHAPES = 2  # shapes of generations whose buffers are kept: each holds caches
 
 
 class Session:
-    """One graph's session and its bindings."""
+    """One graph's session and its bindings.
+
+    Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
+    """
 
     def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
         import onnxruntime as ort
@@ -38,17 +42,20 @@ class Session:
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.graph, self.aliases = graph, aliases
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
-        self.types = {name: numpy_type(spec) for name, spec in {**graph.outputs, **graph.inputs}.items()}
+        base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
+        self.graph = replace(graph, outputs={name: graph.outputs[output] for name, output in base.items()})
+        self.aliases = {name: aliases[output] for name, output in base.items() if output in aliases}
+        self.rounds = 1 + max((int(n.partition("@")[2]) + 1 for n in base if "@" in n), default=0)
+        self.types = {name: numpy_type(spec) for name, spec in {**self.graph.outputs, **graph.inputs}.items()}
         self.names = list(graph.inputs)
         self.bindings: dict[tuple[Any, ...], tuple[Any, Values, Values]] = {}
         self.turn = 0
         self.own_sizes = bool(own_sizes(graph))
         self.buffers: dict[tuple[Any, ...], Tensor] = {}
         self.entries: dict[tuple[Any, ...], Values] = {}
-        self.turns: dict[tuple[int, ...], list[Any]] = {}
+        self.turns: dict[tuple[int, ...], Any] = {}
 
     def call(self, inputs: Values) -> Values:
         """A round; its results stay as they are until the one after the next."""
@@ -75,16 +82,20 @@ class Session:
             self.buffers[key] = torch.empty(tuple(shape), dtype=dtype)
         return self.buffers[key]
 
-    def entry(self, inputs: Values) -> Values:
-        """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing."""
+    def entry(self, inputs: Values, own: Collection[str] = ()) -> Values:
+        """The values in buffers that are the same each time, so that a generation like an earlier one binds nothing.
+
+        `own`: inputs whose buffers are the same each time already, and may be kept.
+        """
         key = tuple(t.shape for t in inputs.values())
         if key not in self.entries:
             if len(self.entries) >= SHAPES:  # caches are large, and bindings and turns hold them too
                 for kept_values in (self.entries, self.bindings, self.turns, self.buffers):
                     kept_values.clear()
-            self.entries[key] = {n: torch.empty_like(t) for n, t in inputs.items()}
+            self.entries[key] = {n: t if n in own else torch.empty_like(t) for n, t in inputs.items()}
         for name, kept in self.entries[key].items():
-            kept.copy_(inputs[name])
+            if kept is not inputs[name]:
+                kept.copy_(inputs[name])
         self.turn = 0
         return dict(self.entries[key])
 
@@ -135,37 +146,60 @@ class OnnxRuntime:
         self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
+        self.rounds = rounds.files(folder, self.hot)  # graphs that have models of several rounds
+        self.several: dict[Path, Session] = {}
+        self.ran = ""  # the graph of the last loop
+        self.states: dict[tuple[Any, ...], Tensor] = {}
+        self.starts = starting_graphs(program)
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph in self.hot:
             return self.session(graph).call(inputs)
-        lowered = graph in self.sessions or file(self.folder, graph).exists()
-        return self.session(graph).once(inputs) if lowered else self.eager.call(graph, inputs)
+        if graph not in self.sessions and not file(self.folder, graph).exists():
+            return self.eager.call(graph, inputs)
+        session = self.session(graph)
+        return session.call(session.entry(inputs)) if graph in self.starts else session.once(inputs)
+
+    def create(self, name: str, state: StateSpec, sizes: Mapping[str, int]) -> Tensor:
+        """An initial value, in a buffer that generations of these sizes share."""
+        shape = tuple(resolve(d, sizes) for d in state.spec.dims)
+        if (name, shape) not in self.states:
+            if sum(known == name for known, _ in self.states) >= SHAPES:
+                self.states.clear()
+            self.states[name, shape] = state.create(sizes)
+        return self.states[name, shape].fill_(state.init or 0)
 
     def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
         """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
 
         The prompt's round runs as any call, and so do all that `on_round` wants to see. After them two sets of buffers
-        take turns: a round reads one and writes the other, through bindings made once.
+        take turns: a round reads one and writes the other, through bindings made once. Where `on_round` sees none, a
+        session of several rounds runs them, if there is one: another session's threads would first have to wake up.
         """
         call = control.body
         if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
             return False
-        session, emitted = self.session(call.graph), Emitted(control)
-        reads = session.entry({name: values[value] for name, value in call.reads.items()})
-        written = set(call.writes.values())
-        while True:
+        kept = {id(t) for t in self.states.values()}
+        own = [name for name, value in call.reads.items() if id(values[value]) in kept]
+        self.ran, session = call.graph, self.more(call.graph) if on_round is None else None
+        left = int(values[control.params["limit"]]) if session else 0
+        if session is None or left < session.rounds:
+            session = self.session(call.graph)
+        emitted = Emitted(control, call, left, rounds.spare(self.program, call, values) if session.rounds > 1 else 0)
+        reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
+        done = False
+        while not done:
             outputs = session.call(reads)
             values.update({value: outputs[o] for o, value in call.writes.items()})
-            reads |= {name: values[value] for name, value in call.reads.items() if value in written}
-            emitted.keep([values[name].numpy() for name in control.emits])
+            emitted.keep(emitted.rows_of(outputs, session.rounds))
+            done = bool(values[control.until])
             if on_round is not None and on_round(values) is False:
                 on_round = None
-            if bool(values[control.until]):
-                break
-            if on_round is None:
-                take_turns(session, call, control, reads, values, emitted)
-                break
+            while on_round is None and not done:  # a second time for the last rounds, fewer than the session runs
+                reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
+                session = session if emitted.fit(session.rounds) else self.session(call.graph)
+                done = take_turns(session, call, control, reads, values, emitted)
+            reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
         values.update(emitted.stacked())
         return True
 
@@ -175,6 +209,13 @@ class OnnxRuntime:
             threads = self.threads if graph in self.hot else 1  # what runs once is small
             self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
         return self.sessions[graph]
+
+    def more(self, graph: str) -> Session | None:
+        """The session that runs several rounds of a graph a call, if there is one."""
+        path = self.rounds.get(graph)
+        if path is not None and path not in self.several:
+            self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
+        return self.several[path] if path is not None else None
 
     def translated(self, graph: str) -> Any:
         """A graph's ONNX model as it was built for its session, or None."""
@@ -196,6 +237,12 @@ class OnnxRuntime:
             ort.InferenceSession(str(file(self.folder, graph)), options, providers=["CPUExecutionProvider"])
             model = onnx.load(options.optimized_model_filepath, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+    def like(self, several: dict[str, Path], one: Whole | None) -> OnnxRuntime:
+        """The same with other ways to generate, and sessions of its own."""
+        other = OnnxRuntime(self.program, self.folder, self.threads)
+        other.rounds, other.whole, other.kept = several, one, self.kept
+        return other
 
     def without(self, output: str) -> OnnxRuntime:
         """The same sessions with an output less: what validation looked at is not in the product."""
@@ -235,14 +282,30 @@ class OnnxRuntime:
 
 
 class Emitted:
-    """What the rounds of a loop emit."""
+    """What the rounds of a loop emit. With several rounds a call: `left` until the limit, `spare` after it."""
 
-    def __init__(self, control: Loop) -> None:
+    def __init__(self, control: Loop, call: Call, left: int, spare: int) -> None:
         self.targets = list(control.emits.values())
+        self.names = [o for name in control.emits for o, value in call.writes.items() if value == name]
         self.rows: list[list[Any]] = []
+        self.left, self.spare = left, spare
 
-    def keep(self, arrays: list[Any]) -> None:
-        self.rows.append([array.copy() for array in arrays])
+    def rows_of(self, outputs: Values, count: int) -> list[list[Any]]:
+        """The arrays that each of a call's rounds writes."""
+        marks = [*(f"@{number}" for number in range(count - 1)), ""]
+        return [[outputs[name + mark].numpy() for name in self.names] for mark in marks]
+
+    def fit(self, count: int) -> bool:
+        """Whether so many rounds may run: they are left, or the caches have slots for those that are too many."""
+        return count == 1 or self.left + self.spare >= count
+
+    def keep(self, rows: list[list[Any]]) -> None:
+        """Of several rounds not those after the limit, nor those after the end, when every sequence emits -1."""
+        if len(rows) > 1:
+            rows, self.left = rows[: self.left], self.left - len(rows)
+            while len(rows) > 1 and all((array < 0).all() for array in rows[-1]):
+                rows = rows[:-1]
+        self.rows.extend([array.copy() for array in arrays] for arrays in rows)
 
     def stacked(self) -> Values:
         import numpy as np
@@ -251,38 +314,52 @@ class Emitted:
         return {t: torch.from_numpy(np.stack(rows, 1)) for t, rows in zip(self.targets, columns, strict=True)}
 
 
-def take_turns(session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted) -> None:
-    """Rounds until done, after one that left its results in `values` and what the next one reads in `reads`."""
+def take_turns(session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted) -> bool:
+    """Calls after one that left its results in `values` and what the next one reads in `reads`.
+
+    Until done, which is returned, or until fewer rounds are left than the session runs.
+    """
     key = tuple(t.data_ptr() for t in reads.values())
     if key not in session.turns:
-        session.turns[key] = two_sides(session, call, control, reads, values)
+        session.turns[key] = two_sides(session, call, control, reads, values, emitted)
     run, sides, turn, done = session.session.run_with_iobinding, session.turns[key], 0, False
-    while not done:
+    named: Values = {}
+    while not done and emitted.fit(session.rounds):
         binding, named, finished, rows, _ = sides[turn]
         run(binding)
         emitted.keep(rows)
         done, turn = bool(finished), turn ^ 1
     values.update(named)
+    return done
 
 
-def two_sides(session: Session, call: Call, control: Loop, reads: Values, values: Values) -> list[Any]:
-    """A round from the results in `values` to other buffers, and one back: (binding, results, until, emitted) each."""
+def two_sides(
+    session: Session, call: Call, control: Loop, reads: Values, values: Values, emitted: Emitted
+) -> list[Any]:
+    """A call from the results in `values` to other buffers, and one back: (binding, results, until, emitted) each."""
     first = {o: values[value] for o, value in call.writes.items()}
     there, second, _ = session.bind(reads)
     readers = {value: name for name, value in call.reads.items()}
     fed = {readers[value]: second[o] for o, value in call.writes.items() if value in readers}
-    back = session.bind(reads | fed, first)[0]
+    back, third, _ = session.bind(reads | fed, first)
     sides = []
-    for binding, outputs in ((there, second), (back, first)):
+    for binding, outputs in ((there, second), (back, third)):
         named = {value: outputs[o] for o, value in call.writes.items()}
-        arrays = [named[n].numpy() for n in control.emits]
-        sides.append((binding, named, named[control.until].numpy(), arrays, reads))  # the last, to stay alive
+        rows = emitted.rows_of(outputs, session.rounds)
+        sides.append((binding, named, named[control.until].numpy(), rows, reads))  # the last, to stay alive
     return sides
 
 
 def hot_graphs(program: Program) -> list[str]:
     """Graphs that run in a loop, once each."""
     return list(dict.fromkeys(c.graph for loop in loops(program.control) for c in calls(loop.body)))
+
+
+def starting_graphs(program: Program) -> set[str]:
+    """Graphs that run once a generation, whose results nobody has after it: the next one may overwrite them."""
+    found = Counter(c.graph for c in calls(program.control))
+    results = {c.graph for c in calls(program.control) if set(c.writes.values()) & set(program.outputs)}
+    return {g for g, n in found.items() if n == 1 and g not in results and not own_sizes(program.graphs[g])}
 
 
 def file(folder: Path, graph: str) -> Path:

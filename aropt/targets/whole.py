@@ -1,15 +1,16 @@
-"""Stepping or one call: the onnxruntime target generates in the way that is faster here.
+"""Stepping, several rounds a call, or one call: the onnxruntime target generates in the way that is faster here.
 
-Stepping calls the step's session once a round and updates caches in place, but the host takes part in each round. One
-call runs the exported whole loop (`aropt.exporters.whole_loop`): no host, but ONNX's Loop copies caches from round to
-round. Which wins depends on the model and the machine, so both are timed, in turns.
+Stepping calls the step's session once a round and updates caches in place, but the host takes part in each round. A
+session of several rounds (`aropt.targets.rounds`) shares a call's cost among them. One call runs the exported whole
+loop (`aropt.exporters.whole_loop`): no host, but ONNX's Loop copies caches from round to round. Which wins depends on
+the model and the machine, so all are timed, in turns.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch import Tensor
 from aropt.interpreter import Values
 from aropt.program import Program
 from aropt.runtime import fitted, room
+from aropt.targets import rounds
 
-ROUNDS = 5
-MARGIN = 1.03  # what one call must win by to be worth its file and its session
+ROUNDS = 15
+PAUSE = 0.05  # seconds before each run: the threads of the one before wait busily for a while
+MARGIN = 1.03  # what another way than stepping must win by to be worth its files and its session
+STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{rounds.ROUNDS} rounds a call"
 
 
 def file(folder: Path) -> Path:
@@ -47,46 +51,77 @@ class Whole:
 
 
 def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Builds, checks and times the whole loop; the executor keeps it if it is faster. Returns what was measured.
+    """Builds, checks and times other ways than stepping; the executor keeps what is faster. Returns what was measured.
 
-    Whatever fails, the target steps, and the reason is in the result.
+    A way that can't be had is left out, and why is in the result.
     """
-    path = file(executor.folder)
-    try:
-        found = measured(program, executor, path, say)
-    except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
-        found = {"picked": "stepping", "reason": (str(error).splitlines() or [type(error).__name__])[0]}
-    if found["picked"] == "stepping":
-        executor.whole = None
-        discard(path)
-    return found
+    stepping = executor.like({}, None)
+    ways, verify, reasons = {STEPPING: stepping}, {}, []
+    for way, make in ((SEVERAL, several), (ONE_CALL, one_call)):
+        say(f"{way}: export and compare")
+        try:
+            ways[way], verify[way] = make(program, stepping)
+        except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
+            reasons.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    say("time " + ", ".join(ways))
+    prompt = fitted(program, program.meta["prompts"][0])
+    n = min(64, room(program, prompt))
+    ms = timed(program, ways, [prompt], n)
+    picked = min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
+    executor.rounds, executor.whole = ways[picked].rounds, ways[picked].whole
+    if picked == SEVERAL:
+        executor.rounds = faster(program, ways, prompt, n)
+    executor.sessions.clear()  # they are opened again, for the way that was picked
+    rounds.clean(executor.folder, executor.rounds)
+    if picked != ONE_CALL:
+        discard(file(executor.folder))
+    found: dict[str, Any] = {"picked": picked, "verify": verify, "tokens": n, "n": ROUNDS, "ms": ms}
+    return {**found, "reason": "; ".join(reasons), "graphs": sorted(executor.rounds)}
 
 
-def measured(program: Program, executor: Any, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """What `pick` returns, where nothing fails."""
+def several(program: Program, stepping: Any) -> Any:
+    """An executor of several rounds a call, and what comparing it found."""
+    executor = stepping.like(rounds.build(program, stepping), None)
+    return executor, rounds.compare(program, stepping, executor)
+
+
+def one_call(program: Program, stepping: Any) -> Any:
+    """An executor of the whole loop, and what comparing it found."""
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
 
-    say("one call: export")
-    export_program(program, path, contrib=True, graphs=executor.translated)
-    say("one call: compare")
-    verify = run_loop.compare(path, program.replace(executor=executor))
-    whole = Whole(path, executor.threads)
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(64, room(program, prompt))
-    runs: dict[str, list[float]] = {"stepping": [], "one call": []}
-    say("one call: time")
+    path = file(stepping.folder)
+    export_program(program, path, contrib=True, graphs=stepping.translated)
+    verify = run_loop.compare(path, program.replace(executor=stepping))
+    return stepping.like({}, Whole(path, stepping.threads)), verify
+
+
+def timed(
+    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, **params: Any
+) -> dict[str, float]:
+    """Milliseconds of a generation in each way, in turns: lower quartiles, as what disturbs a run only adds to it."""
+    if "negative" in program.inputs and program.meta.get("null") is None:
+        params["negative"] = prompts
+    runs: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS + 1):
-        for way, times in runs.items():
-            executor.whole = whole if way == "one call" else None
+        for way, executor in ways.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
-            program.generate([prompt], n, executor=executor)
-            times.append((time.perf_counter() - start) * 1e3)
-    medians = {way: statistics.median(times[1:]) for way, times in runs.items()}
-    better = medians["stepping"] > MARGIN * medians["one call"]
-    executor.whole = whole if better else None
-    picked = "one call" if better else "stepping"
-    return {"verify": verify, "picked": picked, "tokens": n, "n": ROUNDS, "ms": medians}
+            program.generate(prompts, n, executor=executor, **params)
+            runs[way].append((time.perf_counter() - start) * 1e3)
+    return {way: statistics.quantiles(times[1:], n=4)[0] for way, times in runs.items()}
+
+
+def faster(program: Program, ways: Mapping[str, Any], prompt: list[int], n: int) -> dict[str, Path]:
+    """The models of several rounds that are faster: those for drawing and for prompts of several lengths may not be."""
+    executor = ways[SEVERAL]
+    kept, first = dict(executor.rounds), executor.ran
+    for prompts in ([prompt], [prompt, prompt[1:] or prompt]):
+        for params in ({}, {"temperature": 0.9}):
+            ms = timed(program, {way: ways[way] for way in (STEPPING, SEVERAL)}, prompts, n, **params)
+            if executor.ran != first and ms[STEPPING] <= MARGIN * ms[SEVERAL]:
+                kept.pop(executor.ran, None)
+    return kept
 
 
 def discard(path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Several rounds a call: the onnxruntime target's rounds where calls and what the host does between them show.
+
+`aropt.exporters.unroll` repeats a step's graph in one model, whose caches stay in their buffers. A session of it runs
+what is not streamed; after the limit it may run a few rounds more, which nobody sees. It generates what stepping
+generates (compared here over the cases that validation knows, and lengths around its own), and is picked by timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aropt.errors import Unsupported, VerificationFailed
+from aropt.interpreter import Values
+from aropt.passbase import loops, own_sizes
+from aropt.program import Call, Control, If, Loop, Program, Seq
+from aropt.runtime import room
+from aropt.units import ids_of
+from aropt.validate import Case, Outcome, Verdict, cases, with_stops
+
+ROUNDS = 4  # a call, of which each round then pays a quarter
+LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it
+
+
+def files(folder: Path, graphs: Sequence[str]) -> dict[str, Path]:
+    """The models of several rounds in an artifact, by graph."""
+    found = {graph: sorted((folder / "models" / graph / "onnxruntime").glob("rounds-*.onnx")) for graph in graphs}
+    return {graph: paths[0] for graph, paths in found.items() if paths}
+
+
+def spare(program: Program, call: Call, values: Values) -> int:
+    """Rounds for which the caches have slots, after those for the prompt and the new tokens that were asked for."""
+    states = [(value, program.state[value]) for value in call.reads.values() if value in program.state]
+    slots = [values[value].shape[state.axis] for value, state in states if state.axis is not None]
+    needed = values["prompt"].shape[1] + int(values["limit"]) if "prompt" in values else 0
+    return min([*slots, int(program.meta["capacity"])]) - needed if needed else 0
+
+
+def eligible(program: Program) -> dict[str, Loop]:
+    """Loops by the graph that is all of their body: ended by a limit, after its end a sequence emits -1.
+
+    What a round too many writes is no harm: nothing reads the loop's state after it.
+    """
+    found: dict[str, Loop] = {}
+    for loop in loops(program.control, "positions"):
+        call = loop.body
+        if not isinstance(call, Call) or "limit" not in loop.params or not loop.emits:
+            continue
+        if set(call.writes.values()) & {*program.outputs, *read_after(program.control, loop)}:
+            continue
+        graph = program.graphs[call.graph]
+        emitted = [graph.outputs[o] for o, value in call.writes.items() if value in loop.emits]
+        if not own_sizes(graph) and all(spec.dtype == torch.int64 for spec in emitted):
+            found[call.graph] = loop
+    return found
+
+
+def read_after(control: Control, loop: Loop) -> set[str]:
+    """Values that may be read once a loop has ended."""
+    match control:
+        case Seq(body):
+            at = next((i for i, part in enumerate(body) if loop in loops(part)), len(body))
+            later = {v for part in body[at + 1 :] for v in reads(part)}
+            return later | (read_after(body[at], loop) if at < len(body) else set())
+        case If(_, then, orelse):
+            return read_after(then, loop) | read_after(orelse, loop)
+        case Loop() if control is not loop:
+            return reads(control) if loop in loops(control.body) else set()
+    return set()
+
+
+def reads(control: Control) -> set[str]:
+    """All values that a control node may read."""
+    match control:
+        case Seq(body):
+            return {v for part in body for v in reads(part)}
+        case If(cond, then, orelse):
+            return {cond} | reads(then) | reads(orelse)
+        case Loop():
+            return {control.until} | reads(control.body)
+        case Call():
+            return set(control.reads.values())
+
+
+def build(program: Program, stepping: Any) -> dict[str, Path]:
+    """Writes the models, by graph. Raises Unsupported for a graph that can't be repeated, or where it can't pay."""
+    from aropt.exporters.onnx import save
+    from aropt.exporters.unroll import unroll
+
+    found = eligible(program)
+    if not found:
+        raise Unsupported(what="no loop over positions is one graph")
+    size = max(sum(program.weights[w].nbytes for w in program.graphs[graph].weights()) for graph in found)
+    if size > LARGEST:
+        raise Unsupported(what=f"a round reads {size / 2**20:.0f} MiB of weights, beside which a call takes no time")
+    made = {}
+    for graph, loop in found.items():
+        made[graph] = stepping.folder / "models" / graph / "onnxruntime" / f"rounds-{ROUNDS}.onnx"
+        model = unroll(stepping.translated(graph), program.graphs[graph], loop, stepping.aliases[graph], ROUNDS)
+        save(model, made[graph])
+    return made
+
+
+def compare(program: Program, stepping: Any, several: Any) -> dict[str, Any]:
+    """Whether two executors generate the same. Raises VerificationFailed if a token differs."""
+    verdict, tokens = Verdict(), 0
+    for case in with_stops([*lengths(program), *cases(program)], verdict):
+        want, got = (generated(program, executor, case) for executor in (stepping, several))
+        tokens += sum(map(len, want))
+        verdict.outcomes.append(Outcome(case, generated=want))
+        if got != want:
+            raise VerificationFailed(
+                what=f"{ROUNDS} rounds a call generate other tokens than stepping",
+                where=case.name,
+                why=case.repro(program.name),
+                hint="please report it; the target steps",
+            )
+    return {"status": "pass", "cases": len(verdict.outcomes), "tokens": tokens, "level": "tokens equal"}
+
+
+def lengths(program: Program) -> list[Case]:
+    """One prompt and as many new rows as end before, at and after calls of several rounds."""
+    example = cases(program, quick=True)[0]
+    most = room(program, example.prompts[0])
+    sizes = [ids_of(program.meta, rows) for rows in range(2, 2 * ROUNDS + 3)]
+    return [replace(example, name=f"{n} tokens", n=n) for n in sizes if n <= most]
+
+
+def generated(program: Program, executor: Any, case: Case) -> list[list[int]]:
+    """What a case generates."""
+    options: dict[str, Any] = dict(case.params)
+    if case.streams:
+        options["streams"] = list(case.streams)
+    if case.negative:
+        options["negative"] = case.negative
+    return program.generate(
+        [list(p) for p in case.prompts], case.n, seed=case.seed, stop=case.stop, executor=executor, **options
+    )
+
+
+def clean(folder: Path, used: dict[str, Path]) -> None:
+    """Removes the models that are not used."""
+    for path in folder.glob("models/*/onnxruntime/rounds-*"):
+        if path.with_name(path.name.removesuffix(".data")) not in used.values():
+            path.unlink()
