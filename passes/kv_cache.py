@@ -6,14 +6,16 @@ and one token a round after that (decode); both are the same graph, with the num
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
+from aropt.guidance import forwards
+from aropt.passbase import Applies, Contract, Skips
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec
 from aropt.restrict import restrict
 from aropt.trace import capture_function
 from aropt.units import window
@@ -33,44 +35,49 @@ class KvCache:
     contract: ClassVar[Contract] = Contract("rounding", ("full forward in a positions loop",), ("cached", "ragged"))
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        model = full_forward(program)
-        if model is None:
+        models = forwards(program)
+        if not models:
             return Skips("no loop runs a full forward over growing tokens")
+        model = next(iter(models.values()))
         facts = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows).facts
         return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
 
     def run(self, program: Program) -> Program:
-        model = full_forward(program)
-        assert model is not None
-        found = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows)
+        models = forwards(program)
+        model = next(iter(models.values())).graph
+        found = restrict(program.graphs[model], program.weights, int(program.meta["capacity"]), self.rows)
         batch = str(program.state["tokens"].spec.dims[0])
-        guided = batch != "B"
         step = replace(found.graph, name="step")
-        graphs = {n: g for n, g in program.graphs.items() if n != model.graph}
-        row = window(program.meta)
-        graphs |= {"step": step, "enter": enter(guided, row), "place": place(row), "feed": feed(guided, row)}
-        caches = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()}
-        state = {
-            **program.state,
-            **caches,
+        graphs, row = {n: g for n, g in program.graphs.items() if n != model}, window(program.meta)
+        made = [step, enter(batch != "B", row), place(row), feed(batch != "B", row)]
+        graphs |= {g.name: g for g in (*made, *([pend(row)] if len(models) > 1 else []))}
+        own = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()} | {
             "feed": StateSpec("tokens", Spec(I64, (batch, "R", *row))),
             "filled": StateSpec("counter", Spec(I64)),
             "pads": StateSpec("lengths", Spec(I64, (batch,))),
         }
+        branches = {
+            ids: ids.removesuffix("tokens") for ids in models
+        }  # of the forward's calls: prefixes of their state
 
-        def change(call: Call) -> list[Control]:
+        def change(call: Call, fed: set[str]) -> list[Control]:
             if call.graph == "start":
-                return [call, named(graphs["enter"])]
-            if call.graph == model.graph:
-                reads = {n: n for n in step.inputs} | {"ids": "feed"}
-                return [named(graphs["place"]), Call("step", reads, {n: n for n in step.outputs})]
-            return [call, named(graphs["feed"])] if call.graph == "append" else [call]
+                return [
+                    call,
+                    *(branch(graphs["enter"], p, prompt="negative" if p else "prompt") for p in branches.values()),
+                ]
+            if call.graph == model:
+                prefix = branches[call.reads["ids"]]
+                stepped = branch(step, prefix, ids=prefix + "feed")
+                return [branch(graphs["place"], prefix), replace(stepped, writes={**stepped.writes, **call.writes})]
+            told = [ids for ids in branches if ids in call.writes.values()]
+            return [call, *(branch(graphs["feed" if ids in fed else "pend"], branches[ids]) for ids in told)]
 
         weights = {**program.weights, **found.constants}
         return program.replace(
             graphs=graphs,
-            state=state,
-            control=rewrite(program.control, change),
+            state={**program.state, **{p + n: apart(s, p) for p in branches.values() for n, s in own.items()}},
+            control=stepped(program.control, model, change),
             weights=weights,
             meta={**program.meta, "ragged": True, "masks": found.facts["masks"]},
         )
@@ -79,14 +86,33 @@ class KvCache:
 PASS = KvCache
 
 
-def full_forward(program: Program) -> Call | None:
-    """The call that runs the forward over all tokens, in a loop over positions."""
-    for loop in loops(program.control, "positions"):
-        for call in calls(loop.body):
-            state = program.state.get(call.reads.get("ids", ""))
-            if state is not None and state.kind == "tokens" and list(program.graphs[call.graph].inputs) == ["ids"]:
-                return call
-    return None
+def stepped(control: Control, model: str, change: Callable[[Call, set[str]], list[Control]]) -> Control:
+    """The control with its calls changed; `change` is told whose tokens the forward reads in the same round."""
+    match control:
+        case If(cond, then, orelse):
+            return If(cond, stepped(then, model, change), stepped(orelse, model, change))
+        case Loop():
+            return replace(control, body=stepped(control.body, model, change))
+        case Seq(body):
+            fed = {c.reads["ids"] for c in body if isinstance(c, Call) and c.graph == model}
+            parts = [change(c, fed) if isinstance(c, Call) else [stepped(c, model, change)] for c in body]
+            return Seq(tuple(part for run in parts for part in run))
+        case Call():
+            return Seq(tuple(change(control, set())))
+
+
+def apart(state: StateSpec, prefix: str) -> StateSpec:
+    """The state of a branch: the unconditional one feeds a number of rows of its own."""
+    dims = tuple("Q" if d == "R" and prefix else d for d in state.spec.dims)
+    return replace(state, spec=Spec(state.spec.dtype, dims))
+
+
+def branch(graph: Graph, prefix: str, **given: str) -> Call:
+    """A call on the state of one branch; `given` and what all branches share have their own names."""
+    shared = {n: n for n in ("prompt", "negative", "lengths", "token")} | given
+    return Call(
+        graph.name, {n: shared.get(n, prefix + n) for n in graph.inputs}, {n: prefix + n for n in graph.outputs}
+    )
 
 
 def named(graph: Graph) -> Call:
@@ -138,3 +164,9 @@ def feed(guided: bool, row: tuple[int, ...]) -> Graph:
         {"token": Spec(I64, ("B", *row))},
         ["feed"],
     )
+
+
+def pend(row: tuple[int, ...]) -> Graph:
+    """A later round feeds the new token, after those that wait already."""
+    inputs = {"feed": Spec(I64, ("B", "R", *row)), "token": Spec(I64, ("B", *row))}
+    return capture_function("pend", lambda feed, token: torch.cat([feed, token.unsqueeze(1)], 1), inputs, ["feed"])
