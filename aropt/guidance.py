@@ -1,7 +1,8 @@
 """Guided programs: two branches of one forward, conditional and unconditional, and what passes need to know of them.
 
 The plain program runs the forward twice a round: on `tokens`, and on `negative_tokens` with its results under names
-with the prefix NEGATIVE. `last` puts the rows of both together for the rule, the conditional ones first.
+with the prefix NEGATIVE. `last` puts the rows of both together for the rule, the conditional ones first. Where rounds
+differ in what they run, the state of both as one batch has names with the prefix JOINED.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from aropt.compose import trim
 from aropt.passbase import loops
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, calls
 from aropt.rules import GUIDED, chosen, rule
 from aropt.trace import capture_function
 from aropt.units import window
 
-NEGATIVE = "negative_"
+NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
 TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"
 INPUTS = ("negative", "guidance", "guidance_from", "guidance_to")
 RULES = {"greedy": False, "sample": True}  # graphs, and whether they draw
@@ -40,10 +41,10 @@ def unlike(program: Program) -> str:
     """Why the program is not one whose rounds run the forward on both branches, one after the other; "" if it is."""
     if not guided(program):
         return "there is no guidance"
+    if any(not straight(loop.body) for loop in loops(program.control, "positions")):
+        return "cfg-interval chose which rounds run both branches"
     if set(forwards(program)) != {TOKENS, UNCONDITIONAL}:
         return "no round runs the forward on two branches"
-    if any(not straight(loop.body) for loop in loops(program.control, "positions")):
-        return "its branches run in different rounds: cfg-interval keeps them apart"
     return ""
 
 
@@ -66,13 +67,13 @@ def alone(program: Program) -> dict[str, Graph]:
     return found
 
 
-def last(spec: object) -> Graph:
+def last(spec: Spec) -> Graph:
     """The last row of the logits of one branch, or of a batch of both."""
 
     def function(logits: Tensor) -> Tensor:
         return logits[:, -1].to(torch.float32)
 
-    return capture_function("last", function, {"logits": spec}, ["row"])  # type: ignore[dict-item]
+    return capture_function("last", function, {"logits": spec}, ["row"])
 
 
 def without(body: Control, graphs: Mapping[str, Graph]) -> Seq:
@@ -98,3 +99,55 @@ def bodies(control: Control, change: Callable[[Control], Control]) -> Control:
             return replace(control, body=change(control.body))
         case _:
             return control
+
+
+def in_rounds(control: Control, model: str, change: Callable[[Call, set[str]], list[Control]]) -> Control:
+    """The control with its calls changed; `change` is told whose tokens the forward reads in the same round."""
+    match control:
+        case If(cond, then, orelse):
+            return If(cond, in_rounds(then, model, change), in_rounds(orelse, model, change))
+        case Loop():
+            return replace(control, body=in_rounds(control.body, model, change))
+        case Seq(body):
+            fed = {c.reads["ids"] for c in body if isinstance(c, Call) and c.graph == model}
+            parts = [change(c, fed) if isinstance(c, Call) else [in_rounds(c, model, change)] for c in body]
+            return Seq(tuple(part for run in parts for part in run))
+        case Call():
+            return Seq(tuple(change(control, set())))
+
+
+def joining(name: str, specs: Mapping[str, Spec]) -> Graph:
+    """State of both branches as one batch, the conditional rows first.
+
+    Counters are the same of both, and so is what they are fed when they are joined.
+    """
+    twins = {n: n if n == "feed" else NEGATIVE + n for n, s in specs.items() if s.dims}
+
+    def function(**values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([values[n], values[twins[n]]]) if n in twins else values[n].clone() for n in specs)
+
+    inputs = {**specs, **{twin: specs[n] for n, twin in twins.items()}}
+    return capture_function(name, function, inputs, [JOINED + n for n in specs])
+
+
+def parting(name: str, specs: Mapping[str, Spec]) -> Graph:
+    """The conditional rows of joined state."""
+
+    def function(**values: Tensor) -> tuple[Tensor, ...]:
+        return tuple((x[: x.shape[0] // 2] if x.dim() else x).clone() for x in values.values())
+
+    inputs = {JOINED + n: rebatch(s, TWICE) for n, s in specs.items()}
+    return capture_function(name, function, inputs, list(specs))
+
+
+def named(graph: Graph) -> Call:
+    """A call whose values are named as the graph's inputs and outputs."""
+    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})
+
+
+def rebatch(spec: Spec, batch: str) -> Spec:
+    """The spec with the program's batch in place of the graph's B."""
+    dims = tuple(
+        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
+    )
+    return Spec(spec.dtype, dims)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from aropt.compose import compose, trim
-from aropt.guidance import TOKENS, UNCONDITIONAL, fitted, last, unlike
+from aropt.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.passbase import Applies, Contract, Skips, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec
 from aropt.trace import capture_function
-
-ROWS = "2*B"
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class CfgBatch:
 
     def run(self, program: Program) -> Program:
         tokens = program.state[TOKENS]
-        both = replace(tokens, spec=Spec(tokens.spec.dtype, (ROWS, *tokens.spec.dims[1:])))
-        changed = {"start": start(program), "append": append(program, both.spec)}
+        both = replace(tokens, spec=Spec(tokens.spec.dtype, (TWICE, *tokens.spec.dims[1:])))
+        changed = {"start": start(program), "append": append("append", both.spec, program)}
         changed["last"] = last(program.graphs["last"].inputs["logits"])
 
         def change(call: Call) -> list[Control]:
@@ -64,11 +62,11 @@ def start(program: Program) -> Graph:
     return trim(composed, set(graph.outputs) - {UNCONDITIONAL}, program.weights)
 
 
-def append(program: Program, tokens: Spec) -> Graph:
+def append(name: str, tokens: Spec, program: Program) -> Graph:
     """tokens [2B, T], token [B] -> tokens [2B, T + 1]: both branches get the same token."""
 
     def function(tokens: Tensor, token: Tensor) -> Tensor:
         return torch.cat([tokens, torch.cat([token, token]).unsqueeze(1)], 1)
 
     token = program.graphs["append"].inputs["token"]
-    return capture_function("append", function, {"tokens": tokens, "token": token}, [TOKENS])
+    return capture_function(name, function, {"tokens": tokens, "token": token}, [TOKENS])

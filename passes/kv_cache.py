@@ -6,16 +6,15 @@ and one token a round after that (decode); both are the same graph, with the num
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from aropt.guidance import forwards
+from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.passbase import Applies, Contract, Skips
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec
+from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.restrict import restrict
 from aropt.trace import capture_function
 from aropt.units import window
@@ -44,41 +43,41 @@ class KvCache:
 
     def run(self, program: Program) -> Program:
         models = forwards(program)
-        model = next(iter(models.values())).graph
+        model, row = next(iter(models.values())).graph, window(program.meta)
         found = restrict(program.graphs[model], program.weights, int(program.meta["capacity"]), self.rows)
-        batch = str(program.state["tokens"].spec.dims[0])
-        step = replace(found.graph, name="step")
-        graphs, row = {n: g for n, g in program.graphs.items() if n != model}, window(program.meta)
-        made = [step, enter(batch != "B", row), place(row), feed(batch != "B", row)]
-        graphs |= {g.name: g for g in (*made, *([pend(row)] if len(models) > 1 else []))}
-        own = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()} | {
-            "feed": StateSpec("tokens", Spec(I64, (batch, "R", *row))),
+        batches = {ids.removesuffix("tokens"): str(program.state[ids].spec.dims[0]) for ids in models}
+        step, guided = replace(found.graph, name="step"), batches[""] != "B"
+        made = [step, enter(guided, row), place(row), feed("feed", guided, row)]
+        own = found.state | {
+            "feed": StateSpec("tokens", Spec(I64, ("B", "R", *row))),
             "filled": StateSpec("counter", Spec(I64)),
-            "pads": StateSpec("lengths", Spec(I64, (batch,))),
+            "pads": StateSpec("lengths", Spec(I64, ("B",))),
         }
-        branches = {
-            ids: ids.removesuffix("tokens") for ids in models
-        }  # of the forward's calls: prefixes of their state
+        if len(models) > 1:
+            made += [pend(row)]
+        if JOINED in batches:
+            kept = {n: s.spec for n, s in own.items()}
+            made += [joining("join_cache", kept), parting("part_cache", kept), feed("feed_joined", True, row)]
+        graphs = {n: g for n, g in program.graphs.items() if n != model} | {g.name: g for g in made}
 
         def change(call: Call, fed: set[str]) -> list[Control]:
+            told = [p for p in batches if p + "tokens" in call.writes.values()]
             if call.graph == "start":
-                return [
-                    call,
-                    *(branch(graphs["enter"], p, prompt="negative" if p else "prompt") for p in branches.values()),
-                ]
+                return [call, *(branch(graphs["enter"], p, prompt="negative" if p else "prompt") for p in told)]
             if call.graph == model:
-                prefix = branches[call.reads["ids"]]
+                prefix = call.reads["ids"].removesuffix("tokens")
                 stepped = branch(step, prefix, ids=prefix + "feed")
                 return [branch(graphs["place"], prefix), replace(stepped, writes={**stepped.writes, **call.writes})]
-            told = [ids for ids in branches if ids in call.writes.values()]
-            return [call, *(branch(graphs["feed" if ids in fed else "pend"], branches[ids]) for ids in told)]
+            if call.graph in ("join", "part"):
+                return [call, named(graphs[f"{call.graph}_cache"])]
+            feeds = {p: "pend" if p + "tokens" not in fed else "feed_joined" if p == JOINED else "feed" for p in told}
+            return [call, *(branch(graphs[name], p) for p, name in feeds.items())]
 
-        weights = {**program.weights, **found.constants}
         return program.replace(
             graphs=graphs,
-            state={**program.state, **{p + n: apart(s, p) for p in branches.values() for n, s in own.items()}},
-            control=stepped(program.control, model, change),
-            weights=weights,
+            state={**program.state, **{p + n: of(s, p, b) for p, b in batches.items() for n, s in own.items()}},
+            control=in_rounds(program.control, model, change),
+            weights={**program.weights, **found.constants},
             meta={**program.meta, "ragged": True, "masks": found.facts["masks"]},
         )
 
@@ -86,46 +85,16 @@ class KvCache:
 PASS = KvCache
 
 
-def stepped(control: Control, model: str, change: Callable[[Call, set[str]], list[Control]]) -> Control:
-    """The control with its calls changed; `change` is told whose tokens the forward reads in the same round."""
-    match control:
-        case If(cond, then, orelse):
-            return If(cond, stepped(then, model, change), stepped(orelse, model, change))
-        case Loop():
-            return replace(control, body=stepped(control.body, model, change))
-        case Seq(body):
-            fed = {c.reads["ids"] for c in body if isinstance(c, Call) and c.graph == model}
-            parts = [change(c, fed) if isinstance(c, Call) else [stepped(c, model, change)] for c in body]
-            return Seq(tuple(part for run in parts for part in run))
-        case Call():
-            return Seq(tuple(change(control, set())))
-
-
-def apart(state: StateSpec, prefix: str) -> StateSpec:
-    """The state of a branch: the unconditional one feeds a number of rows of its own."""
-    dims = tuple("Q" if d == "R" and prefix else d for d in state.spec.dims)
-    return replace(state, spec=Spec(state.spec.dtype, dims))
+def of(state: StateSpec, prefix: str, batch: str) -> StateSpec:
+    """The state of a branch; the unconditional one feeds a number of rows of its own."""
+    spec = rebatch(state.spec, batch)
+    return replace(state, spec=Spec(spec.dtype, tuple("Q" if d == "R" and prefix else d for d in spec.dims)))
 
 
 def branch(graph: Graph, prefix: str, **given: str) -> Call:
     """A call on the state of one branch; `given` and what all branches share have their own names."""
-    shared = {n: n for n in ("prompt", "negative", "lengths", "token")} | given
-    return Call(
-        graph.name, {n: shared.get(n, prefix + n) for n in graph.inputs}, {n: prefix + n for n in graph.outputs}
-    )
-
-
-def named(graph: Graph) -> Call:
-    """A call whose values are named as the graph's inputs and outputs."""
-    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})
-
-
-def rebatch(spec: Spec, batch: str) -> Spec:
-    """The spec with the program's batch in place of the graph's B."""
-    dims = tuple(
-        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
-    )
-    return Spec(spec.dtype, dims)
+    names = {n: n for n in ("prompt", "negative", "lengths", "token")} | given
+    return Call(graph.name, {n: names.get(n, prefix + n) for n in graph.inputs}, {n: prefix + n for n in graph.outputs})
 
 
 def enter(guided: bool, row: tuple[int, ...]) -> Graph:
@@ -156,10 +125,10 @@ def place(row: tuple[int, ...]) -> Graph:
     return capture_function("place", function, inputs, ["slots", "positions", "filled"])
 
 
-def feed(guided: bool, row: tuple[int, ...]) -> Graph:
+def feed(name: str, guided: bool, row: tuple[int, ...]) -> Graph:
     """The next round feeds the new token."""
     return capture_function(
-        "feed",
+        name,
         lambda token: (torch.cat([token, token]) if guided else token).unsqueeze(1),
         {"token": Spec(I64, ("B", *row))},
         ["feed"],
