@@ -25,6 +25,7 @@ from aropt.serialize import from_json, to_json
 from aropt.targets import lower
 from aropt.validate import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
+from tests.mutants.surgery import Tiny as Rotary
 from tests.test_units import Windows
 
 RULES = ("repetition-penalty", "temperature", "top-k")
@@ -233,9 +234,14 @@ def test_an_interval_survives_its_file(skipping: dict[str, Program]) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[Program, Program]:
-    plain = aropt.capture("digits-ar", rules=["guidance-interval", "temperature"])
-    return plain, run_passes(plain, pipeline(["cfg-interval"]), "onnxruntime", Instruments(check=False))[0]
+def pair() -> tuple[Program, Program]:
+    """A model whose attention onnxruntime has a kernel for, plain and optimized."""
+    torch.manual_seed(1)
+    model = Rotary(1, groups=2, width=64)
+    plain = aropt.capture(model, capacity=24, null=0, rules=["guidance-interval", "temperature"])
+    fast, results = run_passes(plain, pipeline(["cfg-interval"]), "onnxruntime", Instruments(check=False))
+    assert {r.name: r.status for r in results}["fuse-attention"] == "applied"
+    return plain, fast
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -247,8 +253,8 @@ CHOICES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_targets_skip_the_branch(digits: tuple[Program, Program], target: str) -> None:
-    plain, fast = digits
+def test_targets_skip_the_branch(pair: tuple[Program, Program], target: str) -> None:
+    plain, fast = pair
     executor = lower(fast, target)
     for options in CHOICES:
         want = plain.generate([[18], [23]], 14, **options)
@@ -266,8 +272,8 @@ def test_inductor_skips_the_branch(skipping: dict[str, Program]) -> None:
 
 
 @pytest.mark.parametrize("contrib", [False, True])
-def test_one_onnx_graph_skips_the_branch(digits: tuple[Program, Program], contrib: bool, tmp_path: Path) -> None:
-    plain, fast = digits
+def test_one_onnx_graph_skips_the_branch(pair: tuple[Program, Program], contrib: bool, tmp_path: Path) -> None:
+    plain, fast = pair
     export_program(fast, tmp_path / "model.onnx", contrib=contrib)
     made = run_loop.session(tmp_path / "model.onnx")
     for options in CHOICES:
