@@ -37,7 +37,8 @@ PASSES = {
 }  # name -> module, in pipeline order
 # Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
 ASKED = (
-    "token-shuffle", "cfg-eliminate", "cfg-interval", "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity",
+    "token-shuffle", "cfg-eliminate", "cfg-interval",
+    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity",
 )  # fmt: skip
 REFRESHES = (16, 8, 4, 2, 1)  # what is tried while the budget is missed
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)

@@ -282,7 +282,7 @@ def symbols(dim: Dim) -> set[str]:
 
 
 def sizes_of(specs: Mapping[str, Spec], values: Mapping[str, Tensor]) -> dict[str, int]:
-    """Binds the symbols of `specs` to the sizes of `values`: those that stand alone, then those of multiples ("2*B")."""
+    """Binds the symbols of `specs` to the sizes of `values`: those that stand alone, or in multiples ("2*B")."""
     sizes: dict[str, int] = {}
     multiples: dict[str, int] = {}
     for name, spec in specs.items():

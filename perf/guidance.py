@@ -2,9 +2,9 @@
 
     python -m perf.guidance [--model digits-ar] [--batch 1] [--runs 15] [--threads 2] [--targets onnxruntime,eager]
 
-All variants draw the same images, and take turns within a target. The eliminated program is another function (scale
-1): digits-ar's weights are not guidance-free, so its images are not compared. Writes perf/results/guidance.json and
-prints the table.
+The variants of a rule draw the same images, and take turns within a target. The eliminated program is that of the
+weights that were tuned to need no guidance (MODEL-cca), of the same size. Writes perf/results/guidance.json and prints
+the table.
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ def prepared(args: argparse.Namespace, variant: Variant, target: str, folder: Pa
     from aropt.passmanager import pipeline
     from aropt.runtime import room
 
-    extra = {"guidance_free": True} if variant.free else {}
-    plain = aropt.capture(args.model, rules=[variant.rule, "temperature"], **extra)
+    plain = aropt.capture(args.model + "-cca" * variant.free, rules=[variant.rule, "temperature"])
     passes = pipeline(variant.chosen, variant.dropped)
     program = aropt.optimize(plain, target, passes, check=False, folder=folder, threads=args.threads)
     prompts = [plain.meta["prompts"][i % len(plain.meta["prompts"])] for i in range(args.batch)]
