@@ -115,10 +115,10 @@ def optimize(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance. Of a "
-            "canvas, what a round writes: threshold, factor, segments, or uniform, cosine, shifted, doubling; "
-            "probability, margin, entropy; eoser, credit, smooth, rcr, remask; and of a guide: guide-argmax, -top-k, "
-            "-relative, -threshold."
+            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance, "
+            "guidance-interval. Of a canvas, what a round writes: threshold, factor, segments, or uniform, cosine, "
+            "shifted, doubling; probability, margin, entropy; eoser, credit, smooth, rcr, remask; and of a guide: "
+            "guide-argmax, -top-k, -relative, -threshold."
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,

@@ -39,6 +39,20 @@ class Recorder(Eager):
         return {o: found[n] for o, n in zip(g.outputs, g.results(), strict=True)}
 
 
+class History(Recorder):
+    """Keeps the values of all calls, in `found`."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.found: list[dict[fx.Node, Any]] = []
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        try:
+            return super().call(graph, inputs)
+        finally:
+            self.found.append(self.values[graph])
+
+
 def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], found: dict[fx.Node, Any]) -> None:
     """Puts every node's value into `found`."""
 
@@ -70,7 +84,7 @@ class Round:
     """One call of the model: the tokens that it stands for [branches, T], and the values of nodes with an origin."""
 
     ids: Tensor
-    values: dict[fx.Node, Any]
+    values: list[tuple[fx.Node, Any]]
 
 
 def first_in_program(oracle: Oracle, candidate: Program, case: Case, row: int) -> dict[str, Any] | None:
@@ -88,12 +102,13 @@ def first_in_program(oracle: Oracle, candidate: Program, case: Case, row: int) -
         single: dict[fx.Node, Any] = {}
         node_values(captured, [one.ids], weights, single)
         exact = exact_values(oracle, captured, one.ids)
-        for node, value in one.values.items():
+        for node, value in one.values:
             origin = by_name.get(node.meta["origin"])
             if origin is None or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            mine = own(value, single[origin], place, len(group), len(one.ids))
-            error, floor = distance(mine, single[origin], exact[origin], pads)
+            like, true = single[origin], exact[origin]
+            found = sides(value, like, place, len(group), len(one.ids))
+            error, floor = min((distance(x, like[at], true[at], pads) for x, at in found), key=relative)
             if error > 16 * floor:
                 return {"module": node.meta.get("where", ""), "node": node.name, "op": op_name(node), "error": error,
                         "floor": floor, "round": number}  # fmt: skip
@@ -102,11 +117,13 @@ def first_in_program(oracle: Oracle, candidate: Program, case: Case, row: int) -
 
 def rounds(candidate: Program, case: Case, group: list[int], place: int, pads: int) -> list[Round]:
     """Runs the candidate eagerly on a batch, until the prompt at `place` ends or an op fails."""
-    recorder, inputs, kept = Recorder(candidate), case.inputs(candidate, group), []
+    recorder, inputs, kept = History(candidate), case.inputs(candidate, group), []
     ids = torch.stack([inputs[n][place, pads:] for n in ("prompt", "negative") if n in inputs])
 
     def latest() -> Round:
-        return Round(ids, {n: v for graph in recorder.values.values() for n, v in graph.items() if "origin" in n.meta})
+        found = [(n, v) for values in recorder.found for n, v in values.items() if "origin" in n.meta]
+        recorder.found = []
+        return Round(ids, found)
 
     def keep(values: Values) -> None:
         nonlocal ids
@@ -133,6 +150,18 @@ def own(value: Tensor, like: Tensor, place: int, batch: int, branches: int) -> T
     if batch == 1 or value.dim() == 0 or like.dim() == 0 or value.shape[0] != like.shape[0] * batch:
         return value
     return value.reshape(branches, batch, -1, *value.shape[1:])[:, place].flatten(0, 1)
+
+
+def sides(value: Tensor, like: Tensor, place: int, batch: int, branches: int) -> list[tuple[Tensor, slice]]:
+    """The rows of one prompt, and which rows of the captured forward's value they may be.
+
+    A value of one branch does not say of which one.
+    """
+    found = [(own(value, like, place, batch, branches), slice(None))]
+    if branches > 1 and value.dim() and like.dim() and value.shape[0] * branches == like.shape[0] * batch:
+        mine, rows = value.reshape(batch, -1, *value.shape[1:])[place], like.shape[0] // branches
+        found += [(mine, slice(i * rows, (i + 1) * rows)) for i in range(branches)]
+    return found
 
 
 def exact_values(oracle: Oracle, captured: Graph, *inputs: Tensor) -> dict[fx.Node, Any]:
@@ -167,6 +196,11 @@ def distance(mine: Tensor, theirs: Tensor, exact: Tensor, pads: int) -> tuple[fl
     floor = max(float((theirs - exact).abs().max()), 4 * eps * float(theirs.abs().max()), 1e-30)
     error = (mine - theirs).abs().max()
     return (float(error) if torch.isfinite(error) else float("inf")), floor
+
+
+def relative(found: tuple[float, float]) -> float:
+    """The error in multiples of the floor."""
+    return found[0] / found[1]
 
 
 def first_in_target(candidate: Program, executor: Executor, case: Case, row: int) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aropt import ops
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
-from aropt.rules import BOOL, DEFAULT, I64, Processor, chosen, rule
+from aropt.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
 from aropt.trace import capture_function
 from aropt.units import window
 
@@ -24,14 +24,15 @@ def autoregressive(
     """The plain loop: the whole forward over all tokens so far, the rule on the last row, append, until done.
 
     `meta` holds vocab and capacity. Greedy and sampled generation are two loops behind an `If` on the input `greedy`.
+    With guidance the forward runs twice a round, on the prompt's tokens and on those after the unconditional prompt.
     """
     ops.load_all()
     processors = chosen(rules)
     vocab, row = int(meta["vocab"]), window(meta)
-    guided, penalized = "guidance" in processors, "repetition-penalty" in processors
+    guided, penalized = bool(set(GUIDED) & set(processors)), "repetition-penalty" in processors
     graphs = {
         "model": model, "start": start(guided, row), "append": append(guided, row), "commit": commit(row),
-        "last": last(vocab, row),
+        "last": last(vocab, row, guided),
     }  # fmt: skip
     if penalized:
         graphs |= {"seen": first_seen(vocab, row), "mark": mark(vocab, row)}
@@ -48,9 +49,8 @@ def autoregressive(
             If("greedy", loop(graphs, "greedy", penalized), loop(graphs, "sample", penalized)),
         )
     )
-    batch = "2*B" if guided else "B"
     state = {
-        "tokens": StateSpec("tokens", Spec(I64, (batch, "T", *row))),
+        **{n: StateSpec("tokens", Spec(I64, ("B", "T", *row))) for n in branches(guided)},
         "done": StateSpec("flag", Spec(BOOL, ("B",))),
         "count": StateSpec("counter", SCALAR),
         "finished": StateSpec("flag", Spec(BOOL)),
@@ -60,7 +60,7 @@ def autoregressive(
     return Program(
         meta.get("name", "program"),
         graphs,
-        program_inputs(processors, vocab, guided, row),
+        program_inputs(processors, vocab, guided, row, bool(meta.get("guidance_free"))),
         state,
         control,
         ("generated",),
@@ -69,10 +69,18 @@ def autoregressive(
     )
 
 
+def branches(guided: bool) -> dict[str, str]:
+    """The states that hold tokens, and the logits that the forward makes of each."""
+    return {"tokens": "logits", "negative_tokens": "negative_logits"} if guided else {"tokens": "logits"}
+
+
 def program_inputs(
-    processors: dict[str, Processor], vocab: int, guided: bool, row: tuple[int, ...]
+    processors: dict[str, Processor], vocab: int, guided: bool, row: tuple[int, ...], free: bool = False
 ) -> dict[str, Input]:
-    """What the caller of a generation gives; `row`: the axes of one, () or (W,) (see aropt.units)."""
+    """What the caller of a generation gives; `row`: the axes of one, () or (W,) (see aropt.units).
+
+    `free`: the model was trained to need no guidance, so that 1 is usual.
+    """
     of, one = (f", {row[0]} a row", "rows") if row else ("", "tokens")
     inputs = {
         "prompt": Input(Spec(I64, ("B", "P", *row)), doc=f"token ids{of}, padded on the left"),
@@ -89,6 +97,10 @@ def program_inputs(
         for name, given in processor.params.items():
             dims = tuple(vocab if d == "V" else d for d in given.spec.dims)
             inputs[name] = replace(given, spec=Spec(given.spec.dtype, dims))
+    if "top_k" in inputs:
+        inputs["top_k"] = replace(inputs["top_k"], maximum=vocab)
+    if free and guided:
+        inputs["guidance"] = replace(inputs["guidance"], default=1.0)
     return inputs
 
 
@@ -99,7 +111,8 @@ def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
         g = graphs[graph]
         return Call(graph, {n: n for n in g.inputs}, {n: n for n in g.outputs})
 
-    body = [Call("model", {"ids": "tokens"}, {"logits": "logits"}), Call("last", {"logits": "logits"}, {"row": "row"})]
+    logits = branches("negative_logits" in graphs["last"].inputs)
+    body = [*(Call("model", {"ids": ids}, {"logits": out}) for ids, out in logits.items()), same("last")]
     if rule_name == "sample":
         body.append(same("position"))
     reads = {n: "row" if n == "logits" else n for n in graphs[rule_name].inputs}
@@ -114,30 +127,34 @@ def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
 def start(guided: bool, row: tuple[int, ...] = ()) -> Graph:
     """The state before the first round."""
 
-    def function(prompt: Tensor, limit: Tensor, negative: Tensor | None = None) -> tuple[Tensor, ...]:
-        tokens = prompt.clone() if negative is None else torch.cat([prompt, negative])
-        return tokens, prompt.flatten(1)[:, 0] < -1 if row else prompt[:, 0] < -1, limit - limit, limit <= 0
+    def function(prompt: Tensor, limit: Tensor, **negative: Tensor) -> tuple[Tensor, ...]:
+        tokens = [ids.clone() for ids in (prompt, *negative.values())]
+        return *tokens, prompt.flatten(1)[:, 0] < -1 if row else prompt[:, 0] < -1, limit - limit, limit <= 0
 
-    inputs = {"prompt": Spec(I64, ("B", "P", *row)), "limit": SCALAR}
-    if guided:
-        inputs["negative"] = Spec(I64, ("B", "P", *row))
-    return capture_function("start", function, inputs, ["tokens", "done", "count", "finished"])
+    prompts = Spec(I64, ("B", "P", *row))
+    inputs = {"prompt": prompts, "limit": SCALAR, **({"negative": prompts} if guided else {})}
+    return capture_function("start", function, inputs, [*branches(guided), "done", "count", "finished"])
 
 
 def append(guided: bool, row: tuple[int, ...] = ()) -> Graph:
     """tokens [B, T], token [B] -> tokens [B, T + 1]; both branches get the same token when guided."""
 
-    def function(tokens: Tensor, token: Tensor) -> Tensor:
-        return torch.cat([tokens, (torch.cat([token, token]) if guided else token).unsqueeze(1)], 1)
+    def function(token: Tensor, **tokens: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([ids, token.unsqueeze(1)], 1) for ids in tokens.values())
 
-    inputs = {"tokens": Spec(I64, ("2*B" if guided else "B", "T", *row)), "token": Spec(I64, ("B", *row))}
-    return capture_function("append", function, inputs, ["tokens"])
+    inputs = {n: Spec(I64, ("B", "T", *row)) for n in branches(guided)}
+    return capture_function("append", function, {**inputs, "token": Spec(I64, ("B", *row))}, list(inputs))
 
 
-def last(vocab: int, row: tuple[int, ...] = ()) -> Graph:
-    """The last row of logits [B, R, V]."""
-    inputs = {"logits": Spec(torch.float32, ("B", "R", *row, vocab))}
-    return capture_function("last", lambda logits: logits[:, -1].to(torch.float32), inputs, ["row"])
+def last(vocab: int, row: tuple[int, ...] = (), guided: bool = False) -> Graph:
+    """The last row of logits [B, R, V]; of both branches, the conditional ones first, when guided: [2B, V]."""
+
+    def function(**logits: Tensor) -> Tensor:
+        rows = [x[:, -1].to(torch.float32) for x in logits.values()]
+        return torch.cat(rows) if guided else rows[0]
+
+    inputs = {n: Spec(torch.float32, ("B", "R", *row, vocab)) for n in branches(guided).values()}
+    return capture_function("last", function, inputs, ["row"])
 
 
 def commit(row: tuple[int, ...] = ()) -> Graph:

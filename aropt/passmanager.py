@@ -12,12 +12,15 @@ from typing import Any
 
 from aropt.errors import AroptError, UsageError
 from aropt.passbase import Pass, Result, Skips
-from aropt.program import Entry, Program, calls
+from aropt.program import Entry, If, Program, calls
 from aropt.validate import Verdict, cases, validate, with_probe
 
 PASSES = {
     "token-shuffle": "token_shuffle",
     "canonicalize": "canonicalize",
+    "cfg-eliminate": "cfg_eliminate",
+    "cfg-interval": "cfg_interval",
+    "cfg-batch": "cfg_batch",
     "kv-cache": "kv_cache",
     "prefix-cache": "prefix_cache",
     "dual-cache": "dual_cache",
@@ -33,8 +36,11 @@ PASSES = {
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order
-# lossy or retrained: only where --pass names them
-ASKED = ("token-shuffle", "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity")
+# Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
+ASKED = (
+    "token-shuffle", "cfg-eliminate", "cfg-interval",
+    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity",
+)  # fmt: skip
 REFRESHES = (16, 8, 4, 2, 1)  # what is tried while the budget is missed
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 
@@ -273,13 +279,16 @@ def step_bytes(program: Program) -> int:
     from aropt.passbase import loops
 
     half = max(1, int(program.meta["capacity"]) // 2)
-    sizes = {"B": 1, "R": 1, "T": half, "S": half, "P": 1, "K": 1}
-    loop = loops(program.control)[0]
-    weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights() if program.weights[w].dim() > 1}
+    sizes = {"B": 1, "R": 1, "Q": 1, "T": half, "S": half, "P": 1, "K": 1}
+    body = loops(program.control)[0].body
+    while isinstance(body, If):  # a guided round, where others run less
+        body = body.then
+    called = list(calls(body))
+    weights = {w for c in called for w in program.graphs[c.graph].weights() if program.weights[w].dim() > 1}
     total = sum(program.weights[w].nbytes for w in weights)
-    read = {v for c in calls(loop.body) for v in c.reads.values()}
+    read = {v for c in called for v in c.reads.values()}
     total += sum(s.nbytes(sizes) for n, s in program.state.items() if n in read)
-    model = [program.graphs[c.graph] for c in calls(loop.body) if "ids" in c.reads and "slots" not in c.reads]
+    model = [program.graphs[c.graph] for c in called if "ids" in c.reads and "slots" not in c.reads]
     for graph in model:
         for node in graph.fx.nodes:
             value = node.meta.get("val")

@@ -7,6 +7,7 @@ A `Graph` is a functional ATen graph without hidden state. A `Program` says whic
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node  # the field `fx` of Graph hides the module's name
 
+MULTIPLE = re.compile(r"(\d+)\*([A-Za-z_]\w*)")
 Dim = int | str  # a size, or an expression over the graph's symbols such as "B" or "4*B"
 
 
@@ -280,10 +282,13 @@ def symbols(dim: Dim) -> set[str]:
 
 
 def sizes_of(specs: Mapping[str, Spec], values: Mapping[str, Tensor]) -> dict[str, int]:
-    """Binds the symbols that stand alone in `specs` to the sizes of `values`."""
+    """Binds the symbols of `specs` to the sizes of `values`: those that stand alone, or in multiples ("2*B")."""
     sizes: dict[str, int] = {}
+    multiples: dict[str, int] = {}
     for name, spec in specs.items():
         for dim, size in zip(spec.dims, values[name].shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier():
                 sizes.setdefault(dim, size)
-    return sizes
+            elif isinstance(dim, str) and (found := MULTIPLE.fullmatch(dim)):
+                multiples[found[2]] = size // int(found[1])
+    return multiples | sizes

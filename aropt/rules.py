@@ -30,8 +30,22 @@ class Processor:
 
 def guidance(logits: Tensor, guidance: Tensor) -> Tensor:
     """Classifier-free guidance: logits [2B, V] (conditional first) -> [B, V] (Ho & Salimans 2022, eq. 6)."""
-    branches = logits.reshape(2, -1, logits.shape[1])
+    branches = logits.reshape(2, -1, *logits.shape[1:])
     return branches[1] + guidance * (branches[0] - branches[1])
+
+
+def guidance_interval(
+    logits: Tensor, guidance: Tensor, guidance_from: Tensor, guidance_to: Tensor, count: Tensor
+) -> Tensor:
+    """Guidance for new rows from .. to - 1, none (the conditional logits) for others (arXiv 2404.07724)."""
+    branches = logits.reshape(2, -1, *logits.shape[1:])
+    guided = branches[1] + guidance * (branches[0] - branches[1])
+    return torch.where(inside(guidance_from, guidance_to, count), guided, branches[0])
+
+
+def inside(guidance_from: Tensor, guidance_to: Tensor, count: Tensor) -> Tensor:
+    """Whether the next row, after `count` new ones, is guided: bool[]."""
+    return (count >= guidance_from) & (count < guidance_to)
 
 
 def repetition_penalty(logits: Tensor, repetition_penalty: Tensor, seen: Tensor) -> Tensor:
@@ -83,10 +97,15 @@ def scalar(
 
 
 SMALLEST = 0.01  # a repetition penalty of 0 would divide by it
+ALWAYS = 2**62  # more rows than any generation has
+SCALE = {"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off", 1)}
+INTERVAL = {
+    "guidance_from": scalar(I64, 0, "the first new row that is guided, from 0 on", 0),
+    "guidance_to": scalar(I64, ALWAYS, "the first new row after those that are guided", 0),
+}
 PROCESSORS: dict[str, Processor] = {
-    "guidance": Processor(
-        {"guidance": scalar(F32, 1.5, "classifier-free guidance scale; 1 is off")}, guidance, draws=False
-    ),
+    "guidance": Processor(SCALE, guidance, draws=False),
+    "guidance-interval": Processor({**SCALE, **INTERVAL}, guidance_interval, False, ("count",)),
     "repetition-penalty": Processor(
         {"repetition_penalty": scalar(F32, 1.0, "repetition penalty; 1 is off", SMALLEST)},
         repetition_penalty,
@@ -100,6 +119,7 @@ PROCESSORS: dict[str, Processor] = {
     "min-p": Processor({"min_p": scalar(F32, 0.0, "0 is off", 0, 1)}, min_p),
 }
 DEFAULT = ("temperature", "top-k", "top-p")
+GUIDED = ("guidance", "guidance-interval")  # rules that read two branches
 
 
 def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
@@ -111,6 +131,8 @@ def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
             why="it is not in the list of rules",
             hint="choose from " + ", ".join(PROCESSORS),
         )
+    if set(GUIDED) <= set(names):
+        names = tuple(n for n in names if n != "guidance")  # the other one is the same where it covers everything
     return {n: p for n, p in PROCESSORS.items() if n in names or n == "temperature"}
 
 
@@ -122,13 +144,15 @@ def rule(
     `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own.
     """
     used = {n: p for n, p in processors.items() if sampled or not p.draws}
-    rows = "2*B" if "guidance" in used else "B"
+    rows = "2*B" if set(GUIDED) & set(used) else "B"
     inputs = {"logits": Spec(F32, (rows, *row, vocab))}
     for processor in used.values():
         for name, given in processor.params.items():
             inputs[name] = Spec(given.spec.dtype, tuple(vocab if d == "V" else d for d in given.spec.dims))
         if "seen" in processor.reads:
             inputs["seen"] = Spec(BOOL, ("B", vocab))
+        if "count" in processor.reads:
+            inputs["count"] = Spec(I64)
     if sampled:
         inputs |= {"seed": Spec(I64), "streams": Spec(I64, ("B",)), "position": Spec(I64, ("B",))}
 

@@ -204,6 +204,7 @@ def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill:
 
 def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
     """Raises UsageError for a parameter that the rule doesn't have, or a value out of its range."""
+    params = needless(program, params)
     for name, value in params.items():
         if name not in program.inputs or name in RESERVED:
             known = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
@@ -221,8 +222,43 @@ def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
                 why=problem,
                 hint="choose another value, or leave it out",
             )
+    check_together(program, params)
 
 
+def needless(program: Program, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters without a guidance of 1 where cfg-eliminate took guidance out. Raises UsageError for another."""
+    if not program.meta.get("eliminated") or "guidance" not in params:
+        return dict(params)
+    if params["guidance"] != 1:
+        raise UsageError(
+            what=f"guidance can't be {params['guidance']}",
+            where="parameter guidance",
+            why="cfg-eliminate took the unconditional branch out of this program: its guidance is 1",
+            hint="leave it out, or optimize the model again without --pass cfg-eliminate",
+        )
+    return {n: v for n, v in params.items() if n != "guidance"}
+
+
+def check_together(program: Program, params: Mapping[str, Any]) -> None:
+    """Raises UsageError for values that are in range and yet leave nothing: an interval, a bias."""
+    first, end = (params.get(n, program.inputs[n].default) if n in program.inputs else 0 for n in INTERVAL)
+    if first > end:
+        raise UsageError(
+            what=f"guidance can't begin at row {first} and end before row {end}",
+            where="parameters guidance_from, guidance_to",
+            why="an interval ends after it begins",
+            hint="choose guidance_from <= guidance_to; equal ones guide nothing",
+        )
+    if "bias" in params and bool((torch.as_tensor(params["bias"], dtype=torch.float64) == -torch.inf).all()):
+        raise UsageError(
+            what="bias leaves no token",
+            where="parameter bias",
+            why="all of its values are -inf",
+            hint="leave at least one token finite",
+        )
+
+
+INTERVAL = ("guidance_from", "guidance_to")
 RESERVED = {
     "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
 }  # fmt: skip

@@ -21,7 +21,7 @@ from aropt.units import window
 
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
-    ("side", int), ("window", int),
+    ("side", int), ("window", int), ("guidance_free", bool),
 )  # fmt: skip
 LONGEST = 2048  # default capacity where the model takes more
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
@@ -398,7 +398,8 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
 
     A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
-    of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures).
+    of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures);
+    `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate).
     """
     check_capacity(capacity)
     config = getattr(module, "config", None)

@@ -20,6 +20,7 @@ from aropt.errors import AroptError, UsageError
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.passbase import loops
 from aropt.program import Call, Program, calls, dict_root
+from aropt.rules import inside
 from aropt.runtime import batches, make_inputs, slots
 from aropt.units import flat, ids_of, rows, rows_for, window
 
@@ -153,7 +154,7 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     case("sampled", "sampled", [three], many, seed + 1, (("temperature", 1.0), *fixed))
     case("ragged sampled", "ragged", [1, five], few, seed + 2, some, (3, 1))
     for name, value in STRONG:
-        if name in program.inputs:
+        if name in program.inputs and not (name == "guidance" and program.meta.get("guidance_free")):
             strong = bias_pattern(program) if name == "bias" else value
             label = name if name == "bias" else f"{name} {value:g}"
             case(label, "sampled", [nine, 1, 1], few, seed + 3, (("temperature", 2.0), (name, strong)))
@@ -185,8 +186,10 @@ def random_rows(program: Program, vocab: int, count: int, generator: torch.Gener
 def parameters(program: Program) -> tuple[Params, Params]:
     """Usual values of the program's sampling parameters: all of them, and those that greedy generation uses too."""
     usual = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "min_p": 0.05, "guidance": 1.5, "repetition_penalty": 1.2}
+    usual |= {"guidance": 1.0} if program.meta.get("guidance_free") else {}
+    usual |= {"guidance_from": 1, "guidance_to": 4}
     some = tuple((k, v) for k, v in usual.items() if k in program.inputs)
-    return some, tuple((k, v) for k, v in some if k in ("guidance", "repetition_penalty"))
+    return some, tuple((k, v) for k, v in some if k.startswith(("guidance", "repetition_penalty")))
 
 
 def bias_pattern(program: Program) -> tuple[float, ...]:
@@ -295,7 +298,8 @@ class Oracle:
     def __init__(self, reference: Program) -> None:
         self.program = reference
         self.eager = Eager(reference)
-        self.model = next(c for loop in loops(reference.control) for c in calls(loop.body) if "ids" in c.reads)
+        found = [c for c in calls(loops(reference.control)[0].body) if "ids" in c.reads]
+        self.model, self.branches = found[0], len(found)
         graph = reference.graphs[self.model.graph]
         self.exact = in_double(graph.fx, {w: reference.weights[w] for w in graph.weights()})
 
@@ -318,23 +322,25 @@ class Forced:
 
     def __init__(self, oracle: Oracle, trace: Trace, row: int) -> None:
         self.oracle, self.trace, self.row = oracle, trace, row
-        self.single: Tensor | None = None
-        self.double: Tensor | None = None
+        self.forwards: list[tuple[Tensor, Tensor]] = []  # logits of each branch, in fp32 and in fp64
+        self.asked = 0  # calls of the forward
         self.decided: list[int] = []
         self.rules: list[tuple[str, Values]] = []
 
     def call(self, graph: str, inputs: Values) -> Values:
         tokens, meta = self.trace.tokens[self.row], self.oracle.program.meta
         if graph == self.oracle.model.graph:
-            ids = inputs["ids"]
-            if self.single is None:
+            ids, branch = inputs["ids"], self.asked % self.oracle.branches
+            self.asked += 1
+            if branch == len(self.forwards):
                 rows = max(rows_for(meta, len(tokens)) - 1, 0)  # the last one is not read
                 given = torch.tensor(tokens[: ids_of(meta, rows)], dtype=torch.int64).reshape(rows, *window(meta))
                 forced = torch.cat([ids, given.expand(ids.shape[0], *given.shape)], 1)
-                self.single, self.double = self.oracle.logits(forced[:, : ids.shape[1] + rows - (not tokens)])
-            if ids.shape[1] > self.single.shape[1]:
+                self.forwards.append(self.oracle.logits(forced[:, : ids.shape[1] + rows - (not tokens)]))
+            single = self.forwards[branch][0]
+            if ids.shape[1] > single.shape[1]:
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
-            return {"logits": self.single[:, : ids.shape[1]]}
+            return {"logits": single[:, : ids.shape[1]]}
         results = self.oracle.eager.call(graph, inputs)
         if graph in ("greedy", "sample"):
             own = results["token"].flatten().tolist()
@@ -345,6 +351,13 @@ class Forced:
             theirs = tokens[step : step + len(own)]
             return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(meta))}
         return results
+
+    def read(self, step: int) -> int:
+        """How many branches the rule of that round depends on: outside the interval of guidance, one."""
+        values = self.rules[step][1]
+        if "guidance_from" in values and not inside(*(values[n] for n in ("guidance_from", "guidance_to", "count"))):
+            return 1
+        return 1 if "guidance" in values and float(values["guidance"]) == 1 else self.oracle.branches
 
 
 class Mismatch(Exception):
@@ -418,13 +431,17 @@ def compare_row(oracle: Oracle, trace: Trace, case: Case, i: int, prompt: Sequen
     expected = [t for t in flat(values["generated"])[0] if t >= 0]
     if expected != tokens:
         return f"ends after {len(tokens)} tokens, the reference after {len(expected)}"
-    if forced.single is None or forced.double is None:
+    if not forced.forwards:
         return ""
-    floor = noise_floor(forced.single, forced.double)
+    single, double = (torch.cat(branches) for branches in zip(*forced.forwards, strict=True))
+    floor = noise_floor(single, double)
     error, problem, before = 0.0, "", len(rows(meta, prompt)) - 1
     for step, token in enumerate(tokens):
         round, place = divmod(step, ids_of(meta, 1))
-        mine, theirs = trace.logits[i][round], forced.single[:, before + round]
+        mine, theirs = trace.logits[i][round], single[:, before + round]
+        if not forced.read(round) <= len(mine) <= len(theirs):
+            return f"the rule of new token {step} sees {len(mine)} branches of {len(theirs)}"
+        theirs = theirs[: len(mine)]
         distance = torch.where(mine == theirs, 0.0, (mine - theirs).abs())
         if not torch.isfinite(distance).all():
             return f"logits of new token {step} are not finite"
@@ -448,6 +465,7 @@ def ties(oracle: Oracle, graph: str, read: Values, mine: Tensor, token: int, tol
     `place`: which of a window's ids it is.
     """
     nudged = read["logits"].clone()
+    mine = torch.cat([mine, nudged[len(mine) :]])  # a branch that the rule does not read may be missing
     nudged[(0, place, token) if nudged.dim() == 3 else (0, token)] += 2 * tolerance  # two logits, each off by it
     picks = [oracle.eager.call(graph, {**read, "logits": x})["token"].flatten()[place] for x in (mine, nudged)]
     return any(int(picked) == token for picked in picks)

@@ -29,6 +29,7 @@ from aropt.trace import capture_function
 
 I64 = torch.int64
 FOREVER = 2**62
+MOVES = (torch.ops.aten.cat.default, torch.ops.aten.clone.default)  # of caches as they are: branches joined and parted
 STATUS = {
     1: "the prompt and the new tokens don't fit the model's capacity",
     2: "a prompt or an answer is empty, or longer than its row",
@@ -251,7 +252,7 @@ class Writer:
         for call in calls(control.body):
             graph = self.program.graphs[call.graph]
             for value, result in zip(call.writes.values(), graph.results(), strict=True):
-                if value == name and ops.updated(result)[0] is None:
+                if value == name and ops.updated(result)[0] is None and result.target not in MOVES:
                     return False
         return True
 

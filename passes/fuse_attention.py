@@ -9,6 +9,7 @@ computes (`aropt/attention.py`); a step with an attention that is anything else 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,9 +18,9 @@ from torch import Tensor, fx
 
 from aropt import ops
 from aropt.attention import PLACES, Match, NotThis, Source, matches
-from aropt.passbase import Applies, Contract, Skips, loops
+from aropt.guidance import joining, named, parting
+from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.passes.canonicalize import copied
-from aropt.passes.kv_cache import named
 from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.torch_compat import build
 from aropt.trace import capture_function
@@ -27,6 +28,7 @@ from aropt.trace import capture_function
 aten = torch.ops.aten
 I32, I64 = torch.int32, torch.int64
 STEP, RAGGED = "step", "ragged"
+ENDS = {"join_cache": ("join_ends", joining), "part_cache": ("part_ends", parting)}
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ class FuseAttention:
         dense = fused(graph, program, weights)
         graphs = {(RAGGED if n == STEP else n): g for n, g in program.graphs.items()}
         graphs[RAGGED] = replace(graphs[RAGGED], name=RAGGED)
-        check = compare(program.inputs["prompt"].spec)
-        graphs |= {STEP: dense, "compare": check}
-        ends = {
-            "last": StateSpec("counter", Spec(I32, program.state["pads"].spec.dims)),
-            "total": StateSpec("counter", Spec(I32)),
-        }
+        graphs |= {STEP: dense, "compare": compare(program.inputs["prompt"].spec)}
+        graphs |= {"wait": wait()} if "pend" in graphs else {}
+        specs = {"last": Spec(I32, ("B",)), "total": Spec(I32)}
+        graphs |= {name: make(name, specs) for old, (name, make) in ENDS.items() if old in graphs}
+        ends = {}
+        for prefix in (n.removesuffix("pads") for n in program.state if n.endswith("pads")):
+            ends[prefix + "last"] = StateSpec("counter", Spec(I32, program.state[prefix + "pads"].spec.dims))
+            ends[prefix + "total"] = StateSpec("counter", Spec(I32))
         state = {**program.state, "ragged": StateSpec("flag", Spec(torch.bool)), **ends}
         used = {w for g in graphs.values() for w in g.weights()}
         kept = {w: v for w, v in weights.items() if w in used}
-        control = branch(program.control, dense, named(check))
+        control = branch(program.control, graphs)
         return program.replace(graphs=graphs, state=state, weights=kept, control=control)
 
 
@@ -84,36 +88,62 @@ def compare(prompt: Spec) -> Graph:
     return capture_function("compare", function, inputs, ["ragged", "last", "total"])
 
 
-def branch(control: Control, dense: Graph, check: Call) -> Control:
+def wait() -> Graph:
+    """A row more goes with the rows that wait to be fed."""
+    inputs = {"last": Spec(I32, ("N",)), "total": Spec(I32)}
+    return capture_function("wait", lambda last, total: (last + 1, total + 1), inputs, ["last", "total"])
+
+
+def branch(control: Control, graphs: Mapping[str, Graph]) -> Control:
     """Each loop twice: the general one for ragged batches, the fused one for others."""
     match control:
         case Seq(body):
-            parts = [branch(part, dense, check) for part in body]
-            first = next((i for i, c in enumerate(parts) if isinstance(c, Call) and c.graph == "enter"), None)
-            if first is not None:
-                parts.insert(first + 1, check)
-            return Seq(tuple(parts))
+            parts = [branch(part, graphs) for part in body]
+            at = [i for i, c in enumerate(parts) if isinstance(c, Call) and c.graph == "enter"]
+            entered = [compared(c) for c in parts if isinstance(c, Call) and c.graph == "enter"]
+            entered += [named(graphs["join_ends"])] if "join_ends" in graphs else []
+            return Seq((*parts[: at[-1] + 1], *entered, *parts[at[-1] + 1 :]) if at else tuple(parts))
         case If(cond, then, orelse):
-            return If(cond, branch(then, dense, check), branch(orelse, dense, check))
+            return If(cond, branch(then, graphs), branch(orelse, graphs))
         case Loop() if any(c.graph == STEP for c in calls(control.body)):
             return If(
-                "ragged", replace(control, body=general(control.body)), replace(control, body=even(control.body, dense))
+                "ragged",
+                replace(control, body=general(control.body)),
+                replace(control, body=even(control.body, graphs)),
             )
         case _:
             return control
 
 
+def compared(entered: Call) -> Call:
+    """The call of `compare` for the prompts of an `enter`."""
+    pads = entered.writes["pads"]
+    ends = {n: pads.removesuffix("pads") + n for n in ("last", "total")}
+    return Call("compare", {"prompt": entered.reads["prompt"], "pads": pads}, {"ragged": "ragged", **ends})
+
+
 def general(control: Control) -> Control:
-    assert isinstance(control, Seq)
-    return Seq(tuple(replace(c, graph=RAGGED) if isinstance(c, Call) and c.graph == STEP else c for c in control.body))
+    return rewrite(control, lambda c: [replace(c, graph=RAGGED) if c.graph == STEP else c])
 
 
-def even(control: Control, dense: Graph) -> Control:
+def even(control: Control, graphs: Mapping[str, Graph]) -> Control:
     """The body without `place`: the fused step knows where its rows go."""
-    assert isinstance(control, Seq)
-    step = Call(STEP, {n: n for n in dense.inputs} | {"ids": "feed"}, {n: n for n in dense.outputs})
-    kept = [c for c in control.body if not (isinstance(c, Call) and c.graph == "place")]
-    return Seq(tuple(step if isinstance(c, Call) and c.graph == STEP else c for c in kept))
+
+    dense = graphs[STEP]
+
+    def change(call: Call) -> list[Control]:
+        if call.graph == STEP:
+            prefix = call.reads["ids"].removesuffix("feed")
+            reads = {n: prefix + n for n in dense.inputs} | {"ids": call.reads["ids"]}
+            return [Call(STEP, reads, {n: call.writes.get(n, prefix + n) for n in dense.outputs})]
+        if call.graph == "pend":
+            ends = {n: call.reads["feed"].removesuffix("feed") + n for n in ("last", "total")}
+            return [call, Call("wait", ends, ends)]
+        if call.graph in ENDS:
+            return [call, named(graphs[ENDS[call.graph][0]])]
+        return [] if call.graph == "place" else [call]
+
+    return rewrite(control, change)
 
 
 def fused(graph: Graph, program: Program, weights: dict[str, Tensor]) -> Graph:

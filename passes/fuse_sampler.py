@@ -31,21 +31,22 @@ class FuseSampler:
         graphs = dict(program.graphs)
         specs = {n: i.spec for n, i in program.inputs.items()} | {n: s.spec for n, s in program.state.items()}
 
-        def fuse(control: Control) -> Control:
+        def fuse(control: Control, without: str = "begin") -> Control:
             match control:
                 case Seq(body):
-                    parts = [join(run) if len(run) > 1 else run[0] for run in runs(map(fuse, body), graphs)]
+                    fused = runs((fuse(part, without) for part in body), graphs)
+                    parts = [join(run, without) if len(run) > 1 else run[0] for run in fused]
                     return parts[0] if len(parts) == 1 else Seq(tuple(parts))
                 case If(cond, then, orelse):
-                    return If(cond, fuse(then), fuse(orelse))
+                    return If(cond, fuse(then, without), fuse(orelse, without))
                 case Loop():
-                    return replace(control, body=fuse(control.body))
+                    return replace(control, body=fuse(control.body, "between"))
                 case Call():
                     return control
 
-        def join(run: Sequence[Control]) -> Call:
+        def join(run: Sequence[Control], without: str) -> Call:
             together = [call for call in run if isinstance(call, Call)]
-            name = stem(together)
+            name = stem(together, without)
             while name in graphs:
                 name += "_"
             graphs[name], call = compose(name, together, graphs, specs, program.weights)
@@ -90,8 +91,8 @@ def fusible(control: Control, graphs: Mapping[str, Graph]) -> Iterator[list[Call
             yield from fusible(control.body, graphs)
 
 
-def stem(run: Sequence[Call]) -> str:
-    """A name that says which step and which rule the fused graph holds."""
+def stem(run: Sequence[Call], without: str) -> str:
+    """A name that says which step and which rule the fused graph holds; `without` if it has no rule."""
     steps = [call.graph for call in run if "logits" in call.writes.values() and call.graph != "model"]
     rules = [call.graph for call in run if RESULTS & set(call.writes.values())]
-    return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else "begin"
+    return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else without

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
+from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
+from aropt.passbase import Applies, Contract, Skips
+from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.restrict import restrict
 from aropt.trace import capture_function
 from aropt.units import window
@@ -33,45 +34,50 @@ class KvCache:
     contract: ClassVar[Contract] = Contract("rounding", ("full forward in a positions loop",), ("cached", "ragged"))
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        model = full_forward(program)
-        if model is None:
+        models = forwards(program)
+        if not models:
             return Skips("no loop runs a full forward over growing tokens")
+        model = next(iter(models.values()))
         facts = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows).facts
         return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
 
     def run(self, program: Program) -> Program:
-        model = full_forward(program)
-        assert model is not None
-        found = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows)
-        batch = str(program.state["tokens"].spec.dims[0])
-        guided = batch != "B"
-        step = replace(found.graph, name="step")
-        graphs = {n: g for n, g in program.graphs.items() if n != model.graph}
-        row = window(program.meta)
-        graphs |= {"step": step, "enter": enter(guided, row), "place": place(row), "feed": feed(guided, row)}
-        caches = {n: replace(s, spec=rebatch(s.spec, batch)) for n, s in found.state.items()}
-        state = {
-            **program.state,
-            **caches,
-            "feed": StateSpec("tokens", Spec(I64, (batch, "R", *row))),
+        models = forwards(program)
+        model, row = next(iter(models.values())).graph, window(program.meta)
+        found = restrict(program.graphs[model], program.weights, int(program.meta["capacity"]), self.rows)
+        batches = {ids.removesuffix("tokens"): str(program.state[ids].spec.dims[0]) for ids in models}
+        step, guided = replace(found.graph, name="step"), batches[""] != "B"
+        made = [step, enter(guided, row), place(row), feed("feed", guided, row)]
+        own = found.state | {
+            "feed": StateSpec("tokens", Spec(I64, ("B", "R", *row))),
             "filled": StateSpec("counter", Spec(I64)),
-            "pads": StateSpec("lengths", Spec(I64, (batch,))),
+            "pads": StateSpec("lengths", Spec(I64, ("B",))),
         }
+        if len(models) > 1:
+            made += [pend(row)]
+        if JOINED in batches:
+            kept = {n: s.spec for n, s in own.items()}
+            made += [joining("join_cache", kept), parting("part_cache", kept), feed("feed_joined", True, row)]
+        graphs = {n: g for n, g in program.graphs.items() if n != model} | {g.name: g for g in made}
 
-        def change(call: Call) -> list[Control]:
+        def change(call: Call, fed: set[str]) -> list[Control]:
+            told = [p for p in batches if p + "tokens" in call.writes.values()]
             if call.graph == "start":
-                return [call, named(graphs["enter"])]
-            if call.graph == model.graph:
-                reads = {n: n for n in step.inputs} | {"ids": "feed"}
-                return [named(graphs["place"]), Call("step", reads, {n: n for n in step.outputs})]
-            return [call, named(graphs["feed"])] if call.graph == "append" else [call]
+                return [call, *(branch(graphs["enter"], p, prompt="negative" if p else "prompt") for p in told)]
+            if call.graph == model:
+                prefix = call.reads["ids"].removesuffix("tokens")
+                stepped = branch(step, prefix, ids=prefix + "feed")
+                return [branch(graphs["place"], prefix), replace(stepped, writes={**stepped.writes, **call.writes})]
+            if call.graph in ("join", "part"):
+                return [call, named(graphs[f"{call.graph}_cache"])]
+            feeds = {p: "pend" if p + "tokens" not in fed else "feed_joined" if p == JOINED else "feed" for p in told}
+            return [call, *(branch(graphs[name], p) for p, name in feeds.items())]
 
-        weights = {**program.weights, **found.constants}
         return program.replace(
             graphs=graphs,
-            state=state,
-            control=rewrite(program.control, change),
-            weights=weights,
+            state={**program.state, **{p + n: of(s, p, b) for p, b in batches.items() for n, s in own.items()}},
+            control=in_rounds(program.control, model, change),
+            weights={**program.weights, **found.constants},
             meta={**program.meta, "ragged": True, "masks": found.facts["masks"]},
         )
 
@@ -79,27 +85,16 @@ class KvCache:
 PASS = KvCache
 
 
-def full_forward(program: Program) -> Call | None:
-    """The call that runs the forward over all tokens, in a loop over positions."""
-    for loop in loops(program.control, "positions"):
-        for call in calls(loop.body):
-            state = program.state.get(call.reads.get("ids", ""))
-            if state is not None and state.kind == "tokens" and list(program.graphs[call.graph].inputs) == ["ids"]:
-                return call
-    return None
+def of(state: StateSpec, prefix: str, batch: str) -> StateSpec:
+    """The state of a branch; the unconditional one feeds a number of rows of its own."""
+    spec = rebatch(state.spec, batch)
+    return replace(state, spec=Spec(spec.dtype, tuple("Q" if d == "R" and prefix else d for d in spec.dims)))
 
 
-def named(graph: Graph) -> Call:
-    """A call whose values are named as the graph's inputs and outputs."""
-    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})
-
-
-def rebatch(spec: Spec, batch: str) -> Spec:
-    """The spec with the program's batch in place of the graph's B."""
-    dims = tuple(
-        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
-    )
-    return Spec(spec.dtype, dims)
+def branch(graph: Graph, prefix: str, **given: str) -> Call:
+    """A call on the state of one branch; `given` and what all branches share have their own names."""
+    names = {n: n for n in ("prompt", "negative", "lengths", "token")} | given
+    return Call(graph.name, {n: names.get(n, prefix + n) for n in graph.inputs}, {n: prefix + n for n in graph.outputs})
 
 
 def enter(guided: bool, row: tuple[int, ...]) -> Graph:
@@ -130,11 +125,17 @@ def place(row: tuple[int, ...]) -> Graph:
     return capture_function("place", function, inputs, ["slots", "positions", "filled"])
 
 
-def feed(guided: bool, row: tuple[int, ...]) -> Graph:
+def feed(name: str, guided: bool, row: tuple[int, ...]) -> Graph:
     """The next round feeds the new token."""
     return capture_function(
-        "feed",
+        name,
         lambda token: (torch.cat([token, token]) if guided else token).unsqueeze(1),
         {"token": Spec(I64, ("B", *row))},
         ["feed"],
     )
+
+
+def pend(row: tuple[int, ...]) -> Graph:
+    """A later round feeds the new token, after those that wait already."""
+    inputs = {"feed": Spec(I64, ("B", "R", *row)), "token": Spec(I64, ("B", *row))}
+    return capture_function("pend", lambda feed, token: torch.cat([feed, token.unsqueeze(1)], 1), inputs, ["feed"])

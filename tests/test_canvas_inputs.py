@@ -107,6 +107,9 @@ def test_negative_prompts_are_checked(guided: Program, negative: Any, what: str)
         ("bias", [1.0, 2.0], "it takes [11]"),
         ("bias", [math.nan] * 11, "not a finite number"),
         ("guidance", math.nan, "not a finite number"),
+        ("guidance", math.inf, "not a finite number"),
+        ("guidance", 0.5, "the least is 1"),
+        ("top_k", 12, "the most is 11"),
     ],
 )
 def test_values_out_of_range(guided: Program, name: str, value: Any, why: str) -> None:
@@ -117,7 +120,7 @@ def test_values_out_of_range(guided: Program, name: str, value: Any, why: str) -
 
 def test_values_at_the_ends_of_their_range(guided: Program) -> None:
     """Whole numbers may be floats, as --param gives them; a bias may forbid a token."""
-    edges: dict[str, Any] = {"top_k": 3.0, "top_p": 0, "min_p": 1, "bias": [-math.inf] * 10 + [0.0], "guidance": -2}
+    edges: dict[str, Any] = {"top_k": 3.0, "top_p": 0, "min_p": 1, "bias": [-math.inf] * 10 + [0.0], "guidance": 1}
     assert guided.generate([[1, 2]], 2, temperature=1, **edges) == [[10, 10]]
     assert len(guided.generate([[1, 2]], 2, top_p=1, min_p=0, bias=0.5)[0]) == 2
 

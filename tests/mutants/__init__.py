@@ -5,10 +5,19 @@ changes every graph that holds what it looks for, so that it applies to fused pr
 step. `EQUIVALENT` are changes that can't be told from the outside: the validator must let those pass.
 """
 
-from tests.mutants import arithmetic, caches, equivalents, fused, loop, positions, rule  # they register themselves
+from tests.mutants import (
+    arithmetic,
+    caches,
+    equivalents,
+    fused,
+    interval,
+    loop,
+    positions,
+    rule,
+)  # they register themselves
 from tests.mutants.surgery import EQUIVALENT, MUTANTS, check, optimized, reference
 
 __all__ = [
-    "EQUIVALENT", "MUTANTS", "arithmetic", "caches", "check", "equivalents", "fused", "loop", "optimized", "positions",
-    "reference", "rule",
+    "EQUIVALENT", "MUTANTS", "arithmetic", "caches", "check", "equivalents", "fused", "interval", "loop", "optimized",
+    "positions", "reference", "rule",
 ]  # fmt: skip

@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from aropt.compose import inline
 from aropt.loops import autoregressive
-from aropt.passbase import loops, rewrite
+from aropt.passbase import Pass, loops, rewrite
 from aropt.passes.canonicalize import Canonicalize
+from aropt.passes.cfg_batch import CfgBatch
+from aropt.passes.cfg_interval import CfgInterval
 from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
@@ -83,10 +85,17 @@ class Tiny(nn.Module):
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "rotary": {"layers": 2, "groups": 2}, "guided": {"learned": True}, "window": {"layers": 2, "window": 4},
+    "rotary": {"layers": 2, "groups": 2}, "guided": {"learned": True}, "interval": {},
+    "window": {"layers": 2, "window": 4},
     "fused": {"layers": 2, "groups": 2, "width": 64},
 }  # fmt: skip
-RULES = {"rotary": ("temperature", "top-k", "top-p"), "guided": ("guidance", "repetition-penalty", "bias", "min-p")}
+RULES = {
+    "rotary": ("temperature", "top-k", "top-p"), "guided": ("guidance", "repetition-penalty", "bias", "min-p"),
+    "interval": ("guidance-interval",),
+}  # fmt: skip
+BEFORE: dict[str, tuple[Pass, ...]] = {
+    "guided": (CfgBatch(),), "interval": (CfgInterval(),), "fused": (Canonicalize(),),
+}  # fmt: skip
 
 
 @functools.cache
@@ -104,10 +113,10 @@ def reference(model: str) -> Program:
 def optimized(base: str) -> Program:
     """The optimized program of a model, with its probe; "<model>-cached" is the one with kv-cache alone."""
     model, _, stage = base.partition("-")
-    fused = model == "fused"
-    program = KvCache().run(Canonicalize().run(reference(model)) if fused else reference(model))
-    fusions = (MergeLinears(), FuseAttention()) if fused else ()
-    for one in () if stage else (*fusions, FuseSampler(), Prune()):
+    program = reference(model)
+    fusions = (MergeLinears(), FuseAttention()) if model == "fused" else ()
+    passes: tuple[Pass, ...] = () if stage else (*fusions, FuseSampler(), Prune())
+    for one in (*BEFORE.get(model, ()), KvCache(), *passes):
         program = one.run(program)
     return with_probe(program)
 

@@ -1,0 +1,153 @@
+"""Guided programs: two branches of one forward, conditional and unconditional, and what passes need to know of them.
+
+The plain program runs the forward twice a round: on `tokens`, and on `negative_tokens` with its results under names
+with the prefix NEGATIVE. `last` puts the rows of both together for the rule, the conditional ones first. Where rounds
+differ in what they run, the state of both as one batch has names with the prefix JOINED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aropt.compose import trim
+from aropt.passbase import loops
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, calls
+from aropt.rules import GUIDED, chosen, rule
+from aropt.trace import capture_function
+from aropt.units import window
+
+NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
+TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"
+INPUTS = ("negative", "guidance", "guidance_from", "guidance_to")
+RULES = {"greedy": False, "sample": True}  # graphs, and whether they draw
+
+
+def forwards(program: Program) -> dict[str, Call]:
+    """The calls that run the whole forward in a loop over positions, by the state that they read."""
+    found = {}
+    for loop in loops(program.control, "positions"):
+        for call in calls(loop.body):
+            state = program.state.get(call.reads.get("ids", ""))
+            if state is not None and state.kind == "tokens" and list(program.graphs[call.graph].inputs) == ["ids"]:
+                found[call.reads["ids"]] = call
+    return found
+
+
+def unlike(program: Program) -> str:
+    """Why the program is not one whose rounds run the forward on both branches, one after the other; "" if it is."""
+    if not guided(program):
+        return "there is no guidance"
+    if any(not straight(loop.body) for loop in loops(program.control, "positions")):
+        return "cfg-interval chose which rounds run both branches"
+    if set(forwards(program)) != {TOKENS, UNCONDITIONAL}:
+        return "no round runs the forward on two branches"
+    return ""
+
+
+def guided(program: Program) -> bool:
+    return bool(set(GUIDED) & set(program.meta.get("rules", ())))
+
+
+def straight(body: Control) -> bool:
+    return isinstance(body, Seq) and all(isinstance(part, Call) for part in body.body)
+
+
+def alone(program: Program) -> dict[str, Graph]:
+    """The graphs of a round that read or write both branches, for the conditional one alone."""
+    vocab, names = int(program.meta["vocab"]), tuple(r for r in program.meta["rules"] if r not in GUIDED)
+    spec = program.graphs["last"].inputs["logits"]
+    found = {"append": trim(program.graphs["append"], {TOKENS}, {}), "last": last(spec)}
+    for name, sampled in RULES.items():
+        function, inputs = rule(chosen(names), vocab, sampled, window(program.meta))
+        found[name] = capture_function(name, function, inputs, list(program.graphs[name].outputs))
+    return found
+
+
+def last(spec: Spec) -> Graph:
+    """The last row of the logits of one branch, or of a batch of both."""
+
+    def function(logits: Tensor) -> Tensor:
+        return logits[:, -1].to(torch.float32)
+
+    return capture_function("last", function, {"logits": spec}, ["row"])
+
+
+def without(body: Control, graphs: Mapping[str, Graph]) -> Seq:
+    """The round without the unconditional branch's forward; `graphs` are called in the place of those named so."""
+    assert isinstance(body, Seq)
+    kept = [c for c in body.body if isinstance(c, Call) and c.reads.get("ids") != UNCONDITIONAL]
+    return Seq(tuple(fitted(c, graphs[c.graph]) if c.graph in graphs else c for c in kept))
+
+
+def fitted(call: Call, graph: Graph) -> Call:
+    """The call with another graph, which has no more inputs and outputs."""
+    return Call(graph.name, {i: call.reads[i] for i in graph.inputs}, {o: call.writes[o] for o in graph.outputs})
+
+
+def bodies(control: Control, change: Callable[[Control], Control]) -> Control:
+    """The control with the bodies of its loops over positions changed."""
+    match control:
+        case Seq(body):
+            return Seq(tuple(bodies(part, change) for part in body))
+        case If(cond, then, orelse):
+            return If(cond, bodies(then, change), bodies(orelse, change))
+        case Loop("positions"):
+            return replace(control, body=change(control.body))
+        case _:
+            return control
+
+
+def in_rounds(control: Control, model: str, change: Callable[[Call, set[str]], list[Control]]) -> Control:
+    """The control with its calls changed; `change` is told whose tokens the forward reads in the same round."""
+    match control:
+        case If(cond, then, orelse):
+            return If(cond, in_rounds(then, model, change), in_rounds(orelse, model, change))
+        case Loop():
+            return replace(control, body=in_rounds(control.body, model, change))
+        case Seq(body):
+            fed = {c.reads["ids"] for c in body if isinstance(c, Call) and c.graph == model}
+            parts = [change(c, fed) if isinstance(c, Call) else [in_rounds(c, model, change)] for c in body]
+            return Seq(tuple(part for run in parts for part in run))
+        case Call():
+            return Seq(tuple(change(control, set())))
+
+
+def joining(name: str, specs: Mapping[str, Spec]) -> Graph:
+    """State of both branches as one batch, the conditional rows first.
+
+    Counters are the same of both, and so is what they are fed when they are joined.
+    """
+    twins = {n: n if n == "feed" else NEGATIVE + n for n, s in specs.items() if s.dims}
+
+    def function(**values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([values[n], values[twins[n]]]) if n in twins else values[n].clone() for n in specs)
+
+    inputs = {**specs, **{twin: specs[n] for n, twin in twins.items()}}
+    return capture_function(name, function, inputs, [JOINED + n for n in specs])
+
+
+def parting(name: str, specs: Mapping[str, Spec]) -> Graph:
+    """The conditional rows of joined state."""
+
+    def function(**values: Tensor) -> tuple[Tensor, ...]:
+        return tuple((x[: x.shape[0] // 2] if x.dim() else x).clone() for x in values.values())
+
+    inputs = {JOINED + n: rebatch(s, TWICE) for n, s in specs.items()}
+    return capture_function(name, function, inputs, list(specs))
+
+
+def named(graph: Graph) -> Call:
+    """A call whose values are named as the graph's inputs and outputs."""
+    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})
+
+
+def rebatch(spec: Spec, batch: str) -> Spec:
+    """The spec with the program's batch in place of the graph's B."""
+    dims = tuple(
+        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
+    )
+    return Spec(spec.dtype, dims)

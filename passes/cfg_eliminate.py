@@ -1,0 +1,48 @@
+"""cfg-eliminate: a model trained to need no guidance runs its conditional branch alone: half of the forwards.
+
+Legal only where the weights say so (`guidance_free`): Condition Contrastive Alignment (2410.09347) fine-tunes a model
+until its conditional branch gives what guidance gave. Scale 1 is then what the program does, and another is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from aropt.compose import trim
+from aropt.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
+from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.program import Call, Control, Program
+from aropt.rules import GUIDED
+
+RECIPE = "python -m aropt.models.train digits-ar --cca"
+
+
+@dataclass(frozen=True)
+class CfgEliminate:
+    name: ClassVar[str] = "cfg-eliminate"
+    contract: ClassVar[Contract] = Contract("rounding", ("two branches", "guidance-free weights"), ("one branch",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        reason = unlike(program)
+        if not reason and not program.meta.get("guidance_free"):
+            reason = f"the weights need guidance; those that don't come from CCA fine-tuning: {RECIPE}"
+        return Skips(reason) if reason else Applies(("2 forwards a round become 1; guidance is 1",))
+
+    def run(self, program: Program) -> Program:
+        start = program.graphs["start"]
+        changed = {**alone(program), "start": trim(start, set(start.outputs) - {UNCONDITIONAL}, program.weights)}
+
+        def change(call: Call) -> list[Control]:
+            return [fitted(call, changed["start"])] if call.graph == "start" else [call]
+
+        return program.replace(
+            graphs={**program.graphs, **changed},
+            inputs={n: i for n, i in program.inputs.items() if n not in INPUTS},
+            state={n: s for n, s in program.state.items() if n != UNCONDITIONAL},
+            control=rewrite(bodies(program.control, lambda body: without(body, changed)), change),
+            meta={**program.meta, "rules": [r for r in program.meta["rules"] if r not in GUIDED], "eliminated": True},
+        )
+
+
+PASS = CfgEliminate

@@ -1,0 +1,95 @@
+"""cfg-interval: rounds outside the interval of guidance run the conditional branch alone.
+
+Before the interval the unconditional branch is only told which tokens came. The first round inside runs both, one
+after the other: with caches (kv-cache, later) the branch catches up in one call, fed all that it was told. Then their
+state is joined, and they run as one batch; after the interval its conditional rows go on. Exact, as the rule does not
+read the branch outside. Both kinds of state exist all the time, so it takes twice the memory for caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aropt.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
+from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.passes.cfg_batch import append
+from aropt.program import Call, Control, Graph, If, Program, Seq, Spec, StateSpec
+from aropt.rules import inside
+from aropt.trace import capture_function
+
+BOOL, I64 = torch.bool, torch.int64
+RULE = "guidance-interval"
+
+
+@dataclass(frozen=True)
+class CfgInterval:
+    name: ClassVar[str] = "cfg-interval"
+    contract: ClassVar[Contract] = Contract("rounding", ("two branches",), ("no idle branch",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        reason = unlike(program)
+        if not reason and RULE not in program.meta["rules"]:
+            reason = f"guidance has no interval: capture the model with the rule '{RULE}'"
+        return Skips(reason) if reason else Applies(("both branches inside the interval, as one batch; 1 outside",))
+
+    def run(self, program: Program) -> Program:
+        tokens = program.state[TOKENS]
+        both = replace(tokens, spec=rebatch(tokens.spec, TWICE))
+        single = {n: replace(g, name=f"{n}_alone") for n, g in alone(program).items()}
+        told = {n: g for n, g in single.items() if n != "append"}
+        batch = {"last": single["last"], "append": append("append_joined", both.spec, program)}
+        made = [joining("join", {TOKENS: tokens.spec}), parting("part", {TOKENS: tokens.spec}), phase()]
+        join, part, turn = (named(g) for g in made)
+
+        def rounds(body: Control) -> Control:
+            assert isinstance(body, Seq)
+            before, after = without(body, told), without(body, single)
+            first, more = Seq((*body.body, join)), renamed(without(body, batch))
+            leave = If("leaving", part, Seq(()))
+            inner, outer = If("joined", ended(more, turn), ended(first, turn)), ended(before, turn)
+            return If("guiding", inner, If("ended", Seq((leave, *after.body, turn)), outer))
+
+        control = bodies(program.control, rounds)
+        assert isinstance(control, Seq)
+        at = next(i for i, part in enumerate(control.body) if isinstance(part, Call) and part.graph == "start")
+        return program.replace(
+            graphs={**program.graphs, **{g.name: g for g in (*made, *single.values(), batch["append"])}},
+            state={**program.state, JOINED + TOKENS: both, **{n: StateSpec("flag", Spec(BOOL)) for n in turn.writes}},
+            control=Seq((*control.body[: at + 1], join, turn, *control.body[at + 1 :])),
+        )
+
+
+PASS = CfgInterval
+
+
+def ended(body: Seq, call: Call) -> Seq:
+    return Seq((*body.body, call))
+
+
+def renamed(body: Control) -> Seq:
+    """The round on the joined tokens."""
+
+    def change(call: Call) -> list[Control]:
+        names = {TOKENS: JOINED + TOKENS}
+        reads, writes = ({n: names.get(v, v) for n, v in given.items()} for given in (call.reads, call.writes))
+        return [Call(call.graph, reads, writes)]
+
+    changed = rewrite(body, change)
+    assert isinstance(changed, Seq)
+    return changed
+
+
+def phase() -> Graph:
+    """Which kind the next round is: inside the interval, and not the first there; after it, and the first there."""
+
+    def function(count: Tensor, guidance_from: Tensor, guidance_to: Tensor) -> tuple[Tensor, ...]:
+        guiding, ended = inside(guidance_from, guidance_to, count), count >= guidance_to
+        leaving = (count == guidance_to) & (guidance_from < guidance_to)
+        return guiding, guiding & (count > guidance_from), ended, leaving
+
+    inputs = {n: Spec(I64) for n in ("count", "guidance_from", "guidance_to")}
+    return capture_function("phase", function, inputs, ["guiding", "joined", "ended", "leaving"])
