@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,14 +246,14 @@ def make_inputs(
     unmask = program.meta.get("loop") == "unmask"
     values = canvas_inputs(program, prompts, n, params, fill) if unmask else {
         "prompt": padded(prompts),
-        "lengths": torch.tensor([len(p) for p in prompts]),
-        "limit": torch.tensor(n),
+        "lengths": constant(tuple(len(p) for p in prompts)),
+        "limit": constant(n),
     }  # fmt: skip
     values |= {
-        "stop": torch.tensor(list(stop) or [-1]),
-        "greedy": torch.tensor(temperature <= 0),
-        "seed": torch.tensor(seed),
-        "streams": torch.tensor(list(streams)),
+        "stop": constant(tuple(stop) or (-1,)),
+        "greedy": constant(temperature <= 0),
+        "seed": constant(seed),
+        "streams": constant(tuple(streams)),
     }
     if "negative" in program.inputs:
         null = program.meta.get("null")
@@ -323,6 +323,12 @@ def share(steps: int, blocks: int) -> int:
     return steps // blocks
 
 
+@functools.lru_cache(maxsize=256, typed=True)
+def constant(value: int | bool | tuple[int, ...]) -> Tensor:
+    """Numbers as a tensor that is made once, and read only: before a first token the host's time counts."""
+    return torch.tensor(value)
+
+
 @functools.lru_cache(maxsize=256)
 def default(given: Input) -> Tensor:
     """A parameter that is not given; a tensor that is made once, and read only."""
@@ -338,7 +344,8 @@ def parameter(given: Input, value: Any) -> Tensor:
 
 def padded(prompts: Sequence[Sequence[int]]) -> Tensor:
     """int64 [B, P], padded with 0 on the left."""
-    rows = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int64)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[len(row) - len(prompt) :] = prompt
-    return torch.from_numpy(rows)
+    width, rows = max(len(p) for p in prompts), array("q")
+    for prompt in prompts:
+        rows.extend([0] * (width - len(prompt)))
+        rows.extend(prompt)
+    return torch.frombuffer(rows, dtype=torch.int64).view(len(prompts), width)
