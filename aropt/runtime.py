@@ -284,14 +284,14 @@ def make_inputs(
     unmask = program.meta.get("loop") == "unmask"
     values = canvas_inputs(program, prompts, n, params, fill) if unmask else {
         "prompt": padded([rows(program.meta, p) for p in prompts]),
-        "lengths": torch.tensor([len(rows(program.meta, p)) for p in prompts]),
-        "limit": torch.tensor(rows_for(program.meta, n)),
+        "lengths": constant(tuple(len(rows(program.meta, p)) for p in prompts)),
+        "limit": constant(rows_for(program.meta, n)),
     }  # fmt: skip
     values |= {
-        "stop": torch.tensor(list(stop) or [-1]),
-        "greedy": torch.tensor(temperature <= 0),
-        "seed": torch.tensor(seed),
-        "streams": torch.tensor(list(streams)),
+        "stop": constant(tuple(stop) or (-1,)),
+        "greedy": constant(temperature <= 0),
+        "seed": constant(seed),
+        "streams": constant(tuple(streams)),
     }
     if "negative" in program.inputs:
         null = program.meta.get("null")
@@ -362,6 +362,12 @@ def share(steps: int, blocks: int) -> int:
             hint=f"choose a multiple of {blocks}, or another block",
         )
     return steps // blocks
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def constant(value: int | bool | tuple[int, ...]) -> Tensor:
+    """Numbers as a tensor that is made once, and read only: before a first token the host's time counts."""
+    return torch.tensor(value)
 
 
 @functools.lru_cache(maxsize=256)

@@ -58,7 +58,22 @@ def test_lengths_around_calls(pair: Pair) -> None:
     full = 64 - len(PROMPTS[0]) + 1
     for n in range(full - K, full + 1):
         assert pair.both([PROMPTS[0]], n) == pair.plain.generate([PROMPTS[0]], n)
-    assert pair.several.several and "step_greedy" in pair.several.sessions
+
+
+def test_single_rounds_where_no_slot_is_spare(pair: Pair) -> None:
+    """After the limit a round too many needs a slot that nothing else is in: of 64 here, in each cache."""
+    assert K == 4
+    for length, n, single in (
+        (4, 2, True),
+        (4, 11, False),
+        (4, 59, False),
+        (4, 60, False),
+        (5, 58, True),
+        (4, 61, True),
+    ):
+        pair.several.sessions.pop("step_greedy", None)
+        pair.both([PROMPTS[1][:1] * length], n)
+        assert ("step_greedy" in pair.several.sessions) is single, (length, n)
 
 
 def test_stops_inside_a_call(pair: Pair) -> None:

@@ -191,10 +191,10 @@ class OnnxRuntime:
         while not done:
             outputs = session.call(reads)
             values.update({value: outputs[o] for o, value in call.writes.items()})
-            emitted.keep(emitted.rows_of(outputs, session.rounds))
-            done = bool(values[control.until])
             if on_round is not None and on_round(values) is False:
                 on_round = None
+            emitted.keep(emitted.rows_of(outputs, session.rounds))
+            done = bool(values[control.until])
             while on_round is None and not done:  # a second time for the last rounds, fewer than the session runs
                 reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
                 session = session if emitted.fit(session.rounds) else self.session(call.graph)
