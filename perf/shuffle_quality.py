@@ -23,7 +23,8 @@ import torch
 from aropt.models import quality_digits, shuffle, train_digits
 from aropt.models.optimise import parameters
 
-RESULTS = Path(__file__).parent / "results" / "shuffle_quality.json"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "perf" / "results" / "shuffle_quality.json"
 WINDOWS, SEEDS, GUIDED = (1, 2, 4), (0, 1, 2), (1.0, 2.0)
 
 

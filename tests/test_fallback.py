@@ -25,7 +25,16 @@ class Stub(Eager):
 
     def __init__(self, program: Program, folder: Path) -> None:
         super().__init__(program)
-        self.folder, self.threads, self.whole = folder, 1, "something"
+        self.folder, self.threads, self.whole, self.rounds = folder, 1, "something", {"step": folder}
+        self.sessions: dict[str, Any] = {}
+
+    def like(self, several: dict[str, Path], one: Any) -> Stub:
+        other = Stub(self.program, self.folder)
+        other.rounds, other.whole = several, one
+        return other
+
+    def generate(self, inputs: Any) -> Any:
+        return super().generate(inputs) if self.whole is None else self.whole.generate(inputs)
 
     def translated(self, name: str) -> None:
         return None
@@ -56,8 +65,9 @@ def test_stepping_where_one_call_fails(
     program = program.replace(meta={**program.meta, "prompts": [[1]]})
     executor = Stub(program, tmp_path)
     found = whole.pick(program, executor)
-    assert found == {"picked": "stepping", "reason": (str(error).splitlines() or ["KeyError"])[0]}
-    assert executor.whole is None and not list(tmp_path.rglob("*.onnx"))
+    reason = (str(error).splitlines() or ["KeyError"])[0]
+    assert found["picked"] == "stepping" and found["reason"].endswith(f"one call: {reason}") and not found["graphs"]
+    assert executor.whole is None and not executor.rounds and not list(tmp_path.rglob("*.onnx"))
 
 
 @pytest.mark.parametrize(("prompt", "kept"), [(3, 3), (7, 7), (8, 4), (30, 4)])

@@ -8,12 +8,12 @@ the model and the machine, so all are timed, in turns.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,15 +57,18 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
     """
     stepping = executor.like({}, None)
     ways, verify, reasons = {STEPPING: stepping}, {}, []
+    prompt = fitted(program, program.meta["prompts"][0])
+    n = min(64, room(program, prompt))
     for way, make in ((SEVERAL, several), (ONE_CALL, one_call)):
         say(f"{way}: export and compare")
         try:
-            ways[way], verify[way] = make(program, stepping)
+            made, verify[way] = make(program, stepping)
+            timed(program, {way: made}, [prompt], n, 1)
         except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
             reasons.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        else:
+            ways[way] = made
     say("time " + ", ".join(ways))
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(64, room(program, prompt))
     ms = timed(program, ways, [prompt], n)
     picked = min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
     executor.rounds, executor.whole = ways[picked].rounds, ways[picked].whole
@@ -97,19 +100,19 @@ def one_call(program: Program, stepping: Any) -> Any:
 
 
 def timed(
-    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, **params: Any
+    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, turns: int = ROUNDS, **params: Any
 ) -> dict[str, float]:
     """Milliseconds of a generation in each way, in turns: lower quartiles, as what disturbs a run only adds to it."""
     if "negative" in program.inputs and program.meta.get("null") is None:
         params["negative"] = prompts
     runs: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS + 1):
+    for _ in range(turns + 1):
         for way, executor in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
             program.generate(prompts, n, executor=executor, **params)
             runs[way].append((time.perf_counter() - start) * 1e3)
-    return {way: statistics.quantiles(times[1:], n=4)[0] for way, times in runs.items()}
+    return {way: float(np.quantile(times[1:], 0.25)) for way, times in runs.items()}
 
 
 def faster(program: Program, ways: Mapping[str, Any], prompt: list[int], n: int) -> dict[str, Path]:

@@ -14,7 +14,7 @@ def interval_begins_late(p: Program) -> Program:
     return swap(p, aten.ge.Tensor, lambda count, start: count > start, reads("guidance_from", 1))
 
 
-@mutant("interval", "interval-cached")
+@mutant("interval", "interval-cached", at=("", "emb"))
 def interval_ends_early(p: Program) -> Program:
     """The last row of the interval is not guided."""
     return swap(p, aten.lt.Tensor, lambda count, end: count + 1 < end, reads("guidance_to", 1))
@@ -39,8 +39,8 @@ def branches_share_a_cache(p: Program) -> Program:
 
 
 def waits(node: object) -> bool:
-    """Whether the node joins rows that wait with a new one."""
-    parts = getattr(node, "args", [[]])[0]
-    return isinstance(parts, (list, tuple)) and any(
+    """Whether the node joins rows that wait with a new one, not the batches of two branches."""
+    parts, *axis = getattr(node, "args", [[]])
+    return bool(axis) and isinstance(parts, (list, tuple)) and any(
         getattr(x, "target", None) in ("negative_feed", "feed") for x in parts
     )
