@@ -41,6 +41,8 @@ def branches_share_a_cache(p: Program) -> Program:
 def waits(node: object) -> bool:
     """Whether the node joins rows that wait with a new one, not the batches of two branches."""
     parts, *axis = getattr(node, "args", [[]])
-    return bool(axis) and isinstance(parts, (list, tuple)) and any(
-        getattr(x, "target", None) in ("negative_feed", "feed") for x in parts
+    return (
+        bool(axis)
+        and isinstance(parts, (list, tuple))
+        and any(getattr(x, "target", None) in ("negative_feed", "feed") for x in parts)
     )
