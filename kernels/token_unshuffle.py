@@ -163,9 +163,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, head: Tensor | None, 
         flags = {"BIASED": bias is not None, "HEAD_BIASED": head_bias is not None}
         tiles = {"PART": max(16, triton.next_power_of_2(part)), **TILES}
         grid = (triton.cdiv(rows, ROWS), window, triton.cdiv(vocab, SHARE))
-        _unshuffle_kernel[grid](
-            *given, out, rows, depth, part, vocab, **flags, **tiles, num_warps=WARPS
-        )
+        _unshuffle_kernel[grid](*given, out, rows, depth, part, vocab, **flags, **tiles, num_warps=WARPS)
     return out
 
 

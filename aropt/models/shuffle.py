@@ -145,7 +145,7 @@ class ShuffleAR(nn.Module):
             if parameter.ndim == 2:
                 # Smaller where a block writes to the residual stream, so that depth does not grow its variance.
                 deep = name.endswith(("out.weight", "down.weight"))
-                std = 0.02 * (2 * self.shape.layers) ** -0.5 if deep else 0.02
+                std = 0.02 * (2 * max(1, self.shape.layers)) ** -0.5 if deep else 0.02
                 if name.startswith(("compress.", "expand.", "lift.")):
                     std = parameter.shape[1] ** -0.5  # what passes through keeps its scale
                 nn.init.normal_(parameter, std=std)

@@ -100,7 +100,7 @@ def one_call(program: Program, stepping: Any) -> Any:
 
 
 def timed(
-    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, turns: int = ROUNDS, **params: Any
+    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, turns: int = ROUNDS, /, **params: Any
 ) -> dict[str, float]:
     """Milliseconds of a generation in each way, in turns: lower quartiles, as what disturbs a run only adds to it."""
     if "negative" in program.inputs and program.meta.get("null") is None:
@@ -120,8 +120,8 @@ def faster(program: Program, ways: Mapping[str, Any], prompt: list[int], n: int)
     executor = ways[SEVERAL]
     kept, first = dict(executor.rounds), executor.ran
     for prompts in ([prompt], [prompt, prompt[1:] or prompt]):
-        for params in ({}, {"temperature": 0.9}):
-            ms = timed(program, {way: ways[way] for way in (STEPPING, SEVERAL)}, prompts, n, **params)
+        for params in (dict[str, Any](), {"temperature": 0.9}):
+            ms = timed(program, {way: ways[way] for way in (STEPPING, SEVERAL)}, prompts, n, ROUNDS, **params)
             if executor.ran != first and ms[STEPPING] <= MARGIN * ms[SEVERAL]:
                 kept.pop(executor.ran, None)
     return kept
