@@ -2,7 +2,8 @@
 
 A worker (`python -m aropt.bench SPEC`, or peers.py for other engines) loads one variant, then generates once for each
 line it reads, and answers with the milliseconds and the tokens. The parent alternates between the workers, so that
-drifts of the machine hit all alike.
+drifts of the machine hit all alike. A turn is a few generations in a row, as a caller makes them; the one before them,
+which finds caches and clock rates as another program left them, is not counted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_F
 
 
 PAUSE = 0.3  # seconds before each turn: the threads of the one before spin for a while, and would take this one's cores
-PATIENCE = 60.0  # seconds: a variant that has run for as long, and was timed once, takes no more turns
+PATIENCE = 60.0  # seconds
+IN_A_ROW = 3  # runs of a turn
+LONG = 2000.0  # milliseconds of a run, beside which it does not matter what ran before
 
 
 @dataclass(frozen=True)
@@ -113,34 +116,38 @@ def measure(
     runs: int = 5,
     say: Callable[[str], None] = lambda _: None,
     rounds: int = 1,
+    patience: float | None = None,
 ) -> dict[str, Timing]:
-    """Times `runs` runs of each variant of an artifact, taking turns, after two warm-ups. Keys are variants.
+    """Times `runs` runs of each variant of an artifact, in turns of three, after warm-ups. Keys are variants.
 
     With more `rounds` the runs are shared out to that many processes of each variant, one after the other: the same
-    program may well run at another speed in another process. A variant that takes minutes is timed less often.
+    program may well run at another speed in another process. A variant that has run for `patience` seconds of such a
+    round (PATIENCE if not given), and was timed once, is timed no more.
     """
     timings = {v: Timing(v) for v in variants}
     for number in range(rounds):
         specs = [Spec(v, str(artifact), prompt, n, threads) for v in variants if not timings[v].error]
-        take_turns([Worker(s, timings[s.variant]) for s in specs], range(number, runs, rounds), say)
+        take_turns(
+            [Worker(s, timings[s.variant]) for s in specs],
+            len(range(number, runs, rounds)),
+            say,
+            PATIENCE if patience is None else patience,
+        )
     return timings
 
 
-def take_turns(workers: Sequence[Worker], numbers: range, say: Callable[[str], None]) -> None:
-    """A run of each worker for each of the numbers; then ends the workers."""
+def take_turns(workers: Sequence[Worker], runs: int, say: Callable[[str], None], patience: float) -> None:
+    """So many runs of each worker, fewer of one that has run for `patience` seconds; then ends the workers."""
     try:
         for worker in workers:
             say(f"load {worker.timing.variant}")
             worker.ready()
-        alive = [w for w in workers if not w.timing.error]
-        for worker in alive:  # a second warm-up: lazy sessions and compilers are in place now
+        for worker in workers:  # a second warm-up: lazy sessions and compilers are in place now
             worker.go(keep=False)
-        for done, _ in enumerate(numbers):
-            say(f"round {done + 1} of {len(numbers)}")
-            for worker in alive:
-                if worker.spent < PATIENCE or not worker.timing.runs:
-                    time.sleep(PAUSE)
-                    worker.go()
+        for done in range(0, runs, IN_A_ROW):
+            for worker in workers:
+                say(f"runs {done + 1} to {min(done + IN_A_ROW, runs)} of {runs}: {worker.timing.variant}")
+                worker.turn(min(IN_A_ROW, runs - done), patience)
     finally:
         for worker in workers:
             worker.stop()
@@ -153,6 +160,7 @@ class Worker:
         threads = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
         self.timing = timing
         self.spent = 0.0  # seconds of running
+        self.last = 0.0  # milliseconds
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up and block)
         self.process: subprocess.Popen[str] | None = None
         try:
@@ -186,7 +194,20 @@ class Worker:
         self.timing.version = str(answer.get("version", ""))
         self.timing.error = "not installed" if self.timing.missing else str(answer.get("error", ""))
 
+    def turn(self, runs: int, patience: float) -> None:
+        """Runs in a row, after one that is not counted."""
+        if self.timing.error or (self.timing.runs and self.spent > patience):
+            return
+        time.sleep(PAUSE)
+        if self.last < LONG:
+            self.go(keep=False)
+        for _ in range(runs):
+            if self.spent < patience or not self.timing.runs:
+                self.go()
+
     def go(self, keep: bool = True) -> None:
+        if self.timing.error:
+            return
         assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write("go\n")
@@ -195,7 +216,8 @@ class Worker:
             self.timing.error = self.timing.error or "the worker ended"
             return
         answer = self.answer()
-        self.spent += answer.get("ms", 0.0) / 1e3
+        self.last = answer.get("ms", 0.0)
+        self.spent += self.last / 1e3
         if "error" in answer:
             self.timing.error = answer["error"]
         elif keep:
@@ -304,8 +326,8 @@ def several_rounds(program: Any, spec: Spec) -> Generate:
         return (time.perf_counter() - start) * 1e3
 
     def generate() -> tuple[list[int], float, float]:
-        shown = first()
-        time.sleep(PAUSE)
+        shown = [first() for _ in range(3)][-1]
+        program.generate([spec.prompt], spec.n)  # the threads of the sessions above wait busily for a while
         start = time.perf_counter()
         tokens = program.generate([spec.prompt], spec.n)
         return tokens[0], shown, (time.perf_counter() - start) * 1e3

@@ -1,6 +1,6 @@
 """Images by windows of neighbouring ids (Token-Shuffle): fewer rounds, and what they are worth end to end.
 
-    python -m perf.images [--runs 12] [--threads 2]
+    python -m perf.images [--runs 48] [--threads 2]
 
 Optimizes digits-ar, digits-shuffle2 and digits-shuffle4 in the same way, and a 32 x 32-id image model of width 512
 (random weights) with windows of 1 and 2; each variant in a process of its own, taking turns. Writes
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "images.json"
 LARGE = {"side": 32, "levels": 1024, "classes": 1000, "width": 512, "layers": 8, "heads": 8, "hidden": 1408,
          "mixing": 1024}  # fmt: skip
+PATIENCE = 60.0  # seconds of a process: slow variants are timed less often
 ROUNDS = 2  # processes of each variant, one after the other
 # work -> its rows: (model, variant of aropt.bench); then ratios: (slower, faster, the least that is asked for)
 WORKS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str, float]]]] = {
@@ -58,7 +59,7 @@ def large(window: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("works", nargs="*", help=", ".join(WORKS))
-    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
@@ -84,9 +85,9 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         prompt = [int(t) for t in program.meta["prompts"][0]]
         rounds[name] = int(program.meta["capacity"])
         specs.append(bench.Spec(variant, str(outs[model]), prompt, room(program, prompt), threads))
-    for number in range(ROUNDS):
+    for _ in range(ROUNDS):
         workers = [bench.Worker(s, timings[name]) for name, s in zip(names, specs, strict=True)]
-        bench.take_turns(workers, range(number, runs, ROUNDS), lambda text: print(text, file=sys.stderr, flush=True))
+        bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)
     rows = {name: row(t, rounds[name]) for name, t in timings.items() if t.runs}
     return {
         "env": environment(threads), "rows": rows,

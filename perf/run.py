@@ -1,6 +1,6 @@
 """The benchmark of the README: optimizes models, times them side by side with other engines, redraws the table.
 
-    python -m perf.run [--runs 6] [--no-readme] [MODEL ...]
+    python -m perf.run [--runs 48] [--no-readme] [MODEL ...]
 
 Models are digits-ar, text-ar and three random Llamas (see perf.models), which it writes under build/. Writes
 perf/results/cpu.json (for each model: device, versions, medians and spread; models that are not named keep theirs) and
@@ -29,13 +29,14 @@ WORK = {
 }
 LARGE = ("small", "mid")  # validation in fp64 would take longer than the timing; tokens are compared with the peers'
 ROUNDS = 2  # processes of each variant, one after the other: the same program may run at another speed in each
+PATIENCE = 30.0  # seconds of a process: slow variants are timed less often
 TOKENS = 200  # new tokens of a run, where the model has room
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(WORK)} (default: all)")
-    parser.add_argument("--runs", type=int, default=6, help="timed runs of each variant, in two processes")
+    parser.add_argument("--runs", type=int, default=48, help="timed runs of each variant, in two processes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-readme", action="store_true", help="only print the table")
     args = parser.parse_args()
@@ -69,7 +70,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     program = artifact.load(out)
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
-    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS)
+    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE)
     report["notes"] = []
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(prompt), threads)
@@ -114,11 +115,12 @@ def protocol(known: dict[str, Any]) -> str:
     engines = sorted({e for found in known.values() for e in found.get("engines", {})})
     versions += [{m: f["engines"][e] for m, f in known.items() if e in f.get("engines", {})} for e in engines]
     tokens = {m: str(found.get("tokens", TOKENS)) for m, found in known.items()}
-    runs = {f"{m}'s {b['variant']}": str(b["n"]) for m, found in known.items() for b in found["bench"]}
+    runs = [b["n"] for found in known.values() for b in found["bench"]]
+    number = f"{max(runs)} runs" + (f" ({min(runs)} at least, of slow ones)" if min(runs) < max(runs) else "")
     rounds = {m: str(found.get("rounds", ROUNDS)) for m, found in known.items()}
     setting = ", ".join(map(said, [machine, *versions]))
     return (
-        f"{setting}. Batch 1, greedy, {usual(tokens, 'new tokens', str(TOKENS))}; medians of {usual(runs, 'runs')} in "
+        f"{setting}. Batch 1, greedy, {usual(tokens, 'new tokens', str(TOKENS))}; medians of {number} in "
         f"{usual(rounds, 'processes')} of each variant, taking turns."
     )
 

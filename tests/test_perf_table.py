@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from perf.run import protocol, table
+from perf.shuffle_quality import RESULTS, ROOT, summed
+from perf.shuffle_quality import table as quality_table
 
 ENV = {"cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0", "onnxruntime": "1.31.1", "transformers": "5.23.0"}
 
@@ -36,9 +39,20 @@ def test_rows_that_differ() -> None:
     assert text.startswith("AMD EPYC, 2 threads (a, b) or AMD EPYC, 4 threads (c, d), ")
     assert "torch 2.13.0 (a, b, d) or torch 2.14.0 (c), onnxruntime 1.31.1, " in text
     assert "engine 1 (a) or engine 2 (d). Batch 1, greedy, 200 new tokens (64 of d)" in text
-    assert text.endswith("medians of 6 runs (3 of d's aropt) in 2 processes (1 of d) of each variant, taking turns.")
+    assert text.endswith("medians of 6 runs (3 at least, of slow ones) in 2 processes (1 of d) of each variant, taking turns.")
 
 
 def test_a_canvas_has_no_first_token() -> None:
     lines = table({"a": found(), "b": found(loop="unmask")}).splitlines()
     assert lines[2].endswith("| 5.0 ms |  |  |") and lines[4].endswith("| 5 |  |  |  |")
+
+
+def test_quality_by_window_is_what_was_measured() -> None:
+    """Three seeds of each window at the same steps; means and the table in perf/README.md follow from the runs."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for window, found in result["windows"].items():
+        runs = [r for r in result["runs"] if str(r["window"]) == window]
+        assert sorted(r["seed"] for r in runs) == [0, 1, 2]
+        assert found == summed(runs)
+    assert list(result["windows"]) == ["1", "2", "4"]
+    assert quality_table(result) in (ROOT / "perf" / "README.md").read_text(encoding="utf-8")
