@@ -152,7 +152,13 @@ def test_only_where_there_is_a_kernel() -> None:
     assert isinstance(FuseAttention().plan(FuseAttention().run(program), "onnxruntime"), Skips), "once is enough"
 
 
-@pytest.mark.parametrize("style", [{}, {"rotary": "pairs", "mask": "window"}, {"rotary": "part", "size": 32}])
+@pytest.mark.parametrize(
+    "style",
+    [
+        {"rotary": "pairs", "mask": "window"},
+        *(pytest.param(s, marks=pytest.mark.exhaustive) for s in ({}, {"rotary": "part", "size": 32})),
+    ],
+)
 def test_fused_programs_generate_the_same(style: dict[str, Any]) -> None:
     """On the reference interpreter and on ONNX Runtime: even and ragged batches, up to the capacity."""
     plain = aropt.capture(Small(**style))

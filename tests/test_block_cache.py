@@ -145,6 +145,7 @@ def test_what_mixes_rows_otherwise_is_refused() -> None:
         restrict(program.graphs["model"], program.weights, 64, canvas=True)
 
 
+@pytest.mark.exhaustive
 def test_it_is_fused_and_lowered(plain: Program) -> None:
     done = aropt.optimize(plain, target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
@@ -152,8 +153,14 @@ def test_it_is_fused_and_lowered(plain: Program) -> None:
     assert MASK not in done.generate([[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
 
 
-@pytest.mark.parametrize("block", [0, BLOCK])
-@pytest.mark.parametrize("contrib", [False, True])
+@pytest.mark.parametrize(
+    ("block", "contrib"),
+    [
+        (0, False),
+        (BLOCK, True),
+        *(pytest.param(*both, marks=pytest.mark.exhaustive) for both in ((BLOCK, False), (0, True))),
+    ],
+)
 def test_the_whole_loop_is_one_model(block: int, contrib: bool, tmp_path: Path) -> None:
     """A canvas in, tokens out: one, several, ragged, in one call and in chunks, greedy and sampled."""
     from aropt.exporters import run_loop

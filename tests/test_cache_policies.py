@@ -161,7 +161,9 @@ def test_lossy_caches_lose(plain: Program, fast: dict[str, Program], name: str) 
     assert fast[name].generate(ids, 16, **params) != [plain.generate([p], 16, **params)[0] for p in ids]
 
 
-@pytest.mark.parametrize("name", ["dual-cache", "prefix-cache", "vicinity"])
+@pytest.mark.parametrize(
+    "name", ["dual-cache", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("prefix-cache", "vicinity"))]
+)
 def test_by_the_mask_some_are_exact(name: str) -> None:
     """Where blocks don't see later ones, what these leave alone is not stale: level rounding, no budget needed."""
     blocks = capture(tiny(BLOCK), "threshold")

@@ -19,7 +19,7 @@ from tests.test_unmask import capture, tiny
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8]]
 
 
-@pytest.fixture(scope="module", params=[0, 4])
+@pytest.fixture(scope="module", params=[0, pytest.param(4, marks=pytest.mark.exhaustive)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Any]:
     """A model that sees its whole canvas, and one with blocks of its own, of 64 ids; the default rule."""
     plain = capture(tiny(request.param))

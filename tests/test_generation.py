@@ -39,6 +39,7 @@ def compare(model: nn.Module, vocab: int, capacity: int, lengths: list[int], see
     assert verdict.passed, [(o.problem, verdict.diverges) for o in verdict.outcomes if o.problem]
 
 
+@pytest.mark.exhaustive
 @SLOW
 @given(models(), LENGTHS, st.integers(0, 99))
 def test_random_models_generate_the_same_tokens(

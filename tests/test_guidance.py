@@ -264,6 +264,7 @@ def test_targets_skip_the_branch(pair: tuple[Program, Program], target: str) -> 
     assert fast.generate(ragged, 12, executor=executor, **CHOICES[1]) == plain.generate(ragged, 12, **CHOICES[1])
 
 
+@pytest.mark.exhaustive
 def test_inductor_skips_the_branch(skipping: dict[str, Program]) -> None:
     program, executor = skipping["fused"], lower(skipping["fused"], "inductor")
     for options in CHOICES[:2]:
@@ -271,7 +272,7 @@ def test_inductor_skips_the_branch(skipping: dict[str, Program]) -> None:
         assert found == program.generate([[1, 2], [3, 4]], 12, **options)
 
 
-@pytest.mark.parametrize("contrib", [False, True])
+@pytest.mark.parametrize("contrib", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_one_onnx_graph_skips_the_branch(pair: tuple[Program, Program], contrib: bool, tmp_path: Path) -> None:
     plain, fast = pair
     export_program(fast, tmp_path / "model.onnx", contrib=contrib)

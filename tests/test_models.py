@@ -111,6 +111,7 @@ def test_a_canvas_is_denoised_given_the_clean_blocks_before() -> None:
         torch.testing.assert_close(both[:, rows], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CANVAS)
 def test_canvas_bound_is_as_recorded(name: str) -> None:
     model = load(name)

@@ -63,7 +63,7 @@ def test_keys_not_transposed() -> None:
     assert rewritten(Tiny(**step), 23, 12) == 1
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(shape=grammar.shapes())
 def test_grammar(shape: grammar.Shape) -> None:
     note(str(shape))

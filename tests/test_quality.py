@@ -143,6 +143,7 @@ def test_without_examples_no_quality_is_claimed(plain: Program) -> None:
     assert drift.quality is None and "quality" not in drift.metrics() and drift.misses({"quality": 1.0})
 
 
+@pytest.mark.exhaustive
 def test_the_report_shows_it(plain: Program, capsys: pytest.CaptureFixture[str]) -> None:
     done = aropt.optimize(plain, passes=pipeline(["dual-cache"]), target="eager", budget={"quality": 1.0})
     found = done.report["drift"]
@@ -185,6 +186,7 @@ def test_the_shipped_task_is_of_held_out_text(trained: Program) -> None:
         assert all(bytes([*e["prompt"], *e["answer"]]) in ids for e in examples)
 
 
+@pytest.mark.exhaustive
 def test_a_broken_program_loses_what_the_model_learnt(trained: Program) -> None:
     """A deliberate break: one layer reads no values. The dual cache loses next to nothing."""
     torch.set_num_threads(1)

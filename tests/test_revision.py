@@ -163,7 +163,9 @@ def crediting(
     return kept
 
 
-@pytest.mark.parametrize(("weight", "power", "decay"), [(0.7, 0.2, 0.8), (3.0, 0.5, 0.95)])
+@pytest.mark.parametrize(
+    ("weight", "power", "decay"), [pytest.param(0.7, 0.2, 0.8, marks=pytest.mark.exhaustive), (3.0, 0.5, 0.95)]
+)
 def test_credit_is_that_of_dinfer(model: CanvasLM, weight: float, power: float, decay: float) -> None:
     """And it does change what is written."""
     program, plain = capture(model, "threshold", "credit"), capture(model, "threshold")
@@ -304,7 +306,7 @@ def test_what_is_expected_of_rows_left_alone_stays(together: Program) -> None:
     assert any(len(rows) < 19 for rows, _ in kept)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_the_exact_cache(shift: int) -> None:
     program = aropt.capture(tiny(4), mask=MASK, block=4, rules=ALL, shift=shift)
     fast = make("block-cache").run(program)
@@ -320,14 +322,14 @@ def test_onnxruntime(together: Program) -> None:
     assert done.generate(PROMPTS, 16, **PARAMS) == make("dual-cache").run(together).generate(PROMPTS, 16, **PARAMS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor(together: Program) -> None:
     """Compiling takes long, so one greedy batch."""
     fast = run_passes(make("dual-cache").run(together), pipeline(), "inductor", Instruments(check=False))[0]
     assert fast.generate(PROMPTS, 8, executor=lower(fast, "inductor"), **PARAMS) == fast.generate(PROMPTS, 8, **PARAMS)
 
 
-@pytest.mark.parametrize("cache", ["", "dual-cache"])
+@pytest.mark.parametrize("cache", [pytest.param("", marks=pytest.mark.exhaustive), "dual-cache"])
 def test_the_exported_loop(together: Program, cache: str, tmp_path: Path) -> None:
     """In one call, and stepped with the rules' state handed back."""
     program = make(cache).run(together) if cache else together

@@ -226,6 +226,7 @@ def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Progra
     assert values["slot_positions"].amax() == ROWS - 1
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
     from aropt import bench
     from aropt.command import Request, optimize

@@ -266,7 +266,16 @@ def test_a_model_without_a_mask_is_refused(model: CanvasLM) -> None:
         aropt.capture(model, mask=VOCAB)
 
 
-@pytest.mark.parametrize("rules", [("threshold",), ("segments", "margin"), ("cosine", "entropy", "eoser"), ("rcr",)])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ("segments", "margin"),
+        *(
+            pytest.param(r, marks=pytest.mark.exhaustive)
+            for r in (("threshold",), ("rcr",), ("cosine", "entropy", "eoser"))
+        ),
+    ],
+)
 def test_the_lowered_program_is_verified(model: CanvasLM, rules: tuple[str, ...]) -> None:
     fast = aropt.optimize(capture(model, *rules), target="onnxruntime")
     assert fast.report["verify"]["status"] == "pass"
@@ -327,7 +336,7 @@ def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypat
     assert source.meta["source"] == "text-mdlm" and source.meta["mask"] == 258
 
 
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "ModernBert"])
+@pytest.mark.parametrize("kind", ["Bert", pytest.param("Roberta", marks=pytest.mark.exhaustive), "ModernBert"])
 def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     """Any directory that AutoModelForMaskedLM loads."""
     import transformers

@@ -42,7 +42,7 @@ class Pair:
         return want
 
 
-@pytest.fixture(scope="module", params=["default", "repetition-penalty"])
+@pytest.fixture(scope="module", params=["default", pytest.param("repetition-penalty", marks=pytest.mark.exhaustive)])
 def pair(request: pytest.FixtureRequest) -> Pair:
     """The second one has state that grows with each token: which were seen."""
     penalty = request.param != "default"

@@ -95,8 +95,9 @@ def canvas_program(name: str, cache: str) -> Program:
 
 @pytest.mark.parametrize(
     ("name", "cache", "ort"),
-    [("tiny", "dual-cache", False), ("tiny", "dual-cache", True), ("text-mdlm", "dual-cache", True),
-     ("text-bd", "block-cache", False)],
+    [("tiny", "dual-cache", False), ("tiny", "dual-cache", True),
+     pytest.param("text-mdlm", "dual-cache", True, marks=pytest.mark.exhaustive),
+     pytest.param("text-bd", "block-cache", False, marks=pytest.mark.exhaustive)],
 )  # fmt: skip
 def test_the_readme_of_canvases(
     name: str, cache: str, ort: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
