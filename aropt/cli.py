@@ -393,9 +393,10 @@ def models(as_json: Json = False, verbose: Verbose = 0) -> None:
         return
     for r in REFERENCES.values():
         measured = ", ".join(f"{k} {v:.4g}" for k, v in r.heldout.items() if isinstance(v, (int, float)))
+        rows = "tokens" if r.unit == 1 else f"windows of {r.unit} tokens"
         print(
-            f"{r.name:<12} {r.modality:<6} vocabulary {r.vocab}, up to {r.capacity} tokens. {r.description}\n"
-            f"{'':<12} held out: {measured}"
+            f"{r.name:<16} {r.modality:<6} vocabulary {r.vocab}, up to {r.capacity} {rows}. {r.description}\n"
+            f"{'':<16} held out: {measured}"
         )
 
 

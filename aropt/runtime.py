@@ -42,6 +42,12 @@ def generate(
     Raises UsageError for a bad prompt or parameter.
     """
     check(program, prompts, n, params, negative, fill)
+    if streams is not None and len(streams) != len(prompts):
+        raise UsageError(
+            what=f"{len(streams)} noise streams for {len(prompts)} prompts",
+            where="streams",
+            hint="give one for each prompt, or leave streams out",
+        )
     executor = executor or program.executor
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):

@@ -178,6 +178,11 @@ def test_options_are_parsed_and_checked() -> None:
             make(*parse(text))
 
 
+def test_each_prompt_has_a_noise_stream(plain: Program) -> None:
+    with pytest.raises(UsageError, match="1 noise streams for 2 prompts"):
+        plain.generate([[1], [2]], 2, streams=[0])
+
+
 def test_instruments_dump_each_stage(plain: Program, tmp_path: Any) -> None:
     shown: list[str] = []
     run_passes(
