@@ -33,13 +33,14 @@ PASSES = {
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "fuse-canvas": "fuse_canvas",
+    "fuse-rules": "fuse_rules",
     "fuse-sampler": "fuse_sampler",
     "prune": "prune",
 }  # name -> module, in pipeline order
 # Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
 ASKED = (
     "token-shuffle", "cfg-eliminate", "cfg-interval",
-    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity",
+    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "fuse-rules",
 )  # fmt: skip
 REFRESHES = (16, 8, 4, 2, 1)  # what is tried while the budget is missed
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)

@@ -1,0 +1,77 @@
+"""fuse-rules: the rules and the draw of a round, for all ids of a window, become one op.
+
+`aropt::fused_sample` has a kernel for GPUs, which reads the logits once and sorts nothing; other targets run its
+definition, so that the pass gains nothing there and has to be asked for. A rule's graph is replaced where it is node by
+node what `aropt.rules` makes of the program's rules: of a changed or registered rule nothing is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.kernels.fused_sample import NAMES
+from aropt.passbase import Applies, Contract, Skips
+from aropt.program import Graph, Program
+from aropt.rules import chosen, rule
+from aropt.trace import capture_function
+from aropt.units import window
+
+KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}
+SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether they draw
+
+
+@dataclass(frozen=True)
+class FuseRules:
+    name: ClassVar[str] = "fuse-rules"
+    contract: ClassVar[Contract] = Contract("rounding", ("rules of logits",), ("one op a rule",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        reasons = {name: reason(program, name) for name in SAMPLED}
+        rejected = tuple((name, why) for name, why in reasons.items() if why)
+        found = tuple(f"{name}: {', '.join(program.graphs[name].inputs)}" for name, why in reasons.items() if not why)
+        return Applies(found, rejected) if found else Skips("; ".join(dict.fromkeys(filter(None, reasons.values()))))
+
+    def run(self, program: Program) -> Program:
+        made = {name: fused(program.graphs[name]) for name in SAMPLED if not reason(program, name)}
+        return program.replace(graphs={**program.graphs, **made})
+
+
+PASS = FuseRules
+
+
+def reason(program: Program, name: str) -> str:
+    """Why the graph of that name stays as it is, or nothing."""
+    if name not in program.graphs or program.meta.get("loop") == "unmask":
+        return "no rule picks the next token by itself"
+    foreign = [n for n in program.meta["rules"] if n not in KNOWN]
+    if foreign:
+        return f"fused_sample has no place for the rule {foreign[0]}"
+    processors = chosen(tuple(program.meta["rules"]))
+    function, inputs = rule(processors, int(program.meta["vocab"]), SAMPLED[name], window(program.meta))
+    same = written(capture_function(name, function, inputs, ["token"]).fx) == written(program.graphs[name].fx)
+    return "" if same else "it computes something else than the program's rules"
+
+
+def written(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
+    """Node by node: what is called, on which earlier nodes and constants."""
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    return [
+        (n.op, str(n.target), *(str(fx.node.map_arg(a, lambda x: number[x])) for a in (n.args, n.kwargs)))
+        for n in graph.nodes
+    ]
+
+
+def fused(graph: Graph) -> Graph:
+    """The graph as one op."""
+    sample, windows = ops.load("fused_sample").overload, len(graph.inputs["logits"].dims) == 3
+
+    def function(logits: Tensor, **values: Tensor) -> Tensor:
+        wide = logits if windows else logits.unsqueeze(1)
+        token: Tensor = sample(wide, *(values.get(n) for n in NAMES[1:]))
+        return token if windows else token.squeeze(1)
+
+    return capture_function(graph.name, function, graph.inputs, ["token"])
