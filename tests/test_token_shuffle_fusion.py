@@ -221,7 +221,9 @@ class Renamed(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         b, t, _ = ids.shape
-        places = [F.linear(F.embedding(ids[..., j], self.u.weight), self.v.weight) for j in range(self.unit)]
+        places = [
+            F.linear(F.embedding(ids[..., j], self.u.weight), self.v.weight, self.v.bias) for j in range(self.unit)
+        ]
         x = torch.where(ids[:, :, 0:1] < self.single, torch.cat(places, -1), F.embedding(ids[:, :, 0], self.u.weight))
         for block in self.x0:
             x = block(x)
@@ -229,7 +231,8 @@ class Renamed(nn.Module):
         x = self.y(x + self.b(at % self.across) + self.a(at // self.across))
         for block in self.x1:
             x = block(x)
-        return F.linear(F.linear(F.linear(x, self.z0.weight).view(b, t, self.unit, -1), self.w.weight), self.z1.weight)
+        parts = F.linear(x, self.z0.weight, self.z0.bias).view(b, t, self.unit, -1)
+        return F.linear(F.linear(parts, self.w.weight, self.w.bias), self.z1.weight, self.z1.bias)
 
 
 def shuffled(layout: Layout = "compress", window: int = 2, width: int = 8, **more: int) -> ShuffleAR:
@@ -242,17 +245,6 @@ def shuffled(layout: Layout = "compress", window: int = 2, width: int = 8, **mor
     return model
 
 
-def test_names_and_their_order_decide_nothing() -> None:
-    model = shuffled(blocks=1)
-    plain = captured(Renamed(model))
-    plan, made = fused(plain)
-    assert counts(made) == (1, 1)
-    assert "one gather concatenates 4 of 2 features for each of 8 ids" in str(plan)
-    ids = ids_for(plain, ROWS)
-    torch.testing.assert_close(Eager(made).call("model", {"ids": ids})["logits"], model(ids), rtol=1e-4, atol=1e-4)
-    assert validate(plain, with_probe(made), chosen=cases(plain, quick=True)).passed
-
-
 def biased(model: ShuffleAR) -> ShuffleAR:
     """Its linear layers on both sides with biases."""
     for name in ("compress", "expand", "lift", "head"):
@@ -260,6 +252,17 @@ def biased(model: ShuffleAR) -> ShuffleAR:
         if layer is not None:
             layer.bias = nn.Parameter(torch.randn(layer.out_features))
     return model
+
+
+def test_names_and_their_order_decide_nothing() -> None:
+    model = biased(shuffled(blocks=1))
+    plain = captured(Renamed(model))
+    plan, made = fused(plain)
+    assert counts(made) == (1, 1)
+    assert "one gather concatenates 4 of 2 features for each of 8 ids" in str(plan)
+    ids = ids_for(plain, ROWS)
+    torch.testing.assert_close(Eager(made).call("model", {"ids": ids})["logits"], model(ids), rtol=1e-4, atol=1e-4)
+    assert validate(plain, with_probe(made), chosen=cases(plain, quick=True)).passed
 
 
 @settings(max_examples=5, deadline=None)
