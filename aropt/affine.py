@@ -84,17 +84,17 @@ def between(entry: fx.Node, result: fx.Node) -> list[fx.Node]:
 
 
 def evaluate(result: fx.Node, given: Mapping[fx.Node, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """The value of `result` from those given, whose sizes are all that it may depend on besides.
+    """The value of `result`, in float64, from those given, whose sizes are all that it may depend on besides.
 
     Raises LookupError where something else decides it too.
     """
     sizes = {str(s): n for node, v in given.items() for s, n in zip(node.meta["val"].shape, v.shape, strict=True)}
-    known: dict[fx.Node, Any] = dict(given)
+    known: dict[fx.Node, Any] = {node: wide(v) for node, v in given.items()}
 
     def value(node: fx.Node) -> Any:
         if node not in known:
             if node.op == "get_attr":
-                known[node] = weights[str(node.target)]
+                known[node] = wide(weights[str(node.target)])
             elif op_name(node) == "aten::sym_size":
                 if str(node.meta["val"]) not in sizes:
                     raise LookupError(f"the size `{node.name}` decides it too")
@@ -102,13 +102,21 @@ def evaluate(result: fx.Node, given: Mapping[fx.Node, Tensor], weights: Mapping[
             elif node.op != "call_function":
                 raise LookupError(f"`{node.name}` decides it too")
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                given_args: Any = fx.node.map_aggregate((node.args, node.kwargs), wide)
+                args, kwargs = fx.node.map_arg(given_args, value)
+                known[node] = wide(node.target(*args, **kwargs))  # type: ignore[operator]
         return known[node]
 
     with torch.no_grad():
         found: Tensor = value(result)
     return found
+
+
+def wide(value: Any) -> Any:
+    """A tensor of floats in float64, and float64 for float32; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return torch.float64 if value is torch.float32 else value
 
 
 def dominates(

@@ -80,7 +80,8 @@ def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: i
         return value(joined, {ids: given.unflatten(0, (-1, count))}, weights).flatten(0, 1)
 
     base = rows(torch.zeros(1, places, dtype=torch.int64))
-    table = torch.zeros(places, known, base.shape[1])
+    # in float64: what the others add is taken off again, and has to go without a trace
+    table = torch.zeros(places, known, base.shape[1], dtype=torch.float64)
     for place in range(places):
         given = torch.zeros(single, places, dtype=torch.int64)
         given[:, place] = torch.arange(single)
@@ -90,6 +91,7 @@ def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: i
     table[0] += base
     part = base.shape[1] // places
     pieces = concatenated(table, part, single)
+    table = table.float()
     check(rows, table, single)
     return (table, True) if pieces is None else (pieces, False)
 
@@ -129,6 +131,7 @@ def concatenated(table: Tensor, part: int, single: int) -> Tensor | None:
         rest[0, :, at] -= constant_part[at]
     if bool(rest.abs().max() > NEAR * table.abs().max()):
         return None
+    pieces = pieces.float()
     shared = all(torch.equal(pieces[0], p) for p in pieces[1:])
     return pieces[0].contiguous() if shared else pieces.contiguous()
 
@@ -166,7 +169,7 @@ def matrix(entry: fx.Node, result: fx.Node, weights: Mapping[str, Tensor]) -> tu
     rest = entry.meta["val"].shape[2:-1]
     zero = value(result, {entry: torch.zeros(1, 1, *rest, width)}, weights)[0, 0]
     basis = torch.eye(width).reshape(width, 1, *[1] * len(rest), width).expand(width, 1, *rest, width)
-    return value(result, {entry: basis}, weights)[:, 0] - zero, zero
+    return (value(result, {entry: basis}, weights)[:, 0] - zero).float(), zero.float()
 
 
 def unshuffle(

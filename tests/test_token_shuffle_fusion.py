@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -265,11 +265,12 @@ def test_names_and_their_order_decide_nothing() -> None:
     assert validate(plain, with_probe(made), chosen=cases(plain, quick=True)).passed
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.sampled_from(["compress", "concat"]), st.sampled_from([(1, 4), (2, 5), (4, 5)]), st.sampled_from([16, 32]),
     st.sampled_from([0, 0, 1]), st.booleans(), st.booleans(), st.sampled_from([0, 1]),
 )  # fmt: skip
+@example("concat", (4, 5), 32, 1, False, False, 1)  # sixteen places: sums in float32 were off by what they cancel
 def test_a_side_is_fused_or_left_with_a_reason(
     layout: Layout, cut: tuple[int, int], width: int, blocks: int, bias: bool, bent: bool, limit: int
 ) -> None:
