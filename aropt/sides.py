@@ -5,16 +5,19 @@ In: tables t with row = sum over places j of t[j, id of place j]. Out: matrices 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from aropt.affine import affine, between, constant, dominates, evaluate, floating
+from aropt import ops
+from aropt.affine import affine, between, constant, dominates, evaluate, floating, rank
 from aropt.axes import op_name
+from aropt.torch_compat import elements
 
 NEAR = 1e-5  # of the largest value: what sums in another order may differ by
-TRIES = 256  # rows of random ids that tables have to get right
+TRIES = 64, 4  # sequences of so many random rows that a side has to get right: several, as its moves may mix rows
 
 
 class NotThis(Exception):
@@ -27,9 +30,11 @@ def joint(graph: fx.Graph) -> fx.Node:
     inside = {ids}
     for node in graph.nodes:
         read = [n for n in node.all_input_nodes if not constant(n)]
-        if read and all(n in inside for n in read) and op_name(node) != "aten::sym_size":
-            whole = not floating(node) or affine(node) or op_name(node) in ("aten::embedding", "aten::where")
-            inside |= {node} if whole else set()
+        if node.op == "call_function" and read and all(n in inside for n in read):
+            name = op_name(node)
+            looked_up = name == "aten::embedding" or (name == "aten::index" and constant(node.args[0]))
+            whole = not floating(node) or looked_up or affine(node) or name == "aten::where"
+            inside |= {node} if whole and name != "aten::sym_size" else set()
     starts = [n for n in inside if floating(n) and not any(floating(m) for m in n.all_input_nodes if m in inside)]
     if not starts:
         raise NotThis("no table is looked up for the ids")
@@ -39,13 +44,29 @@ def joint(graph: fx.Graph) -> fx.Node:
 
     content: list[fx.Node] = [n for n in graph.nodes if n in inside and floating(n) and n not in starts]
     for node in reversed(content):
-        if len(node.meta["val"].shape) == 3 and dominates(node, starts, inside, leaves):
-            return node
+        if rank(node) == 3 and dominates(node, starts, inside, leaves):
+            return single_precision(node)
     out = next(n for n in graph.nodes if n in inside and leaves(n))
     user = next(u for u in out.users if u not in inside)
     raise NotThis(
-        f"{op_name(user)} ({user.meta.get('where', '') or user.name}) reads ids before their window is joined"
+        f"{op_name(user)} ({place(user)}) reads ids before a window's are one row; "
+        "until then only moves, sums of what they alone decide, and products with weights can be tables"
     )
+
+
+def single_precision(node: fx.Node) -> fx.Node:
+    """The node. Raises NotThis where it is of another type."""
+    if node.meta["val"].dtype != torch.float32:
+        raise NotThis(f"{place(node)} computes in {str(node.meta['val'].dtype).removeprefix('torch.')}, not float32")
+    return node
+
+
+def value(result: fx.Node, given: Mapping[fx.Node, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """As `evaluate`; raises NotThis where that can't."""
+    try:
+        return evaluate(result, given, weights)
+    except LookupError as reason:
+        raise NotThis(f"{op_name(result)} ({place(result)}): {reason}") from None
 
 
 def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: int, single: int) -> tuple[Tensor, bool]:
@@ -55,14 +76,12 @@ def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: i
     """
     ids = next(n for n in joined.graph.nodes if n.op == "placeholder" and n.name == "ids")
 
-    def rows(given: Tensor) -> Tensor:
-        try:
-            return evaluate(joined, {ids: given.unsqueeze(1)}, weights)[:, 0]
-        except LookupError as reason:
-            raise NotThis(str(reason)) from None
+    def rows(given: Tensor, count: int = 1) -> Tensor:
+        return value(joined, {ids: given.unflatten(0, (-1, count))}, weights).flatten(0, 1)
 
     base = rows(torch.zeros(1, places, dtype=torch.int64))
-    table = torch.zeros(places, known, base.shape[1])
+    # in float64: what the others add is taken off again, and has to go without a trace
+    table = torch.zeros(places, known, base.shape[1], dtype=torch.float64)
     for place in range(places):
         given = torch.zeros(single, places, dtype=torch.int64)
         given[:, place] = torch.arange(single)
@@ -72,20 +91,26 @@ def tables(joined: fx.Node, weights: Mapping[str, Tensor], places: int, known: i
     table[0] += base
     part = base.shape[1] // places
     pieces = concatenated(table, part, single)
+    table = table.float()
     check(rows, table, single)
     return (table, True) if pieces is None else (pieces, False)
 
 
-def check(rows: object, table: Tensor, single: int) -> None:
-    """Raises NotThis unless the tables give random rows, and every row of an id alone."""
+def check(rows: Callable[[Tensor, int], Tensor], table: Tensor, single: int) -> None:
+    """Raises NotThis unless the tables give random rows, some of them of an id alone."""
     places, known, _ = table.shape
-    given = torch.randint(0, single, (TRIES, places), generator=torch.Generator().manual_seed(0))
-    alone = torch.arange(single, known).unsqueeze(1).expand(-1, places)
-    given = torch.cat([given, alone])
-    wanted = rows(given)  # type: ignore[operator]
-    made = sum(table[j, given[:, j]] for j in range(places))
-    if not bool((made - wanted).abs().max() <= NEAR * wanted.abs().max()):
+    (tries, count), generator = TRIES, torch.Generator().manual_seed(0)
+    given = torch.randint(0, single, (tries * count, places), generator=generator)
+    if known > single:
+        given[::3] = torch.randint(single, known, (len(given[::3]), 1), generator=generator)
+    made = ops.load("token_shuffle").overload(given, table, True)
+    if not near(made, rows(given, count)):
         raise NotThis("a row is no sum over its places of what each id alone decides")
+
+
+def near(made: Tensor, wanted: Tensor) -> bool:
+    """Whether two results are the same but for the order of sums."""
+    return bool((made - wanted).abs().max() <= NEAR * wanted.abs().max())
 
 
 def concatenated(table: Tensor, part: int, single: int) -> Tensor | None:
@@ -106,6 +131,7 @@ def concatenated(table: Tensor, part: int, single: int) -> Tensor | None:
         rest[0, :, at] -= constant_part[at]
     if bool(rest.abs().max() > NEAR * table.abs().max()):
         return None
+    pieces = pieces.float()
     shared = all(torch.equal(pieces[0], p) for p in pieces[1:])
     return pieces[0].contiguous() if shared else pieces.contiguous()
 
@@ -116,18 +142,20 @@ def source(logits: fx.Node) -> fx.Node:
     inside, todo = {logits}, [logits]
     while todo:
         node = todo.pop()
-        if not affine(node):
+        read = {n for n in node.all_input_nodes if floating(n) and not constant(n)}
+        if not read or not affine(node):
             entries.add(node)
             continue
-        new = {n for n in node.all_input_nodes if floating(n) and not constant(n)} - inside
-        inside |= new
-        todo += new
+        todo += read - inside
+        inside |= read
     inner: list[fx.Node] = [n for n in logits.graph.nodes if n in inside and n is not logits]
     for node in inner:
-        if len(node.meta["val"].shape) == 3 and dominates(node, entries, inside, lambda at: at is logits):
-            return node
-    last: fx.Node = next(n for n in reversed(list(logits.graph.nodes)) if n in entries)
-    raise NotThis(f"{op_name(last)} ({place(last)}) comes after windows are parted")
+        if rank(node) == 3 and dominates(node, entries, inside, lambda at: at is logits):
+            return single_precision(node)
+    found = [f"{op_name(n)} ({place(n)})" for n in logits.graph.nodes if n in entries]
+    if len(found) > 1:
+        raise NotThis(f"logits are made of more than one row: of {' and '.join(found)}")
+    raise NotThis(f"{found[0]} comes after a row is parted into a window's, and is neither linear nor a move")
 
 
 def place(node: fx.Node) -> str:
@@ -139,38 +167,28 @@ def matrix(entry: fx.Node, result: fx.Node, weights: Mapping[str, Tensor]) -> tu
     """(weight [d, ...], bias [...]) with result = entry weight + bias, for a row."""
     width = int(entry.meta["val"].shape[-1])
     rest = entry.meta["val"].shape[2:-1]
-    zero = evaluate(result, {entry: torch.zeros(1, 1, *rest, width)}, weights)[0, 0]
+    zero = value(result, {entry: torch.zeros(1, 1, *rest, width)}, weights)[0, 0]
     basis = torch.eye(width).reshape(width, 1, *[1] * len(rest), width).expand(width, 1, *rest, width)
-    return evaluate(result, {entry: basis}, weights)[:, 0] - zero, zero
+    return (value(result, {entry: basis}, weights)[:, 0] - zero).float(), zero.float()
 
 
 def unshuffle(
     entry: fx.Node, part: fx.Node, logits: fx.Node, weights: Mapping[str, Tensor]
 ) -> list[Tensor | None] | None:
-    """weight [W, c, d], bias [W, c], head [V, c] and its bias [V], by way of the part [B, R, W, c]; None: no such head.
+    """weight [W, c, d], bias [W, c], head [V, c] and its bias [V], by way of the part [B, R, W, c]; None: no such.
 
     `part` may be the logits: then there is no head. A bias of zeros is None.
     """
     weight, bias = matrix(entry, part, weights)
-    first: list[Tensor | None] = [weight.permute(1, 2, 0).contiguous(), bias if bool(bias.any()) else None]
-    if part is logits:
-        return [*first, None, None]
-    head, added = matrix(part, logits, weights)  # [c, W, V], [W, V]: of a basis vector in every place at once
-    near = NEAR * head.abs().max()
-    if bool((head - head[:, :1]).abs().max() > near) or bool((added - added[:1]).abs().max() > near):
-        return None
-    if head.shape[1] > 1 and not apart(part, logits, weights, head[:, 0]):
-        return None
-    return [*first, head[:, 0].T.contiguous(), added[0] if bool(added.any()) else None]
-
-
-def apart(part: fx.Node, logits: fx.Node, weights: Mapping[str, Tensor], head: Tensor) -> bool:
-    """Whether each place's logits come from its own part alone, by the head [c, V]."""
-    shape = [int(s) for s in part.meta["val"].shape[2:]]
-    given = torch.randn(4, 1, *shape, generator=torch.Generator().manual_seed(0))
-    zero = evaluate(logits, {part: torch.zeros(1, 1, *shape)}, weights)
-    wanted = evaluate(logits, {part: given}, weights) - zero
-    return bool((given @ head - wanted).abs().max() <= 10 * NEAR * wanted.abs().max())
+    made: list[Tensor | None] = [weight.permute(1, 2, 0).contiguous(), bias if bool(bias.any()) else None, None, None]
+    if part is not logits:
+        head, added = matrix(part, logits, weights)  # [c, W, V], [W, V]: of a basis vector in every place at once
+        made[2:] = head[:, 0].T.contiguous(), added[0] if bool(added.any()) else None
+    count = entry.meta["val"].shape[1]  # a cached step may keep the last row alone
+    count = count if isinstance(count, int) else TRIES[1]
+    given = torch.randn(2, count, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    right = near(ops.load("token_unshuffle").overload(given, *made), value(logits, {entry: given}, weights))
+    return made if right else None
 
 
 def ways(entry: fx.Node, logits: fx.Node) -> list[fx.Node]:
@@ -179,7 +197,7 @@ def ways(entry: fx.Node, logits: fx.Node) -> list[fx.Node]:
     places = int(logits.meta["val"].shape[2])
     return [
         n for n in inside[1:]
-        if len(n.meta["val"].shape) == 4 and int(n.meta["val"].shape[2]) == places
+        if rank(n) == 4 and int(n.meta["val"].shape[2]) == places
         and (n is logits or dominates(n, [entry], set(inside), lambda at: at is logits))
     ]  # fmt: skip
 
@@ -195,13 +213,10 @@ def multiplied(entry: fx.Node, part: fx.Node, logits: fx.Node) -> int:
 
 def written(entry: fx.Node, logits: fx.Node) -> int:
     """Products of numbers that a row takes as the graph is written."""
+    rows = elements(entry.meta["val"][..., 0])
     total = 0
     for node in between(entry, logits)[1:]:
         if op_name(node) in ("aten::linear", "aten::matmul", "aten::mm"):
-            before, after = (n.meta["val"].shape for n in (node.args[0], node))  # type: ignore[union-attr]
-            sizes = [int(s) for s in after[2:]] + [int(before[-1])]
-            count = 1
-            for size in sizes:
-                count *= size
-            total += count
+            read: Any = node.args[0]
+            total += elements(node.meta["val"]) * int(read.meta["val"].shape[-1]) // rows
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,11 @@ def dim_text(size: Any, names: Mapping[Any, str]) -> Dim:
     if expr.is_number:
         return int(expr)
     return str(expr.subs({symbol: named_expression(name) for symbol, name in names.items()})).replace(" ", "")
+
+
+def elements(value: Tensor) -> int:
+    """How many a fake tensor has, at example sizes."""
+    return math.prod(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
 
 
 def symbol_named(name: str) -> Any:

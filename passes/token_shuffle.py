@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from aropt.axes import op_name
 from aropt.compose import inline
 from aropt.errors import Unsupported, UsageError
 from aropt.loops import autoregressive
+from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Graph, Program, Spec
 from aropt.torch_compat import build
@@ -132,44 +132,3 @@ def rewritten(model: Graph, parts: dict[str, Graph], weights: dict[str, Tensor],
     for node in graph.nodes:
         node.meta["origin"] = node.name
     return build("model", graph, {"ids": Spec(I64, ("B", "T", unit))}, ["logits"], weights)
-
-
-class MLP(nn.Module):
-    """x + down(silu(up(x / rms(x))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width, bias=False), nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.down(F.silu(self.up(F.rms_norm(x, x.shape[-1:]))))
-        return x + mixed
-
-
-class Shuffle(nn.Module):
-    """Embeddings float32 [B, T, W, d] -> rows [B, T, d]; an id that stands alone keeps its own."""
-
-    def __init__(self, width: int, unit: int, single: int, blocks: int) -> None:
-        super().__init__()
-        self.single, self.compress = single, nn.Linear(width, -(-width // unit), bias=False)
-        self.join = nn.Linear(unit * -(-width // unit), width, bias=False) if width % unit else nn.Identity()
-        self.mix = nn.Sequential(*(MLP(width) for _ in range(blocks)))
-
-    def forward(self, known: Tensor, ids: Tensor) -> Tensor:
-        fused = self.join(self.compress(known).flatten(2))
-        rows: Tensor = self.mix(torch.where(ids[..., :1] >= self.single, known[:, :, 0], fused))
-        return rows
-
-
-class Unshuffle(nn.Module):
-    """Rows float32 [B, T, d] -> [B, T, W, d]: what the head reads of each id."""
-
-    def __init__(self, width: int, unit: int, blocks: int) -> None:
-        super().__init__()
-        part = -(-width // unit)
-        self.unit, self.mix = unit, nn.Sequential(*(MLP(width) for _ in range(blocks)))
-        self.expand, self.lift = nn.Linear(width, unit * part, bias=False), nn.Linear(part, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts: Tensor = self.lift(self.expand(self.mix(x)).unflatten(2, (self.unit, -1)))
-        return parts

@@ -86,12 +86,14 @@ class TokenShuffleFusion:
         entry = source(logits)
         cost = {part: multiplied(entry, part, logits) for part in ways(entry, logits)}
         before = written(entry, logits)
-        for part in sorted(cost, key=lambda n: cost[n]):
-            made = unshuffle(entry, part, logits, weights) if cost[part] <= before else None
+        if min(cost.values()) > before:
+            raise NotThis(f"as it is written a row takes {before} multiplications, folded {min(cost.values())}")
+        for part in sorted((n for n in cost if cost[n] <= before), key=lambda n: cost[n]):
+            made = unshuffle(entry, part, logits, weights)
             if made is not None:
                 break
         else:
-            raise NotThis(f"as it is written a row takes {before} products, folded {min(cost.values())}")
+            raise NotThis("a window's logits are no product of its row with the same weights in every row")
         names = [t if t is None else f"{graph.name}.unshuffle.{i}" for i, t in enumerate(made)]
         weights |= {n: t for n, t in zip(names, made, strict=True) if n is not None and t is not None}
         replaced(changed, logits, "token_unshuffle", (entry, *names))
@@ -107,5 +109,5 @@ def replaced(graph: fx.Graph, old: fx.Node, op: str, args: tuple[Any, ...]) -> N
     with graph.inserting_before(old.next):
         given = [graph.get_attr(a) if isinstance(a, str) else a for a in args]
         made = graph.call_function(ops.load(op).overload, tuple(given))
-    made.meta = {k: v for k, v in old.meta.items() if k != "val"}
+    made.meta = dict(old.meta)
     old.replace_all_uses_with(made)

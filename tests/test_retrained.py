@@ -22,12 +22,9 @@ def digits() -> aropt.Program:
     return aropt.capture("digits-ar")
 
 
-def rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, None if weight is None else 1e-6)
-
-
 def mixed(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return x + F.silu(rms(x) @ weights[f"{name}.mix.0.up.weight"].T) @ weights[f"{name}.mix.0.down.weight"].T
+    normed = F.rms_norm(x, x.shape[-1:], weights[f"{name}.mix.0.norm.weight"], 1e-6)
+    return x + F.silu(normed @ weights[f"{name}.mix.0.up.weight"].T) @ weights[f"{name}.mix.0.down.weight"].T
 
 
 def by_hand(weights: dict[str, Tensor], ids: Tensor, window: int) -> Tensor:

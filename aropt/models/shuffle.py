@@ -103,6 +103,35 @@ class MLP(nn.Module):
         return x + (F.dropout(mixed, self.dropout) if self.training else mixed)
 
 
+class Shuffle(nn.Module):
+    """Embeddings float32 [B, T, W, d] -> rows [B, T, d]; an id that stands alone keeps its own. Of any width."""
+
+    def __init__(self, width: int, unit: int, single: int, blocks: int) -> None:
+        super().__init__()
+        self.single, self.compress = single, nn.Linear(width, -(-width // unit), bias=False)
+        self.join = nn.Linear(unit * -(-width // unit), width, bias=False) if width % unit else nn.Identity()
+        self.mix = nn.Sequential(*(MLP(width, 2 * width, 0.0) for _ in range(blocks)))
+
+    def forward(self, known: Tensor, ids: Tensor) -> Tensor:
+        fused = self.join(self.compress(known).flatten(2))
+        rows: Tensor = self.mix(torch.where(ids[..., :1] >= self.single, known[:, :, 0], fused))
+        return rows
+
+
+class Unshuffle(nn.Module):
+    """Rows float32 [B, T, d] -> [B, T, W, d]: what the head reads of each id."""
+
+    def __init__(self, width: int, unit: int, blocks: int) -> None:
+        super().__init__()
+        part = -(-width // unit)
+        self.unit, self.mix = unit, nn.Sequential(*(MLP(width, 2 * width, 0.0) for _ in range(blocks)))
+        self.expand, self.lift = nn.Linear(width, unit * part, bias=False), nn.Linear(part, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Tensor = self.lift(self.expand(self.mix(x)).unflatten(2, (self.unit, -1)))
+        return parts
+
+
 class ShuffleAR(nn.Module):
     """Predicts each window of an image from its class and the windows before it, its ids independent of each other."""
 
