@@ -39,7 +39,9 @@ def test_rows_that_differ() -> None:
     assert text.startswith("AMD EPYC, 2 threads (a, b) or AMD EPYC, 4 threads (c, d), ")
     assert "torch 2.13.0 (a, b, d) or torch 2.14.0 (c), onnxruntime 1.31.1, " in text
     assert "engine 1 (a) or engine 2 (d). Batch 1, greedy, 200 new tokens (64 of d)" in text
-    assert text.endswith("medians of 6 runs (3 at least, of slow ones) in 2 processes (1 of d) of each variant, taking turns.")
+    assert text.endswith(
+        "medians of 6 runs (3 at least, of slow ones) in 2 processes (1 of d) of each variant, taking turns."
+    )
 
 
 def test_a_canvas_has_no_first_token() -> None:
