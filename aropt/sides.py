@@ -17,6 +17,7 @@ from aropt.axes import op_name
 from aropt.torch_compat import elements
 
 NEAR = 1e-5  # of the largest value: what sums in another order may differ by
+PRODUCTS = 4  # multiplications that take as long as reading a weight
 TRIES = 64, 4  # sequences of so many random rows that a side has to get right: several, as its moves may mix rows
 
 
@@ -209,6 +210,17 @@ def multiplied(entry: fx.Node, part: fx.Node, logits: fx.Node) -> int:
         return width * places * vocab
     size = int(part.meta["val"].shape[3])
     return width * places * size + places * size * vocab
+
+
+def spent(entry: fx.Node, part: fx.Node, logits: fx.Node) -> float:
+    """What a row's way through a part takes, by which ways are compared: weights read, and a part of the products.
+
+    A round of few rows waits for weights. Those of the head are read once for all places of a window.
+    """
+    width, (places, vocab) = int(entry.meta["val"].shape[-1]), map(int, logits.meta["val"].shape[2:])
+    size = int(part.meta["val"].shape[3])
+    read = width * places * size + (0 if part is logits else size * vocab)
+    return read + multiplied(entry, part, logits) / PRODUCTS
 
 
 def written(entry: fx.Node, logits: fx.Node) -> int:

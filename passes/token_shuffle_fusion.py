@@ -18,7 +18,7 @@ from aropt import ops
 from aropt.passbase import Applies, Contract, Skips
 from aropt.passes.canonicalize import copied
 from aropt.program import Graph, Program
-from aropt.sides import NotThis, joint, multiplied, place, source, tables, unshuffle, ways, written
+from aropt.sides import NotThis, joint, multiplied, place, source, spent, tables, unshuffle, ways, written
 from aropt.torch_compat import build
 from aropt.units import window
 
@@ -88,7 +88,7 @@ class TokenShuffleFusion:
         before = written(entry, logits)
         if min(cost.values()) > before:
             raise NotThis(f"as it is written a row takes {before} multiplications, folded {min(cost.values())}")
-        for part in sorted((n for n in cost if cost[n] <= before), key=lambda n: cost[n]):
+        for part in sorted((n for n in cost if cost[n] <= before), key=lambda n: spent(entry, n, logits)):
             made = unshuffle(entry, part, logits, weights)
             if made is not None:
                 break

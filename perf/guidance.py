@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from aropt.bench import IN_A_ROW, PAUSE
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "guidance.json"
@@ -80,11 +81,14 @@ def measured(args: argparse.Namespace, target: str, folder: Path) -> dict[str, A
         for name in others:
             assert tokens[name] == tokens[first], f"{name} draws other images than {first}"
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(args.runs):
+    for _ in range(-(-args.runs // IN_A_ROW)):
         for name, run in runners.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            time.sleep(PAUSE)
+            run()  # not counted: threads of the variant before may still spin
+            for _ in range(IN_A_ROW):
+                start = time.perf_counter()
+                run()
+                times[name].append((time.perf_counter() - start) * 1e3)
     for name, row in rows.items():
         row["ms"] = statistics.median(times[name])
         row["spread"] = [min(times[name]), max(times[name])]
