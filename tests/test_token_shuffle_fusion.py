@@ -397,6 +397,12 @@ def test_a_model_that_is_affine_from_end_to_end() -> None:
     assert counts(fused(captured(Written(middle=lambda m, x, ids: x)))[1]) == (1, 1)
 
 
+def test_places_with_heads_of_their_own_take_one_product() -> None:
+    plan, made = fused(captured(Written(None, lambda m, x: plain_out(m, x) + m.e[:, :LEVELS])))
+    assert "model, out: one product: 160 multiplications a row, of 288" in str(plan)
+    assert made.weights["model.unshuffle.0"].shape == (W, LEVELS, WIDTH) and "model.unshuffle.2" not in made.weights
+
+
 class Alike(Written):
     """No id stands alone: all places share one table."""
 
