@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -118,6 +119,7 @@ PROCESSORS: dict[str, Processor] = {
     "top-p": Processor({"top_p": scalar(F32, 1.0, "1 is off", 0, 1)}, top_p),
     "min-p": Processor({"min_p": scalar(F32, 0.0, "0 is off", 0, 1)}, min_p),
 }
+SHIPPED = MappingProxyType(dict(PROCESSORS))  # in their order, whatever is registered later
 DEFAULT = ("temperature", "top-k", "top-p")
 GUIDED = ("guidance", "guidance-interval")  # rules that read two branches
 

@@ -2,7 +2,8 @@
 
 `aropt::fused_sample` has a kernel for GPUs, which reads the logits once and sorts nothing; other targets run its
 definition, so that the pass gains nothing there and has to be asked for. A rule's graph is replaced where it is node by
-node what `aropt.rules` makes of the program's rules: of a changed or registered rule nothing is assumed.
+node what `aropt.rules` as shipped makes of the program's rules: one that is redefined, registered or moved to another
+place in their order is left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from aropt import ops
 from aropt.kernels.fused_sample import NAMES
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Graph, Program
-from aropt.rules import chosen, rule
+from aropt.rules import SHIPPED, rule
 from aropt.trace import capture_function
 from aropt.units import window
 
@@ -47,13 +48,18 @@ def reason(program: Program, name: str) -> str:
     """Why the graph of that name stays as it is, or nothing."""
     if name not in program.graphs or program.meta.get("loop") == "unmask":
         return "no rule picks the next token by itself"
-    foreign = [n for n in program.meta["rules"] if n not in KNOWN]
+    names: list[str] = program.meta["rules"]
+    foreign = [n for n in names if n not in KNOWN]
     if foreign:
         return f"fused_sample has no place for the rule {foreign[0]}"
-    processors = chosen(tuple(program.meta["rules"]))
+    processors = {n: p for n, p in SHIPPED.items() if n in names}
+    moved = [pair for pair in zip(processors, names, strict=True) if pair[0] != pair[1]]
+    if moved:
+        return f"fused_sample applies {moved[0][0]} before {moved[0][1]}"
     function, inputs = rule(processors, int(program.meta["vocab"]), SAMPLED[name], window(program.meta))
-    same = written(capture_function(name, function, inputs, ["token"]).fx) == written(program.graphs[name].fx)
-    return "" if same else "it computes something else than the program's rules"
+    own, graph = capture_function(name, function, inputs, ["token"]), program.graphs[name]
+    same = own.inputs == graph.inputs and written(own.fx) == written(graph.fx)
+    return "" if same else "it computes something else than aropt's own rules"
 
 
 def written(graph: fx.Graph) -> list[tuple[str, str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import aropt
 from aropt import rules
 from aropt.interpreter import Eager
 from aropt.models.shuffle import Shape, ShuffleAR
-from aropt.passbase import Applies, Skips
-from aropt.passes.fuse_rules import FuseRules
-from aropt.program import Graph, Program
+from aropt.passbase import Applies, Skips, loops
+from aropt.passes.fuse_rules import FuseRules, reason
+from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.program import Graph, Program, calls
 from aropt.trace import capture_function
 from aropt.validate import cases, validate, with_probe
 from tests.conftest import make_program
@@ -87,6 +89,59 @@ def test_a_registered_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(plan, Skips) and plan.reason == "fused_sample has no place for the rule half"
 
 
+def halved(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    return logits / (temperature * 2).clamp(min=1e-6)
+
+
+NUMBER = {"bias": rules.scalar(torch.float32, 0.0, "added to all logits")}
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "left"),
+    [
+        ("bias", {"apply": lambda logits, bias: logits - bias}, {"greedy", "sample"}),
+        ("bias", {"params": NUMBER}, {"greedy", "sample"}), ("temperature", {"apply": halved}, {"sample"}),
+    ],
+    ids=["subtracted", "a number", "halved"],
+)  # fmt: skip
+def test_a_redefined_rule_is_left_alone(
+    rule: str, change: dict[str, Any], left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of aropt's names and places that does something else, or reads something else in the same nodes."""
+    monkeypatch.setitem(rules.PROCESSORS, rule, replace(rules.PROCESSORS[rule], **change))
+    program = make_program(1, (rule, "temperature"))
+    reasons = {name: reason(program, name) for name in ("greedy", "sample")}
+    assert {name for name, why in reasons.items() if "something else" in why} == left
+    assert all(not why for name, why in reasons.items() if name not in left)
+
+
+def test_another_order_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias before the penalty, as the program was captured; what is registered later doesn't matter."""
+    first = {n: rules.PROCESSORS[n] for n in ("bias", *rules.PROCESSORS)}
+    with monkeypatch.context() as patch:
+        patch.setattr(rules, "PROCESSORS", first)
+        program = make_program(1, ("repetition-penalty", "bias", "temperature"))
+    plan = FuseRules().plan(program, "eager")
+    assert isinstance(plan, Skips) and plan.reason == "fused_sample applies repetition-penalty before bias"
+
+
+@pytest.mark.parametrize("of", ["two branches", pytest.param("windows", marks=pytest.mark.exhaustive)])
+def test_in_the_pipeline(of: str) -> None:
+    """With one batch of both branches, caches and one call a round: tokens of two prompts, greedy and drawn."""
+    plain = make_program(1, ALL) if of == "two branches" else windows(ALL)
+    fast, results = run_passes(plain, pipeline(["fuse-rules"]), "eager", Instruments(check=False))
+    statuses = {r.name: r.status for r in results}
+    assert {statuses[n] for n in ("cfg-batch", "kv-cache", "fuse-rules", "fuse-sampler")} == {"applied"}
+    rounds = {c.graph for loop in loops(fast.control) for c in calls(loop.body)}
+    assert all("fused_sample.default" in called(fast.graphs[g]) for g in rounds)
+    vocab = int(plain.meta["vocab"])
+    prompts = [[vocab], [vocab + 1]] if of == "windows" else [[1, 2], [3, 4]]
+    given = {"guidance": 2.0, "repetition_penalty": 1.5, "bias": torch.linspace(-1, 1, vocab)}
+    drawn = {"temperature": 0.9, "top_k": 4, "top_p": 0.8, "min_p": 0.05, "seed": 3}
+    for params in (given, given | drawn):
+        assert fast.generate(prompts, 8, **params) == plain.generate(prompts, 8, **params)
+
+
 def test_another_computation_is_left_alone() -> None:
     program = make_program(1, ("temperature",))
     least = capture_function(
@@ -94,6 +149,6 @@ def test_another_computation_is_left_alone() -> None:
     )
     plan = FuseRules().plan(program.replace(graphs={**program.graphs, "greedy": least}), "eager")
     assert isinstance(plan, Applies) and plan.rejected == (
-        ("greedy", "it computes something else than the program's rules"),
+        ("greedy", "it computes something else than aropt's own rules"),
     )
     assert [m.partition(":")[0] for m in plan.matches] == ["sample"]
