@@ -111,7 +111,14 @@ def numbers(program: Program) -> Any:
 
 @pytest.mark.parametrize(
     ("rotary", "projection"),
-    [("halves", "apart"), ("pairs", "packed"), ("part", "swapped"), ("none", "apart"), ("halves", "swapped")],
+    [
+        ("halves", "apart"),
+        ("part", "swapped"),
+        *(
+            pytest.param(*p, marks=pytest.mark.exhaustive)
+            for p in (("pairs", "packed"), ("none", "apart"), ("halves", "swapped"))
+        ),
+    ],
 )
 def test_attention_is_recognised(rotary: str, projection: str) -> None:
     model = Small(rotary, projection, size=32 if rotary == "part" else 16)

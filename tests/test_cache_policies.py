@@ -212,6 +212,7 @@ def test_drift_is_that_of_the_rows_that_count(plain: Program, fast: dict[str, Pr
     assert some.kl > often.kl > 0 and some.rows < often.rows < some.exact_rows * 2
 
 
+@pytest.mark.exhaustive
 def test_the_lowered_program_is_verified_against_the_lossy_one(plain: Program) -> None:
     done = aropt.optimize(plain, passes=pipeline(["dual-cache"]), target="onnxruntime", budget={"kl": 100.0})
     assert done.report["verify"]["status"] == "pass" and done.report["drift"]["kl"] > 0

@@ -145,6 +145,7 @@ def test_ranges_are_kept(guided: Program) -> None:
     )
 
 
+@pytest.mark.exhaustive
 def test_a_model_with_blocks_of_its_own_takes_every_rule() -> None:
     """Validation gives all rules the same steps, whatever the prompts' lengths."""
     done = aropt.optimize(capture(tiny(OWN)), target="eager")

@@ -50,6 +50,7 @@ def test_it_is_one_op_and_computes_the_same(block: int, cache: str) -> None:
     assert validate(step, with_probe(fast), chosen=cases(plain, quick=True)).passed
 
 
+@pytest.mark.exhaustive
 def test_it_is_lowered_to_ort_operators() -> None:
     done = aropt.optimize(capture(model(4)), target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"

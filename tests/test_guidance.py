@@ -283,6 +283,7 @@ def test_one_onnx_graph_skips_the_branch(pair: tuple[Program, Program], contrib:
             assert run_loop.generate(made, fast, [[18], [22]], 14, chunk=chunk, **options) == want
 
 
+@pytest.mark.exhaustive
 def test_one_onnx_graph_of_two_calls(tmp_path: Path) -> None:
     program = aropt.capture(Windows(), rules=["guidance", "temperature"])
     fast = passed(program, *FUSED)
@@ -292,6 +293,7 @@ def test_one_onnx_graph_of_two_calls(tmp_path: Path) -> None:
     assert run_loop.generate(made, fast, [[5], [6]], 16, guidance=3.0) == want
 
 
+@pytest.mark.exhaustive
 @settings(deadline=None, max_examples=6)
 @given(ends=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted), sampled=st.booleans())
 def test_windows_count_rows(windows: tuple[Program, Program], ends: list[int], sampled: bool) -> None:
@@ -332,6 +334,7 @@ def test_elimination_is_scale_1(free: Program, alone: Program, prompts: Prompts,
     assert alone.generate(prompts, 7, seed=seed, temperature=temperature, guidance=1) == want
 
 
+@pytest.mark.exhaustive
 def test_elimination_is_validated(free: Program, alone: Program) -> None:
     fast = aropt.optimize(free, "eager", pipeline(["cfg-eliminate"]))
     assert fast.report["verify"]["status"] == "pass"

@@ -64,6 +64,7 @@ def test_an_image_takes_a_round_a_window(digits: aropt.Program, window: int) -> 
     assert made.meta["capacity"] == 64 // window**2
 
 
+@pytest.mark.exhaustive
 def test_later_passes_are_held_to_the_new_model(digits: aropt.Program) -> None:
     done, results = run_passes(digits, pipeline(["token-shuffle"]), "eager", Instruments())
     status = {r.name: (r.status, r.level) for r in results}

@@ -316,6 +316,7 @@ def test_the_exact_cache(shift: int) -> None:
     assert got == alone
 
 
+@pytest.mark.exhaustive
 def test_onnxruntime(together: Program) -> None:
     done = aropt.optimize(together, "onnxruntime", pipeline(["dual-cache"]), budget={"kl": 100.0})
     assert done.report["verify"]["status"] == "pass"

@@ -21,7 +21,7 @@ class Pair:
     fast: Program
 
 
-@pytest.fixture(scope="module", params=["digits-ar", "text-ar"])
+@pytest.fixture(scope="module", params=[pytest.param("digits-ar", marks=pytest.mark.exhaustive), "text-ar"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     plain = aropt.capture(request.param, capacity=64)
     fast, results = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))

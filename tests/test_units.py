@@ -132,6 +132,7 @@ def test_what_fits(program: aropt.Program) -> None:
         program.generate([[LEVELS]], ROWS * W + 1)
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=10, deadline=None)
 @given(PROMPTS, st.integers(0, 2**40), st.sampled_from([{}, {"top_k": 2}, {"repetition_penalty": 3.0}]))
 def test_sampled_rows_do_not_depend_on_the_batch(prompts: list[list[int]], seed: int, more: dict[str, float]) -> None:

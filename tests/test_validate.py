@@ -115,7 +115,9 @@ def test_noise_floor_is_measured_in_fp64_throughout() -> None:
     assert 1e-9 < (single.double() - double).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("base", ["rotary", "guided", "window"])
+@pytest.mark.parametrize(
+    "base", ["rotary", *(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("guided", "window"))]
+)
 def test_ragged_batches_equal_single_prompts(base: str) -> None:
     program = optimized(base)
     params: tuple[tuple[str, float], ...] = (("temperature", 0.9),)

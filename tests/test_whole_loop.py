@@ -48,7 +48,9 @@ def optimized(model: Any, **options: Any) -> Program:
     return run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))[0]
 
 
-@pytest.fixture(scope="module", params=["digits-ar", "text-ar", "directory"])
+@pytest.fixture(
+    scope="module", params=["digits-ar", "text-ar", pytest.param("directory", marks=pytest.mark.exhaustive)]
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     folder = tmp_path_factory.mktemp("loop")
     program = optimized(small_llama(folder / "model") if request.param == "directory" else request.param)
@@ -95,7 +97,7 @@ def canvas_program(name: str, cache: str) -> Program:
 
 @pytest.mark.parametrize(
     ("name", "cache", "ort"),
-    [("tiny", "dual-cache", False), ("tiny", "dual-cache", True),
+    [pytest.param("tiny", "dual-cache", False, marks=pytest.mark.exhaustive), ("tiny", "dual-cache", True),
      pytest.param("text-mdlm", "dual-cache", True, marks=pytest.mark.exhaustive),
      pytest.param("text-bd", "block-cache", False, marks=pytest.mark.exhaustive)],
 )  # fmt: skip
