@@ -88,7 +88,7 @@ def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Contro
             for part in body:
                 done = rewrite(part, change)
                 parts.extend(done.body if isinstance(done, Seq) else [done])
-            return Seq(tuple(parts))
+            return parts[0] if len(parts) == 1 else Seq(tuple(parts))
         case If(cond, then, orelse):
             return If(cond, rewrite(then, change), rewrite(orelse, change))
         case Loop():
@@ -99,6 +99,30 @@ def own_sizes(graph: Graph) -> set[str]:
     """Symbols of a graph's results that its inputs don't give: sizes that only the values tell."""
     given = set().union(*(symbols(d) for spec in graph.inputs.values() for d in spec.dims))
     return set().union(*(symbols(d) for spec in graph.outputs.values() for d in spec.dims)) - given
+
+
+def reads(control: Control) -> set[str]:
+    """All values that a control node may read."""
+    match control:
+        case Seq(body):
+            return {v for part in body for v in reads(part)}
+        case If(cond, then, orelse):
+            return {cond} | reads(then) | reads(orelse)
+        case Loop():
+            return {control.until} | reads(control.body)
+        case Call():
+            return set(control.reads.values())
+
+
+def growing(call: Call, graph: Graph) -> set[str]:
+    """Values that a call makes longer: it reads and writes them, and their new size depends on the old one."""
+    read = {value: graph.inputs[name].dims for name, value in call.reads.items()}
+    found = set()
+    for output, value in call.writes.items():
+        dims = graph.outputs[output].dims
+        if any(old != new and symbols(new) for old, new in zip(read.get(value, dims), dims, strict=True)):
+            found.add(value)
+    return found
 
 
 def loops(control: Control, kind: str | None = None) -> list[Loop]:

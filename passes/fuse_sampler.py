@@ -1,7 +1,8 @@
 """fuse-sampler: the rule joins the step's graph, so that a round is one call that returns a token and not logits.
 
 Calls that follow each other become one graph, in a loop's body and before the first round. What only they exchange
-(logits, slots, positions) is then internal, and `prune` takes it off the graph's outputs.
+(logits, slots, positions) is then internal, and `prune` takes it off the graph's outputs. A call that makes a value
+longer in each round stays by itself where no other reads it: the others then have the same sizes in every round.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from itertools import groupby
 from typing import ClassVar
 
 from aropt.compose import compose
-from aropt.passbase import Applies, Contract, Skips, own_sizes
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq
+from aropt.passbase import Applies, Contract, Skips, growing, own_sizes, reads
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 
 RESULTS = {"token", "picked", "candidate"}  # what rules write
 
@@ -64,7 +65,9 @@ def runs(parts: Iterable[Control], graphs: Mapping[str, Graph]) -> Iterator[list
 
     A graph with results of a size of its own ends a run: what reads them is traced with that size as an input.
     """
-    for together, group in groupby(parts, lambda part: isinstance(part, Call)):
+    parts = list(parts)
+    late = [part for part in parts if isinstance(part, Call) and by_itself(part, parts, graphs)]
+    for together, group in groupby((p for p in parts if p not in late), lambda part: isinstance(part, Call)):
         run: list[Control] = []
         for part in group:
             run.append(part)
@@ -73,6 +76,18 @@ def runs(parts: Iterable[Control], graphs: Mapping[str, Graph]) -> Iterator[list
                 run = []
         if together and run:
             yield run
+    for call in late:
+        yield [call]
+
+
+def by_itself(call: Call, parts: Sequence[Control], graphs: Mapping[str, Graph]) -> bool:
+    """Whether a call makes values grow and may run after all other parts: they read none of what it writes."""
+    if not growing(call, graphs[call.graph]):
+        return False
+    others = [part for part in parts if part is not call]
+    later = [c for part in parts[parts.index(call) + 1 :] for c in calls(part)]
+    written = {value for c in later for value in c.writes.values()}
+    return not written & set(call.reads.values()) and not any(set(call.writes.values()) & reads(p) for p in others)
 
 
 def fusible(control: Control, graphs: Mapping[str, Graph]) -> Iterator[list[Call]]:

@@ -264,6 +264,35 @@ def test_targets_skip_the_branch(pair: tuple[Program, Program], target: str) -> 
     assert fast.generate(ragged, 12, executor=executor, **CHOICES[1]) == plain.generate(ragged, 12, **CHOICES[1])
 
 
+def test_what_waits_grows_by_itself(pair: tuple[Program, Program]) -> None:
+    """The rounds before the interval have the same sizes: in twice as many of them nothing more is bound."""
+    _, fast = pair
+    bound = []
+    for start in (4, 8):
+        executor: Any = lower(fast, "onnxruntime")
+        fast.generate([[18]], 14, executor=executor, guidance=3.0, guidance_from=start, guidance_to=start + 1)
+        assert {"pend"} == {g for g in executor.sessions if "pend" in g} - set(executor.hot)
+        bound.append(sum(len(session.bindings) for session in executor.sessions.values()))
+    assert bound[0] == bound[1]
+
+
+def test_sessions_that_take_turns_do_not_spin(pair: tuple[Program, Program]) -> None:
+    """While one runs, the threads of the others must not hold the cores; one alone keeps its threads awake."""
+    fast = run_passes(pair[0], pipeline(), "onnxruntime", Instruments(check=False))[0]
+    for program, expected in ((pair[1], True), (fast, False)):
+        executor: Any = lower(program, "onnxruntime")
+        program.generate([[18]], 6, executor=executor, guidance=3.0, guidance_from=2, guidance_to=4)
+        hot = [executor.sessions[g].session.get_session_options() for g in executor.hot if g in executor.sessions]
+        assert hot and all(stops_spinning(options) is expected for options in hot)
+
+
+def stops_spinning(options: Any) -> bool:
+    try:
+        return bool(options.get_session_config_entry("session.force_spinning_stop") == "1")
+    except RuntimeError:  # no such entry
+        return False
+
+
 @pytest.mark.exhaustive
 def test_inductor_skips_the_branch(skipping: dict[str, Program]) -> None:
     program, executor = skipping["fused"], lower(skipping["fused"], "inductor")

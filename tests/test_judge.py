@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aropt.models.tune_canvas import BLANKS, flat
-from perf.guided import NGram, hashed
+from perf.guided import Measured, NGram, described, hashed, rival
 
 TEXT = list(b"the cat sat on the mat. the dog sat on the cat. " * 3)
 
@@ -43,3 +43,23 @@ def test_contexts_have_keys_of_their_own(ids: list[int], order: int) -> None:
 def test_windows_without_long_blanks(ids: list[int], length: int) -> None:
     want = [i for i in range(len(ids) - length + 1) if bytes([32] * BLANKS) not in bytes(ids[i : i + length])]
     assert flat(torch.tensor(ids), length).tolist() == want
+
+
+Row = tuple[int, float]  # forwards, the judge's nats
+ROWS = st.tuples(st.integers(1, 50), st.sampled_from([0.5, 1.0, 1.5]))
+
+
+@given(guided=ROWS, free=st.dictionaries(st.integers().map(str), ROWS, min_size=1, max_size=5))
+def test_a_rival_is_the_slowest_that_is_not_better(
+    guided: tuple[int, float], free: dict[str, tuple[int, float]]
+) -> None:
+    made = {
+        n: Measured([f, f], [1.0, 1.0], [nll, nll], [[32], [1]]) for n, (f, nll) in {**free, "guide": guided}.items()
+    }
+    found = rival(made["guide"], {n: m for n, m in made.items() if n != "guide"})
+    row = described("guide", made)
+    no_better = {n: f for n, (f, nll) in free.items() if nll >= guided[1]}
+    assert (found is None) == (not no_better) == ("rival" not in row)
+    if found is not None:
+        assert no_better[found] == max(no_better.values())
+        assert row["fewer"] == pytest.approx(no_better[row["rival"]] / guided[0]) and row["worse_by"] <= 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
-from aropt.passbase import donated, loops, own_sizes
+from aropt.passbase import donated, growing, loops, own_sizes
 from aropt.program import Call, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
@@ -33,15 +33,19 @@ class Session:
     """One graph's session and its bindings.
 
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
+    `turns`: other sessions run between its calls. Its threads then don't wait busily for the next call: for some ten
+    milliseconds, which is rounds, they would hold the cores that the others need.
     """
 
-    def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int | None) -> None:
+    def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int, turns: bool = False) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if turns:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
         base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
@@ -143,6 +147,7 @@ class OnnxRuntime:
         self.program, self.folder, self.threads = program, folder, threads
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
+        self.turns = {c.graph for p in loops(program.control) for c in calls(p.body) if not isinstance(p.body, Call)}
         self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
@@ -206,8 +211,9 @@ class OnnxRuntime:
     def session(self, graph: str) -> Session:
         if graph not in self.sessions:
             spec = self.program.graphs[graph]
-            threads = self.threads if graph in self.hot else 1  # what runs once is small
-            self.sessions[graph] = Session(spec, self.aliases[graph], file(self.folder, graph), threads)
+            threads = self.threads if graph in self.hot and spec.weights() else 1  # what runs once is small
+            path, turns = file(self.folder, graph), graph in self.turns
+            self.sessions[graph] = Session(spec, self.aliases[graph], path, threads, turns)
         return self.sessions[graph]
 
     def more(self, graph: str) -> Session | None:
@@ -351,14 +357,16 @@ def two_sides(
 
 
 def hot_graphs(program: Program) -> list[str]:
-    """Graphs that run in a loop, once each."""
-    return list(dict.fromkeys(c.graph for loop in loops(program.control) for c in calls(loop.body)))
+    """Graphs that run in a loop, once each; not those that make a value longer in each round."""
+    found = {c.graph: c for loop in loops(program.control) for c in calls(loop.body)}
+    return [name for name, call in found.items() if not growing(call, program.graphs[name])]
 
 
 def starting_graphs(program: Program) -> set[str]:
     """Graphs that run once a generation, whose results nobody has after it: the next one may overwrite them."""
     found = Counter(c.graph for c in calls(program.control))
     results = {c.graph for c in calls(program.control) if set(c.writes.values()) & set(program.outputs)}
+    results |= {c.graph for loop in loops(program.control) for c in calls(loop.body)}
     return {g for g, n in found.items() if n == 1 and g not in results and not own_sizes(program.graphs[g])}
 
 

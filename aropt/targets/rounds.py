@@ -16,7 +16,7 @@ import torch
 
 from aropt.errors import Unsupported, VerificationFailed
 from aropt.interpreter import Values
-from aropt.passbase import loops, own_sizes
+from aropt.passbase import loops, own_sizes, reads
 from aropt.program import Call, Control, If, Loop, Program, Seq
 from aropt.runtime import room
 from aropt.units import ids_of
@@ -71,19 +71,6 @@ def read_after(control: Control, loop: Loop) -> set[str]:
         case Loop() if control is not loop:
             return reads(control) if loop in loops(control.body) else set()
     return set()
-
-
-def reads(control: Control) -> set[str]:
-    """All values that a control node may read."""
-    match control:
-        case Seq(body):
-            return {v for part in body for v in reads(part)}
-        case If(cond, then, orelse):
-            return {cond} | reads(then) | reads(orelse)
-        case Loop():
-            return {control.until} | reads(control.body)
-        case Call():
-            return set(control.reads.values())
 
 
 def build(program: Program, stepping: Any) -> dict[str, Path]:
