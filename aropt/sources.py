@@ -83,6 +83,8 @@ def reference(name: str, capacity: int | None) -> Source:
     from aropt.models import REFERENCES, load
 
     found = REFERENCES[name]
+    if capacity is not None and capacity > found.capacity:
+        raise too_long(capacity, found.capacity)
     module = load(name)
     meta = {
         "name": name,
@@ -90,7 +92,7 @@ def reference(name: str, capacity: int | None) -> Source:
         "modality": found.modality,
         "vocab": found.vocab,
         "input_vocab": found.vocab,
-        "capacity": min(capacity or found.capacity, found.capacity),
+        "capacity": capacity or found.capacity,
         "prompts": [list(p) for p in found.prompts],
         "heldout": found.heldout,
     }

@@ -118,6 +118,8 @@ def test_a_capacity_that_was_asked_for_is_not_shortened(tmp_path: Path) -> None:
     assert resolve(path, loop="unmask").meta["capacity"] == 64
     with pytest.raises(UsageError, match="capacity 65 is more than the model takes"):
         resolve(path, 65, loop="unmask")
+    with pytest.raises(UsageError, match="capacity 65 is more than the model takes"):
+        resolve("digits-ar", 65)
 
 
 NEIGHBOURS = """

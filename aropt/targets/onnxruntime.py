@@ -20,8 +20,8 @@ from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
-from aropt.passbase import donated, growing, loops, own_sizes
-from aropt.program import Call, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
+from aropt.passbase import donated, growing, loops, own_sizes, rewrite
+from aropt.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
 
@@ -265,7 +265,12 @@ class OnnxRuntime:
                 graphs[name] = replace(
                     graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output}
                 )
-        executor = OnnxRuntime(self.program.replace(graphs=graphs), self.folder, self.threads)
+
+        def shorter(call: Call) -> list[Control]:
+            return [replace(call, writes={o: v for o, v in call.writes.items() if o in graphs[call.graph].outputs})]
+
+        control = rewrite(self.program.control, shorter)
+        executor = OnnxRuntime(self.program.replace(graphs=graphs, control=control), self.folder, self.threads)
         executor.kept = self.kept
         return executor
 
