@@ -64,8 +64,13 @@ def attend(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def masked(mask: Callable[[Any], Tensor]) -> Step:
-    """SDPA with a mask of the length."""
-    return lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[2]))
+    """SDPA with a mask of the length, of the query's type: with another it may read beyond the mask."""
+
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given = mask(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, given.to(q.dtype) if given.is_floating_point() else given)
+
+    return attend
 
 
 def written(weigh: Callable[[Tensor, Tensor], Tensor]) -> Step:

@@ -156,9 +156,8 @@ def test_it_is_fused_and_lowered(plain: Program) -> None:
 @pytest.mark.parametrize(
     ("block", "contrib"),
     [
-        (0, False),
         (BLOCK, True),
-        *(pytest.param(*both, marks=pytest.mark.exhaustive) for both in ((BLOCK, False), (0, True))),
+        *(pytest.param(*both, marks=pytest.mark.exhaustive) for both in ((BLOCK, False), (0, True), (0, False))),
     ],
 )
 def test_the_whole_loop_is_one_model(block: int, contrib: bool, tmp_path: Path) -> None:

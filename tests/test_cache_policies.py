@@ -17,7 +17,7 @@ from aropt.errors import BudgetMissed, UsageError
 from aropt.interpreter import Eager, run
 from aropt.models.canvas import MASK
 from aropt.passbase import Applies, Result, Skips
-from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
 from aropt.program import Program
 from aropt.rows import cached
 from aropt.runtime import make_inputs
@@ -179,9 +179,9 @@ def test_a_pass_applies_once(fast: dict[str, Program]) -> None:
 
 
 def applied(program: Program, text: str, **bounds: float) -> tuple[Program, Result]:
-    """The program after the passes, and the result of the first."""
-    made, results = run_passes(program, pipeline([text]), "eager", Instruments(budget=bounds))
-    return made, next(r for r in results if r.name == text.split(":")[0])
+    """The program after the pass, as the manager runs it, and the result."""
+    made, (result,) = run_passes(program, [make(*parse(text))], "eager", Instruments(budget=bounds))
+    return made, result
 
 
 def test_lossy_needs_a_budget(plain: Program) -> None:

@@ -252,10 +252,16 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the onnxruntime target keeps what it builds of the pair's second program."""
+    return tmp_path_factory.mktemp("guided")
+
+
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_targets_skip_the_branch(pair: tuple[Program, Program], target: str) -> None:
+def test_targets_skip_the_branch(pair: tuple[Program, Program], built: Path, target: str) -> None:
     plain, fast = pair
-    executor = lower(fast, target)
+    executor = lower(fast, target, built)
     for options in CHOICES:
         want = plain.generate([[18], [22]], 14, **options)
         for _ in range(2):  # the second time buffers are there
@@ -264,24 +270,25 @@ def test_targets_skip_the_branch(pair: tuple[Program, Program], target: str) -> 
     assert fast.generate(ragged, 12, executor=executor, **CHOICES[1]) == plain.generate(ragged, 12, **CHOICES[1])
 
 
-def test_what_waits_grows_by_itself(pair: tuple[Program, Program]) -> None:
+def test_what_waits_grows_by_itself(pair: tuple[Program, Program], built: Path) -> None:
     """The rounds before the interval have the same sizes: in twice as many of them nothing more is bound."""
     _, fast = pair
     bound = []
     for start in (4, 8):
-        executor: Any = lower(fast, "onnxruntime")
+        executor: Any = lower(fast, "onnxruntime", built)
         fast.generate([[18]], 14, executor=executor, guidance=3.0, guidance_from=start, guidance_to=start + 1)
         assert {"pend"} == {g for g in executor.sessions if "pend" in g} - set(executor.hot)
         bound.append(sum(len(session.bindings) for session in executor.sessions.values()))
     assert bound[0] == bound[1]
 
 
-def test_sessions_that_take_turns_do_not_spin(pair: tuple[Program, Program]) -> None:
+def test_sessions_that_take_turns_do_not_spin(pair: tuple[Program, Program], built: Path, tmp_path: Path) -> None:
     """While one runs, the threads of the others must not hold the cores; one alone keeps its threads awake."""
-    fast = run_passes(pair[0], pipeline(), "onnxruntime", Instruments(check=False))[0]
-    for program, expected in ((pair[1], True), (fast, False)):
-        executor: Any = lower(program, "onnxruntime")
-        program.generate([[18]], 6, executor=executor, guidance=3.0, guidance_from=2, guidance_to=4)
+    alone = run_passes(make_program(1), pipeline(), "onnxruntime", Instruments(check=False))[0]
+    for program, folder, expected in ((pair[1], built, True), (alone, tmp_path, False)):
+        executor: Any = lower(program, "onnxruntime", folder)
+        params = {"guidance": 3.0, "guidance_from": 2, "guidance_to": 4} if expected else {}
+        program.generate([[1]], 6, executor=executor, **params)
         hot = [executor.sessions[g].session.get_session_options() for g in executor.hot if g in executor.sessions]
         assert hot and all(stops_spinning(options) is expected for options in hot)
 

@@ -126,7 +126,7 @@ def test_the_cached_guide_judges_alike(
         assert fast.generate([prompt], 12, **options) == plain.generate([prompt], 12, **options)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(prompts, st.sampled_from([60, 150]), st.sampled_from(["free-cache", "dual-cache"]))
 def test_batches_equal_the_request_alone(fast: Program, ids: list[list[int]], k: int, name: str) -> None:
     both = make(name).run(fast)

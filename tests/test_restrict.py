@@ -33,7 +33,7 @@ def test_mixing_is_refused_or_exact(name: str, verdict: str, changes: dict[str, 
         assert result.ok and result.reach > 100 * result.floor, result
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(model=grammar.models(), seed=st.integers(0, 2**20))
 def test_restricted_equals_full(model: tuple[torch.nn.Module, int, int, str], seed: int) -> None:
     module, vocab, capacity, description = model

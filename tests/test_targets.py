@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import aropt
-from aropt.interpreter import Eager
+from aropt.interpreter import Eager, Executor
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.program import Program
 from aropt.targets import lower
@@ -31,6 +31,11 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     }  # fmt: skip
     assert all(r.status == "applied" or r.name in not_all for r in results), results
     return Pair(plain, fast)
+
+
+@pytest.fixture(scope="module")
+def sessions(pair: Pair) -> Executor:
+    return lower(pair.fast, "onnxruntime")
 
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
@@ -68,23 +73,21 @@ def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
     assert out["k_0"].data_ptr() == inputs["k_0"].data_ptr()
 
 
-def test_onnxruntime_copies_no_cache(pair: Pair) -> None:
+def test_onnxruntime_copies_no_cache(pair: Pair, sessions: Executor) -> None:
     """The session writes each cache into its own buffer."""
-    executor = lower(pair.fast, "onnxruntime")
     pointers: list[set[int]] = []
     caches = [n for n, s in pair.fast.state.items() if s.kind == "append-kv"]
     prompt = pair.plain.meta["prompts"][0]
     pair.fast.generate(
-        [prompt], 6, executor=executor, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches})
+        [prompt], 6, executor=sessions, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches})
     )
     assert all(p == pointers[0] for p in pointers) and len(pointers[0]) == len(caches)
 
 
-def test_batches_agree_with_single_runs(pair: Pair) -> None:
+def test_batches_agree_with_single_runs(pair: Pair, sessions: Executor) -> None:
     """Padding and batching change nothing, greedy or sampled."""
-    executor = lower(pair.fast, "onnxruntime")
     prompts = [list(map(int, p)) for p in pair.plain.meta["prompts"][:3]]
     prompts[1] = [*prompts[1], 3, 5]
     for params in ({}, {"temperature": 0.9, "top_k": 5}):
-        together = pair.fast.generate(prompts, 8, seed=4, executor=executor, **params)
+        together = pair.fast.generate(prompts, 8, seed=4, executor=sessions, **params)
         assert together == pair.plain.generate(prompts, 8, seed=4, **params)

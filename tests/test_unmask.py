@@ -336,7 +336,9 @@ def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypat
     assert source.meta["source"] == "text-mdlm" and source.meta["mask"] == 258
 
 
-@pytest.mark.parametrize("kind", ["Bert", pytest.param("Roberta", marks=pytest.mark.exhaustive), "ModernBert"])
+@pytest.mark.parametrize(
+    "kind", ["ModernBert", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in ("Bert", "Roberta"))]
+)
 def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     """Any directory that AutoModelForMaskedLM loads."""
     import transformers

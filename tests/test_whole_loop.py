@@ -49,7 +49,7 @@ def optimized(model: Any, **options: Any) -> Program:
 
 
 @pytest.fixture(
-    scope="module", params=["digits-ar", "text-ar", pytest.param("directory", marks=pytest.mark.exhaustive)]
+    scope="module", params=["digits-ar", "directory", pytest.param("text-ar", marks=pytest.mark.exhaustive)]
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     folder = tmp_path_factory.mktemp("loop")
