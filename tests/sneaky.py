@@ -64,7 +64,7 @@ def attend(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def masked(mask: Callable[[Any], Tensor]) -> Step:
-    """SDPA with a mask of the length, of the query's type: with another it may read beyond the mask."""
+    """SDPA with a mask of the length, of the query's type: a float32 mask beside float64 is misread from 8 rows on."""
 
     def attend(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         given = mask(q.shape[2])
