@@ -107,13 +107,18 @@ def main() -> None:
     judge = NGram(np.array(text.stream(train)), text.VOCAB)
     texts = examples(text.stream(held), args.prompts, args.seed)
     real = statistics.mean(judge.nll(ids, PROMPT) for ids in texts)
+    found: dict[str, Measured] = {}
+    aside = RESULTS.with_suffix(".partial.json")  # what is there if this is interrupted
     with TemporaryDirectory(prefix="aropt-") as folder:
-        found = {name: measured(name, texts, judge, Path(folder), args.threads) for name in VARIANTS}
-    result = {
-        "env": environment(args.threads), "tokens": NEW, "block": BLOCK, "prompts": len(texts), "seed": args.seed,
-        "order": ORDER, "held_out_nll": real, "rows": {name: described(name, found) for name in found},
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        for name in VARIANTS:
+            found[name] = measured(name, texts, judge, Path(folder), args.threads)
+            result = {
+                "env": environment(args.threads), "tokens": NEW, "block": BLOCK, "prompts": len(texts),
+                "seed": args.seed, "order": ORDER, "held_out_nll": real,
+                "rows": {n: described(n, found) for n in found},
+            }  # fmt: skip
+            aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.rename(RESULTS)
     print(table(result))
     for name, m in found.items():
         print(f"{name}: {text.decode(texts[0][:PROMPT])!r} -> {text.decode(m.answers[0])!r}")
