@@ -195,11 +195,10 @@ def test_the_budget_decides(plain: Program) -> None:
     assert (loose.status, loose.options["refresh"]) == ("applied", 0) and loose.verify["kl"] > 0
     assert made.reference is not None and made.ledger[0].level == "lossy"
     _, tight = applied(plain, "free-cache", kl=loose.verify["kl"] / 3)
-    assert tight.status == "applied" and tight.options["refresh"] in (2, 4, 8, 16, 1)
+    assert tight.status == "applied" and tight.options["refresh"] in (2, 4, 8, 16)
     assert "the budget was missed" in tight.reason and tight.verify["kl"] <= loose.verify["kl"] / 3
     same, none = applied(plain, "free-cache", kl=0.0, top1=1.0)
-    assert none.status == "reverted" or none.options["refresh"] == 1
-    assert none.status == "applied" or ("at most 0" in none.reason and same.reference is None)
+    assert none.status == "reverted" and "at most 0" in none.reason and same.reference is None
 
 
 def test_drift_is_that_of_the_rows_that_count(plain: Program, fast: dict[str, Program]) -> None:
