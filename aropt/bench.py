@@ -33,8 +33,10 @@ AGAINST = {
     "inductor-max": "the same with max-autotune, weights frozen (compiles for much longer)",
     "stepping": "the same artifact, a call a round",
     "one-call": "the same artifact, the whole loop in one call of ONNX Runtime",
+    "ngram-draft": "the same model with the pass ngram-draft, greedy and one sequence",
     "hf": "transformers' generate with its own cache",
     "hf-static": "transformers' generate with its static cache and its built-in torch.compile",
+    "hf-lookup": "transformers' generate with prompt lookup, as many drafts as the pass ngram-draft",
     "ort-genai": "onnxruntime-genai, from its own model builder, float32",
     "openvino": "OpenVINO GenAI, from optimum-intel's export, float32",
     "llamacpp": "llama.cpp's C API, float32",
@@ -263,8 +265,10 @@ def variant(spec: Spec) -> Generate:
     """How a variant generates."""
     if spec.variant == "eager":
         return eager(spec)
-    if spec.variant in ("hf", "hf-static"):
-        return huggingface(spec, static=spec.variant == "hf-static")
+    if spec.variant in ("hf", "hf-static", "hf-lookup"):
+        return huggingface(spec)
+    if spec.variant == "ngram-draft":
+        return stepping(drafting(spec), spec)
     from aropt.artifact import load
 
     target = TARGETS.get(spec.variant)
@@ -374,8 +378,25 @@ def eager(spec: Spec) -> Generate:
     return generate
 
 
-def huggingface(spec: Spec, static: bool) -> Generate:
-    """transformers' generate with its default (dynamic) cache, or with a static one and its built-in torch.compile."""
+def drafting(spec: Spec) -> Any:
+    """The artifact's model with drafts, not validated: its tokens are compared with the artifact's."""
+    from aropt.api import capture, optimize
+    from aropt.artifact import loop_of, source_of
+    from aropt.passbase import loops
+    from aropt.passmanager import Instruments, pipeline
+
+    program = capture(source_of(Path(spec.artifact)), rules=loop_of(Path(spec.artifact))[1])
+    chosen, unchecked = pipeline(["ngram-draft"]), Instruments(check=False)
+    program = optimize(program, "onnxruntime", chosen, check=False, threads=spec.threads, instruments=unchecked)
+    if not loops(program.control, "speculate"):
+        raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
+    return program
+
+
+def huggingface(spec: Spec) -> Generate:
+    """transformers' generate with its default (dynamic) cache, or with a static one and its built-in torch.compile, or
+    with drafts from the text itself.
+    """
     import torch
 
     from aropt.artifact import source_of
@@ -383,7 +404,7 @@ def huggingface(spec: Spec, static: bool) -> Generate:
     model = source_of(Path(spec.artifact)).module
     if not hasattr(model, "generate"):
         raise UsageError(what="this model has no generate() of transformers", hint="leave hf out of --against")
-    options = static_cache() if static else {}
+    options = {"hf-static": static_cache, "hf-lookup": lookup}.get(spec.variant, dict)()
 
     class First:
         def __init__(self) -> None:
@@ -413,6 +434,13 @@ def huggingface(spec: Spec, static: bool) -> Generate:
         return out[0, len(spec.prompt) :].tolist(), (streamer.stamps[1] - start) * 1e3
 
     return generate
+
+
+def lookup() -> dict[str, Any]:
+    """Options of generate(): prompt lookup with as many drafts as ours."""
+    from aropt.passes.ngram_draft import NgramDraft
+
+    return {"prompt_lookup_num_tokens": NgramDraft().drafts}
 
 
 def static_cache() -> dict[str, Any]:

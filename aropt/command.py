@@ -247,7 +247,7 @@ def add_roofline(
 
     own = timings["aropt"]
     decoding = loops(program.control, "positions")  # how many rounds another loop takes is not known from here
-    if not own.runs or not decoding:
+    if not own.runs or not decoding or loops(program.control, "speculate"):
         return
     loop = decoding[0]
     weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}

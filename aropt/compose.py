@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,24 @@ def compose(
     graph.output(tuple(written.values()))
     share(graph)
     composed = build(name, graph, inputs, list(written), weights)
+    settle(composed.fx)
     return composed, Call(name, {n: n for n in inputs}, {n: n for n in written})
+
+
+def settle(graph: fx.Graph) -> None:
+    """Sizes that are numbers in this place, as numbers: torch's exporter to ONNX takes no node for them."""
+    for node in list(graph.nodes):
+        size = node.meta.get("val")
+        if node.op == "call_function" and type(size) is int:
+            number = functools.partial(instead, node, size)
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), number)
+            graph.erase_node(node)
+
+
+def instead(node: fx.Node, value: int, other: fx.Node) -> fx.Node | int:
+    """The value in the node's place."""
+    return value if other is node else other
 
 
 def inline(

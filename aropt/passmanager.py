@@ -32,6 +32,7 @@ PASSES = {
     "token-shuffle-fusion": "token_shuffle_fusion",
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
+    "ngram-draft": "ngram_draft",
     "fuse-canvas": "fuse_canvas",
     "fuse-rules": "fuse_rules",
     "fuse-sampler": "fuse_sampler",
@@ -40,7 +41,7 @@ PASSES = {
 # Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
 ASKED = (
     "token-shuffle", "cfg-eliminate", "cfg-interval",
-    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "fuse-rules",
+    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft", "fuse-rules",
 )  # fmt: skip
 REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)

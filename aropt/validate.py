@@ -235,7 +235,8 @@ def fails(oracle: Oracle, candidate: Program, executor: Executor, case: Case) ->
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
-    """The cases, and ragged ones again with stop tokens that do occur: the third token of one row, another's second."""
+    """The cases, and some again with stop tokens that do occur: the third token of one row, another's second; of a
+    sequence alone the fourth."""
     yield from chosen
     for kind, sampled in (("stop token", False), ("stop token, sampled", True)):
         found = [
@@ -247,6 +248,9 @@ def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
             case, rows = found[0].case, found[0].generated
             stop = [row[at] for row, at in zip(rows, (2, 1), strict=False) if len(row) > at]
             yield replace(case, name=kind, kind="stop", stop=tuple(stop))
+    alone = next((o for o in verdict.outcomes if o.case.name == "one token" and len(o.generated[0]) > 4), None)
+    if alone is not None:  # within what a round that writes several ids would write
+        yield replace(alone.case, name="stop token, alone", kind="stop", stop=(alone.generated[0][3],))
 
 
 def shrink(fails: Callable[[Case], bool], case: Case, runs: int = 20) -> Case:
@@ -374,6 +378,10 @@ class Trace:
             inputs = case.inputs(candidate, group)
 
             def keep(values: Values, group: list[int] = group) -> None:
+                if "window" in values and len(values["row"]) == values["window"].shape[1]:  # a row for each draft
+                    counted = values["row"][values["window"][0] >= 0]
+                    self.logits[group[0]] += [row[None].clone() for row in counted]
+                    return
                 branches = values["row"].reshape(-1, len(group), *values["row"].shape[1:])
                 for j, i in enumerate(group):
                     self.logits[i].append(branches[:, j].clone())

@@ -247,7 +247,7 @@ class Writer:
 
     def appends(self, control: Loop, name: str) -> bool:
         """Whether the operators in use append to this cache."""
-        if not self.contrib:
+        if not self.contrib or loops(self.program.control, "speculate"):  # what was appended could not be taken back
             return False
         for call in calls(control.body):
             graph = self.program.graphs[call.graph]

@@ -16,7 +16,7 @@ from aropt.compose import compose
 from aropt.passbase import Applies, Contract, Skips, growing, own_sizes, reads
 from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 
-RESULTS = {"token", "picked", "candidate"}  # what rules write
+RESULTS = {"token", "picks", "picked", "candidate"}  # what rules write
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FuseSampler:
         return Applies(found) if found else Skips("each round is one call already")
 
     def run(self, program: Program) -> Program:
-        graphs = dict(program.graphs)
+        graphs, known = dict(program.graphs), dict[str, Call]()  # by what it is made of: the same calls are one graph
         specs = {n: i.spec for n, i in program.inputs.items()} | {n: s.spec for n, s in program.state.items()}
 
         def fuse(control: Control, without: str = "begin") -> Control:
@@ -47,11 +47,12 @@ class FuseSampler:
 
         def join(run: Sequence[Control], without: str) -> Call:
             together = [call for call in run if isinstance(call, Call)]
-            name = stem(together, without)
-            while name in graphs:
-                name += "_"
-            graphs[name], call = compose(name, together, graphs, specs, program.weights)
-            return call
+            if str(together) not in known:
+                name = stem(together, without)
+                while name in graphs:
+                    name += "_"
+                graphs[name], known[str(together)] = compose(name, together, graphs, specs, program.weights)
+            return known[str(together)]
 
         control = fuse(program.control)
         return program.replace(graphs=graphs, control=control)

@@ -24,7 +24,18 @@ RESULTS = ROOT / "perf" / "results" / "cpu.json"
 START, END = "<!-- results: written by python -m perf.run -->", "<!-- end of results -->"
 WORK = {
     "digits-ar": ("stepping", "one-call", "cached", "eager", "inductor-max"),
-    "text-ar": ("stepping", "one-call", "cached", "eager", "hf", "hf-static", "ort-genai", "llamacpp"),
+    "text-ar": (
+        "ngram-draft",
+        "stepping",
+        "one-call",
+        "cached",
+        "eager",
+        "hf",
+        "hf-static",
+        "hf-lookup",
+        "ort-genai",
+        "llamacpp",
+    ),
     **dict.fromkeys(models.SHAPES, ("hf", "ort-genai", "llamacpp")),
 }
 LARGE = ("small", "mid")  # validation in fp64 would take longer than the timing; tokens are compared with the peers'

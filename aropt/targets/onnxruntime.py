@@ -148,6 +148,8 @@ class OnnxRuntime:
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
         self.turns = {c.graph for p in loops(program.control) for c in calls(p.body) if not isinstance(p.body, Call)}
+        ran = Counter(p.body.graph for p in loops(program.control) if isinstance(p.body, Call))
+        self.turns |= {graph for graph, count in ran.items() if count > 1}  # another loop runs in between
         self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
         self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None

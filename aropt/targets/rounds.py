@@ -46,6 +46,8 @@ def eligible(program: Program) -> dict[str, Loop]:
     What a round too many writes is no harm: nothing reads the loop's state after it.
     """
     found: dict[str, Loop] = {}
+    if loops(program.control, "speculate"):  # other loops have begun before, or go on after: the limit is not theirs
+        return found
     for loop in loops(program.control, "positions"):
         call = loop.body
         if not isinstance(call, Call) or "limit" not in loop.params or not loop.emits:

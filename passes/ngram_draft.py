@@ -1,0 +1,114 @@
+"""ngram-draft: a round checks ids that the text itself suggests, and keeps those that the rule picks anyway.
+
+What followed the last three ids where they stood before (or two, or one; the latest place wins) is the draft. The step
+computes the new id and the drafts as rows of one call; the rule picks an id for each row, and a draft counts if it is
+what the row before picked (LLMA, Yang et al. 2023, arXiv 2304.04487; prompt lookup). So the ids are the greedy
+ones, whatever the drafts. Keys and values of wrong ones are in slots that the next round writes again before a row sees
+them.
+
+It is for one sequence at a time, greedy: others run as before. The prompt is a round of the plain step, and so are the
+last rounds, where fewer ids are left than a round may write. A round of five rows costs more than one of one row: it
+pays where text repeats itself or its prompt, so it has to be asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from aropt.errors import UsageError
+from aropt.passbase import Applies, Contract, Skips, loops, rewrite
+from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.speculate import graphs
+from aropt.units import window
+from aropt.unmask import same
+from aropt.widen import wide
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class NgramDraft:
+    """Options: `drafts`, how many ids a round checks beside the one that it would write anyway."""
+
+    drafts: int = 4
+    name: ClassVar[str] = "ngram-draft"
+    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("several ids a round",))
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        if self.drafts < 1:
+            raise UsageError(what=f"ngram-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
+        found = [loop for loop in loops(program.control, "positions") if greedy(loop)]
+        if not found or loops(program.control, "speculate"):
+            return Skips("no greedy loop over positions runs a cached step")
+        if window(program.meta):
+            return Skips("a row holds several ids")
+        if set(program.graphs["greedy"].inputs) - {"logits", "bias"}:
+            return Skips("the rule depends on more than a row's logits")
+        if wide(program.graphs[STEP], program.weights) is None:
+            return Skips("the step's last rows can't be computed alone")
+        return Applies((f"{self.drafts} drafts a round, for one sequence",))
+
+    def run(self, program: Program) -> Program:
+        verify = wide(program.graphs[STEP], program.weights)
+        assert verify is not None
+        vocab, capacity = (int(program.meta[k]) for k in ("vocab", "capacity"))
+        dense = "total" in verify.inputs
+        made = {g.name: g for g in (verify, *graphs(self.drafts, vocab, capacity, dense))}
+        state = {
+            "begun": StateSpec("flag", Spec(torch.bool), 0),
+            "settled": StateSpec("flag", Spec(torch.bool)),
+            "known": StateSpec("counter", Spec(torch.int64)),
+            "history": StateSpec("tokens", made["recall"].outputs["history"], -1),
+            "drafted": StateSpec("tokens", Spec(torch.int64, ("B", self.drafts + 1))),
+        }
+        return program.replace(
+            graphs={**program.graphs, **made},
+            state={**program.state, **state},
+            control=beside(program.control, made),
+        )
+
+
+PASS = NgramDraft
+
+
+def greedy(loop: Loop) -> bool:
+    """Whether a loop runs the cached step, straight, and the greedy rule."""
+    names = [c.graph for c in calls(loop.body)]
+    straight = isinstance(loop.body, Seq) and len(loop.body.body) == len(names)
+    return straight and STEP in names and "greedy" in names and "pend" not in names
+
+
+def beside(control: Control, made: dict[str, Graph]) -> Control:
+    """Each greedy loop as it was, for several sequences, and with drafts for one."""
+    match control:
+        case Seq(body):
+            return Seq(tuple(beside(part, made) for part in body))
+        case If(cond, then, orelse):
+            return If(cond, beside(then, made), beside(orelse, made))
+        case Loop(body=Seq(body)) if greedy(control):
+            plain = replace(control, body=Seq((*body, same(made["opened"]))))
+            return Seq((same(made["open"]), If("alone", drafting(plain, made), plain)))
+        case _:
+            return control
+
+
+def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
+    """The prompt's round, rounds with drafts, and plain ones for what is left."""
+    (emitted,) = plain.emits
+    instead = {"feed": "drafted", "token": "picks"}
+
+    def change(call: Call) -> list[Control]:
+        reads = {n: instead.get(v, v) for n, v in call.reads.items()}
+        if call.graph in (STEP, "last"):
+            return [replace(call, graph={STEP: "verify", "last": "every"}[call.graph], reads=reads)]
+        if call.graph in ("place", "greedy"):
+            return [replace(call, reads=reads, writes={o: instead.get(v, v) for o, v in call.writes.items()})]
+        return [same(made["accept"])] if call.graph == "commit" else []
+
+    checked = Loop("speculate", "settled", rewrite(plain.body, change), {"window": "windows"}, plain.params)
+    prompt = replace(plain, until="begun", emits={emitted: "first"})
+    rest = replace(plain, emits={emitted: "rest"})
+    return Seq((prompt, same(made["recall"]), checked, same(made["resume"]), rest, same(made["together"])))

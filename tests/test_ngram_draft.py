@@ -1,0 +1,174 @@
+"""ngram-draft: the ids are the greedy ones whatever the drafts, in fewer rounds where the text repeats itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import aropt
+from aropt import speculate
+from aropt.errors import UsageError
+from aropt.exporters import run_loop
+from aropt.exporters.whole_loop import export_program
+from aropt.interpreter import Values
+from aropt.passbase import Skips, loops
+from aropt.passes.kv_cache import KvCache
+from aropt.passes.ngram_draft import NgramDraft
+from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.program import Program
+from aropt.targets import rounds
+from aropt.validate import validate, with_probe
+from tests.conftest import CAPACITY, VOCAB, make_program
+from tests.mutants.surgery import aten, swap
+from tests.mutants.surgery import reference as rotary
+
+IDS = st.integers(0, VOCAB - 1)
+
+
+@cache
+def drafted() -> Program:
+    """The tiny program with four drafts a round, fused."""
+    return run_passes(make_program(), pipeline(["ngram-draft"]), "eager", Instruments(check=False))[0]
+
+
+@cache
+def plain() -> Program:
+    return make_program()
+
+
+def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: float) -> list[Values]:
+    """What each round of a generation saw."""
+    seen: list[Values] = []
+    program.generate(prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
+    return seen
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
+    prompt = data.draw(st.lists(IDS, min_size=1, max_size=CAPACITY), "prompt")
+    n = data.draw(st.integers(0, CAPACITY - len(prompt) + 1), "n")
+    stop = data.draw(st.lists(IDS, max_size=2), "stop")
+    assert drafted().generate([prompt], n, stop=stop) == plain().generate([prompt], n, stop=stop)
+
+
+def test_rounds_are_fewer_where_the_text_repeats_itself() -> None:
+    prompt = [1, 2, 3, 4]
+    ids = plain().generate([prompt], 12)[0]
+    assert len(set(ids[-6:])) <= 2, "the tiny model should repeat itself, or this test shows nothing"
+    assert len(rounds_of(drafted(), [prompt], 12)) <= 8
+    assert len(rounds_of(plain(), [prompt], 12)) == 12
+
+
+def test_several_sequences_and_draws_run_as_before() -> None:
+    for prompts, options in (([[1, 2], [3, 4]], {}), ([[1], [3, 4]], {}), ([[1, 2]], {"temperature": 1.0})):
+        seen = rounds_of(drafted(), prompts, 6, **options)
+        assert len(seen) == 6 and not any("window" in values for values in seen)
+        assert drafted().generate(prompts, 6, **options) == plain().generate(prompts, 6, **options)
+
+
+def naive(text: list[int], count: int) -> list[int]:
+    """What follows the place most like the text's end: its last id counts most, then that before it, then one more."""
+    best, start = -1.0, 3
+    for at in range(3, len(text)):
+        alike = sum(w for w, i in ((4, 1), (2, 2), (1, 3)) if text[at - i] == text[len(text) - i])
+        if alike >= best:
+            best, start = alike, at
+    return [text[start + i % max(len(text) - start, 1)] for i in range(count)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=16), IDS)
+def test_the_draft_is_what_followed_before(prompt: list[int], first: int) -> None:
+    found = recalled(drafts=4, capacity=32)(prompt, first)
+    assert found["drafted"][0].tolist() == [first, *naive([*prompt, first], 4)]
+    assert int(found["known"]) == len(prompt) + 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
+def test_only_the_latest_ids_are_kept(prompt: list[int]) -> None:
+    found = recalled(drafts=2, capacity=8)(prompt, 3)
+    text = [*prompt, 3]
+    want = {place % 8: token for place, token in enumerate(text)}
+    assert found["history"][0].tolist() == [want.get(place, -1) for place in range(8)]
+    assert found["drafted"].min() >= 0, "a draft is an id, also where there is nothing to draft from"
+
+
+@cache
+def recalled(drafts: int, capacity: int) -> Callable[[list[int], int], dict[str, Tensor]]:
+    """The graph `recall` on a prompt and the first new id."""
+    graph = next(g for g in speculate.graphs(drafts, VOCAB, capacity, dense=False) if g.name == "recall")
+    size = int(graph.inputs["history"].dims[1])
+    module = graph.bind({})
+
+    def call(prompt: list[int], first: int) -> dict[str, Tensor]:
+        values = {
+            "prompt": torch.tensor([prompt]), "feed": torch.tensor([[first]]), "finished": torch.tensor(False),
+            "limit": torch.tensor(9), "count": torch.tensor(1), "history": torch.full((1, size), -1),
+        }  # fmt: skip
+        return dict(zip(graph.outputs, module(*[values[n] for n in graph.inputs]), strict=True))
+
+    return call
+
+
+@pytest.mark.parametrize("contrib", [False, True])
+def test_whole_loop_in_one_call_and_in_chunks(contrib: bool, tmp_path: Path) -> None:
+    export_program(drafted(), tmp_path / "model.onnx", contrib)
+    assert run_loop.compare(tmp_path / "model.onnx", plain())["status"] == "pass"
+
+
+def test_onnxruntime_steps_with_drafts() -> None:
+    reference = rotary("fused")
+    reference = reference.replace(meta={**reference.meta, "name": "fused"})
+    program = aropt.optimize(reference, "onnxruntime", pipeline(["ngram-draft:drafts=1"]), check=False,
+                             instruments=Instruments(check=False))  # fmt: skip
+    assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
+    assert loops(program.control, "speculate") and not rounds.eligible(program)
+    for prompt, n in (([1, 2, 3], 30), ([4], 1), ([4], 0), ([2] * 9, 12)):
+        assert program.generate([prompt], n) == reference.generate([prompt], n)
+    assert len(rounds_of(program, [[1, 2, 3]], 30)) < 30
+
+
+def without_check(p: Program) -> Program:
+    """Every draft counts."""
+    return swap(p, aten.ne.Tensor, lambda a, b: torch.zeros_like(a, dtype=torch.bool), graph="verify_greedy")
+
+
+def one_more(p: Program) -> Program:
+    """The first draft that is wrong counts too."""
+    return swap(p, aten.amin.default, lambda x, axis: (x.amin(axis) + 1).clamp(max=4), graph="verify_greedy")
+
+
+def deaf(p: Program) -> Program:
+    """Stop tokens within a round end nothing."""
+    return swap(p, aten.any.dim, lambda x, axis: torch.zeros_like(x.any(axis)), graph="verify_greedy")
+
+
+@pytest.mark.parametrize("change", [without_check, one_more, deaf])
+def test_validation_catches(change: Callable[[Program], Program]) -> None:
+    assert not validate(plain(), change(with_probe(drafted())), explain=False).passed
+
+
+def test_validation_passes_whatever_is_drafted() -> None:
+    poor = swap(with_probe(drafted()), aten.argmax.default, lambda x, *a: x.argmax(*a) * 0,
+                lambda node: len(node.args) == 3, "verify_greedy")  # fmt: skip
+    assert validate(plain(), poor).passed
+
+
+def test_skips_what_it_is_not_for() -> None:
+    cached = KvCache().run(plain())
+    one = NgramDraft()
+    assert isinstance(one.plan(plain(), "eager"), Skips), "without a cache there is no step"
+    assert isinstance(one.plan(one.run(cached), "eager"), Skips), "drafts are there already"
+    assert isinstance(one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), "eager"), Skips)
+    assert isinstance(one.plan(cached.replace(meta={**cached.meta, "unit": 4}), "eager"), Skips), "rows of several ids"
+    with pytest.raises(UsageError, match="drafts=0"):
+        NgramDraft(drafts=0).plan(cached, "eager")
