@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aropt.api import capture, optimize
     from aropt.artifact import load
+    from aropt.ort_threads import own_process
     from aropt.program import Program
 
 __version__ = "0.1.0"
-__all__ = ["Program", "capture", "load", "optimize"]
+__all__ = ["Program", "capture", "load", "optimize", "own_process"]
 
-_HOMES = {"capture": "aropt.api", "optimize": "aropt.api", "load": "aropt.artifact", "Program": "aropt.program"}
+_HOMES = {
+    "capture": "aropt.api", "optimize": "aropt.api", "load": "aropt.artifact", "Program": "aropt.program",
+    "own_process": "aropt.ort_threads",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt import peers
+from aropt import ort_threads, peers
 from aropt.errors import UsageError
 from aropt.peers import Generate
 from aropt.units import flat, rows, rows_for
@@ -254,6 +254,7 @@ def main(text: str) -> None:
     import torch
 
     torch.set_num_threads(spec.threads)
+    ort_threads.own_process()
     try:
         peers.serve(variant(spec), sys.stdout, spec.variant)
     except Exception as error:  # ONNX Runtime has its own kinds

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aropt import ort_threads
 from aropt.bench import AGAINST
 from aropt.errors import AroptError, UsageError
 
@@ -462,6 +463,12 @@ def main() -> None:
     sys.exit(code)
 
 
+def command_line() -> None:
+    """`main` in a process that runs nothing else."""
+    ort_threads.own_process()
+    main()
+
+
 def fail(text: str, code: int) -> None:
     """Prints the message and exits; nothing that runs on may hold the process."""
     note(f"aropt: {text}")
@@ -469,4 +476,4 @@ def fail(text: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line()

@@ -5,8 +5,9 @@
     every     the logits of all rows                        accept   which rows count; the next draft
     resume    what a plain round reads                      together the ids of all rounds, in order
 
-All values have the same sizes in every round: `window` int64 [B, J] holds a round's new ids, -1 after them; `history`
-int64 [B, C] the latest C ids, each at its place modulo C.
+There is one sequence, B = 1. All values have the same sizes in every round: `window` int64 [B, J] holds a round's new
+ids, -1 after them; `history` int64 [B, C] the latest C ids, the newest first, -1 after them. A round is short, so the
+number of nodes counts: a first row that does not hold is found by `argmin`, not by sums.
 """
 
 from __future__ import annotations
@@ -35,44 +36,37 @@ def graphs(drafts: int, vocab: int, capacity: int, dense: bool) -> list[Graph]:
     def recall(
         prompt: Tensor, feed: Tensor, count: Tensor, limit: Tensor, finished: Tensor, history: Tensor, **counts: Tensor
     ) -> tuple[Tensor, ...]:
-        feed = feed[:, -1:]
-        known = count + prompt.shape[1]  # again after a pause: of the ids in between only the last is remembered
-        end = prompt.shape[1] - 1
-        latest = end - (end - torch.arange(size)) % size  # the last row of the prompt that has this place
-        history = torch.where(latest >= 0, prompt.index_select(1, latest.clamp(min=0)), history)
-        history = history.scatter(1, ((known - 1) % size).expand(feed.shape), feed)
-        settled = finished | (limit - count <= drafts)
-        return following(history, known, feed), history, known, settled, *moved(counts, drafts)
+        places = prompt.shape[1] - 1 - torch.arange(size)
+        given = torch.where(places >= 0, prompt.index_select(1, places.clamp(min=0)), -1)
+        known = torch.where(history[:, :1] >= 0, history, given)  # after a pause: without the ids of plain rounds
+        history = torch.cat([feed[:, -1:], known[:, :-1]], 1)
+        return following(history), history, finished | (limit - count <= drafts), *moved(counts, drafts)
 
     def accept(
         picks: Tensor, drafted: Tensor, done: Tensor, count: Tensor, limit: Tensor, stop: Tensor, history: Tensor,
-        known: Tensor, **counts: Tensor,
+        **counts: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         own = picks.reshape(-1, rows)
-        wrong = ((drafted[:, 1:] != own[:, :-1]) & ~done.unsqueeze(1)).to(I64).cumsum(1)
-        taken = (wrong == 0).to(I64).sum(1).amin(0)
-        places = torch.arange(rows)
-        ends = (own.unsqueeze(2) == stop).any(2) & (places <= taken)
-        before = ends.to(I64).cumsum(1) - ends.to(I64) > 0
-        window = torch.where(done.unsqueeze(1) | before | (places > taken), -1, own)
-        ended, count, after = done | ends.any(1), count + taken + 1, known + taken + 1
+        stops = (own.unsqueeze(2) == stop).any(2)
+        goes_on = (torch.cat([drafted[:, 1:], torch.full_like(own[:, :1], -1)], 1) == own) & ~stops
+        taken = (
+            goes_on.to(F32).argmin(1).amin(0)
+        )  # the last row that counts: the next one's draft is wrong, or it ends here
+        window = torch.where(torch.arange(rows) > taken, -1, own)
+        ended, count = done | stops.index_select(1, taken.reshape(1)).any(1), count + taken + 1
         finished = ended.all() | (count >= limit)
-        history = history.scatter(1, ((known + places) % size).expand(window.shape), window)
-        drafts_next = following(history, after, own.index_select(1, taken.reshape(1)))
-        by = taken if dense else taken - drafts  # beyond what the step counted: one row, or all
+        history = torch.cat([own.flip(1), history], 1).index_select(1, torch.arange(size) + (drafts - taken))
         settled = finished | (limit - count <= drafts)
-        return window, drafts_next, ended, count, finished, settled, history, after, *moved(counts, by)
+        by = taken if dense else taken - drafts  # beyond what the step counted: one row, or all
+        return window, following(history), ended, count, finished, settled, history, *moved(counts, by)
 
-    def following(history: Tensor, known: Tensor, newest: Tensor) -> Tensor:
-        """The newest id [B, 1] and what followed the latest place like this one: [B, rows]."""
-        before = history.index_select(1, (known - 2 - torch.arange(2)) % size)
-        found = (history[:, 2:-1] == newest).to(F32) * 4 + (history[:, 1:-2] == before[:, :1]).to(F32) * 2
-        found = found + (history[:, :-3] == before[:, 1:]).to(F32)
-        found = torch.where(history[:, 3:] >= 0, found, -1.0) * size + torch.arange(size - 3)
-        start = found.argmax(1, keepdim=True) + 3
-        length = ((known - start) % size).clamp(min=1)  # a text that repeats itself goes on doing so
-        guess = history.gather(1, (start + torch.arange(drafts) % length) % size)
-        return torch.cat([newest, guess.clamp(min=0)], 1)
+    def following(history: Tensor) -> Tensor:
+        """The newest id [B, 1] and what followed the latest place most like this one: [B, rows]."""
+        places = [(history[:, 1 + i : size - 2 + i] == history[:, i : i + 1], 4.0 / 2**i) for i in range(3)]
+        first, second, third = [torch.where(alike, worth, 0.0) for alike, worth in places]
+        start = (first + second + third).argmax(1, keepdim=True)
+        back = start - torch.arange(drafts) % (start + 1)  # a text that repeats itself goes on doing so
+        return torch.cat([history[:, :1], history.gather(1, back).clamp(min=0)], 1)
 
     def moved(counts: dict[str, Tensor], by: Any) -> list[Tensor]:
         return [(value + by).to(value.dtype) for value in counts.values()]
@@ -98,7 +92,7 @@ def graphs(drafts: int, vocab: int, capacity: int, dense: bool) -> list[Graph]:
             "recall", recall,
             {"prompt": Spec(I64, ("B", "P")), "feed": Spec(I64, ("B", "R")), "finished": Spec(BOOL), **states,
              **back["recall"]},
-            ["drafted", "history", "known", "settled", *back["recall"]],
+            ["drafted", "history", "settled", *back["recall"]],
         ),
         capture_function(
             "every", lambda logits: logits.to(F32).flatten(0, 1), {"logits": Spec(F32, ("B", "R", vocab))}, ["row"]
@@ -106,8 +100,8 @@ def graphs(drafts: int, vocab: int, capacity: int, dense: bool) -> list[Graph]:
         capture_function(
             "accept", accept,
             {"picks": Spec(I64, (f"{rows}*B",)), "drafted": drafted, "done": Spec(BOOL, ("B",)),
-             "stop": Spec(I64, ("K",)), "known": SCALAR, **states, **counters},
-            ["window", "drafted", "done", "count", "finished", "settled", "history", "known", *counters],
+             "stop": Spec(I64, ("K",)), **states, **counters},
+            ["window", "drafted", "done", "count", "finished", "settled", "history", *counters],
         ),
         capture_function(
             "resume", resume, {"drafted": drafted, **back["resume"]}, ["feed", *back["resume"]]

@@ -10,6 +10,7 @@ import torch
 
 from aropt.errors import MissingTool, VerificationFailed
 from aropt.interpreter import Values
+from aropt.ort_threads import options, share
 from aropt.program import Program
 from aropt.runtime import batches, make_inputs, room
 from aropt.units import flat, ids_of, window
@@ -26,10 +27,9 @@ def session(path: Path, threads: int | None = None) -> Any:
             what="ONNX Runtime is not installed", why=str(error), hint="pip install onnxruntime"
         ) from error
     check_version(ort.__version__)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads or torch.get_num_threads(), 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    threads = threads or torch.get_num_threads()
+    share(threads)
+    return ort.InferenceSession(str(path), options(threads), providers=["CPUExecutionProvider"])
 
 
 def check_version(found: str) -> None:

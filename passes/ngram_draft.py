@@ -60,7 +60,6 @@ class NgramDraft:
         state = {
             "begun": StateSpec("flag", Spec(torch.bool), 0),
             "settled": StateSpec("flag", Spec(torch.bool)),
-            "known": StateSpec("counter", Spec(torch.int64)),
             "history": StateSpec("tokens", made["recall"].outputs["history"], -1),
             "drafted": StateSpec("tokens", Spec(torch.int64, ("B", self.drafts + 1))),
         }

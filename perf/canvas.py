@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aropt.ort_threads import own_process
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "canvas.json"
 NEW, BLOCK, TAU = 128, 32, 0.9
@@ -252,6 +254,7 @@ def serve(job: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(job["threads"])
+    own_process()
     with tempfile.TemporaryDirectory(prefix="aropt-") as folder:
         try:
             program = built(job, Path(folder))

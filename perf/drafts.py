@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aropt.ort_threads import own_process
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "drafts.json"
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    own_process()
     programs = {"plain": optimized([], args.threads)}
     programs |= {f"{n} drafts": optimized([f"ngram-draft:drafts={n}"], args.threads) for n in DRAFTS}
     rows = [measured(programs, prompt, args.runs) for prompt in prompts(args.prompts)]

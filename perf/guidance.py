@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from aropt.bench import IN_A_ROW, PAUSE
+from aropt.ort_threads import own_process
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "guidance.json"
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--targets", default="onnxruntime,eager")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    own_process()
     result: dict[str, Any] = {"env": environment(args.threads), "model": args.model, "batch": args.batch, "targets": {}}
     for target in args.targets.split(","):
         with TemporaryDirectory(prefix="aropt-") as folder:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aropt.ort_threads import own_process
 from perf.canvas import BLOCK, NEW, ROOT, TAU, environment
 
 RESULTS = ROOT / "perf" / "results" / "guided.json"
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    own_process()
     from aropt.models import text
 
     train, held = text.split()

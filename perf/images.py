@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aropt.ort_threads import own_process
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "images.json"
 LARGE = {"side": 32, "levels": 1024, "classes": 1000, "width": 512, "layers": 8, "heads": 8, "hidden": 1408,
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    own_process()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for work in args.works or WORKS:
         found[work] = measured(work, args.runs, args.threads)

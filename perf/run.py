@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aropt.ort_threads import own_process
 from perf import models
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-readme", action="store_true", help="only print the table")
     args = parser.parse_args()
+    own_process()
     for model in args.models:
         if model not in WORK:
             parser.error(f"no model '{model}'; there are {', '.join(WORK)}")

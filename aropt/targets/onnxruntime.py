@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
 from aropt.interpreter import Eager, Executor, OnRound, Values
+from aropt.ort_threads import options, share
 from aropt.passbase import donated, growing, loops, own_sizes, rewrite
 from aropt.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.targets import rounds, whole
@@ -33,20 +34,14 @@ class Session:
     """One graph's session and its bindings.
 
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
-    `turns`: other sessions run between its calls. Its threads then don't wait busily for the next call: for some ten
-    milliseconds, which is rounds, they would hold the cores that the others need.
+    `turns`: other sessions run between its calls (see `aropt.ort_threads`).
     """
 
     def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int, turns: bool = False) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        if turns:
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        made = options(threads, turns)
+        self.session = ort.InferenceSession(str(path), made, providers=["CPUExecutionProvider"])
         self.taken = {i.name for i in self.session.get_inputs()}
         base = {n: n.partition("@")[0] for n in (o.name.removeprefix("out.") for o in self.session.get_outputs())}
         self.graph = replace(graph, outputs={name: graph.outputs[output] for name, output in base.items()})
@@ -145,6 +140,7 @@ class OnnxRuntime:
         self.eager = Eager(program)
         threads = threads or torch.get_num_threads()  # now: while sessions generate, torch itself has one
         self.program, self.folder, self.threads = program, folder, threads
+        share(threads)
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
         self.turns = {c.graph for p in loops(program.control) for c in calls(p.body) if not isinstance(p.body, Call)}
@@ -238,12 +234,11 @@ class OnnxRuntime:
         import onnxruntime as ort
 
         with tempfile.TemporaryDirectory() as folder:
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            options.optimized_model_filepath = str(Path(folder) / "model.onnx")
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-            ort.InferenceSession(str(file(self.folder, graph)), options, providers=["CPUExecutionProvider"])
-            model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+            made = options(self.threads)
+            made.optimized_model_filepath = str(Path(folder) / "model.onnx")
+            made.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            ort.InferenceSession(str(file(self.folder, graph)), made, providers=["CPUExecutionProvider"])
+            model = onnx.load(made.optimized_model_filepath, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
     def like(self, several: dict[str, Path], one: Whole | None) -> OnnxRuntime:
@@ -288,7 +283,9 @@ class OnnxRuntime:
         wanted = [n for n in names if n in made]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model.SerializeToString(), options(self.threads), providers=["CPUExecutionProvider"]
+        )
         taken = {i.name for i in session.get_inputs()}
         results = session.run(wanted, {n: v.numpy() for n, v in inputs.items() if n in taken})
         return {n: torch.from_numpy(r) for n, r in zip(wanted, results, strict=True)}
