@@ -254,7 +254,6 @@ def main(text: str) -> None:
     import torch
 
     torch.set_num_threads(spec.threads)
-    ort_threads.own_process()
     try:
         peers.serve(variant(spec), sys.stdout, spec.variant)
     except Exception as error:  # ONNX Runtime has its own kinds
@@ -470,4 +469,5 @@ def bandwidth(size: int, threads: int) -> float:
 
 
 if __name__ == "__main__":
+    ort_threads.own_process()
     main(sys.argv[1])
