@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from aropt.program import Program
 
+gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
 VOCAB, CAPACITY, WIDTH = 11, 16, 4
 GOLDEN = Path(__file__).parent / "golden"
 

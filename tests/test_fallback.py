@@ -44,8 +44,12 @@ class Fail(Exception):
     """As ONNX Runtime's: no RuntimeError."""
 
 
-@pytest.mark.parametrize("error", [Fail("bad\nmodel"), MissingTool("no tool"), UsageError("no room"), KeyError()])
-@pytest.mark.parametrize("where", ["export", "compare", "run"])
+ERRORS = [Fail("bad\nmodel"), MissingTool("no tool"), UsageError("no room"), KeyError()]
+EVERY = [(where, error) for where in ("export", "compare", "run") for error in ERRORS]
+SPREAD = [pytest.param(*both, marks=[pytest.mark.exhaustive] * (i % 5 > 0)) for i, both in enumerate(EVERY)]
+
+
+@pytest.mark.parametrize(("where", "error"), SPREAD)
 def test_stepping_where_one_call_fails(
     error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,10 @@ def ops(program: Program) -> list[str]:
     return [str(n.target) for n in program.graphs["step"].fx.nodes if n.op == "call_function"]
 
 
-@pytest.mark.parametrize(("block", "cache"), [(4, "block-cache"), (0, "dual-cache"), (0, "free-cache")])
+@pytest.mark.parametrize(
+    ("block", "cache"),
+    [(4, "block-cache"), pytest.param(0, "dual-cache", marks=pytest.mark.exhaustive), (0, "free-cache")],
+)
 def test_it_is_one_op_and_computes_the_same(block: int, cache: str) -> None:
     plain = capture(model(block))
     step = make(cache).run(plain)

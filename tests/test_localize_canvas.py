@@ -20,6 +20,7 @@ from tests.test_unmask import capture, tiny
 
 aten = torch.ops.aten
 KINDS = ["block-cache", "dual-cache", "lossy", "optimized", "plain"]
+SLOW = dict.fromkeys(("dual-cache", "optimized"), pytest.mark.exhaustive)
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def changed(
     return program.replace(graphs=graphs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=SLOW.get(k, ())) for k in KINDS])
 def test_in_any_batch_the_op_is_named_or_nothing(kind: str) -> None:
     reference, candidate = pair(kind)
     oracle, wrong = Oracle(reference), changed(candidate, "layers.1.attention_norm")

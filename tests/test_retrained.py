@@ -73,6 +73,7 @@ def test_later_passes_are_held_to_the_new_model(digits: aropt.Program) -> None:
     assert done.state["k_0"].spec.dims == ("B", 4, "S", 32)
 
 
+@pytest.mark.exhaustive
 def test_nothing_ships_before_it_is_tuned(digits: aropt.Program) -> None:
     with pytest.raises(VerificationFailed, match="needs fine-tuning") as failed:
         aropt.optimize(digits, "eager", pipeline(["token-shuffle:window=4"]))

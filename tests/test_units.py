@@ -165,6 +165,7 @@ def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Pr
         assert values["generated"].shape == (1, at // W + 1, W)
 
 
+@pytest.mark.exhaustive
 def test_the_whole_pipeline_is_valid(program: aropt.Program) -> None:
     done = aropt.optimize(program, "onnxruntime")
     assert done.report["verify"]["status"] == "pass"
@@ -198,6 +199,7 @@ def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cach
     assert not validate(program, probed, Wrong(), chosen, explain=False).passed
 
 
+@pytest.mark.exhaustive
 def test_the_whole_loop_runs_in_plain_onnxruntime(program: aropt.Program, tmp_path: Path) -> None:
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
+from aropt import api
 from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
 from aropt.interpreter import Eager
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
 from aropt.program import Program
+from aropt.sources import Source
 from aropt.unmask import filled
 from aropt.validate import cases, validate, with_probe
 
@@ -39,7 +42,16 @@ def model() -> CanvasLM:
 
 
 def capture(model: CanvasLM, *rules: str) -> Program:
-    return aropt.capture(model, mask=MASK, block=model.block, rules=rules)
+    return aropt.capture(source(model), mask=MASK, block=model.block, rules=rules)
+
+
+@cache
+def source(model: CanvasLM) -> Source:
+    """The model, captured once for all rules."""
+    found = api.given(model, None)
+    captured = found.captured()
+    found.captured = lambda: captured  # type: ignore[method-assign]
+    return found
 
 
 @pytest.fixture(scope="module")
