@@ -27,7 +27,7 @@ def share(threads: int) -> None:
     global _shared
     import onnxruntime as ort
 
-    if _own and not _shared and hasattr(ort, "set_global_thread_pool_sizes"):
+    if _own and not _shared and hasattr(ort, "set_global_thread_pool_sizes"):  # older ones don't have it
         ort.set_global_thread_pool_sizes(threads, 1)
         _shared = threads
 

@@ -49,9 +49,8 @@ def graphs(drafts: int, vocab: int, capacity: int, dense: bool) -> list[Graph]:
         own = picks.reshape(-1, rows)
         stops = (own.unsqueeze(2) == stop).any(2)
         goes_on = (torch.cat([drafted[:, 1:], torch.full_like(own[:, :1], -1)], 1) == own) & ~stops
-        taken = (
-            goes_on.to(F32).argmin(1).amin(0)
-        )  # the last row that counts: the next one's draft is wrong, or it ends here
+        # the last row that counts: the draft after it is wrong, or the text ends with it
+        taken = goes_on.to(F32).argmin(1).amin(0)
         window = torch.where(torch.arange(rows) > taken, -1, own)
         ended, count = done | stops.index_select(1, taken.reshape(1)).any(1), count + taken + 1
         finished = ended.all() | (count >= limit)

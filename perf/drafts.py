@@ -77,18 +77,19 @@ def measured(programs: dict[str, Any], prompt: list[int], runs: int) -> dict[str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: over the prompts, ids a round and how many times as fast as without drafts."""
+    """Markdown: over the prompts, ids a round, how many times as fast as without drafts, what a round costs."""
     lines = [
-        "| drafts | ids a round | least to most | as fast as plain | least to most |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| drafts | ids a round | least to most | as fast as plain | least to most | a round costs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in rows[0]["ms"]:
         if name != "plain":
             ids = sorted(NEW / row["rounds"][name] for row in rows)
             gain = sorted(row["ms"]["plain"] / row["ms"][name] for row in rows)
+            cost = [r["ms"][name] / r["rounds"][name] / (r["ms"]["plain"] / r["rounds"]["plain"]) for r in rows]
             lines.append(
                 f"| {name.removesuffix(' drafts')} | {statistics.median(ids):.1f} | {ids[0]:.1f} to {ids[-1]:.1f} "
-                f"| {statistics.median(gain):.2f}x | {gain[0]:.2f} to {gain[-1]:.2f} |"
+                f"| {statistics.median(gain):.2f}x | {gain[0]:.2f} to {gain[-1]:.2f} | {statistics.median(cost):.2f}x |"
             )
     return "\n".join(lines)
 
