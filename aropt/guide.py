@@ -4,6 +4,10 @@ Each round the canvas model drafts every mask of the block at hand. The guide re
 once, and the drafts are kept from the left up to the first that it does not accept; the first of all is kept in any
 case. So the ids are always the canvas model's own, and a good guide lets a round write many of them.
 
+With `guide-product` both decide: a draft is kept while it is the best by the product of both models' probabilities, and
+the first that is not gives way to what is, among the canvas model's OFFERS likeliest ids (adaptive parallel decoding,
+Israel et al. 2025, 2506.00413, equation 6 in logarithms). So a round writes one id more, and none against the guide.
+
 In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these
 in their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to new rows.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +30,8 @@ from aropt.trace import capture_function
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, PICKED = Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
 PREFIX = "guide."  # of its weights' names
+PRODUCT, OFFERS = "guide-product", 8  # the judge that chooses too, and of how many ids
+OFFERED = {"offer": I64, "chance": F32}  # what it chooses from: [B, R, OFFERS]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,32 @@ def of(logits: Tensor, draft: Tensor) -> Tensor:
     return logits.gather(-1, draft.unsqueeze(-1))
 
 
-JUDGES: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
+def product(
+    logits: Tensor, draft: Tensor, offer: Tensor, chance: Tensor, guide_weight: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whether the draft is the best by both models, and what is. `chance`: the canvas model's part (see `offers`)."""
+    logs = torch.log_softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
+    best = (chance + guide_weight * logs.gather(-1, offer)).argmax(-1, keepdim=True)
+    choice = offer.gather(-1, best).squeeze(-1)
+    return choice == draft, choice
+
+
+def offers(logits: Tensor, noise: Tensor | None, slots: Tensor, like: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The OFFERS likeliest ids of each row and what they are worth without the guide, in their places [B, T, OFFERS].
+
+    `logits` [B, R, V] of rows in `slots` [B, R]; `noise` of a draw, which is added to logarithms: both models' product
+    is then drawn from with the canvas model's own noise. `like` [B, T]: the canvas.
+    """
+    (batch, length), kinds = like.shape, min(OFFERS, logits.shape[2])
+    logs = torch.log_softmax(logits, -1)
+    ids = torch.topk(logs if noise is None else logs + noise, kinds, -1).indices
+    worth = (1 - weight) * logs.gather(-1, ids) + (0.0 if noise is None else noise.gather(-1, ids))
+    to = slots.unsqueeze(-1).expand(-1, -1, kinds)
+    empty = torch.zeros(batch, length + 1, kinds)
+    return empty.to(I64).scatter(1, to, ids)[:, :-1], empty.scatter(1, to, worth)[:, :-1]
+
+
+JUDGES: dict[str, tuple[Callable[..., Any], dict[str, Input]]] = {
     "guide-argmax": (argmax, {}),
     "guide-top-k": (top_k, {"guide_k": Input(Spec(I64), 5, "ids of the guide that count", 0)}),
     "guide-relative": (
@@ -73,6 +105,10 @@ JUDGES: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
     "guide-threshold": (
         threshold,
         {"guide_threshold": Input(Spec(F32), 0.1, "probability under the guide", 0.0, 1.0)},
+    ),
+    PRODUCT: (
+        product,
+        {"guide_weight": Input(Spec(F32), 0.7, "the guide's power in the product, the other's is the rest", 0.0, 1.0)},
     ),
 }
 
@@ -131,30 +167,42 @@ def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
     """The graphs of a guided round."""
     from aropt.unmask import current_block
 
-    def draft(tokens: Tensor, candidate: Tensor, lengths: Tensor, origin: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    both = OFFERED if judge == PRODUCT else {}
+
+    def draft(
+        tokens: Tensor, candidate: Tensor, lengths: Tensor, origin: Tensor, block: Tensor, **offers: Tensor
+    ) -> tuple[Tensor, ...]:
         active = current_block(tokens, lengths, origin, block, mask)[0]
         drafted = torch.where(active, candidate, tokens)
         after = (torch.arange(tokens.shape[1]) + 1).clamp(max=tokens.shape[1] - 1)
-        return drafted, drafted.index_select(1, after)
+        return drafted, drafted.index_select(1, after), *(x.index_select(1, after) for x in offers.values())
 
-    def agree(fits: Tensor) -> Tensor:
+    def agree(fits: Tensor, **chosen: Tensor) -> tuple[Tensor, ...]:
         rows = torch.arange(fits.shape[1])
-        return fits.index_select(1, (rows - 1).clamp(min=0)) & (rows > 0)
+        before, known = (rows - 1).clamp(min=0), rows > 0
+        accepted = fits.index_select(1, before) & known
+        if not chosen:
+            return (accepted,)
+        return accepted, torch.where(known, chosen["choice"].index_select(1, before), chosen["candidate"])
 
     test, params = JUDGES[judge]
     rows = {n: Spec(I64, ("B",)) for n in ("lengths", "origin")}
     given = {"tokens": CANVAS, "candidate": CANVAS, **rows, "block": Spec(I64)}
+    kinds = min(OFFERS, guide.vocab)
     judged = {"guide_logits": Spec(F32, ("B", "R", guide.vocab)), "following": PICKED}
-    judged |= {n: i.spec for n, i in params.items()}
+    judged |= {n: Spec(t, ("B", "R", kinds)) for n, t in both.items()} | {n: i.spec for n, i in params.items()}
+    judged |= {"temperature": Spec(F32)} if both else {}
 
-    def fits(guide_logits: Tensor, following: Tensor, **values: Tensor) -> Tensor:
+    def fits(guide_logits: Tensor, following: Tensor, **values: Tensor) -> Any:
         return test(guide_logits.to(F32), following, **values)
 
+    placed_offers = {n + "s": Spec(t, ("B", "T", kinds)) for n, t in both.items()}
+    placed = {"fits": Spec(BOOL, ("B", "T")), **({"choice": CANVAS, "candidate": CANVAS} if both else {})}
     return {
-        "draft": capture_function("draft", draft, given, ["drafted", "following"]),
+        "draft": capture_function("draft", draft, given | placed_offers, ["drafted", "following", *both]),
         "guide": replace(guide.graph, outputs={"guide_logits": guide.graph.outputs["logits"]}, aliases={}),
-        "judge": capture_function("judge", fits, judged, ["fits"]),
-        "agree": capture_function("agree", agree, {"fits": Spec(BOOL, ("B", "T"))}, ["accepted"]),
+        "judge": capture_function("judge", fits, judged, ["fits", *(["choice"] if both else [])]),
+        "agree": capture_function("agree", agree, placed, ["accepted", *(["candidate"] if both else [])]),
     }
 
 
@@ -166,8 +214,11 @@ def calls(made: dict[str, Graph]) -> list[Call]:
     return [same(made["draft"]), forward, same(made["judge"]), same(made["agree"])]
 
 
-def accepted_rows(active: Tensor, accepted: Tensor) -> Tensor:
-    """From the left up to the first mask that is not accepted, and the first in any case: bool [B, T]."""
-    wrong = (active & ~accepted).to(I64).cumsum(1)
-    first = active.to(I64).cumsum(1) == 1
-    return active & ((wrong == 0) | first)
+def accepted_rows(active: Tensor, accepted: Tensor, beyond: bool) -> Tensor:
+    """From the left up to the first mask that is not accepted, or to the one before it, but at least one: bool [B, T].
+
+    `beyond`: that one too, as the guide had a part in what it is.
+    """
+    wrong = (active & ~accepted).to(I64)
+    before = wrong.cumsum(1) - (wrong if beyond else 0)
+    return active & ((before == 0) | (active.to(I64).cumsum(1) == 1))

@@ -19,7 +19,7 @@ from aropt import guide as guides
 from aropt import ops, smooth
 from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
-from aropt.rules import BOOL, F32, I64, draw
+from aropt.rules import BOOL, F32, I64, noise
 from aropt.trace import capture_function
 
 SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
@@ -47,7 +47,8 @@ def unmasking(
     if rule.smooth:
         made, smoothed["expected"] = smooth.graphs(model, weights, meta)
         graphs |= made
-    graphs |= {"every_row": every_row(rule.credit or rule.smooth)} | ({"align": align()} if meta.get("shift") else {})
+    kept = rule.credit or rule.smooth or rule.guide == guides.PRODUCT
+    graphs |= {"every_row": every_row(kept)} | ({"align": align()} if meta.get("shift") else {})
     if guide is not None:
         guides.check(guide, meta)
         graphs |= guides.graphs(guide, rule.guide, mask)
@@ -137,18 +138,27 @@ def places(canvas: Tensor, lengths: Tensor) -> Tensor:
 def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool) -> Graph:
     """logits [B, R, V] -> what each row predicts and the rule's confidence in it; never the mask itself."""
 
-    def select(logits: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if not sampled and rule.confidence == "probability":
+    both = rule.guide == guides.PRODUCT
+
+    def select(logits: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if not sampled and rule.confidence == "probability" and not both:
             return likeliest(logits, mask)
         logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
         confidence = CONFIDENCES[rule.confidence]
         if not sampled:
-            return logits.argmax(-1), confidence(logits)
+            return logits.argmax(-1), confidence(logits), *offered(logits, None, values)
         logits = logits / values["temperature"].clamp(min=1e-6)
-        candidate = drawn(logits, values, values["positions"] + int(shift))
+        noise = gumbel(vocab, values, values["positions"] + int(shift))
+        candidate = (logits + noise).argmax(-1)
         if rule.confidence != "probability":
-            return candidate, confidence(logits)
-        return candidate, torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
+            return candidate, confidence(logits), *offered(logits, noise, values)
+        logs = torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
+        return candidate, logs, *offered(logits, noise, values)
+
+    def offered(logits: Tensor, noise: Tensor | None, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if not both:
+            return ()
+        return guides.offers(logits, noise, values["slots"], values["tokens"], values["guide_weight"])
 
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
         if not rule.credit:
@@ -160,10 +170,13 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
     if sampled:
         inputs |= {"positions": PICKED, "temperature": Spec(F32), "seed": SCALAR, "streams": ROWS}
         inputs |= {"rounds": SCALAR}
+    if both:
+        inputs |= {"slots": PICKED, "tokens": CANVAS, "guide_weight": Spec(F32)}
     if rule.credit:
         inputs |= {"credit": Spec(F32, ("B", "T", vocab)), "slots": PICKED, "tokens": CANVAS, "block": SCALAR}
         inputs |= {"lengths": ROWS, "origin": ROWS} | {n: i.spec for n, i in CREDIT.items()}
-    return capture_function(name, function, inputs, ["picked", "sure", *(["credit"] if rule.credit else [])])
+    more = ["offers", "chances"] if both else []
+    return capture_function(name, function, inputs, ["picked", "sure", *more, *(["credit"] if rule.credit else [])])
 
 
 def likeliest(logits: Tensor, mask: int) -> tuple[Tensor, Tensor]:
@@ -218,13 +231,11 @@ def align() -> Graph:
     return capture_function("align", function, inputs, ["candidate", "confidence"])
 
 
-def drawn(logits: Tensor, values: dict[str, Tensor], at: Tensor) -> Tensor:
-    """A sample of each row [B, T]; the noise depends on seed, sequence, position and round."""
-    rows, length, vocab = logits.shape
+def gumbel(vocab: int, values: dict[str, Tensor], at: Tensor) -> Tensor:
+    """What is added to the logits of rows `at` to draw from them, [B, R, V]: by seed, sequence, position and round."""
     position = values["rounds"] * 2**20 + at.clamp(min=0)
-    streams = values["streams"].unsqueeze(1).expand(rows, length)
-    tokens = draw(logits.reshape(-1, vocab), values["seed"], streams.reshape(-1), position.reshape(-1))
-    return tokens.reshape(rows, length)
+    streams = values["streams"].unsqueeze(1).expand(at.shape)
+    return noise(vocab, values["seed"], streams.reshape(-1), position.reshape(-1)).reshape(*at.shape, vocab)
 
 
 def commit(rule: Rule, mask: int) -> Graph:
@@ -257,7 +268,8 @@ def commit(rule: Rule, mask: int) -> Graph:
         if kept is not None:
             tokens, kept = revised(rule, round, tokens, candidate, here, mask, params)
         elif rule.guide:
-            tokens = torch.where(guides.accepted_rows(active, params["accepted"]), candidate, tokens)
+            beyond = rule.guide == guides.PRODUCT
+            tokens = torch.where(guides.accepted_rows(active, params["accepted"], beyond), candidate, tokens)
         else:
             if rule.remask:
                 tokens, round = doubted(round, tokens, here, mask, params)

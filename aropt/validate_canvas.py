@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aropt.interpreter import Executor, Values, run
-from aropt.program import Program
+from aropt.passbase import loops
+from aropt.program import Program, calls
 from aropt.runtime import slots
 from aropt.validate import TOLERANCE, Case, Mismatch, Oracle, Outcome, noise_floor
 
@@ -56,7 +57,7 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
 
     # where blocks are the model's own, steps are those of each
     usual = {"steps": max(2.0, own // 2) if own else 8.0, "threshold": 0.05, "factor": 1.0}
-    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}  # so that some are accepted
+    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab, "guide_weight": 0.5}
     several = {n: v for n, v in usual.items() if n in program.inputs}
     once = {n: 1.0 if n == "steps" else v for n, v in several.items()}
     third = max(1, min(9, capacity // 3))
@@ -171,7 +172,7 @@ class Forced:
         """The commit's results with the candidate's canvas in the place of its own."""
         actual = self.steps[self.round].after
         if not torch.equal(results["tokens"][0], actual):
-            if self.ties(inputs, results["tokens"][0], actual):
+            if self.ties(results["tokens"][0], actual):
                 self.outcome.ties += 1
             elif not self.problem:
                 where = int((results["tokens"][0] != actual).nonzero()[0])
@@ -179,7 +180,7 @@ class Forced:
                 self.problem = f"round {self.round} leaves {int(actual[where])} at {where}, the reference {theirs}"
         return {**results, "tokens": actual[None], "finished": ~(actual == self.mask).any()}
 
-    def ties(self, inputs: Values, theirs: Tensor, actual: Tensor) -> bool:
+    def ties(self, theirs: Tensor, actual: Tensor) -> bool:
         """Whether the rule writes what the candidate wrote, given its logits, or some within the tolerance."""
         step = self.steps[self.round]
         own = self.read[self.rule]["logits"]
@@ -195,17 +196,18 @@ class Forced:
                 nudged[0, source, token] += by
             else:
                 nudged[0, source, nudged[0, source].argmax()] -= by
-        return any(torch.equal(self.written(inputs, logits), actual) for logits in (mine, nudged))
+        return any(torch.equal(self.written(logits), actual) for logits in (mine, nudged))
 
-    def written(self, inputs: Values, logits: Tensor) -> Tensor:
-        """The canvas [T] that the reference's rule leaves, given these logits."""
-        call = self.oracle.eager.call
-        found = call(self.rule, {**self.read[self.rule], "logits": logits})
-        for graph in ("align", "place"):
-            if graph in self.read:
-                found = call(graph, {**self.read[graph], **found})
-        names = dict(zip(("candidate", "confidence"), found.values(), strict=False))  # a rule may keep more
-        return call("commit", {**inputs, **names})["tokens"][0]
+    def written(self, logits: Tensor) -> Tensor:
+        """The canvas [T] that the reference's rule leaves, given these logits: its round from the rule on."""
+        bodies = [list(calls(loop.body)) for loop in loops(self.oracle.program.control, "unmask")]
+        body, at = next((b, i) for b in bodies for i, call in enumerate(b) if call.graph == self.rule)
+        values: Values = {body[at].reads["logits"]: logits}
+        for call in body[at:]:
+            given = {n: values.get(v, self.read[call.graph][n]) for n, v in call.reads.items()}
+            found = self.oracle.eager.call(call.graph, given)
+            values |= {v: found[o] for o, v in call.writes.items()}
+        return values["tokens"][0]
 
 
 def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome: Outcome) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from aropt.errors import Unsupported
+from aropt.guide import OFFERED, renamed
 from aropt.guide import PREFIX as WEIGHTS
-from aropt.guide import renamed
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import Restricted, restrict
@@ -52,7 +52,9 @@ class GuideCache:
         constants = {names[n]: w for n, w in found.constants.items()}
         step = renamed(found.graph, names, {**program.weights, **constants})
         step = replace(step, outputs={"guide_logits" if n == "logits" else n: s for n, s in step.outputs.items()})
-        parts = [guide_rows(int(program.meta["mask"])), agree(), step]
+        offered = {n: s for n, s in program.graphs["judge"].inputs.items() if n in OFFERED}
+        mask = int(program.meta["mask"])
+        parts = [guide_rows(mask, offered), agree(mask, bool(offered)), step]
         graphs = {**program.graphs, **{g.name: g for g in parts}}
         state = {PREFIX + n: sized(s) for n, s in found.state.items()}
         state["guide_end"] = StateSpec("counter", ROWS, 0)
@@ -63,7 +65,7 @@ class GuideCache:
                 writes = {n: n if n == "guide_logits" else PREFIX + n for n in step.outputs}
                 return [same(graphs["guide_rows"]), Call("guide", reads, writes)]
             if call.graph == "judge":
-                return [replace(call, reads={**call.reads, "following": "guide_following"})]
+                return [replace(call, reads=call.reads | {n: PREFIX + n for n in ("following", *offered)})]
             return [same(graphs["agree"])] if call.graph == "agree" else [call]
 
         return program.replace(
@@ -84,8 +86,11 @@ def restricted(program: Program) -> Restricted:
     return restrict(plain, program.weights, int(program.meta["capacity"]), canvas=True)
 
 
-def guide_rows(mask: int) -> Graph:
-    """From the row before the first mask, or the first never computed, to the one before the block's last mask."""
+def guide_rows(mask: int, offered: dict[str, Spec]) -> Graph:
+    """From the row before the first mask, or the first never computed, to the one before the block's last mask.
+
+    `offered`: what the judge is told of the ids after them, beside the draft, [B, R, K].
+    """
 
     def function(
         tokens: Tensor,
@@ -95,6 +100,7 @@ def guide_rows(mask: int) -> Graph:
         origin: Tensor,
         block: Tensor,
         guide_end: Tensor,
+        **told: Tensor,
     ) -> tuple[Tensor, ...]:
         at = places(tokens, lengths)
         active, now = current_block(tokens, lengths, origin, block, mask)
@@ -105,21 +111,34 @@ def guide_rows(mask: int) -> Graph:
         slots = torch.ops.aropt.due_slots(due)
         inside = slots.clamp(max=tokens.shape[1] - 1)
         positions = torch.where(slots < tokens.shape[1], at.gather(1, inside), -1)
-        return drafted.gather(1, inside), slots, positions, following.gather(1, inside), last.squeeze(1)
+        rest = [x.gather(1, inside.unsqueeze(2).expand(-1, -1, x.shape[2])) for x in told.values()]
+        return drafted.gather(1, inside), slots, positions, following.gather(1, inside), last.squeeze(1), *rest
 
     rows = {n: ROWS for n in ("lengths", "origin", "guide_end")}
     inputs = {"tokens": CANVAS, "drafted": CANVAS, "following": CANVAS, **rows, "block": Spec(I64)}
+    inputs |= {n: replace(s, dims=("B", "T", s.dims[2])) for n, s in offered.items()}
     outputs = ["guide_feed", "guide_slots", "guide_positions", "guide_following", "guide_end"]
+    outputs += [PREFIX + n for n in offered]
     return capture_function("guide_rows", function, inputs, outputs)
 
 
-def agree() -> Graph:
-    """Which rows the guide agrees with, in their places: a row judges the next id."""
+def agree(mask: int, chooses: bool) -> Graph:
+    """Which rows the guide agrees with, in their places: a row judges the next id.
 
-    def function(tokens: Tensor, guide_slots: Tensor, fits: Tensor) -> Tensor:
+    `chooses`: and what it would take instead. Rows from the first such one on have to be computed again.
+    """
+
+    def function(tokens: Tensor, guide_slots: Tensor, fits: Tensor, **chosen: Tensor) -> tuple[Tensor, ...]:
         batch, length = tokens.shape
         to = (guide_slots + 1).clamp(max=length)
-        return torch.zeros(batch, length + 1, dtype=torch.bool).scatter(1, to, fits)[:, :-1]
+        accepted = torch.zeros(batch, length + 1, dtype=torch.bool).scatter(1, to, fits)[:, :-1]
+        if not chosen:
+            return (accepted,)
+        candidate, at = chosen["candidate"], places(tokens, chosen["lengths"])
+        taken = torch.cat([candidate, to[:, :1]], 1).scatter(1, to, chosen["choice"])[:, :-1]
+        changed = torch.where((taken != candidate) & (tokens == mask), at, FAR).amin(1)
+        return accepted, taken, torch.minimum(chosen["guide_end"], changed)
 
     inputs = {"tokens": CANVAS, "guide_slots": PICKED, "fits": Spec(torch.bool, ("B", "R"))}
-    return capture_function("agree", function, inputs, ["accepted"])
+    inputs |= {"choice": PICKED, "candidate": CANVAS, "lengths": ROWS, "guide_end": ROWS} if chooses else {}
+    return capture_function("agree", function, inputs, ["accepted", *(["candidate", "guide_end"] if chooses else [])])

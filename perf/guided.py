@@ -42,6 +42,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # rule, its parameters
     "guide-threshold, 0.05": ("guide-threshold", {"guide_threshold": 0.05}),
     "guide-threshold, 0.1": ("guide-threshold", {"guide_threshold": 0.1}),
     "guide-threshold, 0.2": ("guide-threshold", {"guide_threshold": 0.2}),
+    "guide-product, 0.3": ("guide-product", {"guide_weight": 0.3}),
+    "guide-product, 0.5": ("guide-product", {"guide_weight": 0.5}),
+    "guide-product, 0.7": ("guide-product", {"guide_weight": 0.7}),
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import UsageError
-from aropt.guide import JUDGES
+from aropt.guide import OFFERS, PRODUCT
 from aropt.models.canvas import MASK, VOCAB
 from aropt.passbase import Applies, Skips
 from aropt.passes.guide_cache import GuideCache
@@ -88,13 +88,62 @@ ACCEPTS: dict[str, tuple[dict[str, float], Callable[[Tensor, int], bool]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("judge", [*sorted(JUDGES)[1:], pytest.param(sorted(JUDGES)[0], marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("judge", [*sorted(ACCEPTS)[1:], pytest.param("guide-argmax", marks=pytest.mark.exhaustive)])
 def test_the_loop_is_the_papers(judge: str) -> None:
     params, accepts = ACCEPTS[judge]
     program = guided(judge)
     for prompt in ([1, 2, 3], [77]):
         want, count = plainly(prompt, 12, 6, accepts)
         assert rounds(program, [prompt], 12, block=6, **params) == ([want], count)
+
+
+@torch.no_grad()
+def together(prompt: list[int], n: int, block: int, weight: float) -> tuple[list[int], int]:
+    """Both models decide: the first draft that is not the best by their product gives way to what is."""
+    model, judge = tiny(), Judge().eval()
+    x, count = torch.tensor([prompt + [MASK] * n]), 0
+    for begin in range(len(prompt), len(prompt) + n, block):
+        while masks := [i for i in range(begin, begin + block) if x[0, i] == MASK]:
+            logits = model(x)[0]
+            logits[:, MASK] = -torch.inf
+            y = x.clone()
+            for i in masks:
+                y[0, i] = logits[i].argmax()
+            scores = judge(y)[0].log_softmax(-1)
+            for i in masks:
+                worth = (1 - weight) * logits[i].log_softmax(-1) + weight * scores[i - 1]
+                x[0, i] = max(logits[i].topk(OFFERS).indices.tolist(), key=lambda t: worth[t])
+                if x[0, i] != y[0, i]:
+                    break
+            count += 1
+    return x[0, len(prompt) :].tolist(), count
+
+
+@pytest.fixture(scope="module")
+def both() -> Program:
+    return guided(PRODUCT)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.6, 1.0])
+def test_both_models_decide(both: Program, weight: float) -> None:
+    for prompt in ([1, 2, 3], [77]):
+        want = together(prompt, 12, 6, weight)
+        got, count = rounds(both, [prompt], 12, block=6, guide_weight=weight)
+        assert (got[0], count) == want
+        assert count == 2 or weight > 0
+
+
+def test_a_draw_leans_to_the_guide(both: Program, plain: Program) -> None:
+    """With weight 0 it is the canvas model's own; with more weight the guide finds it likelier, draw by draw."""
+    prompt, count = [5, 6], 300
+    with torch.no_grad():
+        scores = Judge().eval()(torch.tensor([prompt]))[0, 1].log_softmax(-1)
+    options: dict[str, Any] = {"temperature": 1.0, "block": 1, "seed": 7}
+    own = plain.generate([prompt] * count, 1, **options)
+    drawn = {w: both.generate([prompt] * count, 1, guide_weight=w, **options) for w in (0.0, 0.3, 0.9)}
+    assert drawn[0.0] == own and len(set(map(tuple, own))) > 50
+    means = [float(torch.stack([scores[ids[0]] for ids in drawn[w]]).mean()) for w in (0.0, 0.3, 0.9)]
+    assert means[0] < means[1] < means[2]
 
 
 def test_a_guide_that_rejects_all_leaves_the_first_mask(plain: Program) -> None:
@@ -124,6 +173,17 @@ def test_the_cached_guide_judges_alike(
     for prompt in ids:
         options: dict[str, Any] = {"fill": [fill], "guide_k": k, "block": block}
         assert fast.generate([prompt], 12, **options) == plain.generate([prompt], 12, **options)
+
+
+@settings(deadline=None, max_examples=15)
+@given(prompts, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.7]), st.sampled_from([3, 12]), given_ids)
+def test_the_cached_guide_chooses_alike(
+    both: Program, ids: list[list[int]], weight: float, temperature: float, block: int, fill: list[int]
+) -> None:
+    fast = GuideCache().run(both)
+    for prompt in ids:
+        options: dict[str, Any] = {"fill": [fill], "block": block, "guide_weight": weight, "temperature": temperature}
+        assert fast.generate([prompt], 12, **options) == both.generate([prompt], 12, **options)
 
 
 @settings(deadline=None, max_examples=4)
@@ -167,9 +227,9 @@ def broken(graph: Any) -> Any:
     return made
 
 
-@pytest.mark.exhaustive
-def test_it_lowers(plain: Program) -> None:
-    done = aropt.optimize(plain, target="onnxruntime")
+@pytest.mark.parametrize("judge", [PRODUCT, pytest.param("guide-top-k", marks=pytest.mark.exhaustive)])
+def test_it_lowers(judge: str) -> None:
+    done = aropt.optimize(guided(judge), target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
     names = {p["name"] for p in done.report["passes"] if p["status"] == "applied"}
     assert {"guide-cache", "fuse-sampler"} <= names
