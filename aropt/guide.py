@@ -23,7 +23,8 @@ from torch import Tensor, fx
 
 from aropt.compose import inline
 from aropt.errors import UsageError
-from aropt.program import Call, Graph, Input, Spec
+from aropt.program import Call, Control, Graph, Input, Spec
+from aropt.program import calls as every
 from aropt.torch_compat import build
 from aropt.trace import capture_function
 
@@ -212,6 +213,11 @@ def calls(made: dict[str, Graph]) -> list[Call]:
 
     forward = Call("guide", {"ids": "drafted"}, {"guide_logits": "guide_logits"})
     return [same(made["draft"]), forward, same(made["judge"]), same(made["agree"])]
+
+
+def whole(control: Control) -> bool:
+    """Whether a guide reads the whole canvas, padding too: batches then have rows of one length."""
+    return any(call.reads == {"ids": "drafted"} for call in every(control))
 
 
 def accepted_rows(active: Tensor, accepted: Tensor, beyond: bool) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aropt.errors import Unsupported, UsageError
+from aropt.guide import whole
 from aropt.passbase import Applies, Skips, loops, rewrite
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
 from aropt.restrict import Restricted, restrict
@@ -109,7 +110,7 @@ def cached(program: Program, policy: Policy) -> Program:
         },
         control=rewrite(program.control, change),
         weights={**program.weights, **found.constants},
-        meta={**program.meta, "ragged": True, "masks": found.facts["masks"]},
+        meta={**program.meta, "ragged": not whole(program.control), "masks": found.facts["masks"]},
     )
 
 

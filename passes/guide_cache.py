@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from aropt.errors import Unsupported
-from aropt.guide import OFFERED, renamed
+from aropt.guide import OFFERED, renamed, whole
 from aropt.guide import PREFIX as WEIGHTS
-from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, Program, Spec, StateSpec, calls
+from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.restrict import Restricted, restrict
 from aropt.rows import sized
 from aropt.trace import capture_function
@@ -34,8 +34,7 @@ class GuideCache:
     contract: ClassVar[Contract] = Contract("rounding", (), ("cached guide",))
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
-        found = [c for loop in loops(program.control) for c in calls(loop.body) if c.reads == {"ids": "drafted"}]
-        if not found:
+        if not whole(program.control):
             return Skips("no guide runs a full forward over drafts")
         try:
             reach = restricted(program).facts["reach"]
@@ -73,6 +72,7 @@ class GuideCache:
             state={**program.state, **state},
             control=rewrite(program.control, change),
             weights={**program.weights, **constants},
+            meta={**program.meta, "ragged": "masks" in program.meta},  # where the canvas's rows are chosen too
         )
 
 

@@ -151,6 +151,9 @@ def measured(name: str, texts: list[list[int]], judge: NGram, folder: Path, thre
         program, "onnxruntime", pipeline(["free-cache"]), check=False, folder=folder / name.replace(" ", "-"),
         threads=threads, instruments=Instruments(budget={"kl": float("inf")}),
     )  # fmt: skip
+    reverted = [p["name"] for p in program.report["passes"] if p["status"] == "reverted"]
+    if reverted:
+        raise SystemExit(f"{name}: {', '.join(reverted)} was reverted")
     result = Measured()
     for ids in texts:
         rounds: list[int] = []
