@@ -84,13 +84,13 @@ def product(
 def offers(logits: Tensor, noise: Tensor | None, slots: Tensor, like: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The OFFERS likeliest ids of each row and what they are worth without the guide, in their places [B, T, OFFERS].
 
-    `logits` [B, R, V] of rows in `slots` [B, R]; `noise` of a draw, which is added to logarithms: both models' product
-    is then drawn from with the canvas model's own noise. `like` [B, T]: the canvas.
+    `logits` [B, R, V] of rows in `slots` [B, R]; `noise` of a draw, which is subtracted from
+    logarithms: both models' product is then drawn from with the canvas model's own noise. `like` [B, T]: the canvas.
     """
     (batch, length), kinds = like.shape, min(OFFERS, logits.shape[2])
     logs = torch.log_softmax(logits, -1)
-    ids = torch.topk(logs if noise is None else logs + noise, kinds, -1).indices
-    worth = (1 - weight) * logs.gather(-1, ids) + (0.0 if noise is None else noise.gather(-1, ids))
+    ids = torch.topk(logs if noise is None else logs - noise, kinds, -1).indices
+    worth = (1 - weight) * logs.gather(-1, ids) - (0.0 if noise is None else noise.gather(-1, ids))
     to = slots.unsqueeze(-1).expand(-1, -1, kinds)
     empty = torch.zeros(batch, length + 1, kinds)
     return empty.to(I64).scatter(1, to, ids)[:, :-1], empty.scatter(1, to, worth)[:, :-1]

@@ -149,7 +149,7 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
             return logits.argmax(-1), confidence(logits), *offered(logits, None, values)
         logits = logits / values["temperature"].clamp(min=1e-6)
         noise = gumbel(vocab, values, values["positions"] + int(shift))
-        candidate = (logits + noise).argmax(-1)
+        candidate = (logits - noise).argmax(-1)
         if rule.confidence != "probability":
             return candidate, confidence(logits), *offered(logits, noise, values)
         logs = torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
@@ -232,7 +232,7 @@ def align() -> Graph:
 
 
 def gumbel(vocab: int, values: dict[str, Tensor], at: Tensor) -> Tensor:
-    """What is added to the logits of rows `at` to draw from them, [B, R, V]: by seed, sequence, position and round."""
+    """What is subtracted from the logits of rows `at` to draw from them, [B, R, V], by seed and place."""
     position = values["rounds"] * 2**20 + at.clamp(min=0)
     streams = values["streams"].unsqueeze(1).expand(at.shape)
     return noise(vocab, values["seed"], streams.reshape(-1), position.reshape(-1)).reshape(*at.shape, vocab)
