@@ -5,8 +5,8 @@ once, and the drafts are kept from the left up to the first that it does not acc
 case. So the ids are always the canvas model's own, and a good guide lets a round write many of them.
 
 With `guide-product` both decide: a draft is kept while it is the best by the product of both models' probabilities, and
-the first that is not gives way to what is, among the canvas model's OFFERS likeliest ids (adaptive parallel decoding,
-Israel et al. 2025, 2506.00413, equation 6 in logarithms). So a round writes one id more, and none against the guide.
+the first that is not gives way to what is, among the canvas model's OFFERS likeliest ids (after adaptive parallel
+decoding, Israel et al. 2025, 2506.00413). So a round writes one id more.
 
 In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these
 in their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to new rows.
@@ -84,13 +84,15 @@ def product(
 def offers(logits: Tensor, noise: Tensor | None, slots: Tensor, like: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The OFFERS likeliest ids of each row and what they are worth without the guide, in their places [B, T, OFFERS].
 
-    `logits` [B, R, V] of rows in `slots` [B, R]; `noise` of a draw, which is subtracted from
-    logarithms: both models' product is then drawn from with the canvas model's own noise. `like` [B, T]: the canvas.
+    `logits` [B, R, V] of rows in `slots` [B, R]; `noise` is subtracted from logarithms, so that a draw from the product
+    has the canvas model's own. `like` [B, T]: the canvas.
     """
     (batch, length), kinds = like.shape, min(OFFERS, logits.shape[2])
     logs = torch.log_softmax(logits, -1)
     ids = torch.topk(logs if noise is None else logs - noise, kinds, -1).indices
-    worth = (1 - weight) * logs.gather(-1, ids) - (0.0 if noise is None else noise.gather(-1, ids))
+    worth = (1 - weight) * logs.gather(-1, ids)
+    if noise is not None:
+        worth = worth - noise.gather(-1, ids)
     to = slots.unsqueeze(-1).expand(-1, -1, kinds)
     empty = torch.zeros(batch, length + 1, kinds)
     return empty.to(I64).scatter(1, to, ids)[:, :-1], empty.scatter(1, to, worth)[:, :-1]

@@ -87,11 +87,11 @@ def min_p(logits: Tensor, min_p: Tensor) -> Tensor:
 
 def draw(logits: Tensor, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:
     """A sample from softmax(logits) by the Gumbel-max trick: int64 [B]. `position`: int64 [B], of the token drawn."""
-    return torch.argmax(logits - noise(logits.shape[-1], seed, streams, position), dim=-1)
+    return torch.argmax(logits - gumbel_noise(logits.shape[-1], seed, streams, position), dim=-1)
 
 
-def noise(vocab: int, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:
-    """What is subtracted from the logits of each row to draw from them, Gumbel noise: float32 [B, V]."""
+def gumbel_noise(vocab: int, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:
+    """What is subtracted from the logits of each row to draw from them: float32 [B, V]."""
     uniform: Tensor = torch.ops.aropt.noise(seed, streams, position, vocab)
     return torch.log(-torch.log(uniform))
 

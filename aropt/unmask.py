@@ -19,7 +19,7 @@ from aropt import guide as guides
 from aropt import ops, smooth
 from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
-from aropt.rules import BOOL, F32, I64, noise
+from aropt.rules import BOOL, F32, I64, gumbel_noise
 from aropt.trace import capture_function
 
 SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
@@ -140,25 +140,25 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
 
     both = rule.guide == guides.PRODUCT
 
-    def select(logits: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        if not sampled and rule.confidence == "probability" and not both:
-            return likeliest(logits, mask)
-        logits = torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
-        confidence = CONFIDENCES[rule.confidence]
-        if not sampled:
-            return logits.argmax(-1), confidence(logits), *offered(logits, None, values)
-        logits = logits / values["temperature"].clamp(min=1e-6)
-        noise = gumbel(vocab, values, values["positions"] + int(shift))
-        candidate = (logits - noise).argmax(-1)
-        if rule.confidence != "probability":
-            return candidate, confidence(logits), *offered(logits, noise, values)
-        logs = torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
-        return candidate, logs, *offered(logits, noise, values)
+    def allowed(logits: Tensor) -> Tensor:
+        return torch.where(torch.arange(vocab) == mask, -torch.inf, logits.to(F32))
 
     def offered(logits: Tensor, noise: Tensor | None, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        if not both:
-            return ()
         return guides.offers(logits, noise, values["slots"], values["tokens"], values["guide_weight"])
+
+    def select(logits: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if not sampled and rule.confidence == "probability":
+            return *likeliest(logits, mask), *(offered(allowed(logits), None, values) if both else ())
+        logits, noise = allowed(logits), None
+        if sampled:
+            logits = logits / values["temperature"].clamp(min=1e-6)
+            noise = gumbel(vocab, values, values["positions"] + int(shift))
+        candidate = (logits if noise is None else logits - noise).argmax(-1)
+        if sampled and rule.confidence == "probability":
+            sure = torch.log_softmax(logits, -1).gather(-1, candidate.unsqueeze(-1)).squeeze(-1)
+        else:
+            sure = CONFIDENCES[rule.confidence](logits)
+        return candidate, sure, *(offered(logits, noise, values) if both else ())
 
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
         if not rule.credit:
@@ -235,7 +235,7 @@ def gumbel(vocab: int, values: dict[str, Tensor], at: Tensor) -> Tensor:
     """What is subtracted from the logits of rows `at` to draw from them, [B, R, V], by seed and place."""
     position = values["rounds"] * 2**20 + at.clamp(min=0)
     streams = values["streams"].unsqueeze(1).expand(at.shape)
-    return noise(vocab, values["seed"], streams.reshape(-1), position.reshape(-1)).reshape(*at.shape, vocab)
+    return gumbel_noise(vocab, values["seed"], streams.reshape(-1), position.reshape(-1)).reshape(*at.shape, vocab)
 
 
 def commit(rule: Rule, mask: int) -> Graph:
