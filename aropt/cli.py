@@ -452,7 +452,7 @@ def main() -> None:
         sys.exit(0)
     except MemoryError:
         fail("out of memory\n  try:   a smaller --capacity", 1)
-    except Exception as error:
+    except Exception as error:  # a defect of ours: said in one line, unless -vv
         if verbose >= 2:
             raise
         fail(

@@ -86,7 +86,7 @@ def restrict(
         return Restriction(analysis, weights, last=rows == "last").result(graph.name)
     except Unsupported:
         raise
-    except Exception as error:
+    except Exception as error:  # of shape rules, by what the model does; it goes on as Unsupported
         raise unsupported(error, "the forward can't be rewritten to chosen rows") from error
 
 

@@ -75,7 +75,7 @@ def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str,
             try:
                 with mode, torch.no_grad():
                     values[node] = node.target(*args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # it goes on, with the node at which it was raised
                 error.aropt_node = node  # type: ignore[attr-defined]
                 raise
         else:

@@ -157,7 +157,7 @@ def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bo
         with torch.no_grad(), quiet():
             exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
             return exported if not functional else exported.run_decompositions(TABLE)
-    except Exception as error:
+    except Exception as error:  # torch.export raises anything that a model's code does
         raise export_failure(error) from error
 
 
@@ -270,7 +270,7 @@ def from_exported(
     share(graph)
     try:
         result = build(name, graph, inputs, outputs, weights)
-    except Exception as error:
+    except Exception as error:  # an op's shape rule raises what it likes
         node = getattr(error, "aropt_node", None)
         raise Unsupported(
             what="an op's shape rule fails for symbolic sizes",

@@ -407,7 +407,7 @@ def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) 
         outcome.problem = str(mismatch)
     except AroptError:
         raise  # a missing tool, a wrong parameter: says nothing about the program
-    except Exception as error:
+    except Exception as error:  # a program that fails is an outcome
         outcome.problem = f"the program raises {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return outcome
 

@@ -95,7 +95,7 @@ class GraphCheck:
         try:
             self.graph.fx.lint()
             results = output_node(self.graph.fx).args[0]
-        except Exception as error:
+        except Exception as error:  # of torch's own lint; it is what is reported
             self.fail("graph-lint", f"{type(error).__name__}: {error}".splitlines()[0])
         for node in self.graph.fx.nodes:
             self.check_node(node)
@@ -132,7 +132,7 @@ class GraphCheck:
         try:
             names = propagate(self.graph.fx, self.graph.inputs, self.weights)
             new = {n: n.meta["val"] for n in nodes}
-        except Exception as error:
+        except Exception as error:  # an op's shape rule raises what it likes
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             self.fail("graph-types", why, getattr(error, "aropt_node", None))
         finally:

@@ -62,7 +62,7 @@ def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False
                     model = traced(graph, weights, contrib)
                 except Exception:  # what torch's exporter can't translate either: the first error names the op
                     raise first from first.__cause__
-    except Exception as error:
+    except Exception as error:  # the exporter has many kinds, its innermost says why
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -78,13 +78,13 @@ def row(name: str) -> tuple[str, str]:
 
     try:
         model = build(name)
-    except Exception as error:
+    except Exception as error:  # of transformers, for a shape that it doesn't take
         return "error", f"transformers: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     try:
         result, restricted = check(model, VOCAB, CAPACITY)
     except Unsupported as error:
         return "refused", f"{error.what}; {error.where}: {error.why}".replace("\n", " ")[:260]
-    except Exception as error:
+    except Exception as error:  # a line of the result
         traceback.print_exc()
         return "RAISED", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
     numbers = f"{result.error:9.2e} {result.floor:9.2e} {result.ratio:6.2f} {result.reach:8.1e}  "
