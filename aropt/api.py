@@ -27,6 +27,7 @@ from aropt.sources import Source, facts, resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
 from aropt.targets.whole import pick
+from aropt.trial import trial
 from aropt.unmask import unmasking
 from aropt.validate import Verdict, cases, probe, validate, with_probe
 
@@ -118,6 +119,7 @@ def optimize(
     seed: int = 0,
     strict: bool = True,
     measure: bool = False,
+    tries: Sequence[Pass] = (),
     budget: Mapping[str, float] | None = None,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
@@ -126,14 +128,20 @@ def optimize(
     is then validated against the reference interpreter's run of what they made.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
-    is validated, and the report says so. `measure` lets the target choose by timing where it has a choice.
+    is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds
+    those passes of `tries` with which answers to the model's own prompts are generated faster.
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
     instruments = instruments or Instruments()
     if budget:
         instruments = replace(instruments, budget=dict(budget))
     chosen = pipeline() if passes is None else list(passes)
+    trials = []
+    for one in tries if measure else ():
+        chosen, found = trial(program, chosen, one, target, threads, instruments.say)
+        trials.append(found)
     optimized, results = run_passes(program, chosen, target, instruments)
+    results += [Result(t.name, "skipped", "rounding", t.told()) for t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
@@ -172,6 +180,7 @@ def optimize(
             raise BudgetMissed(
                 what=f"the program lowered to {target} misses the budget", why=missed, hint="raise it, or --no-pass"
             )
+    finished.report["notes"] += [t.told() for t in trials if t.kept]
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))

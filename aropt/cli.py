@@ -112,6 +112,12 @@ def optimize(
             metavar="FILE", help="A task to measure quality on: JSON lines with prompt and answer, texts or ids."
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What it is timed on: a JSON text or list of ids a line."
+        ),
+    ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[
         list[str] | None,
@@ -192,6 +198,7 @@ def optimize(
             block=block,
             shift=shift,
             examples=examples,
+            prompts=prompts,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)

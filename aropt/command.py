@@ -18,9 +18,9 @@ from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.models import REFERENCES
 from aropt.passbase import Skips
-from aropt.passmanager import Instruments, bisect, pipeline
+from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.program import Program
-from aropt.runtime import fitted, room
+from aropt.runtime import check_ids, fitted, room
 from aropt.sources import Source, resolve
 from aropt.twins import curve
 from aropt.units import rows, rows_for
@@ -62,6 +62,7 @@ class Request:
     block: int | None = None
     shift: bool | None = None
     examples: Path | None = None
+    prompts: Path | None = None
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def optimize(request: Request) -> dict[str, Any]:
             seed=request.seed,
             strict=False,
             measure=request.runs > 0 or request.measure,
+            tries=untold(request.passes, request.dropped),
             budget=allowed,
         )
         report = done.report
@@ -140,7 +142,38 @@ def find(request: Request) -> Source:
     source.meta |= {name: value for name, value in given.items() if value is not None}
     if request.examples is not None:
         source.meta["examples"] = quality.read(request.examples, *quality.texts(tokenizer(source.files)))
+    if request.prompts is not None:
+        source.meta["prompts"] = prompts(request.prompts, quality.texts(tokenizer(source.files))[0])
     return source
+
+
+def prompts(path: Path, encode: Callable[[str], list[int]] | None) -> list[list[int]]:
+    """The prompts of a file, a JSON text or list of ids a line. Raises UsageError for a file or line that is none."""
+
+    def refused(where: str, why: str) -> UsageError:
+        hint = 'write one a line, as "def f(" or [1, 2, 3]'
+        return UsageError(what="a prompt can't be used", where=where, why=why, hint=hint)
+
+    def ids(text: str, where: str) -> list[int]:
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise refused(where, f"no JSON: {error}") from error
+        if isinstance(given, str) and encode is None:
+            raise refused(where, "it is a text, and the model has no tokenizer")
+        made = encode(given) if isinstance(given, str) and encode is not None else given
+        if not isinstance(made, list) or not made or not all(type(i) is int for i in made):
+            raise refused(where, "it is neither a text nor a list of ids, or empty")
+        return made
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(what="the prompts can't be read", where=str(path), why=str(error)) from error
+    found = [ids(text, f"{path}, line {i}") for i, text in enumerate(lines, 1) if text.strip()]
+    if not found:
+        raise refused(str(path), "it has none")
+    return found
 
 
 def captured(request: Request, source: Source) -> Program:
@@ -151,6 +184,7 @@ def captured(request: Request, source: Source) -> Program:
     program = capture(
         source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code, guide=guide
     )
+    check_ids(program, program.meta["prompts"] if request.prompts is not None else [], f"{request.prompts}, prompt")
     if request.examples is not None and program.meta.get("loop") != "unmask":
         raise UsageError(
             what="examples are for models that unmask a canvas",

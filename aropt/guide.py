@@ -4,9 +4,9 @@ Each round the canvas model drafts every mask of the block at hand. The guide re
 once, and the drafts are kept from the left up to the first that it does not accept; the first of all is kept in any
 case. So the ids are always the canvas model's own, and a good guide lets a round write many of them.
 
-With `guide-product` both decide: a draft is kept while it is the best by the product of both models' probabilities, and
-the first that is not gives way to what is, among the canvas model's OFFERS likeliest ids (after adaptive parallel
-decoding, Israel et al. 2025, 2506.00413). So a round writes one id more.
+With `guide-product` both decide: a draft is kept while it is the best by the product of both models' probabilities, or
+within a margin of it, and the first that is not gives way to what is, among the canvas model's OFFERS likeliest ids
+(after adaptive parallel decoding, Israel et al. 2025, 2506.00413). So a round writes one id more.
 
 In a program: `draft` (the canvas with candidates), `guide` (its forward), `judge` (rows it agrees with), `agree` (these
 in their places). The plain program runs the guide's whole forward; the pass guide-cache restricts it to new rows.
@@ -72,13 +72,24 @@ def of(logits: Tensor, draft: Tensor) -> Tensor:
 
 
 def product(
-    logits: Tensor, draft: Tensor, offer: Tensor, chance: Tensor, guide_weight: Tensor, temperature: Tensor
+    logits: Tensor,
+    draft: Tensor,
+    offer: Tensor,
+    chance: Tensor,
+    guide_weight: Tensor,
+    guide_margin: Tensor,
+    temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Whether the draft is the best by both models, and what is. `chance`: the canvas model's part (see `offers`)."""
+    """Whether the draft is near the best by both models, and what to write: it, or the best.
+
+    `chance`: the canvas model's part (see `offers`).
+    """
     logs = torch.log_softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
-    best = (chance + guide_weight * logs.gather(-1, offer)).argmax(-1, keepdim=True)
-    choice = offer.gather(-1, best).squeeze(-1)
-    return choice == draft, choice
+    worth = chance + guide_weight * logs.gather(-1, offer)
+    best = worth.argmax(-1, keepdim=True)
+    own = torch.where(offer == draft.unsqueeze(-1), worth, -torch.inf).amax(-1)
+    fits = own >= worth.gather(-1, best).squeeze(-1) - guide_margin
+    return fits, torch.where(fits, draft, offer.gather(-1, best).squeeze(-1))
 
 
 def offers(logits: Tensor, noise: Tensor | None, slots: Tensor, like: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +122,10 @@ JUDGES: dict[str, tuple[Callable[..., Any], dict[str, Input]]] = {
     ),
     PRODUCT: (
         product,
-        {"guide_weight": Input(Spec(F32), 0.7, "the guide's power in the product, the other's is the rest", 0.0, 1.0)},
+        {
+            "guide_weight": Input(Spec(F32), 0.7, "the guide's power in the product, the model's the rest", 0.0, 1.0),
+            "guide_margin": Input(Spec(F32), 0.0, "nats by which a draft may be worse than the best", 0.0),
+        },
     ),
 }
 

@@ -43,6 +43,7 @@ ASKED = (
     "token-shuffle", "cfg-eliminate", "cfg-interval",
     "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft", "fuse-rules",
 )  # fmt: skip
+TRIED = ("ngram-draft",)  # of these: applied too where the model's own prompts are generated faster so
 REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 
@@ -113,6 +114,12 @@ def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pa
         for name in PASSES
         if name not in dropped and (name in PIPELINE or name in options)
     ]
+
+
+def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pass]:
+    """The passes of TRIED that the caller neither wants nor declines."""
+    told = {parse(text)[0] for text in chosen} | set(dropped)
+    return [make(name) for name in TRIED if name not in told]
 
 
 def run_passes(

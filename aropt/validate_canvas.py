@@ -57,7 +57,8 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
 
     # where blocks are the model's own, steps are those of each
     usual = {"steps": max(2.0, own // 2) if own else 8.0, "threshold": 0.05, "factor": 1.0}
-    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab, "guide_weight": 0.5}
+    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}
+    usual |= {"guide_weight": 0.5, "guide_margin": 0.1}
     several = {n: v for n, v in usual.items() if n in program.inputs}
     once = {n: 1.0 if n == "steps" else v for n, v in several.items()}
     third = max(1, min(9, capacity // 3))

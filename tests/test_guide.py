@@ -106,15 +106,17 @@ def test_the_loop_is_the_papers(judge: str) -> None:
         assert rounds(program, [prompt], 12, block=6, **params) == ([want], count)
 
 
-def together(prompt: list[int], n: int, block: int, weight: float) -> tuple[list[int], int]:
-    """Both models decide: the first draft that is not the best by their product gives way to what is."""
+def together(prompt: list[int], n: int, block: int, weight: float, margin: float) -> tuple[list[int], int]:
+    """Both models decide: the first draft that is not near the best by their product gives way to what is."""
 
     def write(x: Tensor, masks: list[int], logits: Tensor, drafts: Tensor, scores: Tensor) -> None:
         for i in masks:
             worth = (1 - weight) * logits[i].log_softmax(-1) + weight * scores[i - 1].log_softmax(-1)
-            x[i] = max(logits[i].topk(OFFERS).indices.tolist(), key=lambda t: float(worth[t]))
-            if x[i] != drafts[i]:
+            best = max(logits[i].topk(OFFERS).indices.tolist(), key=lambda t: float(worth[t]))
+            if worth[drafts[i]] < worth[best] - margin:
+                x[i] = best
                 break
+            x[i] = drafts[i]
 
     return naive(prompt, n, block, write)
 
@@ -124,13 +126,18 @@ def both() -> Program:
     return guided(PRODUCT)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 0.6, 1.0])
-def test_both_models_decide(both: Program, weight: float) -> None:
+@pytest.mark.parametrize(("weight", "margin"), [(0.0, 0.0), (0.3, 0.0), (0.6, 0.0), (0.6, 0.4), (1.0, 0.0), (1.0, 0.7)])
+def test_both_models_decide(both: Program, weight: float, margin: float) -> None:
     for prompt in ([1, 2, 3], [77]):
-        want = together(prompt, 12, 6, weight)
-        got, count = rounds(both, [prompt], 12, block=6, guide_weight=weight)
+        want = together(prompt, 12, 6, weight, margin)
+        got, count = rounds(both, [prompt], 12, block=6, guide_weight=weight, guide_margin=margin)
         assert (got[0], count) == want
         assert count == 2 or weight > 0
+
+
+def test_a_wide_margin_keeps_every_draft(both: Program, plain: Program) -> None:
+    got, count = rounds(both, [[5, 6]], 12, block=6, guide_margin=1e9)
+    assert (got, count) == rounds(plain, [[5, 6]], 12, block=6, guide_k=VOCAB) and count == 2
 
 
 def test_a_draw_leans_to_the_guide(both: Program, plain: Program) -> None:
@@ -176,13 +183,20 @@ def test_the_cached_guide_judges_alike(
 
 
 @settings(deadline=None, max_examples=15)
-@given(prompts, st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.7]), st.sampled_from([3, 12]), given_ids)
+@given(
+    prompts,
+    st.sampled_from([(0.0, 0.0), (0.5, 0.0), (0.9, 0.0), (0.9, 0.4)]),
+    st.sampled_from([0.0, 0.7]),
+    st.sampled_from([3, 12]),
+    given_ids,
+)
 def test_the_cached_guide_chooses_alike(
-    both: Program, ids: list[list[int]], weight: float, temperature: float, block: int, fill: list[int]
+    both: Program, ids: list[list[int]], judge: tuple[float, float], temperature: float, block: int, fill: list[int]
 ) -> None:
     fast = GuideCache().run(both)
     for prompt in ids:
-        options: dict[str, Any] = {"fill": [fill], "block": block, "guide_weight": weight, "temperature": temperature}
+        options: dict[str, Any] = dict(zip(("guide_weight", "guide_margin"), judge, strict=True))
+        options |= {"fill": [fill], "block": block, "temperature": temperature}
         assert fast.generate([prompt], 12, **options) == both.generate([prompt], 12, **options)
 
 
@@ -198,7 +212,8 @@ def test_batches_equal_the_request_alone(
 ) -> None:
     """Whatever comes first, the guide's cache or the canvas's; and with the canvas's alone."""
     program = {"plain": plain, "both": both}[judge]
-    options: dict[str, Any] = {"guide_k": 60 if low else 150} if judge == "plain" else {"guide_weight": 0.5 + 0.4 * low}
+    chosen = {"guide_weight": 0.5 + 0.4 * low, "guide_margin": 0.2}
+    options: dict[str, Any] = {"guide_k": 60 if low else 150} if judge == "plain" else chosen
     for name in names:
         program = make(name).run(program)
     together = program.generate(ids, 12, block=4, **options)

@@ -1,0 +1,118 @@
+"""A pass that pays for some texts is kept where it pays for the model's own prompts; nothing is timed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aropt import api, trial
+from aropt.command import prompts
+from aropt.errors import UsageError
+from aropt.passbase import loops
+from aropt.passes.ngram_draft import NgramDraft
+from aropt.passmanager import TRIED, pipeline, untold
+from aropt.program import Program
+from tests.conftest import make_program
+
+REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]
+
+
+def texts(**meta: Any) -> Program:
+    program = make_program()
+    return program.replace(meta={**program.meta, "modality": "text", "prompts": REPEATING, **meta})
+
+
+def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> list[dict[str, Program]]:
+    """Puts milliseconds in the clock's place. Returns what will have been timed."""
+    seen: list[dict[str, Program]] = []
+
+    def timed(ways: dict[str, Program], prompts: list[list[int]], n: int) -> dict[str, float]:
+        seen.append(ways)
+        assert ways["with"].generate(prompts[:1], n) == ways["without"].generate(prompts[:1], n)
+        return {"without": without, "with": with_it}
+
+    monkeypatch.setattr(trial, "timed", timed)
+    return seen
+
+
+@pytest.mark.parametrize(("with_it", "kept"), [(50.0, True), (95.0, False), (130.0, False)])
+def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, with_it: float, kept: bool) -> None:
+    seen = told(monkeypatch, 100.0, with_it)
+    program = texts()
+    made = api.optimize(program, "onnxruntime", pipeline(), measure=True, tries=untold(), threads=1)
+    entry = next(p for p in made.report["passes"] if p["name"] == "ngram-draft")
+    assert entry["status"] == ("applied" if kept else "skipped")
+    assert bool(loops(made.control, "speculate")) == kept == any(e.name == "ngram-draft" for e in made.ledger)
+    words = [entry["reason"], *made.report["notes"]]
+    assert any(f"{100 / with_it:.2f} times as fast" in text and "--prompts" in text for text in words)
+    assert loops(seen[0]["with"].control, "speculate") and not loops(seen[0]["without"].control, "speculate")
+    assert made.report["verify"]["status"] == "pass"
+    assert made.generate(REPEATING, 6) == program.generate(REPEATING, 6)
+
+
+UNFIT = [
+    ({"modality": "image"}, "onnxruntime", "for texts"),
+    ({"prompts": [[1], [2]]}, "onnxruntime", "without prompts"),
+    ({}, "eager", "target eager"),
+    ({"loop": "unmask"}, "onnxruntime", "over positions"),
+]
+
+
+@pytest.mark.parametrize(("meta", "target", "why"), UNFIT)
+def test_nothing_is_lowered_where_nothing_can_be_learned(
+    monkeypatch: pytest.MonkeyPatch, meta: dict[str, Any], target: str, why: str
+) -> None:
+    monkeypatch.setattr(trial, "lowered", None)
+    passes, found = trial.trial(texts(**meta), pipeline(), NgramDraft(), target)
+    assert passes == pipeline() and not found.kept and why in found.told()
+
+
+def test_a_pass_that_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "lowered", None)
+    passes, found = trial.trial(texts(), pipeline(dropped=["kv-cache"]), NgramDraft(), "onnxruntime")
+    assert NgramDraft() not in passes and "no greedy loop" in found.told()
+
+
+def test_what_the_caller_decides_is_not_tried() -> None:
+    assert [p.name for p in untold()] == list(TRIED)
+    assert not untold(chosen=["ngram-draft:drafts=2"]) and not untold(dropped=["ngram-draft"])
+    assert not {p.name for p in pipeline()} & set(TRIED)
+
+
+def test_turns_alternate_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def generate(self, prompts: list[list[int]], n: int) -> None:
+            order.append(self.name)
+
+    clock = iter(range(10_000))
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(trial.time, "sleep", lambda _: None)
+    ways: Any = {"with": Fake("with"), "without": Fake("without")}
+    assert trial.timed(ways, REPEATING, 3) == {"with": 1000.0, "without": 1000.0}
+    assert order[:4] == ["with", "with", "without", "without"] and order.count("with") == order.count("without") >= 4
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"ab"\n\n[1, 2]\n')
+    assert prompts(path, lambda text: [ord(c) for c in text]) == [[97, 98], [1, 2]]
+    for line, why in (("ab", "no JSON"), ("[]", "empty"), ("[1.5]", "list of ids"), ('{"a": 1}', "list of ids")):
+        path.write_text(line)
+        with pytest.raises(UsageError, match="can't be used") as caught:
+            prompts(path, None)
+        assert why in str(caught.value) and "line 1" in str(caught.value)
+    path.write_text('"ab"')
+    with pytest.raises(UsageError, match="no tokenizer"):
+        prompts(path, None)
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="it has none"):
+        prompts(path, None)
+    with pytest.raises(UsageError, match="can't be read"):
+        prompts(tmp_path / "missing", None)
