@@ -34,6 +34,7 @@ AGAINST = {
     "stepping": "the same artifact, a call a round",
     "one-call": "the same artifact, the whole loop in one call of ONNX Runtime",
     "ngram-draft": "the same model with the pass ngram-draft, greedy and one sequence",
+    "no-draft": "the same model without it",
     "hf": "transformers' generate with its own cache",
     "hf-static": "transformers' generate with its static cache and its built-in torch.compile",
     "hf-lookup": "transformers' generate with prompt lookup, as many drafts as the pass ngram-draft",
@@ -267,8 +268,8 @@ def variant(spec: Spec) -> Generate:
         return eager(spec)
     if spec.variant in ("hf", "hf-static", "hf-lookup"):
         return huggingface(spec)
-    if spec.variant == "ngram-draft":
-        return stepping(drafting(spec), spec)
+    if spec.variant in ("ngram-draft", "no-draft"):
+        return stepping(again(spec, spec.variant == "ngram-draft"), spec)
     from aropt.artifact import load
 
     target = TARGETS.get(spec.variant)
@@ -378,17 +379,17 @@ def eager(spec: Spec) -> Generate:
     return generate
 
 
-def drafting(spec: Spec) -> Any:
-    """The artifact's model with drafts, not validated: its tokens are compared with the artifact's."""
+def again(spec: Spec, drafts: bool) -> Any:
+    """The artifact's model with drafts or without, not validated: its tokens are compared with the artifact's."""
     from aropt.api import capture, optimize
     from aropt.artifact import loop_of, source_of
     from aropt.passbase import loops
     from aropt.passmanager import Instruments, pipeline
 
     program = capture(source_of(Path(spec.artifact)), rules=loop_of(Path(spec.artifact))[1])
-    chosen, unchecked = pipeline(["ngram-draft"]), Instruments(check=False)
+    chosen, unchecked = pipeline(["ngram-draft"] if drafts else []), Instruments(check=False)
     program = optimize(program, "onnxruntime", chosen, check=False, threads=spec.threads, instruments=unchecked)
-    if not loops(program.control, "speculate"):
+    if drafts and not loops(program.control, "speculate"):
         raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
     return program
 

@@ -43,7 +43,7 @@ ASKED = (
     "token-shuffle", "cfg-eliminate", "cfg-interval",
     "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft", "fuse-rules",
 )  # fmt: skip
-TRIED = ("ngram-draft",)  # of these: applied too where the model's own prompts are generated faster so
+TRIED = ("ngram-draft",)  # of these, applied too where that is found to be faster (aropt.trial)
 REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 

@@ -26,7 +26,7 @@ START, END = "<!-- results: written by python -m perf.run -->", "<!-- end of res
 WORK = {
     "digits-ar": ("stepping", "one-call", "cached", "eager", "inductor-max"),
     "text-ar": (
-        "ngram-draft",
+        "no-draft",
         "stepping",
         "one-call",
         "cached",
