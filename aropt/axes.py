@@ -379,6 +379,10 @@ def linear(x: Args, dims: Dims) -> Axes:
     return (*x["input"][:-1], plain(dims[-1]))
 
 
+def linear_int8(x: Args, dims: Dims) -> Axes:
+    return linear({"input": x["x"], "weight": (*x["weight"], *x["scales"])}, dims)
+
+
 def matmul(x: Args, dims: Dims) -> Axes:
     """Matrix products whose contracted axis is not the sequence; attention's own two are rules of the analysis."""
     left, right = x["self"], x["other"] if "other" in x else x["mat2"]
@@ -503,7 +507,7 @@ RULES: dict[str, Rule] = {
     "aten::_to_copy": same, "aten::to": same, "aten::dropout": same, "aten::contiguous": same,
     "aten::where": pointwise, "aten::maximum": pointwise, "aten::minimum": pointwise, "aten::zeros_like": same,
     "aten::ones_like": same, "aten::full_like": same, "aten::fill": same, "aropt::token_shuffle": token_shuffle,
-    "aropt::token_unshuffle": token_unshuffle,
+    "aropt::token_unshuffle": token_unshuffle, "aropt::linear_int8": linear_int8,
 }  # fmt: skip
 
 

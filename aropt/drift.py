@@ -1,8 +1,9 @@
-"""Drift: what a lossy cache changes, measured against the exact program, and held against a budget.
+"""Drift: what a lossy pass changes, measured against the exact program, and held against a budget.
 
 The candidate generates. On the very canvases that it came by, the exact forward says what each masked row of the block
-at hand should have predicted (teacher forcing: an early difference does not hide later ones). Then whole generations
-are compared, which says what a user sees. Where the model has examples of a task, both do it (`aropt.quality`).
+at hand should have predicted; of a loop over positions, what each new row should have after the candidate's own ids
+(teacher forcing: an early difference does not hide later ones). Then whole generations are compared, which says what a
+user sees. Where the model has examples of a task, both do it (`aropt.quality`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import quality
+from aropt import quality, units
+from aropt import validate as rows
 from aropt.errors import UsageError
-from aropt.interpreter import Eager, Executor
+from aropt.interpreter import Eager, Executor, run
 from aropt.program import Program
 from aropt.runtime import room
 from aropt.smooth import forward
 from aropt.unmask import current_block
-from aropt.validate import Case
+from aropt.validate import Case, Oracle
 from aropt.validate_canvas import Step, Trace
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
@@ -30,7 +32,7 @@ TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exa
 
 @dataclass(frozen=True)
 class Drift:
-    """`kl`: mean of KL(exact || cached) in nats over all measured rows, `kl_max` the largest; `top1`: share of the rows
+    """`kl`: mean of KL(exact || candidate) in nats over all measured rows, `kl_max` the largest; `top1`: share of these
     with the same most likely id; `agreement`: share of the answers' ids that the exact program writes too; `first`: the
     first answer's position that differs (-1: none). `forwards` and `rows` of the candidate, `exact_forwards` and
     `exact_rows` of the exact program; `tokens`: of the answers. `steps`: [mean KL, top-1] of each round. `quality`,
@@ -96,6 +98,9 @@ def workload(program: Program) -> Case:
     """The model's own prompts, as one batch, with the rule's default parameters."""
     prompts = [tuple(int(t) for t in p) for p in program.meta["prompts"][:PROMPTS]]
     n = max(1, min(TOKENS, min(room(program, p) for p in prompts)))
+    if program.meta.get("loop") != "unmask":  # images are drawn: the likeliest ids of one are hardly any
+        drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
+        return Case("drift", "greedy", tuple(prompts), n, params=(("temperature", 1.0),) if drawn else ())
     block = int(program.meta.get("block") or 0)
     own = min(int(program.inputs["block"].default or n), n)
     params = () if block else (("block", float(own)),)
@@ -114,6 +119,8 @@ def measure(
     `known`: the exact program's quality, where it has been measured. Raises UsageError for examples that are none.
     """
     case = case or workload(exact)
+    if exact.meta.get("loop") != "unmask":
+        return positions(exact, candidate, executor, case)
     eager = Eager(exact)
     mine, theirs = Trace(candidate, case, executor or Eager(candidate)), Trace(exact, case, eager)
     rounds: list[list[tuple[Tensor, Tensor]]] = []
@@ -124,9 +131,6 @@ def measure(
                 rounds.append([])
             rounds[number].append(found)
     kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
-    pairs = [(a, b) for x, y in zip(mine.answers, theirs.answers, strict=True) for a, b in zip(x, y, strict=False)]
-    firsts = [next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), -1)
-              for x, y in zip(mine.answers, theirs.answers, strict=True)]  # fmt: skip
     per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
     forwards, exact_forwards = (sum(map(len, trace.steps)) for trace in (mine, theirs))
     computed, all_rows = (sum(len(s.rows) for steps in t.steps for s in steps) for t in (mine, theirs))
@@ -138,8 +142,7 @@ def measure(
         float(kl.mean()),
         float(kl.max()),
         float(same.double().mean()),
-        sum(a == b for a, b in pairs) / max(len(pairs), 1),
-        min((f for f in firsts if f >= 0), default=-1),
+        *agreement(mine.answers, theirs.answers),
         len(kl),
         sum(map(len, mine.answers)),
         forwards,
@@ -149,6 +152,38 @@ def measure(
         per_round,
         *scored,
     )
+
+
+def positions(exact: Program, candidate: Program, executor: Executor | None, case: Case) -> Drift:
+    """The drift of a loop over positions: of each new row of each prompt."""
+    oracle = Oracle(exact)
+    mine, theirs = (
+        rows.Trace(p, case, e) for p, e in ((candidate, executor or Eager(candidate)), (exact, Eager(exact)))
+    )
+    rounds: list[list[tuple[Tensor, Tensor]]] = []
+    for i, prompt in enumerate(case.prompts):
+        forced = rows.Forced(oracle, mine, i)
+        run(exact, case.inputs(exact, [i]), 0, forced)
+        want, before = forced.forwards[0][0][0], len(units.rows(exact.meta, prompt)) - 1
+        for number, got in enumerate(mine.logits[i][: units.rows_for(exact.meta, len(mine.tokens[i]))]):
+            rounds += [[]] if number == len(rounds) else []
+            flat = (-1, want.shape[-1])  # a window's ids are rows
+            rounds[number].append(distance(want[before + number].reshape(flat), got[0].reshape(flat), -1))
+    kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
+    steps = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
+    tokens, own = sum(map(len, mine.tokens)), sum(map(len, theirs.tokens))
+    return Drift(
+        float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.tokens, theirs.tokens), len(kl),
+        tokens, len(rounds), max(map(len, theirs.logits)), tokens, own, steps,
+    )  # fmt: skip
+
+
+def agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """The share of equal ids of answers, and the first position where one differs (-1: none)."""
+    pairs = [(a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=False)]
+    found = [[a != b for a, b in zip(x, y, strict=False)] for x, y in zip(mine, theirs, strict=True)]
+    firsts = [differs.index(True) for differs in found if True in differs]
+    return sum(a == b for a, b in pairs) / max(len(pairs), 1), min(firsts, default=-1)
 
 
 def mean(parts: list[Tensor]) -> float:

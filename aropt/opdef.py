@@ -48,15 +48,17 @@ class OpDef:
         fake: shapes and dtypes of the results, from those of the arguments.
         cost: from the same arguments to `Cost`.
         samples: makes a hypothesis strategy of argument tuples on CPU, including the edge cases. `samples(like)` takes
-            what is not a tensor, and the sizes in `fixed`, from another tuple. It imports hypothesis itself.
+            what is not a tensor or is `held`, and the sizes in `fixed`, from another tuple. Imports hypothesis itself.
         onnx: translation for `torch.onnx.export(custom_translation_table=...)`, standard ONNX ops only.
         contrib: the same with the operators that only ONNX Runtime has, where it has a better one.
         overwrite: as `reference`, but it writes the results named in `in_place` into their arguments.
         in_place: {index of a result: argument} that a target may update in place.
         fixed: {argument: its dims} whose sizes a translation takes as constants.
+        held: arguments that a translation takes as constants: weights.
         launch: runs the Triton kernel; only called on arguments for which `supports` returns None.
         supports: why the Triton kernel can't take these arguments, or None if it can.
         aot: ahead-of-time compilations to check without a GPU.
+        steps: the argument that is rounded coarsely: results jump where it moves a little (see `validate.in_double`).
         own_size: whether a size of the result depends on values; compilers then leave the op whole.
         tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
     """
@@ -72,9 +74,11 @@ class OpDef:
     overwrite: Callable[..., Any] | None = None
     in_place: Mapping[int, str] = field(default_factory=dict)
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    held: Sequence[str] = ()
     launch: Callable[..., Any] | None = None
     supports: Callable[..., str | None] = lambda *_: None
     aot: Callable[[], Sequence[Aot]] = tuple
+    steps: str = ""
     own_size: bool = False
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ NAMES: tuple[str, ...] = (
     "token_shuffle",
     "token_unshuffle",
     "fused_sample",
+    "linear_int8",
 )
 
 
@@ -56,6 +57,15 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 def overwriting(target: Any) -> Callable[..., Any] | None:
     """The function that does what one of our ops does, in place."""
     return next((op.overwrite for op in load_all().values() if op.overload is target), None)
+
+
+def stepping(node: Any) -> int | None:
+    """Which argument of a call of one of our ops is rounded coarsely: results jump where it moves a little."""
+    name = str(getattr(node.target, "name", str)())
+    if not name.startswith("aropt::") or not load(name.removeprefix("aropt::")).steps:
+        return None
+    op = load(name.removeprefix("aropt::"))
+    return [argument.name for argument in op.overload._schema.arguments].index(op.steps)
 
 
 def updated(node: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from aropt.validate import Verdict, cases, validate, with_probe
 PASSES = {
     "token-shuffle": "token_shuffle",
     "canonicalize": "canonicalize",
+    "int8-linears": "int8_linears",
     "cfg-eliminate": "cfg_eliminate",
     "cfg-interval": "cfg_interval",
     "cfg-batch": "cfg_batch",
@@ -40,7 +41,7 @@ PASSES = {
 }  # name -> module, in pipeline order
 # Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
 ASKED = (
-    "token-shuffle", "cfg-eliminate", "cfg-interval",
+    "token-shuffle", "int8-linears", "cfg-eliminate", "cfg-interval",
     "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft", "fuse-rules",
 )  # fmt: skip
 TRIED = ("ngram-draft",)  # of these, applied too where that is found to be faster (aropt.trial)
@@ -178,9 +179,10 @@ def check(reference: Program, changed: Program, result: Result, instruments: Ins
 
 
 def spend(one: Pass, program: Program, result: Result, instruments: Instruments) -> Program:
-    """The program after a lossy pass that keeps to the budget, refreshed as often as that takes; else as it was.
+    """The program after a lossy pass that keeps to the budget; else as it was.
 
-    With everything recomputed in each round it must equal the program: then what it loses is stale rows alone.
+    A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
+    program: then what it loses is stale rows alone.
     """
     from aropt import quality
     from aropt.drift import measure
@@ -189,16 +191,20 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
         raise UsageError(
             what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
             where=f"--pass {one.name}",
-            why="its rows see the whole canvas, and stored ones are not refreshed each round",
+            why=(one.__doc__ or "").splitlines()[0] if "refresh" not in result.options
+            else "its rows see the whole canvas, and stored ones are not refreshed each round",
             hint="give a budget: --budget kl=0.05,top1=0.95",
-        )
+        )  # fmt: skip
     wanted = program.meta.get("examples") or "quality" in instruments.budget
     known = quality.measure(program) if wanted else None
-    result.status, result.reason = "reverted", check(program, at_refresh(one, 1).run(program), result, instruments)
-    given, result.verify = int(result.options["refresh"]), {}  # type: ignore[call-overload]
-    for refresh in [] if result.reason else [given, *(r for r in REFRESHES if not given or r < given)]:
-        instruments.say(f"{one.name}: drift with refresh={refresh}")
-        changed = at_refresh(one, refresh).run(program)
+    result.status, result.verify = "reverted", {}
+    given: int = result.options.get("refresh", -1)  # type: ignore[assignment]
+    tries = [given, *(r for r in REFRESHES if not given or r < given)]
+    if given >= 0:
+        result.reason = check(program, at_refresh(one, 1).run(program), result, instruments)
+    for refresh in [] if result.reason else tries:
+        changed = one.run(program) if refresh < 0 else at_refresh(one, refresh).run(program)
+        instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refresh >= 0 else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
         result.reason = check(changed, changed, result, instruments)  # batches against sequences alone
         if result.reason:
@@ -207,7 +213,8 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
         result.verify |= drift.metrics()
         result.drift = asdict(drift)
         result.reason = drift.misses(instruments.budget)
-        result.options["refresh"] = refresh
+        if refresh >= 0:
+            result.options["refresh"] = refresh
         if not result.reason:
             result.status = "applied"
             result.reason = "" if refresh == given else f"refresh={refresh}: with fewer the budget was missed"

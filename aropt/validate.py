@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt import ops
 from aropt.errors import AroptError, UsageError
 from aropt.interpreter import Eager, Executor, Values, run
 from aropt.passbase import loops
@@ -26,6 +27,7 @@ from aropt.units import flat, ids_of, rows, rows_for, window
 
 TOLERANCE = 16.0  # times the noise floor: two roundings in other orders, over many rows
 BLOCK = 64  # caches grow in blocks of so many slots
+NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
 EPS = torch.finfo(torch.float32).eps
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 # Parameters that decide most draws, each in a case of its own: what goes wrong with one is then seen in few tokens.
@@ -487,7 +489,11 @@ def noise_floor(single: Tensor, double: Tensor) -> float:
 
 
 def in_double(graph: fx.Graph, weights: dict[str, Tensor]) -> fx.GraphModule:
-    """The graph in fp64: weights, constants and casts to fp32."""
+    """The graph in fp64: weights, constants and casts to fp32.
+
+    What an op rounds coarsely (`OpDef.steps`) is moved by up to NUDGE of itself. Sums in another order move it too,
+    over a step here and there, and fp64 alone would show that only where it happens to cross the same one.
+    """
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, nodes))
@@ -499,7 +505,24 @@ def in_double(graph: fx.Graph, weights: dict[str, Tensor]) -> fx.GraphModule:
         node.args = fx.node.map_aggregate(node.args, widen)
         node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
     double = {n: w.double() if w.is_floating_point() else w for n, w in weights.items()}
+    for node in list(copy.nodes):
+        nudge(copy, node, double)
     return fx.GraphModule(dict_root(list(double), double), copy)
+
+
+def nudge(graph: fx.Graph, node: Any, weights: dict[str, Tensor]) -> None:
+    """Multiplies what the node rounds coarsely, if it does, with 1 and a little noise."""
+    at = ops.stepping(node) if node.op == "call_function" else None
+    if at is None:
+        return
+    x, name = node.args[at], f"nudge.{node.name}"
+    noise = torch.rand(int(x.meta["val"].shape[-1]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[name] = 1 + NUDGE * (2 * noise - 1)
+    with graph.inserting_before(node):
+        factor = graph.get_attr(name)
+        moved = graph.call_function(torch.mul, (x, factor))
+    factor.meta["nudge"] = moved.meta["nudge"] = True
+    node.args = (*node.args[:at], moved, *node.args[at + 1 :])
 
 
 def probe(program: Program) -> str:

@@ -1,7 +1,8 @@
 """merge-linears: linear layers that read the same value become one (query, key and value; gate and up).
 
 One product with the stacked weight reads its input once and is one node where there were two or three; its result is
-split. Linear layers merge if all or none of them have a bias. Sums may be taken in another order: level `rounding`.
+split. Linear layers merge if all or none of them have a bias, those of eight bits if their groups are of one size. Sums
+may be taken in another order: level `rounding`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from aropt import ops
 from aropt.passbase import Applies, Contract, Skips
 from aropt.passes.canonicalize import copied
 from aropt.program import Graph, Program
 from aropt.torch_compat import build
 
 aten = torch.ops.aten
+LINEAR = (aten.linear.default, ops.load("linear_int8").overload)  # each stacks its weights along the first axis
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,10 @@ class MergeLinears:
         found: dict[tuple[Any, ...], list[Any]] = {}
         nodes: Any = graph.fx.nodes
         for node in nodes:
-            if node.target is aten.linear.default and all(n.op == "get_attr" for n in node.args[1:]):
+            if node.target in LINEAR and all(n.op == "get_attr" for n in node.args[1:]):
                 weight = weights[str(node.args[1].target)]
-                found.setdefault((node.args[0], len(node.args) > 2, weight.dtype), []).append(node)
+                key = node.target, node.args[0], len(node.args) > 2, weight.dtype, weight.shape[1:]
+                found.setdefault(key, []).append(node)
         size = {n: weights[str(n.args[1].target)].nbytes for group in found.values() for n in group}
         return [g for g in found.values() if len(g) > 1 and sum(size[n] for n in g) <= self.limit * 2**20]
 
@@ -79,7 +83,7 @@ def merge(graph: fx.Graph, group: list[Any], weights: dict[str, Tensor]) -> None
         stacked.append(name)
     sizes = [n.meta["val"].shape[-1] for n in group]
     with graph.inserting_before(first):
-        one = graph.call_function(aten.linear.default, (first.args[0], *(graph.get_attr(n) for n in stacked)))
+        one = graph.call_function(first.target, (first.args[0], *(graph.get_attr(n) for n in stacked)))
         one.meta = {"where": first.meta.get("where", "")}
         parts = graph.call_function(aten.split_with_sizes.default, (one, sizes, -1))
         for i, node in enumerate(group):

@@ -3,7 +3,8 @@
     python -m perf.images [--runs 48] [--threads 2]
 
 Optimizes digits-ar, digits-shuffle2 and digits-shuffle4 in the same way, and a 32 x 32-id image model of width 512
-(random weights) with windows of 1 and 2; each variant in a process of its own, taking turns. Writes
+(random weights) with windows of 1 and 2, that of 2 also with weights of eight bits (`int8-linears`, lossy: its drift is
+printed, and bounded by BUDGET); each variant in a process of its own, taking turns. Writes
 perf/results/images.json and prints the table.
 """
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "images.json"
 LARGE = {"side": 32, "levels": 1024, "classes": 1000, "width": 512, "layers": 8, "heads": 8, "hidden": 1408,
          "mixing": 1024}  # fmt: skip
+INT8, BUDGET = "-int8", "kl=0.01"
 PATIENCE = 60.0  # seconds of a process: slow variants are timed less often
 ROUNDS = 2  # processes of each variant, one after the other
 # work -> its rows: (model, variant of aropt.bench); then ratios: (slower, faster, the least that is asked for)
@@ -32,8 +34,10 @@ WORKS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str, float]]]] = {
         [("digits-ar, aropt", "digits-shuffle2, aropt", 3.0), ("digits-shuffle2, cached", "digits-shuffle2, aropt", 0)],
     ),
     "32 x 32 ids, width 512": (
-        [("window1", "cached"), ("window2", "cached"), ("window1", "aropt"), ("window2", "aropt")],
-        [("window2, cached", "window2, aropt", 6.0), ("window1, cached", "window2, aropt", 0),
+        [("window1", "cached"), ("window2", "cached"), ("window1", "aropt"), ("window2", "aropt"),
+         ("window2-int8", "aropt")],
+        [("window2, cached", "window2, aropt", 6.0), ("window2, cached", "window2-int8, aropt", 6.0),
+         ("window1, cached", "window2, aropt", 0),
          ("window1, aropt", "window2, aropt", 0)],
     ),
 }  # fmt: skip
@@ -94,6 +98,7 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     rows = {name: row(t, rounds[name]) for name, t in timings.items() if t.runs}
     return {
         "env": environment(threads), "rows": rows,
+        "drift": {model: found for model, out in outs.items() if (found := drifted(out))},
         "ratios": [[a, b, rows[a]["ms"] / rows[b]["ms"], least] for a, b, least in ratios],
         "errors": {name: t.failure() for name, t in timings.items() if not t.runs},
     }  # fmt: skip
@@ -115,11 +120,21 @@ def built(model: str, threads: int) -> Path:
     from aropt.command import Request, optimize
 
     out = ROOT / "build" / "bench" / model
-    small = model.startswith("digits")
-    source = model if small else f"{Path(__file__)}:{model}"
+    small, plain = model.startswith("digits"), model.removesuffix(INT8)
+    source = model if small else f"{Path(__file__)}:{plain}"
+    lossy: dict[str, Any] = {} if plain == model else {"passes": ["int8-linears"], "budget": BUDGET}
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True))
+    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True, **lossy))
     return out
+
+
+def drifted(out: Path) -> dict[str, float]:
+    """What a lossy pass was measured to lose; empty without one. Raises SystemExit if it was reverted."""
+    passes = json.loads((out / "report.json").read_text())["passes"]
+    found = [p for p in passes if p["level"] == "lossy" and p["status"] != "skipped"]
+    if any(p["status"] == "reverted" for p in found):
+        raise SystemExit(f"{out.name}: reverted: {found[0]['reason']}")
+    return {k: p["verify"][k] for p in found for k in ("kl", "kl_max", "top1", "measured")}
 
 
 def table(work: str, found: dict[str, Any]) -> str:
@@ -137,6 +152,9 @@ def table(work: str, found: dict[str, Any]) -> str:
     for slow, fast, ratio, least in found["ratios"]:
         asked = f" (asked: {least:g})" if least else ""
         lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}.")
+    for model, d in found.get("drift", {}).items():
+        lines.append(f"* {model}: KL {d['kl']:.2g} nats (largest {d['kl_max']:.2g}), the likeliest id is the same in "
+                     f"{d['top1']:.1%} of {d['measured']:.0f} rows.")  # fmt: skip
     return "\n".join([*lines, *(f"* {why}" for why in found["errors"].values())])
 
 

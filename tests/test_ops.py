@@ -47,15 +47,27 @@ def assert_matches(op: OpDef, got: Any, want: Any) -> None:
 
 
 class Call(torch.nn.Module):
-    """The op as a model of its tensor arguments, the others held."""
+    """The op as a model of its tensor arguments, the others held; `constant`: those that the op wants held, too."""
 
-    def __init__(self, op: OpDef, args: tuple[Any, ...]) -> None:
+    def __init__(self, op: OpDef, args: tuple[Any, ...], constant: bool = False) -> None:
         super().__init__()
         self.overload, self.args = op.overload, args
+        self.held = set(op.held) if constant else set()
+        self.names = [argument.name for argument in op.overload._schema.arguments]
 
     def forward(self, *given: torch.Tensor) -> Any:
-        rest = iter(given)
-        return self.overload(*(next(rest) if isinstance(arg, torch.Tensor) else arg for arg in self.args))
+        rest, named = iter(given), zip(self.names, self.args)
+        return self.overload(*(next(rest) if varies(arg) and n not in self.held else arg for n, arg in named))
+
+
+def varies(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor)
+
+
+def free(op: OpDef, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors that a translation takes as inputs."""
+    names = [argument.name for argument in op.overload._schema.arguments]
+    return [arg for name, arg in zip(names, args) if varies(arg) and name not in op.held]
 
 
 def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
@@ -64,13 +76,13 @@ def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
 
 def sizable(op: OpDef) -> Any:
     """Samples without sizes 0 and 1, which export and compilation would make constants."""
-    return op.samples().filter(lambda args: all(size > 1 for tensor in only(args) for size in tensor.shape))
+    return op.samples().filter(lambda args: all(size > 1 for tensor in free(op, args) for size in tensor.shape))
 
 
 def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
     """Every size of every tensor as a symbol, but those that the op takes as constants."""
     names = [argument.name for argument in op.overload._schema.arguments]
-    given = [(name, arg) for name, arg in zip(names, args) if isinstance(arg, torch.Tensor)]
+    given = [(name, arg) for name, arg in zip(names, args) if varies(arg) and name not in op.held]
     auto = torch.export.Dim.AUTO
     return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
 
@@ -171,8 +183,8 @@ def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
         pytest.skip("no such translation")
     args = data.draw(sizable(op))
     model = torch.onnx.export(
-        Call(op, args).eval(),
-        tuple(only(args)),
+        Call(op, args, constant=True).eval(),
+        tuple(free(op, args)),
         dynamo=True,
         dynamic_shapes=(symbolic(op, args),),
         custom_translation_table=ops.translation_table(contrib),
@@ -183,7 +195,8 @@ def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for _ in range(5):
-        feeds = {spec.name: tensor.numpy() for spec, tensor in zip(session.get_inputs(), only(args), strict=True)}
+        inputs = zip(session.get_inputs(), free(op, args), strict=True)
+        feeds = {spec.name: tensor.numpy() for spec, tensor in inputs}
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
         assert_matches(op, got, op.reference(*args))
         args = data.draw(op.samples(args))

@@ -1,0 +1,250 @@
+"""int8-linears: what weights of eight bits lose is measured, and what follows is held to them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import aropt
+from aropt import drift, ops
+from aropt.errors import UsageError
+from aropt.kernels import linear_int8 as op
+from aropt.models.shuffle import Shape, ShuffleAR
+from aropt.passbase import Applies, Skips
+from aropt.passes.int8_linears import Int8Linears
+from aropt.passes.merge_linears import MergeLinears
+from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.program import Program
+from aropt.validate import Oracle, noise_floor, validate, with_probe
+
+WIDTH, VOCAB, CAPACITY = 64, 19, 24
+SEEDS = st.integers(0, 2**31)
+ASKED = "int8-linears:least=1000"
+LOOSE = {"kl": 1.0}
+
+
+class Layer(nn.Module):
+    """Causal attention of two heads and a gated part, linear layers with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.out, self.gate, self.up = (nn.Linear(WIDTH, n, bias=True) for n in (WIDTH, 96, 96))
+        self.down = nn.Linear(96, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        h = F.rms_norm(x, (WIDTH,))
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Model(nn.Module):
+    """ids [B, T] -> logits [B, T, VOCAB]; the small head stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 15, bias=False)
+        self.rest = nn.Linear(WIDTH, 4, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.cat([self.head(x), self.rest(x)], -1)
+
+
+@cache
+def plain() -> Program:
+    torch.manual_seed(0)
+    return aropt.capture(Model().eval(), capacity=CAPACITY, vocab=VOCAB, prompts=[[1, 2, 3], [4, 5]])
+
+
+@cache
+def optimized(target: str = "eager", **budget: float) -> Program:
+    return aropt.optimize(plain(), target, pipeline([ASKED]), budget=budget or LOOSE, threads=1)
+
+
+def entry(program: Program) -> dict[str, Any]:
+    return next(p for p in program.report["passes"] if p["name"] == "int8-linears")
+
+
+# --- the op ----------------------------------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.sampled_from(op.SIZES), st.sampled_from([1e-20, 1.0, 1e10]))
+def test_a_weight_is_off_by_half_a_step(seed: int, size: int, scale: float) -> None:
+    w = torch.randn(5, 2 * size, generator=torch.Generator().manual_seed(seed)) * scale
+    w[1, :size] = 0
+    weight, scales = op.packed(w, size)
+    off = (op.unpacked(weight, scales) - w).abs().unflatten(1, (2, size))
+    assert bool((off <= 0.5001 * scales.unsqueeze(2)).all()) and not bool(off[1, 0].any())
+    assert weight.min() >= 1, "whole numbers are symmetric"
+
+
+@given(SEEDS, st.sampled_from(op.SIZES))
+def test_a_large_feature_spoils_its_group_alone(seed: int, size: int) -> None:
+    x = torch.randn(3, 3 * size, generator=torch.Generator().manual_seed(seed))
+    calm, x[:, 0] = op.rounded(x, size), 1e6
+    found = op.rounded(x, size)
+    assert torch.equal(found[:, size:], calm[:, size:]) and not torch.equal(found[:, :size], calm[:, :size])
+
+
+@given(SEEDS)
+def test_rows_are_independent(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weights = torch.randn(4, 96, generator=g), op.packed(torch.randn(7, 96, generator=g), 32)
+    each = torch.cat([op.reference(row[None], *weights) for row in x])
+    torch.testing.assert_close(op.reference(x, *weights), each, rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_does_not_take() -> None:
+    weight, scales = op.packed(torch.randn(3, 64), 32)
+    for x, error in ((torch.randn(2, 32), RuntimeError), (torch.randn(2, 64).half(), TypeError)):
+        with pytest.raises(error):
+            op.reference(x, weight, scales)
+    with pytest.raises(TypeError):
+        op.reference(torch.randn(2, 64), weight.to(torch.int8), scales)
+
+
+# --- the pass --------------------------------------------------------------------------------------------------------
+
+
+def test_it_has_to_be_asked_for_with_a_budget() -> None:
+    assert "int8-linears" not in {p.name for p in pipeline()}
+    with pytest.raises(UsageError, match="lossy") as caught:
+        run_passes(plain(), pipeline([ASKED]), "eager")
+    assert "--budget" in str(caught.value)
+
+
+def test_which_layers() -> None:
+    found = Int8Linears(least=1000).plan(plain(), "eager")
+    assert isinstance(found, Applies) and "14 linear layers" in found.matches[0]
+    assert {n for n, _ in found.rejected} == {"head.weight", "rest.weight"}
+    assert all("less than least=1000" in why for _, why in found.rejected)
+    nothing = Int8Linears().plan(plain(), "eager")
+    assert isinstance(nothing, Skips) and len(nothing.rejected) == 16
+    with pytest.raises(UsageError, match="group=48"):
+        make("int8-linears", {"group": "48"})
+
+
+def test_groups_that_divide_and_weights_that_are_none() -> None:
+    one = Int8Linears(group=128, least=1)
+    assert [one.size(torch.zeros(2, n)) for n in (256, 192, 96, 40)] == [128, 64, 32, 0]
+    assert "no groups" in one.unfit(torch.zeros(4, 40))
+    assert "not finite" in one.unfit(torch.full((4, 64), torch.nan))
+    assert "float16" in one.unfit(torch.zeros(4, 64, dtype=torch.float16))
+
+
+def test_the_program_is_held_to_its_own_weights_of_eight_bits() -> None:
+    made = optimized()
+    assert entry(made)["status"] == "applied" and made.report["verify"]["status"] == "pass"
+    assert made.report["drift"]["kl"] > 0 and made.reference is not None
+    weights = [n for n in made.weights if n.endswith(".int8") or "int8" in n]
+    assert weights and all(made.weights[n].dtype == torch.uint8 for n in weights)
+    assert not any(w.is_floating_point() and w.numel() >= WIDTH * WIDTH for w in made.weights.values())
+    prompts = [[1, 2, 3], [7]]
+    assert made.generate(prompts, 8) == made.reference.generate(prompts, 8)
+    assert made.ledger[-1].level in ("rounding", "bitwise") and any(e.level == "lossy" for e in made.ledger)
+
+
+def test_the_drift_is_that_of_two_forwards() -> None:
+    """KL of the float model against the rounded one, after the rounded one's own ids."""
+    changed = Int8Linears(least=1000).run(plain())
+    found = drift.measure(plain(), with_probe(changed))
+    case = drift.workload(plain())
+    kl, same = [], []
+    for prompt in case.prompts:
+        ids = [*prompt, *changed.generate([list(prompt)], case.n)[0]]
+        p, q = (
+            program.graphs["model"].bind(program.weights)(torch.tensor([ids[:-1]]))[0][0, len(prompt) - 1 :].double()
+            for program in (plain(), changed)
+        )
+        kl.append(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    assert found.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
+    assert found.kl_max == pytest.approx(float(torch.cat(kl).max()), rel=1e-3)
+    assert found.top1 == float(torch.cat(same).double().mean()) and found.measured == 2 * case.n
+    assert len(found.steps) == case.n and found.tokens == 2 * case.n
+
+
+def test_an_exact_program_does_not_drift() -> None:
+    found = drift.measure(plain(), with_probe(plain()))
+    assert (found.kl_max, found.top1, found.agreement, found.first) == (pytest.approx(0, abs=1e-9), 1.0, 1.0, -1)
+
+
+def test_over_the_budget_it_is_reverted_and_said() -> None:
+    made = optimized(kl=0.0)
+    assert entry(made)["status"] == "reverted" and "kl" in entry(made)["reason"]
+    assert made.reference is None and made.generate([[1]], 6) == plain().generate([[1]], 6)
+
+
+def test_layers_that_read_the_same_are_merged_with_the_same_bits() -> None:
+    changed = Int8Linears(least=1000).run(plain())
+    merged = MergeLinears().run(changed)
+    count = [
+        sum(n.target is ops.load("linear_int8").overload for n in p.graphs["model"].fx.nodes) for p in (changed, merged)
+    ]
+    assert count == [14, 8]
+    ids = torch.tensor([[1, 5, 9, 2]])
+    a, b = (p.graphs["model"].bind(p.weights)(ids)[0] for p in (changed, merged))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_onnxruntime_runs_its_own_operator() -> None:
+    pytest.importorskip("onnxruntime")
+    made = optimized("onnxruntime")
+    assert made.report["verify"]["status"] == "pass"
+    assert next(iter(made.report["nodes"].values()))["MatMulNBits"] == 8
+    assert made.report["drift"]["kl"] < 0.01
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_ways_in_and_out_of_windows_are_left_to_their_fusion(window: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"levels": 7, "classes": 3, "layers": 1, "heads": 2, "hidden": 64, "mixing": 32}
+    model = ShuffleAR(Shape(side=4, window=window, width=64, **sizes)).eval()
+    program = aropt.capture(model, prompts=[[8]], vocab=7, input_vocab=10, name="tiny", modality="image")
+    results = run_passes(program, pipeline(["int8-linears:least=100"]), "eager", Instruments(budget=LOOSE))[1]
+    found = {r.name: r for r in results}
+    assert found["int8-linears"].status == "applied", found["int8-linears"].reason
+    if window == 2:
+        assert len(found["token-shuffle-fusion"].matches) >= 2
+        assert any("token-shuffle-fusion" in why for _, why in found["int8-linears"].rejected)
+    assert all(r.status != "reverted" for r in results)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_floor_knows_of_steps() -> None:
+    """Two orders of the same sums cross a step here or there; the floor of a plain program is as it was."""
+    changed = Int8Linears(least=1000).run(plain())
+    ids = torch.arange(CAPACITY)[None] % VOCAB
+    floors = [noise_floor(*Oracle(p).logits(ids)) for p in (plain(), changed)]
+    assert floors[0] < 1e-5 < floors[1] < 1e-2
+    graph = changed.graphs["model"].bind({n: w * (1 + 2e-7) if w.is_floating_point() else w
+                                          for n, w in changed.weights.items()})  # fmt: skip
+    assert float((graph(ids)[0] - Oracle(changed).logits(ids)[0]).abs().max()) < 16 * floors[1]
+
+
+@settings(deadline=None, max_examples=3)
+@given(st.integers(0, 6), st.sampled_from(["weights", "groups"]))
+def test_wrong_weights_are_found(layer: int, what: str) -> None:
+    changed = Int8Linears(least=1000).run(plain())
+    name = [n for n in changed.weights if n.endswith(".int8")][layer]
+    weights = dict(changed.weights)
+    if what == "weights":
+        weights[name] = weights[name].flip(0)
+    else:
+        weights[name.replace(".int8", ".scales")] = weights[name.replace(".int8", ".scales")].flip(1).flip(0)
+    verdict = validate(changed, with_probe(changed.replace(weights=weights)))
+    assert not verdict.passed and verdict.diverges is not None
