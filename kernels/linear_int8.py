@@ -3,7 +3,7 @@
     linear_int8(Tensor x, Tensor weight, Tensor scales) -> Tensor
 
 * `x` float [..., K], `weight` uint8 [N, G, S] with 128 for zero, `scales` float [N, G]; K = G * S features in G groups
-  of S = 32, 64, 128 or 256 neighbours. Floats are float32; or float64, of which the kernel has none.
+  of S = 32, 64 or 128 neighbours. Floats are float32; or float64, of which the kernel has none.
 * Each group of a row of x becomes whole numbers of -127 to 127 times its largest magnitude / 127, ties to even; a group
   of zeros stays. The result is their product with (weight - 128) * scales, float [..., N].
 
@@ -34,7 +34,7 @@ except ImportError:
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-SIZES = (32, 64, 128, 256)  # of a group
+SIZES = (32, 64, 128)  # of a group
 ZERO, MOST = 128, 127.0  # the weight that stands for zero; the largest whole number
 TILES = {"ROWS": 16, "COLUMNS": 32}
 EVEN = 12582912.0  # 1.5 * 2^23: added and taken off again, it rounds to even
@@ -59,8 +59,8 @@ def packed(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def unpacked(weight: Tensor, scales: Tensor) -> Tensor:
     """The float weight [N, K] that a product is taken with."""
-    floats: Tensor = ((weight.to(scales.dtype) - ZERO) * scales.unsqueeze(2)).flatten(1)
-    return floats
+    floats = torch.sub(weight.to(scales.dtype), ZERO)
+    return (floats * scales.unsqueeze(2)).flatten(1)
 
 
 def rounded(x: Tensor, size: int) -> Tensor:
@@ -143,6 +143,11 @@ if HAS_TRITON:
         tl.store(to, total, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
+def warps(size: int) -> int:
+    """Of a program, so that a group's part of both operands stays in registers."""
+    return 4 if size < 128 else 8
+
+
 def supports(x: Tensor, weight: Tensor, scales: Tensor) -> str | None:
     """Why the kernel can't run, or None."""
     if not HAS_TRITON:
@@ -158,7 +163,7 @@ def launch(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     if out.numel():
         given = [t.contiguous() for t in (x, weight, scales)]
         grid = (triton.cdiv(rows, TILES["ROWS"]), triton.cdiv(columns, TILES["COLUMNS"]))
-        _linear_int8_kernel[grid](*given, out, rows, columns, groups, size, EVEN, **TILES, num_warps=4)
+        _linear_int8_kernel[grid](*given, out, rows, columns, groups, size, EVEN, **TILES, num_warps=warps(size))
     return out
 
 
@@ -167,7 +172,8 @@ def aot() -> Sequence[Aot]:
     types = ["*fp32", "*u8", "*fp32", "*fp32", *["i32"] * 3, *["constexpr"] * 4]
     signature = dict(zip(_linear_int8_kernel.arg_names, types, strict=True))
     expects = dict.fromkeys((80, 90, 100), ("mma.sync",))
-    return [Aot(_linear_int8_kernel, signature, {"SIZE": size, "EVEN": EVEN, **TILES}, 4, expects) for size in SIZES]
+    kernel = _linear_int8_kernel
+    return [Aot(kernel, signature, {"SIZE": n, "EVEN": EVEN, **TILES}, warps(n), expects) for n in SIZES]
 
 
 def cost(x: Tensor, weight: Tensor, scales: Tensor) -> Cost:
