@@ -68,7 +68,8 @@ def rounded(x: Tensor, size: int) -> Tensor:
     groups = x.unflatten(-1, (-1, size))
     most = groups.abs().amax(-1, keepdim=True)
     up = torch.where(most > 0, MOST / most, 0.0)
-    return (torch.round(groups * up) * (most / MOST)).flatten(-2)
+    whole: Tensor = torch.round(groups * up) * (most / MOST)
+    return whole.flatten(-2)
 
 
 def reference(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
