@@ -41,6 +41,7 @@ AGAINST = {
     "ort-genai": "onnxruntime-genai, from its own model builder, float32",
     "openvino": "OpenVINO GenAI, from optimum-intel's export, float32",
     "llamacpp": "llama.cpp's C API, float32",
+    "llamacpp-q8": "the same with weights of eight bits (Q8_0)",
 }
 DEFAULT_AGAINST = ("eager", "cached", "hf")
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(

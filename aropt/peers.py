@@ -1,4 +1,4 @@
-"""Other engines as variants of the benchmark: onnxruntime-genai, OpenVINO GenAI, llama.cpp; float32, greedy, batch 1.
+"""Other engines as variants of the benchmark: onnxruntime-genai, OpenVINO GenAI, llama.cpp; greedy, batch 1.
 
 Run as a script by any Python that has the engine; it needs no aropt: the top level imports the standard library only.
 
@@ -236,6 +236,20 @@ def build_llamacpp(model: Path, folder: Path) -> None:
     writer.close()
 
 
+def build_llamacpp_q8(model: Path, folder: Path) -> None:
+    """The same with weights of eight bits: Q8_0, groups of 32 with a scale each, as its own tool makes them."""
+    import llama_cpp as engine
+
+    build_llamacpp(model, folder)
+    whole = folder / "whole.gguf"
+    (folder / "model.gguf").rename(whole)
+    options = engine.llama_model_quantize_default_params()
+    options.ftype = engine.LLAMA_FTYPE_MOSTLY_Q8_0
+    if engine.llama_model_quantize(str(whole).encode(), str(folder / "model.gguf").encode(), options):
+        raise RuntimeError("llama_model_quantize fails")
+    whole.unlink()
+
+
 def tensors(model: Path) -> Iterator[tuple[str, Any]]:
     """(name, float32 array) of a directory's safetensors files: 8 bytes of length, a JSON header, the data."""
     import numpy as np
@@ -294,6 +308,7 @@ PEERS = {
     "ort-genai": Peer(("onnxruntime-genai", "onnx-ir", "torch", "transformers"), build_genai, load_genai),
     "openvino": Peer(("openvino-genai", "openvino-tokenizers", "optimum-intel"), build_openvino, load_openvino),
     "llamacpp": Peer(("llama-cpp-python", "gguf"), build_llamacpp, load_llamacpp),
+    "llamacpp-q8": Peer(("llama-cpp-python", "gguf"), build_llamacpp_q8, load_llamacpp),
 }
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_the_script_needs_no_packages(variant: str, llama: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", peers.PEERS)
+@pytest.mark.parametrize("variant", [v for v in peers.PEERS if v != "llamacpp-q8"])
 def test_engines_give_the_same_tokens(
     variant: str, artifact: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import aropt
 from aropt import api, trial
 from aropt.command import prompts
 from aropt.errors import UsageError
@@ -73,6 +77,34 @@ def test_a_pass_that_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(trial, "lowered", None)
     passes, found = trial.trial(texts(), pipeline(dropped=["kv-cache"]), NgramDraft(), "onnxruntime")
     assert NgramDraft() not in passes and "no greedy loop" in found.told()
+
+
+def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = told(monkeypatch, 100.0, 50.0)
+    monkeypatch.setattr("aropt.drift.measure", None)
+    lossy = ["int8-linears:least=1"]
+    passes, found = trial.trial(wide(), pipeline(lossy), NgramDraft(), "onnxruntime", 1)
+    assert found.kept and NgramDraft() in passes
+    assert all(any(n.endswith(".int8") or "int8" in n for n in p.weights) for p in seen[0].values())
+
+
+def wide() -> Program:
+    """A model with features enough for groups."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(9, 32), Attention(), nn.Linear(32, 9)).eval()
+    return aropt.capture(module, capacity=16, vocab=9, prompts=REPEATING, modality="text", name="wide")
+
+
+class Attention(nn.Module):
+    """Causal, of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
 
 
 def test_what_the_caller_decides_is_not_tried() -> None:
