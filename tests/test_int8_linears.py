@@ -31,17 +31,18 @@ LOOSE = {"kl": 1.0}
 
 
 class Layer(nn.Module):
-    """Causal attention of two heads and a gated part, linear layers with a bias and without."""
+    """Attention of two heads and a gated part, linear layers with a bias and without."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.out, self.gate, self.up = (nn.Linear(WIDTH, n, bias=True) for n in (WIDTH, 96, 96))
         self.down = nn.Linear(96, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         h = F.rms_norm(x, (WIDTH,))
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -49,9 +50,9 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """ids [B, T] -> logits [B, T, VOCAB]; the small head stays as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool = True) -> None:
         super().__init__()
-        self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Layer() for _ in range(2))
+        self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Layer(causal) for _ in range(2))
         self.head = nn.Linear(WIDTH, 15, bias=False)
         self.rest = nn.Linear(WIDTH, 4, bias=False)
 
@@ -220,6 +221,18 @@ def test_ways_in_and_out_of_windows_are_left_to_their_fusion(window: int) -> Non
         assert len(found["token-shuffle-fusion"].matches) >= 2
         assert any("token-shuffle-fusion" in why for _, why in found["int8-linears"].rejected)
     assert all(r.status != "reverted" for r in results)
+
+
+def test_with_a_lossy_cache_on_a_canvas() -> None:
+    """The second pass is measured against the first one's program, the lowered program against the model."""
+    torch.manual_seed(0)
+    program = aropt.capture(Model(causal=False).eval(), capacity=CAPACITY, vocab=VOCAB, mask=VOCAB - 1,
+                            prompts=[[1, 2, 3], [4, 5]])  # fmt: skip
+    both = pipeline([ASKED, "dual-cache"])
+    made = aropt.optimize(program, "eager", both, budget={"kl": 1.0}, threads=1)
+    lossy = [e for e in made.ledger if e.level == "lossy"]
+    assert [e.name for e in lossy] == ["int8-linears", "dual-cache"] and made.report["verify"]["status"] == "pass"
+    assert lossy[0].evidence["kl"] > 0 and made.report["drift"]["kl"] > 0
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

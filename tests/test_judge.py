@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aropt.models.tune_canvas import BLANKS, flat
-from perf.guided import Measured, NGram, described, hashed, rival
+from perf.guided import DEFAULT, Measured, NGram, described, hashed, rival
 
 TEXT = list(b"the cat sat on the mat. the dog sat on the cat. " * 3)
 
@@ -53,13 +53,17 @@ ROWS = st.tuples(st.integers(1, 50), st.sampled_from([0.5, 1.0, 1.5]))
 def test_a_rival_is_the_slowest_that_is_not_better(
     guided: tuple[int, float], free: dict[str, tuple[int, float]]
 ) -> None:
+    free = {DEFAULT: (7, 1.5), **free}
     made = {
         n: Measured([f, f], [1.0, 1.0], [nll, nll], [[32], [1]]) for n, (f, nll) in {**free, "guide": guided}.items()
     }
     found = rival(made["guide"], {n: m for n, m in made.items() if n != "guide"})
-    row = described("guide", made)
+    first, *others = described("guide", made)["against"]
+    assert first["name"] == DEFAULT and first["fewer"] == pytest.approx(free[DEFAULT][0] / guided[0])
+    assert first["worse_by"] == pytest.approx(guided[1] - free[DEFAULT][1])
     no_better = {n: f for n, (f, nll) in free.items() if nll >= guided[1]}
-    assert (found is None) == (not no_better) == ("rival" not in row)
+    assert (found is None) == (not no_better) == (not others)
     if found is not None:
         assert no_better[found] == max(no_better.values())
-        assert row["fewer"] == pytest.approx(no_better[row["rival"]] / guided[0]) and row["worse_by"] <= 0
+        assert others[0]["name"] == found and others[0]["worse_by"] <= 0
+        assert others[0]["fewer"] == pytest.approx(no_better[found] / guided[0])
