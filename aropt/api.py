@@ -138,7 +138,7 @@ def optimize(
     chosen = pipeline() if passes is None else list(passes)
     trials = []
     for one in tries if measure else ():
-        chosen, found = trial(program, chosen, one, target, threads, instruments.say)
+        chosen, found = trial(program, chosen, one, target, threads, instruments)
         trials.append(found)
     optimized, results = run_passes(program, chosen, target, instruments)
     results += [Result(t.name, "skipped", "rounding", t.told()) for t in trials if not t.kept]

@@ -188,27 +188,28 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
     from aropt import quality
     from aropt.drift import measure
 
-    if instruments.trust:
-        result.status, changed = "applied", one.run(program)
-        return changed.replace(reference=changed)
+    refreshes = "refresh" in result.options
     if not instruments.budget:
+        does = (import_module(type(one).__module__).__doc__ or "").partition(": ")[2].partition("\n")[0]
         raise UsageError(
             what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
             where=f"--pass {one.name}",
-            why=(one.__doc__ or "").splitlines()[0] if "refresh" not in result.options
-            else "its rows see the whole canvas, and stored ones are not refreshed each round",
+            why="its rows see the whole canvas, and stored ones are not refreshed each round" if refreshes else does,
             hint="give a budget: --budget kl=0.05,top1=0.95",
-        )  # fmt: skip
+        )
+    if instruments.trust:
+        result.status, changed = "applied", one.run(program)
+        return changed.replace(reference=changed)
     wanted = program.meta.get("examples") or "quality" in instruments.budget
     known = quality.measure(program) if wanted else None
     result.status, result.verify = "reverted", {}
-    given: int = result.options.get("refresh", -1)  # type: ignore[assignment]
+    given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
     tries = [given, *(r for r in REFRESHES if not given or r < given)]
-    if given >= 0:
+    if refreshes:
         result.reason = check(program, at_refresh(one, 1).run(program), result, instruments)
     for refresh in [] if result.reason else tries:
-        changed = one.run(program) if refresh < 0 else at_refresh(one, refresh).run(program)
-        instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refresh >= 0 else ""))
+        changed = (at_refresh(one, refresh) if refreshes else one).run(program)
+        instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
         result.reason = check(changed, changed, result, instruments)  # batches against sequences alone
         if result.reason:
@@ -217,7 +218,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
         result.verify |= drift.metrics()
         result.drift = asdict(drift)
         result.reason = drift.misses(instruments.budget)
-        if refresh >= 0:
+        if refreshes:
             result.options["refresh"] = refresh
         if not result.reason:
             result.status = "applied"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from aropt.runtime import fitted, room
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
+QUIET = Instruments()
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
 
 
@@ -56,21 +57,25 @@ def trial(
     one: Pass,
     target: str,
     threads: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    instruments: Instruments = QUIET,
 ) -> tuple[list[Pass], Trial]:
-    """The passes, with `one` in its place among them if the program is faster so; and what was found."""
+    """The passes, with `one` in its place among them if the program is faster so; and what was found.
+
+    Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
+    """
     passes, found = list(passes), Trial(one.name)
     prompts = [fitted(program, p) for p in program.meta["prompts"][:PROMPTS]]
     found.reason = unfit(program, target, prompts)
     if found.reason:
         return passes, found
-    say(f"{one.name}: is it worth it?")
+    instruments.say(f"{one.name}: is it worth it?")
+    unchecked = Instruments(check=False, trust=True, budget=instruments.budget)
     places = list(PASSES)
     longer = sorted([*passes, one], key=lambda p: places.index(p.name))
     with TemporaryDirectory(prefix="aropt-") as folder:
         ways: dict[str, Program] = {}
         for way, chosen in (("with", longer), ("without", passes)):
-            made, results = run_passes(program, chosen, target, Instruments(check=False, trust=True))
+            made, results = run_passes(program, chosen, target, unchecked)
             declined = next((r.reason for r in results if r.name == one.name and r.status != "applied"), "")
             if declined:
                 found.reason = declined

@@ -1,4 +1,4 @@
-"""int8-linears: linear layers read weights of eight bits, a quarter of the bytes (`aropt::linear_int8`).
+"""int8-linears: linear layers read weights of eight bits, a quarter of the bytes, and round their rows to eight too.
 
 A round of one sequence reads all weights once, so it takes about as long as that. Weights are rounded by groups of
 neighbouring features, and so are the rows that they are multiplied with, when they are there: one large feature costs

@@ -16,7 +16,7 @@ from aropt.command import prompts
 from aropt.errors import UsageError
 from aropt.passbase import loops
 from aropt.passes.ngram_draft import NgramDraft
-from aropt.passmanager import TRIED, pipeline, untold
+from aropt.passmanager import TRIED, Instruments, pipeline, untold
 from aropt.program import Program
 from tests.conftest import make_program
 
@@ -83,9 +83,17 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
     seen = told(monkeypatch, 100.0, 50.0)
     monkeypatch.setattr("aropt.drift.measure", None)
     lossy = ["int8-linears:least=1"]
-    passes, found = trial.trial(wide(), pipeline(lossy), NgramDraft(), "onnxruntime", 1)
+    budget = Instruments(budget={"kl": 1.0})
+    passes, found = trial.trial(wide(), pipeline(lossy), NgramDraft(), "onnxruntime", 1, budget)
     assert found.kept and NgramDraft() in passes
     assert all(any(n.endswith(".int8") or "int8" in n for n in p.weights) for p in seen[0].values())
+
+
+def test_a_budget_is_missed_before_anything_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "lowered", None)
+    with pytest.raises(UsageError, match="lossy") as caught:
+        trial.trial(wide(), pipeline(["int8-linears:least=1"]), NgramDraft(), "onnxruntime")
+    assert "weights of eight bits" in str(caught.value) and "--budget" in str(caught.value)
 
 
 def wide() -> Program:
