@@ -180,7 +180,9 @@ def optimize(
             raise BudgetMissed(
                 what=f"the program lowered to {target} misses the budget", why=missed, hint="raise it, or --no-pass"
             )
-    finished.report["notes"] += [t.told() for t in trials if t.kept]
+    undone = [r.name for r in results if r.level == "lossy" and r.status == "reverted"]
+    timed = f" It was timed with {', '.join(undone)}, which was reverted." if undone else ""
+    finished.report["notes"] += [t.told() + timed for t in trials if t.kept]
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))

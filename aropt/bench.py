@@ -270,11 +270,14 @@ def variant(spec: Spec) -> Generate:
     if spec.variant in ("hf", "hf-static", "hf-lookup"):
         return huggingface(spec)
     if spec.variant in ("ngram-draft", "no-draft"):
-        return stepping(again(spec, spec.variant == "ngram-draft"), spec)
+        drafts = ["ngram-draft"] if spec.variant == "ngram-draft" else []
+        return stepping(again(spec, [*lossy(spec), *drafts]), spec)
     from aropt.artifact import load
 
     target = TARGETS.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
+    if spec.variant == "cached" and "int8-linears" in (e.name for e in program.ledger):
+        return stepping(again(spec, [], "eager"), spec)  # eagerly it makes floats of all weights in each round
     if target == "onnxruntime":
         program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
         program.executor.rounds = {}
@@ -380,19 +383,29 @@ def eager(spec: Spec) -> Generate:
     return generate
 
 
-def again(spec: Spec, drafts: bool) -> Any:
-    """The artifact's model with drafts or without, not validated: its tokens are compared with the artifact's."""
+def lossy(spec: Spec) -> list[str]:
+    """The lossy passes of an artifact, as the command line has them."""
+    from aropt.artifact import load
+
+    found = [e for e in load(spec.artifact, target="eager", threads=spec.threads).ledger if e.level == "lossy"]
+    return [f"{e.name}:" + ",".join(f"{k}={v}" for k, v in e.options.items()) for e in found]
+
+
+def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any:
+    """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
+    artifact's.
+    """
     from aropt.api import capture, optimize
     from aropt.artifact import loop_of, source_of
     from aropt.passbase import loops
     from aropt.passmanager import Instruments, pipeline
 
     program = capture(source_of(Path(spec.artifact)), rules=loop_of(Path(spec.artifact))[1])
-    chosen, unchecked = pipeline(["ngram-draft"] if drafts else []), Instruments(check=False)
-    program = optimize(program, "onnxruntime", chosen, check=False, threads=spec.threads, instruments=unchecked)
-    if drafts and not loops(program.control, "speculate"):
+    trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
+    made = optimize(program, target, pipeline(chosen), check=False, threads=spec.threads, instruments=trusting)
+    if "ngram-draft" in chosen and not loops(made.control, "speculate"):
         raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
-    return program
+    return made
 
 
 def huggingface(spec: Spec) -> Generate:

@@ -114,7 +114,7 @@ def optimize(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What it is timed on: a JSON text or list of ids a line."),
+        typer.Option(metavar="FILE", help="To time it, try drafts, measure drift on: a JSON text or ids a line."),
     ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[
@@ -254,7 +254,7 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
         allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())
         print(
             f"drift          KL {d['kl']:.2g} (largest {d['kl_max']:.2g}), top-1 {d['top1']:.1%}, answers agree in "
-            f"{d['agreement']:.1%} (budget: {allowed})"
+            f"{d['agreement']:.1%}, over {d['measured']} rows (budget: {allowed})"
         )
         if d["rows"] != d["exact_rows"]:
             print(

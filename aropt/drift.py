@@ -20,7 +20,7 @@ from aropt import validate as rows
 from aropt.errors import UsageError
 from aropt.interpreter import Eager, Executor, run
 from aropt.program import Program
-from aropt.runtime import room
+from aropt.runtime import fitted, room
 from aropt.smooth import forward
 from aropt.unmask import current_block
 from aropt.validate import Case, Oracle
@@ -63,9 +63,11 @@ class Drift:
         """What is over the budget, in words; empty if nothing is. The bound of `quality` is on its loss."""
         lost = float("inf") if self.quality is None or self.exact_quality is None else self.exact_quality - self.quality
         found = {**self.metrics(), "quality": lost}
-        over = [f"{m} {found[m]:.4g}, at most {budget[m]:g}" for m in AT_MOST if m in budget and found[m] > budget[m]]
+        over = [
+            f"{m} {found[m]:.4g}, at most {budget[m]:g}" for m in AT_MOST if m in budget and not found[m] <= budget[m]
+        ]
         under = [
-            f"{m} {found[m]:.4g}, at least {budget[m]:g}" for m in AT_LEAST if m in budget and found[m] < budget[m]
+            f"{m} {found[m]:.4g}, at least {budget[m]:g}" for m in AT_LEAST if m in budget and not found[m] >= budget[m]
         ]
         return "; ".join(over + under)
 
@@ -95,12 +97,18 @@ def budget(text: str) -> dict[str, float]:
 
 
 def workload(program: Program) -> Case:
-    """The model's own prompts, as one batch, with the rule's default parameters."""
-    prompts = [tuple(int(t) for t in p) for p in program.meta["prompts"][:PROMPTS]]
-    n = max(1, min(TOKENS, min(room(program, p) for p in prompts)))
+    """The model's own prompts, as one batch, with the rule's default parameters. Raises UsageError without any."""
+    prompts = [tuple(fitted(program, p)) for p in program.meta["prompts"]]
+    if not prompts:
+        raise UsageError(what="there are no prompts to measure drift on", hint="give some: --prompts FILE, or prompts=")
+    most = min(TOKENS, max(room(program, p) for p in prompts))
+    prompts = [p for p in prompts if 2 * room(program, p) >= most][:PROMPTS]  # a long one leaves the others no room
+    n = max(1, min(most, *(room(program, p) for p in prompts)))
     if program.meta.get("loop") != "unmask":  # images are drawn: the likeliest ids of one are hardly any
         drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
-        return Case("drift", "greedy", tuple(prompts), n, params=(("temperature", 1.0),) if drawn else ())
+        alone = "negative" in program.inputs and program.meta.get("null") is None
+        return Case("drift", "greedy", tuple(prompts), n, params=(("temperature", 1.0),) if drawn else (),
+                    negative=tuple(p[::-1] for p in prompts) if alone else ())  # fmt: skip
     block = int(program.meta.get("block") or 0)
     own = min(int(program.inputs["block"].default or n), n)
     params = () if block else (("block", float(own)),)
@@ -164,11 +172,11 @@ def positions(exact: Program, candidate: Program, executor: Executor | None, cas
     for i, prompt in enumerate(case.prompts):
         forced = rows.Forced(oracle, mine, i)
         run(exact, case.inputs(exact, [i]), 0, forced)
-        want, before = forced.forwards[0][0][0], len(units.rows(exact.meta, prompt)) - 1
+        want, before = torch.cat([single for single, _ in forced.forwards]), len(units.rows(exact.meta, prompt)) - 1
         for number, got in enumerate(mine.logits[i][: units.rows_for(exact.meta, len(mine.tokens[i]))]):
             rounds += [[]] if number == len(rounds) else []
-            flat = (-1, want.shape[-1])  # a window's ids are rows
-            rounds[number].append(distance(want[before + number].reshape(flat), got[0].reshape(flat), -1))
+            p, q = (guided(exact, x).reshape(-1, x.shape[-1]) for x in (want[: len(got), before + number], got))
+            rounds[number].append(distance(p, q))  # a window's ids are rows
     kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
     steps = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
     tokens, own = sum(map(len, mine.tokens)), sum(map(len, theirs.tokens))
@@ -176,6 +184,14 @@ def positions(exact: Program, candidate: Program, executor: Executor | None, cas
         float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.tokens, theirs.tokens), len(kl),
         tokens, len(rounds), max(map(len, theirs.logits)), tokens, own, steps,
     )  # fmt: skip
+
+
+def guided(program: Program, logits: Tensor) -> Tensor:
+    """What the rule draws from: of two branches [2, ...] by the default scale of guidance, of one [1, ...] itself."""
+    if len(logits) == 1:
+        return logits[0]
+    scale = float(program.inputs["guidance"].default or 1.0)
+    return logits[1] + scale * (logits[0] - logits[1])
 
 
 def agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[float, int]:
@@ -218,7 +234,7 @@ def sequence(
     return found
 
 
-def distance(exact: Tensor, cached: Tensor, mask: int) -> tuple[Tensor, Tensor]:
+def distance(exact: Tensor, cached: Tensor, mask: int = -1) -> tuple[Tensor, Tensor]:
     """KL(exact || cached) in nats and whether the most likely ids agree, the mask id left out: logits [N, V] -> [N]."""
     hidden = torch.arange(exact.shape[-1]) == mask
     p, q = (torch.where(hidden, -torch.inf, x.double()).log_softmax(-1) for x in (exact, cached))

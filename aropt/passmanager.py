@@ -200,7 +200,12 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
     if instruments.trust:
         result.status, changed = "applied", one.run(program)
         return changed.replace(reference=changed)
-    wanted = program.meta.get("examples") or "quality" in instruments.budget
+    canvas = program.meta.get("loop") == "unmask"
+    if "quality" in instruments.budget and not canvas:
+        raise UsageError(
+            what="quality is measured on canvases", where="--budget", hint="bound kl, kl_max, top1 or agreement"
+        )
+    wanted = canvas and (program.meta.get("examples") or "quality" in instruments.budget)
     known = quality.measure(program) if wanted else None
     result.status, result.verify = "reverted", {}
     given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
@@ -271,9 +276,11 @@ def bisect(program: Program, passes: Sequence[Pass], target: str, say: Callable[
 
     def fails(count: int) -> bool:
         say(f"bisect: the first {count} passes")
-        changed, _ = run_passes(program, passes[:count], target, Instruments(check=False))
-        probed = with_probe(changed)
-        return not validate(program, probed, lower(probed, target), cases(program, quick=True), explain=False).passed
+        trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
+        changed, _ = run_passes(program, passes[:count], target, trusting)
+        probed, reference = with_probe(changed), changed.reference or program
+        chosen = cases(reference, quick=True)
+        return not validate(reference, probed, lower(probed, target), chosen, explain=False).passed
 
     if not fails(len(passes)):
         return None

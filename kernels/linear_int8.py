@@ -5,7 +5,7 @@
 * `x` float [..., K], `weight` uint8 [N, G, S] with 128 for zero, `scales` float [N, G]; K = G * S features in G groups
   of S = 32, 64 or 128 neighbours. Floats are float32; or float64, of which the kernel has none.
 * Each group of a row of x becomes whole numbers of -127 to 127 times its largest magnitude / 127, ties to even; a group
-  of zeros stays. The result is their product with (weight - 128) * scales, float [..., N].
+  with none above 1e-30 becomes zeros. The result is their product with (weight - 128) * scales, float [..., N].
 
 Weights by group as in ONNX Runtime's MatMulNBits, rows as its `accuracy_level` 4 rounds them (dynamic quantization by
 group). A weight is read as one byte where float32 takes four; products of whole numbers are exact, sums over groups are
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SIZES = (32, 64, 128)  # of a group
 ZERO, MOST = 128, 127.0  # the weight that stands for zero; the largest whole number
+LEAST = 1e-30  # below it 127 / most is none that float32 holds
 TILES = {"ROWS": 16, "COLUMNS": 32}
 EVEN = 12582912.0  # 1.5 * 2^23: added and taken off again, it rounds to even
 
@@ -67,7 +68,7 @@ def rounded(x: Tensor, size: int) -> Tensor:
     """x with each group of its rows rounded."""
     groups = x.unflatten(-1, (-1, size))
     most = groups.abs().amax(-1, keepdim=True)
-    up = torch.where(most > 0, MOST / most, 0.0)
+    up = torch.where(most > LEAST, MOST / most, 0.0)
     whole: Tensor = torch.round(groups * up) * (most / MOST)
     return whole.flatten(-2)
 
@@ -97,8 +98,8 @@ def onnx(x, weight, scales):  # type: ignore[no-untyped-def]
     lead = [0] * (len(x.shape) - 1)  # 0: the size as it is
     parts = op.Reshape(x, op.Constant(value_ints=[*lead, groups, size]))
     most = op.ReduceMax(op.Abs(parts), op.Constant(value_ints=[-1]), keepdims=1)
-    limit, zero = (op.CastLike(op.Constant(value_float=v), x) for v in (MOST, 0.0))
-    up = op.Where(op.Greater(most, zero), op.Div(limit, most), zero)
+    limit, zero, least = (op.CastLike(op.Constant(value_float=v), x) for v in (MOST, 0.0, LEAST))
+    up = op.Where(op.Greater(most, least), op.Div(limit, most), zero)
     whole = op.Mul(op.Round(op.Mul(parts, up)), op.Div(most, limit))
     x = op.Reshape(whole, op.Constant(value_ints=[*lead, groups * size]))
     floats = op.Sub(op.CastLike(weight, scales), op.CastLike(op.Constant(value_float=float(ZERO)), scales))
@@ -132,7 +133,7 @@ if HAS_TRITON:
             at = group * SIZE + k
             x = tl.load(x_ptr + row[:, None] * (groups * SIZE) + at[None, :], mask=row[:, None] < rows, other=0.0)
             most = tl.max(tl.abs(x), 1)
-            up = tl.where(most > 0, 127.0 / most, 0.0)
+            up = tl.where(most > 1e-30, 127.0 / most, 0.0)
             whole = ((x * up[:, None] + EVEN) - EVEN).to(tl.int8)
             w = tl.load(
                 weight_ptr + column[None, :] * (groups * SIZE) + at[:, None], mask=column[None, :] < columns, other=128

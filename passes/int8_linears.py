@@ -50,7 +50,8 @@ class Int8Linears:
             return Skips("no loop runs a full forward")
         found, rejected = self.layers(graph, program)
         if not found:
-            return Skips("no linear layer is large enough", tuple(rejected))
+            reasons = list(dict.fromkeys(why for _, why in rejected)) or ["the forward has no linear layer"]
+            return Skips("; ".join(reasons[:3]), tuple(rejected))
         size = sum(program.weights[str(n.args[1].target)].nbytes for n in found)
         return Applies((f"{graph.name}: {len(found)} linear layers of {size / 2**20:.1f} MiB",), tuple(rejected))
 
@@ -131,13 +132,13 @@ def reached(node: fx.Node, backwards: bool) -> set[Any]:
 def quantized(graph: fx.Graph, node: Any, weights: dict[str, Tensor], group: int) -> None:
     """The op in the place of a linear layer; its weights are added to `weights`."""
     x, weight, *bias = node.args
-    names = f"{weight.target}.int8", f"{weight.target}.scales"
+    names = f"{weight.target}_int8", f"{weight.target}_scales"  # beside a tied table of that name
     if names[0] not in weights:
         weights |= dict(zip(names, packed(weights[str(weight.target)], group), strict=True))
     with graph.inserting_before(node):
         new = graph.call_function(ops.load("linear_int8").overload, (x, *(graph.get_attr(n) for n in names)))
-        made = graph.call_function(aten.add.Tensor, (new, bias[0])) if bias and bias[0] is not None else new
-    new.meta = {"where": node.meta.get("where", "")}
-    made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        made = graph.call_function(aten.add.Tensor, (new, bias[0])) if bias else new
+    for one in (new, made):  # nodes of the new reference, not of the model
+        one.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": one.name}
     node.replace_all_uses_with(made)
     graph.erase_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -107,6 +108,12 @@ def test_rows_are_independent(seed: int) -> None:
     torch.testing.assert_close(op.reference(x, *weights), each, rtol=1e-5, atol=1e-5)
 
 
+def test_tiny_groups_are_zeros() -> None:
+    x = torch.tensor([[1e-38] * 31 + [0.0], [1e-35] * 31 + [1e-20]])
+    found = op.rounded(x, 32)
+    assert bool(torch.isfinite(found).all()) and not bool(found[0].any()) and bool(found[1].any())
+
+
 def test_what_it_does_not_take() -> None:
     weight, scales = op.packed(torch.randn(3, 64), 32)
     for x, error in ((torch.randn(2, 32), RuntimeError), (torch.randn(2, 64).half(), TypeError)):
@@ -149,7 +156,7 @@ def test_the_program_is_held_to_its_own_weights_of_eight_bits() -> None:
     made = optimized()
     assert entry(made)["status"] == "applied" and made.report["verify"]["status"] == "pass"
     assert made.report["drift"]["kl"] > 0 and made.reference is not None
-    weights = [n for n in made.weights if n.endswith(".int8") or "int8" in n]
+    weights = [n for n in made.weights if "int8" in n]
     assert weights and all(made.weights[n].dtype == torch.uint8 for n in weights)
     assert not any(w.is_floating_point() and w.numel() >= WIDTH * WIDTH for w in made.weights.values())
     prompts = [[1, 2, 3], [7]]
@@ -235,6 +242,65 @@ def test_with_a_lossy_cache_on_a_canvas() -> None:
     assert lossy[0].evidence["kl"] > 0 and made.report["drift"]["kl"] > 0
 
 
+class Tied(nn.Module):
+    """The head's weight is the embedding's, and a layer is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.twice = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.twice(self.embed(ids))
+        x = x + F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.head(self.twice(x))
+
+
+def test_a_tied_table_stays_beside_its_weights_of_eight_bits() -> None:
+    torch.manual_seed(0)
+    program = aropt.capture(Tied().eval(), capacity=CAPACITY, vocab=VOCAB, prompts=[[1, 2]])
+    made = aropt.optimize(program, "eager", pipeline([ASKED]), budget=LOOSE, threads=1)
+    assert made.report["verify"]["status"] == "pass" and entry(made)["status"] == "applied"
+    assert {"embed.weight", "embed.weight_int8", "twice.weight_int8"} <= set(made.weights)
+    assert "twice.weight" not in made.weights
+
+
+def test_prompts_that_are_too_long_leave_others_their_room() -> None:
+    program = plain().replace(meta={**plain().meta, "prompts": [[1] * 40, [2] * CAPACITY, [3, 4], [5]]})
+    case = drift.workload(program)
+    half = CAPACITY // 2
+    assert case.prompts == ((1,) * half, (3, 4), (5,)) and case.n == half + 1
+    with pytest.raises(UsageError, match="no prompts"):
+        drift.workload(plain().replace(meta={**plain().meta, "prompts": []}))
+
+
+def test_what_can_not_be_measured_is_over_the_budget() -> None:
+    found = drift.measure(plain(), with_probe(plain()))
+    for bounds in ({"kl": 1.0}, {"top1": 0.0}):
+        broken = replace(found, kl=float("nan"), top1=float("nan"))
+        assert broken.misses(bounds) and not found.misses(bounds)
+    with pytest.raises(UsageError, match="on canvases"):
+        optimized(quality=0.1)
+
+
+def test_guidance_counts_with_both_branches() -> None:
+    torch.manual_seed(0)
+    program = aropt.capture(Model().eval(), capacity=CAPACITY, vocab=VOCAB, prompts=[[1, 2, 3]], null=0,
+                            rules=("temperature", "guidance"))  # fmt: skip
+    changed = Int8Linears(least=1000).run(program)
+    found = drift.measure(program, with_probe(changed))
+    case = drift.workload(program)
+    ids = changed.generate([list(case.prompts[0])], case.n)[0]
+    logits = []
+    for one in (program, changed):
+        model = one.graphs["model"].bind(one.weights)
+        c, u = (model(torch.tensor([[*start, *ids[:-1]]]))[0][0, 2:].double() for start in ([1, 2, 3], [0, 2, 3]))
+        logits.append((u + float(program.inputs["guidance"].default or 1) * (c - u)).log_softmax(-1))
+    kl = F.kl_div(logits[1], logits[0], log_target=True, reduction="none").sum(-1)
+    assert found.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -253,11 +319,12 @@ def test_the_noise_floor_knows_of_steps() -> None:
 @given(st.integers(0, 6), st.sampled_from(["weights", "groups"]))
 def test_wrong_weights_are_found(layer: int, what: str) -> None:
     changed = Int8Linears(least=1000).run(plain())
-    name = [n for n in changed.weights if n.endswith(".int8")][layer]
+    name = [n for n in changed.weights if n.endswith("_int8")][layer]
     weights = dict(changed.weights)
     if what == "weights":
         weights[name] = weights[name].flip(0)
     else:
-        weights[name.replace(".int8", ".scales")] = weights[name.replace(".int8", ".scales")].flip(1).flip(0)
+        weights[name.replace("_int8", "_scales")] = weights[name.replace("_int8", "_scales")].flip(1).flip(0)
     verdict = validate(changed, with_probe(changed.replace(weights=weights)))
     assert not verdict.passed and verdict.diverges is not None
+    assert "linear_int8" in verdict.diverges["op"] and ".".join(name.split(".")[:2]) in verdict.diverges["module"]

@@ -57,8 +57,8 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
 
 
 UNFIT = [
-    ({"modality": "image"}, "onnxruntime", "for texts"),
-    ({"prompts": [[1], [2]]}, "onnxruntime", "without prompts"),
+    ({"modality": "image"}, "onnxruntime", "an image"),
+    ({"prompts": [[1], [2]]}, "onnxruntime", "two ids"),
     ({}, "eager", "target eager"),
     ({"loop": "unmask"}, "onnxruntime", "over positions"),
 ]
@@ -86,7 +86,7 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
     budget = Instruments(budget={"kl": 1.0})
     passes, found = trial.trial(wide(), pipeline(lossy), NgramDraft(), "onnxruntime", 1, budget)
     assert found.kept and NgramDraft() in passes
-    assert all(any(n.endswith(".int8") or "int8" in n for n in p.weights) for p in seen[0].values())
+    assert all(any("int8" in n for n in p.weights) for p in seen[0].values())
 
 
 def test_a_budget_is_missed_before_anything_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
