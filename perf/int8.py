@@ -2,10 +2,10 @@
 
     python -m perf.int8 [--runs 24] [--threads 2] [MODEL ...]
 
-Models are text-ar and random Llamas of perf.models. Each variant runs in a process of its own, taking turns, greedy and
-without drafts. The budget is KL alone, and the Llamas are not validated, which would take longer than the timing. Lost is
-what aropt measures itself (drift, against the float32 program), and for all the share of ids that float32 writes too,
-each after its own. AROPT_PYTHON_LLAMACPP and _LLAMACPP_Q8 name a Python that has llama.cpp. Writes
+Models are text-ar and random Llamas of perf.models. Each variant runs in a process of its own, taking turns, greedy
+and without drafts. The budget is KL alone, and the Llamas are not validated, which would take longer than the timing.
+Lost is what aropt measures itself (drift, against the float32 program), and for all the share of ids that float32
+writes too, each after its own. AROPT_PYTHON_LLAMACPP and _LLAMACPP_Q8 name a Python that has llama.cpp. Writes
 perf/results/int8.json and prints the table.
 """
 
