@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from aropt import ops
 from aropt.errors import UsageError
 from aropt.kernels.linear_int8 import SIZES, packed
+from aropt.layers import product
 from aropt.passbase import Applies, Contract, Skips, loops
 from aropt.passes.canonicalize import copied
 from aropt.program import Graph, Program, calls
@@ -52,7 +53,7 @@ class Int8Linears:
         if not found:
             reasons = list(dict.fromkeys(why for _, why in rejected)) or ["the forward has no linear layer"]
             return Skips("; ".join(reasons[:3]), tuple(rejected))
-        size = sum(program.weights[str(n.args[1].target)].nbytes for n in found)
+        size = sum(program.weights[str(product(n, program.weights).weight.target)].nbytes for n in found)
         return Applies((f"{graph.name}: {len(found)} linear layers of {size / 2**20:.1f} MiB",), tuple(rejected))
 
     def layers(self, graph: Graph, program: Program) -> tuple[list[Any], list[tuple[str, str]]]:
@@ -61,10 +62,11 @@ class Int8Linears:
         apart = ends(graph) if window(program.meta) else set()
         nodes: Any = graph.fx.nodes
         for node in nodes:
-            if node.target is not aten.linear.default or any(n.op != "get_attr" for n in node.args[1:]):
+            layer = product(node, program.weights)
+            if layer is None:
                 continue
-            name = str(node.args[1].target)
-            why = self.unfit(program.weights[name])
+            name = str(layer.weight.target)
+            why = self.unfit(layer.of(program.weights))
             why = why or ("token-shuffle-fusion folds it" if node in apart else "")
             if why:
                 rejected.append((name, why))
@@ -92,7 +94,7 @@ class Int8Linears:
         changed, weights = replace(graph, fx=copied(graph.fx)), dict(program.weights)
         apart = {n.name for n in self.layers(graph, program)[0]}
         for node in [n for n in changed.fx.nodes if n.name in apart]:
-            quantized(changed.fx, node, weights, self.size(weights[str(node.args[1].target)]))
+            quantized(changed.fx, node, weights, self.size(product(node, weights).of(weights)))
         made = build(graph.name, changed.fx, graph.inputs, list(graph.outputs), weights)
         graphs = {**program.graphs, graph.name: made}
         used = {w for g in graphs.values() for w in g.weights()}
@@ -131,13 +133,14 @@ def reached(node: fx.Node, backwards: bool) -> set[Any]:
 
 def quantized(graph: fx.Graph, node: Any, weights: dict[str, Tensor], group: int) -> None:
     """The op in the place of a linear layer; its weights are added to `weights`."""
-    x, weight, *bias = node.args
-    names = f"{weight.target}_int8", f"{weight.target}_scales"  # beside a tied table of that name
+    layer = product(node, weights)
+    name = f"{layer.weight.target}{'_turned' if layer.turned else ''}"
+    names = f"{name}_int8", f"{name}_scales"  # beside a tied table of that name
     if names[0] not in weights:
-        weights |= dict(zip(names, packed(weights[str(weight.target)], group), strict=True))
+        weights |= dict(zip(names, packed(layer.of(weights), group), strict=True))
     with graph.inserting_before(node):
-        new = graph.call_function(ops.load("linear_int8").overload, (x, *(graph.get_attr(n) for n in names)))
-        made = graph.call_function(aten.add.Tensor, (new, bias[0])) if bias else new
+        new = graph.call_function(ops.load("linear_int8").overload, (layer.x, *(graph.get_attr(n) for n in names)))
+        made = new if layer.bias is None else graph.call_function(aten.add.Tensor, (new, layer.bias))
     for one in (new, made):  # nodes of the new reference, not of the model
         one.meta = {k: v for k, v in node.meta.items() if k != "val"} | {"origin": one.name}
     node.replace_all_uses_with(made)

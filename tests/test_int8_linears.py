@@ -266,6 +266,32 @@ def test_a_tied_table_stays_beside_its_weights_of_eight_bits() -> None:
     assert "twice.weight" not in made.weights
 
 
+class Written(nn.Module):
+    """Products written out: with a bias over flat rows, as GPT-2's, and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.bias = nn.Embedding(VOCAB, WIDTH), nn.Parameter(torch.randn(96))
+        self.one, self.two, self.three = (nn.Parameter(torch.randn(m, n) * m**-0.5) for m, n in SHAPES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        h = torch.addmm(self.bias, x.view(-1, WIDTH), self.one).view(*x.shape[:-1], 96)
+        return torch.mm((x + h @ self.two).flatten(0, 1), self.three).unflatten(0, ids.shape)
+
+
+SHAPES = ((WIDTH, 96), (96, WIDTH), (WIDTH, VOCAB))
+
+
+def test_products_that_are_written_out() -> None:
+    torch.manual_seed(0)
+    program = aropt.capture(Written().eval(), capacity=CAPACITY, vocab=VOCAB, prompts=[[1, 2]])
+    made = aropt.optimize(program, "eager", pipeline([ASKED]), budget=LOOSE, threads=1)
+    assert made.report["verify"]["status"] == "pass" and "3 linear layers" in entry(made)["matches"][0]
+    assert sum("int8" in n for n in made.weights) == 3 and made.report["drift"]["kl"] < 0.01
+
+
 def test_prompts_that_are_too_long_leave_others_their_room() -> None:
     program = plain().replace(meta={**plain().meta, "prompts": [[1] * 40, [2] * CAPACITY, [3, 4], [5]]})
     case = drift.workload(program)
