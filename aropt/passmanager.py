@@ -190,13 +190,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
 
     refreshes = "refresh" in result.options
     if not instruments.budget:
-        does = (import_module(type(one).__module__).__doc__ or "").partition(": ")[2].partition("\n")[0]
-        raise UsageError(
-            what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
-            where=f"--pass {one.name}",
-            why="its rows see the whole canvas, and stored ones are not refreshed each round" if refreshes else does,
-            hint="give a budget: --budget kl=0.05,top1=0.95",
-        )
+        raise unpaid(one)
     if instruments.trust:
         result.status, changed = "applied", one.run(program)
         return changed.replace(reference=changed)
@@ -231,6 +225,19 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
             entry = Entry(one.name, "lossy", result.options, dict(result.verify))
             return changed.replace(ledger=(*program.ledger, entry), reference=changed)
     return program
+
+
+def unpaid(one: Pass) -> UsageError:
+    """What to tell of a lossy pass without a budget."""
+    does = (import_module(type(one).__module__).__doc__ or "").partition(": ")[2].partition("\n")[0]
+    return UsageError(
+        what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
+        where=f"--pass {one.name}",
+        why="its rows see the whole canvas, and stored ones are not refreshed each round"
+        if hasattr(one, "refresh")
+        else does,
+        hint="give a budget: --budget kl=0.05,top1=0.95",
+    )
 
 
 def at_refresh(one: Pass, refresh: int) -> Pass:

@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from aropt.errors import Unsupported
-from aropt.passbase import Pass
-from aropt.passmanager import PASSES, Instruments, run_passes
+from aropt.passbase import Pass, Skips
+from aropt.passmanager import PASSES, Instruments, unpaid
 from aropt.program import Program
 from aropt.runtime import fitted, room
 
@@ -69,16 +69,14 @@ def trial(
     if found.reason:
         return passes, found
     instruments.say(f"{one.name}: is it worth it?")
-    unchecked = Instruments(check=False, trust=True, budget=instruments.budget)
     places = list(PASSES)
     longer = sorted([*passes, one], key=lambda p: places.index(p.name))
     with TemporaryDirectory(prefix="aropt-") as folder:
         ways: dict[str, Program] = {}
         for way, chosen in (("with", longer), ("without", passes)):
-            made, results = run_passes(program, chosen, target, unchecked)
-            declined = next((r.reason for r in results if r.name == one.name and r.status != "applied"), "")
-            if declined:
-                found.reason = declined
+            made, skipped = applied(program, chosen, target, bool(instruments.budget))
+            if way == "with" and one.name in skipped:
+                found.reason = skipped[one.name]
                 return passes, found
             ways[way] = lowered(made, target, Path(folder) / way, threads)
         found.prompts, found.tokens = len(prompts), min(TOKENS, *(room(program, p) for p in prompts))
@@ -98,6 +96,23 @@ def unfit(program: Program, target: str, prompts: list[list[int]]) -> str:
     if max(map(len, prompts), default=0) < 2:
         return "no prompt has two ids: --prompts gives others"
     return ""
+
+
+def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -> tuple[Program, dict[str, str]]:
+    """The program after the passes, with nothing verified, and why some have nothing to do.
+
+    Raises UsageError for a lossy pass, unless it is `paid` for.
+    """
+    skipped = {}
+    for one in passes:
+        plan = one.plan(program, target)
+        if isinstance(plan, Skips):
+            skipped[one.name] = plan.reason
+        elif (plan.level or one.contract.level) == "lossy" and not paid:
+            raise unpaid(one)
+        else:
+            program = one.run(program)
+    return program, skipped
 
 
 def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Program:
