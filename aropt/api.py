@@ -139,9 +139,9 @@ def optimize(
     trials = []
     for one in tries if measure else ():
         chosen, found = trial(program, chosen, one, target, threads, instruments)
-        trials.append(found)
+        trials.append((one, found))
     optimized, results = run_passes(program, chosen, target, instruments)
-    results += [Result(t.name, "skipped", "rounding", t.told()) for t in trials if not t.kept]
+    results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
@@ -182,7 +182,7 @@ def optimize(
             )
     undone = [r.name for r in results if r.level == "lossy" and r.status == "reverted"]
     timed = f" It was timed with {', '.join(undone)}, which was reverted." if undone else ""
-    finished.report["notes"] += [t.told() + timed for t in trials if t.kept]
+    finished.report["notes"] += [t.told() + timed for _, t in trials if t.kept]
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))

@@ -150,9 +150,10 @@ def find(request: Request) -> Source:
 def prompts(path: Path, encode: Callable[[str], list[int]] | None) -> list[list[int]]:
     """The prompts of a file, a JSON text or list of ids a line. Raises UsageError for a file or line that is none."""
 
+    form = 'write one a line, as "def f(" or [1, 2, 3]'
+
     def refused(where: str, why: str) -> UsageError:
-        hint = 'write one a line, as "def f(" or [1, 2, 3]'
-        return UsageError(what="a prompt can't be used", where=where, why=why, hint=hint)
+        return UsageError(what="a prompt can't be used", where=where, why=why, hint=form)
 
     def ids(text: str, where: str) -> list[int]:
         try:
@@ -166,14 +167,7 @@ def prompts(path: Path, encode: Callable[[str], list[int]] | None) -> list[list[
             raise refused(where, "it is neither a text nor a list of ids, or empty")
         return made
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(what="the prompts can't be read", where=str(path), why=str(error)) from error
-    found = [ids(text, f"{path}, line {i}") for i, text in enumerate(lines, 1) if text.strip()]
-    if not found:
-        raise refused(str(path), "it has none")
-    return found
+    return [ids(text, where) for text, where in quality.lines(path, "prompts", form)]
 
 
 def captured(request: Request, source: Source) -> Program:

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import quality, units
-from aropt import validate as rows
+from aropt import quality, units, validate
 from aropt.errors import UsageError
 from aropt.interpreter import Eager, Executor, run
 from aropt.program import Program
-from aropt.runtime import fitted, room
+from aropt.runtime import workload as own_prompts
 from aropt.smooth import forward
 from aropt.unmask import current_block
-from aropt.validate import Case, Oracle
+from aropt.validate import Case
 from aropt.validate_canvas import Step, Trace
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
@@ -98,12 +97,10 @@ def budget(text: str) -> dict[str, float]:
 
 def workload(program: Program) -> Case:
     """The model's own prompts, as one batch, with the rule's default parameters. Raises UsageError without any."""
-    prompts = [tuple(fitted(program, p)) for p in program.meta["prompts"]]
+    found, n = own_prompts(program, PROMPTS, TOKENS)
+    prompts, n = [tuple(p) for p in found], max(1, n)
     if not prompts:
         raise UsageError(what="there are no prompts to measure drift on", hint="give some: --prompts FILE, or prompts=")
-    most = min(TOKENS, max(room(program, p) for p in prompts))
-    prompts = [p for p in prompts if 2 * room(program, p) >= most][:PROMPTS]  # a long one leaves the others no room
-    n = max(1, min(most, *(room(program, p) for p in prompts)))
     if program.meta.get("loop") != "unmask":  # images are drawn: the likeliest ids of one are hardly any
         drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
         alone = "negative" in program.inputs and program.meta.get("null") is None
@@ -164,13 +161,13 @@ def measure(
 
 def positions(exact: Program, candidate: Program, executor: Executor | None, case: Case) -> Drift:
     """The drift of a loop over positions: of each new row of each prompt."""
-    oracle = Oracle(exact)
+    oracle = validate.Oracle(exact)
     mine, theirs = (
-        rows.Trace(p, case, e) for p, e in ((candidate, executor or Eager(candidate)), (exact, Eager(exact)))
+        validate.Trace(p, case, e) for p, e in ((candidate, executor or Eager(candidate)), (exact, Eager(exact)))
     )
     rounds: list[list[tuple[Tensor, Tensor]]] = []
     for i, prompt in enumerate(case.prompts):
-        forced = rows.Forced(oracle, mine, i)
+        forced = validate.Forced(oracle, mine, i)
         run(exact, case.inputs(exact, [i]), 0, forced)
         want, before = torch.cat([single for single, _ in forced.forwards]), len(units.rows(exact.meta, prompt)) - 1
         for number, got in enumerate(mine.logits[i][: units.rows_for(exact.meta, len(mine.tokens[i]))]):
@@ -190,8 +187,9 @@ def guided(program: Program, logits: Tensor) -> Tensor:
     """What the rule draws from: of two branches [2, ...] by the default scale of guidance, of one [1, ...] itself."""
     if len(logits) == 1:
         return logits[0]
-    scale = float(program.inputs["guidance"].default or 1.0)
-    return logits[1] + scale * (logits[0] - logits[1])
+    scale = program.inputs["guidance"].default
+    assert scale is not None
+    return logits[1] + float(scale) * (logits[0] - logits[1])
 
 
 def agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[float, int]:

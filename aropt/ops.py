@@ -59,12 +59,17 @@ def overwriting(target: Any) -> Callable[..., Any] | None:
     return next((op.overwrite for op in load_all().values() if op.overload is target), None)
 
 
+def called(node: Any) -> OpDef | None:
+    """The definition of the op that a node calls; None if it is none of ours."""
+    name = str(getattr(node.target, "name", str)())
+    return load(name.removeprefix("aropt::")) if name.startswith("aropt::") else None
+
+
 def stepping(node: Any) -> int | None:
     """Which argument of a call of one of our ops is rounded coarsely: results jump where it moves a little."""
-    name = str(getattr(node.target, "name", str)())
-    if not name.startswith("aropt::") or not load(name.removeprefix("aropt::")).steps:
+    op = called(node)
+    if op is None or not op.steps:
         return None
-    op = load(name.removeprefix("aropt::"))
     return [argument.name for argument in op.overload._schema.arguments].index(op.steps)
 
 
@@ -72,10 +77,9 @@ def updated(node: Any) -> tuple[Any, Any]:
     """For a node that is a result of one of our ops: that op's node, and the argument it may be written into."""
     several = getattr(node.target, "__name__", "") == "getitem"
     call, index = node.args if several else (node, 0)
-    name = str(getattr(call.target, "name", str)())
-    if not name.startswith("aropt::"):
+    op = called(call)
+    if op is None:
         return None, None
-    op = load(name.removeprefix("aropt::"))
     if not several and index not in op.in_place:
         return None, None
     names = [argument.name for argument in op.overload._schema.arguments]

@@ -98,13 +98,18 @@ def is_span(span: Any, length: int) -> bool:
 def read(path: Path, prompt: Callable[[str], list[int]] | None, answer: Callable[[str], list[int]] | None
          ) -> list[Example]:  # fmt: skip
     """The examples of a file; `prompt` and `answer` encode texts. Raises UsageError for a file or line that is none."""
+    return [example(text, where, prompt, answer) for text, where in lines(path, "examples", "write lines as " + FORM)]
+
+
+def lines(path: Path, what: str, form: str) -> list[tuple[str, str]]:
+    """The lines of a file that are not blank, each with its place. Raises UsageError where there are none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UsageError(what="the examples can't be read", where=str(path), why=str(error)) from error
-    found = [example(t, f"{path}, line {i}", prompt, answer) for i, t in enumerate(lines, 1) if t.strip()]
+        raise UsageError(what=f"the {what} can't be read", where=str(path), why=str(error)) from error
+    found = [(text, f"{path}, line {i}") for i, text in enumerate(texts, 1) if text.strip()]
     if not found:
-        raise UsageError(what="there are no examples", where=str(path), hint="write lines as " + FORM)
+        raise UsageError(what=f"there are no {what}", where=str(path), hint=form)
     return found
 
 

@@ -113,6 +113,17 @@ def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
     return ids if room(program, ids) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
 
 
+def workload(program: Program, count: int, tokens: int) -> tuple[list[list[int]], int]:
+    """Up to `count` of the model's own prompts, and how many new tokens, at most `tokens`, fit after each of them.
+
+    Those that leave less than half of the room that others do are left out.
+    """
+    prompts = [fitted(program, p) for p in program.meta["prompts"]]
+    most = min(tokens, max((room(program, p) for p in prompts), default=0))
+    prompts = [p for p in prompts if 2 * room(program, p) >= most][:count]
+    return prompts, min([most, *(room(program, p) for p in prompts)])
+
+
 def check(
     program: Program,
     prompts: Sequence[Sequence[int]],

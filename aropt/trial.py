@@ -19,7 +19,7 @@ from aropt.errors import Unsupported
 from aropt.passbase import Pass, Skips
 from aropt.passmanager import PASSES, Instruments, unpaid
 from aropt.program import Control, If, Program, Seq, calls
-from aropt.runtime import fitted, room
+from aropt.runtime import workload
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all
@@ -64,8 +64,8 @@ def trial(
     Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
     """
     passes, found = list(passes), Trial(one.name)
-    prompts = [fitted(program, p) for p in program.meta["prompts"][:PROMPTS]]
-    found.reason = unfit(program, target, prompts)
+    prompts, tokens = workload(program, PROMPTS, TOKENS)
+    found.reason = unfit(program, target, prompts) or ("" if tokens > 1 else "no prompt leaves room for an answer")
     if found.reason:
         return passes, found
     instruments.say(f"{one.name}: is it worth it?")
@@ -79,7 +79,7 @@ def trial(
                 found.reason = skipped[one.name]
                 return passes, found
             ways[way] = lowered(made, target, Path(folder) / way, threads)
-        found.prompts, found.tokens = len(prompts), min(TOKENS, *(room(program, p) for p in prompts))
+        found.prompts, found.tokens = len(prompts), tokens
         found.ms = timed(ways, prompts, found.tokens)
     found.kept = found.ms["without"] > MARGIN * found.ms["with"]
     return (longer if found.kept else passes), found
@@ -137,7 +137,7 @@ def lowered(program: Program, target: str, folder: Path, threads: int | None) ->
     from aropt.targets import lower, rounds
 
     executor = lower(program, target, folder, threads=threads)
-    with suppress(Unsupported):
+    with suppress(Unsupported):  # then it steps, as it would without this trial
         executor.rounds = rounds.build(program, executor)  # type: ignore[attr-defined]
     return program.replace(executor=executor)
 

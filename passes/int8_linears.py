@@ -9,6 +9,7 @@ token-shuffle-fusion folds. What this loses is measured and held against the bud
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -114,10 +115,12 @@ def ends(graph: Graph) -> set[Any]:
     """Nodes on the ways in and out of a model of windows: up to its rows, and from its last row on."""
     output: Any = next(n for n in reversed(graph.fx.nodes) if n.op == "output")
     logits = output.args[0][list(graph.outputs).index("logits")]
-    try:
-        return reached(joint(graph.fx), backwards=True) | reached(source(logits), backwards=False)
-    except NotThis:
-        return set()
+    found: set[Any] = set()
+    with suppress(NotThis):  # a way that is not folded is as good as any other layers
+        found |= reached(joint(graph.fx), backwards=True)
+    with suppress(NotThis):
+        found |= reached(source(logits), backwards=False)
+    return found
 
 
 def reached(node: fx.Node, backwards: bool) -> set[Any]:

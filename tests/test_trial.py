@@ -152,7 +152,7 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokenizer"):
         prompts(path, None)
     path.write_text("\n")
-    with pytest.raises(UsageError, match="it has none"):
+    with pytest.raises(UsageError, match="there are no prompts"):
         prompts(path, None)
     with pytest.raises(UsageError, match="can't be read"):
         prompts(tmp_path / "missing", None)
