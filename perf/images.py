@@ -134,7 +134,7 @@ def drifted(out: Path) -> dict[str, float]:
     found = [p for p in passes if p["level"] == "lossy" and p["status"] != "skipped"]
     if any(p["status"] == "reverted" for p in found):
         raise SystemExit(f"{out.name}: reverted: {found[0]['reason']}")
-    return {k: p["verify"][k] for p in found for k in ("kl", "kl_max", "top1", "measured")}
+    return {k: p["verify"][k] for p in found for k in ("kl", "kl_max", "top1", "agreement", "measured")}
 
 
 def table(work: str, found: dict[str, Any]) -> str:
@@ -153,8 +153,9 @@ def table(work: str, found: dict[str, Any]) -> str:
         asked = f" (asked: {least:g})" if least else ""
         lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}.")
     for model, d in found.get("drift", {}).items():
+        rows, ids = f"{d['top1']:.1%} of {d['measured']:.0f} rows", f"{d['agreement']:.0%} of the ids"
         lines.append(f"* {model}: KL {d['kl']:.2g} nats (largest {d['kl_max']:.2g}), the likeliest id is the same in "
-                     f"{d['top1']:.1%} of {d['measured']:.0f} rows.")  # fmt: skip
+                     f"{rows}; drawn with the same noise, {ids} are.")  # fmt: skip
     return "\n".join([*lines, *(f"* {why}" for why in found["errors"].values())])
 
 
