@@ -119,7 +119,7 @@ def optimize(
     seed: int = 0,
     strict: bool = True,
     measure: bool = False,
-    tries: Sequence[Pass] = (),
+    tries: Sequence[Sequence[Pass]] = (),
     budget: Mapping[str, float] | None = None,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
@@ -129,7 +129,8 @@ def optimize(
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds
-    those passes of `tries` with which answers to the model's own prompts are generated faster.
+    those passes of `tries` with which answers to the model's own prompts are generated faster (of several ways of one,
+    the fastest).
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
     instruments = instruments or Instruments()
@@ -137,9 +138,9 @@ def optimize(
         instruments = replace(instruments, budget=dict(budget))
     chosen = pipeline() if passes is None else list(passes)
     trials = []
-    for one in tries if measure else ():
-        chosen, found = trial(program, chosen, one, target, threads, instruments)
-        trials.append((one, found))
+    for ways in tries if measure else ():
+        chosen, found = trial(program, chosen, ways, target, threads, instruments)
+        trials.append((ways[0], found))
     optimized, results = run_passes(program, chosen, target, instruments)
     results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized

@@ -12,6 +12,7 @@ from aropt import ops
 from aropt.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
 
 Values = dict[str, Tensor]
+DRAFT = "draft"  # a loop whose rounds are none of the generation
 
 
 OnRound = Callable[[Values], bool | None]
@@ -52,7 +53,7 @@ def run(
 ) -> Values:
     """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
 
-    `on_round` sees the values after each round of a loop (for streaming and for validation), until it returns False.
+    `on_round` sees the values after each round of a loop that is no DRAFT (for streaming and for validation), until it returns False.
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)
@@ -89,9 +90,10 @@ def step(
                 step(part, values, executor, on_round, nothing)
         case If(cond, then, orelse):
             step(then if bool(values[cond]) else orelse, values, executor, on_round, nothing)
-        case Loop() if getattr(executor, "loop", refuse)(control, values, on_round):
+        case Loop(kind) if getattr(executor, "loop", refuse)(control, values, None if kind == DRAFT else on_round):
             pass
-        case Loop(_, until, body, emits):
+        case Loop(kind, until, body, emits):
+            on_round = None if kind == DRAFT else on_round
             emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
             while not bool(values[until]):
                 step(body, values, executor, on_round, nothing)

@@ -23,6 +23,7 @@ NAMES: tuple[str, ...] = (
     "token_unshuffle",
     "fused_sample",
     "linear_int8",
+    "keep_top",
 )
 
 

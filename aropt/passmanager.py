@@ -34,6 +34,7 @@ PASSES = {
     "merge-linears": "merge_linears",
     "fuse-attention": "fuse_attention",
     "ngram-draft": "ngram_draft",
+    "int8-draft": "int8_draft",
     "fuse-canvas": "fuse_canvas",
     "fuse-rules": "fuse_rules",
     "fuse-sampler": "fuse_sampler",
@@ -42,9 +43,11 @@ PASSES = {
 # Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
 ASKED = (
     "token-shuffle", "int8-linears", "cfg-eliminate", "cfg-interval",
-    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft", "fuse-rules",
+    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft",
+    "int8-draft", "fuse-rules",
 )  # fmt: skip
-TRIED = ("ngram-draft",)  # of these, applied too where that is found to be faster (aropt.trial)
+# Of these, applied too where that is found to be faster (aropt.trial), in one of these ways.
+TRIED: dict[str, list[dict[str, str]]] = {"int8-draft": [{"drafts": "8"}, {"drafts": "16"}], "ngram-draft": [{}]}
 REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)
 
@@ -118,10 +121,10 @@ def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pa
     ]
 
 
-def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pass]:
-    """The passes of TRIED that the caller neither wants nor declines."""
+def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[list[Pass]]:
+    """The passes of TRIED that the caller neither wants nor declines, each in its ways."""
     told = {parse(text)[0] for text in chosen} | set(dropped)
-    return [make(name) for name in TRIED if name not in told]
+    return [[make(name, options) for options in ways] for name, ways in TRIED.items() if name not in told]
 
 
 def run_passes(

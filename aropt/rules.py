@@ -65,19 +65,14 @@ def temperature(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def top_k(logits: Tensor, top_k: Tensor) -> Tensor:
     """Keeps the k largest logits, and what ties with the last of them; k = 0 keeps all."""
-    size = logits.shape[-1]
-    ordered = torch.sort(logits, dim=-1, descending=True).values
-    last = (top_k.clamp(1, size) - 1).reshape(1, 1).expand(logits.shape[0], 1)
-    return torch.where((logits >= ordered.gather(-1, last)) | (top_k <= 0), logits, -torch.inf)
+    kept: Tensor = torch.ops.aropt.keep_top(logits, top_k, None)
+    return kept
 
 
 def top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     """Keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, section 3.1)."""
-    ordered = torch.sort(logits, dim=-1, descending=True).values
-    probabilities = torch.softmax(ordered, dim=-1)
-    before = torch.cumsum(probabilities, dim=-1) - probabilities
-    count = (before < top_p).to(I64).sum(-1, keepdim=True).clamp(min=1)
-    return torch.where((logits >= ordered.gather(-1, count - 1)) | (top_p >= 1), logits, -torch.inf)
+    kept: Tensor = torch.ops.aropt.keep_top(logits, None, top_p)
+    return kept
 
 
 def min_p(logits: Tensor, min_p: Tensor) -> Tensor:

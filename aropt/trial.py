@@ -1,12 +1,13 @@
-"""Passes that pay for some texts and not for others: kept where a program is faster with them on its own prompts.
+"""Passes that pay for some programs and not for others: kept where generation is faster with them on the model's prompts.
 
-Drafts are right where a text repeats itself, and a round that checks them costs more than one that does not. So both
-programs are lowered, and generate what the model's prompts begin, in turns. Nothing is validated here: what is chosen
-is validated afterwards like any other passes.
+Drafts are right where a text repeats itself, or where a cheaper step guesses what the model itself would write; a round
+that checks them costs more than one that does not. So the programs are lowered, and generate what the model's prompts
+begin, in turns. Nothing is validated here: what is chosen is validated afterwards like any other passes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from aropt.errors import Unsupported
 from aropt.passbase import Pass, Skips
@@ -26,14 +28,18 @@ TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many se
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
 QUIET = Instruments()
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
+WITHOUT = "without"
+LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read
 
 
 @dataclass
 class Trial:
-    """What was found of one pass: `ms` of a turn without and with it, medians; `reason` says why it was left out."""
+    """What was found of one pass: `ms` of a turn without it and in each way with it, medians; `kept`: the best way, with
+    its options, or nothing; `reason` says why it was left out.
+    """
 
     name: str
-    kept: bool = False
+    kept: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     prompts: int = 0
     tokens: int = 0
@@ -43,68 +49,87 @@ class Trial:
         """One sentence for people."""
         if not self.ms:
             return f"{self.name} was not tried: {self.reason}."
-        does = "was kept" if self.kept else "was left out"
+        best = fastest(self.ms)
+        does = f"{self.kept} was kept" if self.kept else f"{best} was left out"
         return (
-            f"{self.name} {does}: the program is {self.ms['without'] / self.ms['with']:.2f} times as fast with it on "
-            f"{self.prompts} prompts and {self.tokens} new tokens each. That depends on the text: --prompts FILE tries "
-            f"others, --pass and --no-pass {self.name} decide."
+            f"{does}: the program is {self.ms[WITHOUT] / self.ms[best]:.2f} times as fast with it on "
+            f"{self.prompts} prompts and {self.tokens} new tokens each. That depends on the model and the text: --prompts "
+            f"FILE tries others, --pass and --no-pass {self.name} decide."
         )
 
 
 def trial(
     program: Program,
     passes: Sequence[Pass],
-    one: Pass,
+    ways: Sequence[Pass],
     target: str,
     threads: int | None = None,
     instruments: Instruments = QUIET,
 ) -> tuple[list[Pass], Trial]:
-    """The passes, with `one` in its place among them if the program is faster so; and what was found.
+    """The passes, with the best of `ways`, which are one pass with other options, in its place among them if the program
+    is faster so; and what was found.
 
     Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
     """
-    passes, found = list(passes), Trial(one.name)
+    passes, found = list(passes), Trial(ways[0].name)
     prompts, tokens = workload(program, PROMPTS, TOKENS)
-    found.reason = unfit(program, target, prompts) or ("" if tokens > 1 else "no prompt leaves room for an answer")
+    found.reason = unfit(program, target, prompts, found.name) or ("" if tokens > 1 else "no prompt leaves any room")
     if found.reason:
         return passes, found
-    instruments.say(f"{one.name}: is it worth it?")
+    instruments.say(f"{found.name}: is it worth it?")
     places = list(PASSES)
-    longer = sorted([*passes, one], key=lambda p: places.index(p.name))
+    lists = {written(one): sorted([*passes, one], key=lambda p: places.index(p.name)) for one in ways}
+    drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
     with TemporaryDirectory(prefix="aropt-") as folder:
-        ways: dict[str, Program] = {}
-        for way, chosen in (("with", longer), ("without", passes)):
-            made, skipped = applied(greedy(program), chosen, target, bool(instruments.budget))
-            if way == "with" and one.name in skipped:
-                found.reason = skipped[one.name]
+        made: dict[str, Program] = {}
+        for number, (way, chosen) in enumerate((lists | {WITHOUT: passes}).items()):
+            one, skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))
+            if way != WITHOUT and found.name in skipped:
+                found.reason = skipped[found.name]
                 return passes, found
-            ways[way] = lowered(made, target, Path(folder) / way, threads)
+            made[way] = lowered(one, target, Path(folder) / str(number), threads)
         found.prompts, found.tokens = len(prompts), tokens
-        found.ms = timed(ways, prompts, found.tokens)
-    found.kept = found.ms["without"] > MARGIN * found.ms["with"]
-    return (longer if found.kept else passes), found
+        found.ms = timed(made, prompts, found.tokens, drawn)
+    best = fastest(found.ms)
+    found.kept = best if found.ms[WITHOUT] > MARGIN * found.ms[best] else ""
+    return (lists[best] if found.kept else passes), found
 
 
-def unfit(program: Program, target: str, prompts: list[list[int]]) -> str:
-    """Why nothing can be learned here; empty if something can."""
+def fastest(ms: dict[str, float]) -> str:
+    """The best way with the pass."""
+    return min((way for way in ms if way != WITHOUT), key=lambda way: ms[way])
+
+
+def written(one: Pass) -> str:
+    """The pass as --pass takes it, with the options that are not its default ones."""
+    fields: Any = dataclasses.fields(one)  # type: ignore[arg-type]
+    options = [f"{f.name}={getattr(one, f.name)}" for f in fields if getattr(one, f.name) != f.default]
+    return ":".join([one.name, *([",".join(options)] if options else [])])
+
+
+def unfit(program: Program, target: str, prompts: list[list[int]], name: str) -> str:
+    """Why nothing can be learned here, or the pass can't pay; empty if something can."""
     if target != "onnxruntime":
         return f"nothing is timed for the target {target}"
-    if program.meta.get("modality") == "image":
-        return "an image hardly repeats its ids in order"
     if program.meta.get("loop", "positions") != "positions":
         return "it is for loops over positions"
+    if name == "int8-draft":
+        size = sum(w.nbytes for w in program.weights.values())
+        return "" if size > LARGE else f"all weights are {size / 2**20:.0f} MiB, which takes next to no time to read"
+    if program.meta.get("modality") == "image":
+        return "an image hardly repeats its ids in order"
     if max(map(len, prompts), default=0) < 2:
         return "no prompt has two ids: --prompts gives others"
     return ""
 
 
-def greedy(program: Program) -> Program:
-    """The program without what draws: half as much to lower."""
+def half(program: Program, drawn: bool) -> Program:
+    """The program without what draws, or without what does not: half as much to lower."""
 
     def chosen(control: Control) -> Control:
         match control:
-            case If("greedy", then, _):
-                return then
+            case If("greedy", then, orelse):
+                return orelse if drawn else then
             case Seq(body):
                 return Seq(tuple(chosen(part) for part in body))
             case _:
@@ -142,15 +167,21 @@ def lowered(program: Program, target: str, folder: Path, threads: int | None) ->
     return program.replace(executor=executor)
 
 
-def timed(ways: dict[str, Program], prompts: list[list[int]], n: int) -> dict[str, float]:
+def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:
     """Milliseconds of a turn, which generates the answer to each prompt by itself: medians, the first turn apart."""
     runs: dict[str, list[float]] = {way: [] for way in ways}
+    options: list[dict[str, Any]] = [{"temperature": 1.0} if drawn else {} for _ in prompts]
+    some = next(iter(ways.values()))
+    if "negative" in some.inputs and some.meta.get("null") is None:
+        options = [{**given, "negative": [prompt]} for given, prompt in zip(options, prompts, strict=True)]
     began = time.perf_counter()
-    while len(runs["with"]) <= TURNS and (len(runs["with"]) < 2 or time.perf_counter() - began < PATIENCE):
+    while min(map(len, runs.values())) <= TURNS and (
+        min(map(len, runs.values())) < 2 or time.perf_counter() - began < PATIENCE
+    ):
         for way, program in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
-            for prompt in prompts:
-                program.generate([prompt], n)
+            for prompt, given in zip(prompts, options, strict=True):
+                program.generate([prompt], n, **given)
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: statistics.median(times[1:]) for way, times in runs.items()}

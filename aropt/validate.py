@@ -376,13 +376,18 @@ class Trace:
     def __init__(self, candidate: Program, case: Case, executor: Executor) -> None:
         self.tokens: list[list[int]] = [[] for _ in case.prompts]
         self.logits: list[list[Tensor]] = [[] for _ in case.prompts]
+        self.alone = 0
         for group in case.groups(candidate):
             inputs = case.inputs(candidate, group)
 
             def keep(values: Values, group: list[int] = group) -> None:
-                if "window" in values and len(values["row"]) == values["window"].shape[1]:  # a row for each draft
-                    counted = values["row"][values["window"][0] >= 0]
-                    self.logits[group[0]] += [row[None].clone() for row in counted]
+                if "window" not in values:
+                    self.alone = len(values["row"])  # rows of a round without drafts
+                elif len(values["row"]) > self.alone:  # a row for each draft, of each branch
+                    drafted = values["row"].reshape(self.alone, -1, *values["row"].shape[1:])
+                    rounds = values["window"][0, : drafted.shape[1]].reshape(drafted.shape[1], -1)
+                    counted = rounds.amax(1) >= 0
+                    self.logits[group[0]] += drafted[:, counted].transpose(0, 1).clone().unbind()
                     return
                 branches = values["row"].reshape(-1, len(group), *values["row"].shape[1:])
                 for j, i in enumerate(group):

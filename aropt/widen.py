@@ -32,7 +32,7 @@ def wide(step: Graph, weights: Mapping[str, Tensor]) -> Graph | None:
         made = build("verify", graph, step.inputs, list(step.outputs), weights)
     except Exception:  # of shape propagation: a later shape holds one row
         return None
-    return made if made.outputs["logits"].dims[:-1] == ("B", "R") else None
+    return made if made.outputs["logits"].dims[:2] == ("B", "R") else None
 
 
 def last_row(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from aropt.compose import compose
 from aropt.passbase import Applies, Contract, Skips, growing, own_sizes, reads
 from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 
-RESULTS = {"token", "picks", "picked", "candidate"}  # what rules write
+RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 
 
 @dataclass(frozen=True)

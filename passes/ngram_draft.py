@@ -20,14 +20,11 @@ import torch
 
 from aropt.errors import UsageError
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
-from aropt.speculate import graphs
+from aropt.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
+from aropt.speculate import STEP, Draft, beside, from_text, steps
 from aropt.units import window
 from aropt.unmask import same
 from aropt.widen import wide
-
-STEP = "step"
-
 
 @dataclass(frozen=True)
 class NgramDraft:
@@ -56,7 +53,7 @@ class NgramDraft:
         assert verify is not None
         vocab, capacity = (int(program.meta[k]) for k in ("vocab", "capacity"))
         dense = "total" in verify.inputs
-        made = {g.name: g for g in (verify, *graphs(self.drafts, vocab, capacity, dense))}
+        made = {g.name: g for g in (verify, *from_text(Draft(self.drafts, vocab, dense), capacity))}
         state = {
             "begun": StateSpec("flag", Spec(torch.bool), 0),
             "settled": StateSpec("flag", Spec(torch.bool)),
@@ -66,7 +63,7 @@ class NgramDraft:
         return program.replace(
             graphs={**program.graphs, **made},
             state={**program.state, **state},
-            control=beside(program.control, made),
+            control=beside(program.control, made, greedy, drafting),
         )
 
 
@@ -75,28 +72,11 @@ PASS = NgramDraft
 
 def greedy(loop: Loop) -> bool:
     """Whether a loop runs the cached step, straight, and the greedy rule."""
-    names = [c.graph for c in calls(loop.body)]
-    straight = isinstance(loop.body, Seq) and len(loop.body.body) == len(names)
-    return straight and STEP in names and "greedy" in names and "pend" not in names
-
-
-def beside(control: Control, made: dict[str, Graph]) -> Control:
-    """Each greedy loop as it was, for several sequences, and with drafts for one."""
-    match control:
-        case Seq(body):
-            return Seq(tuple(beside(part, made) for part in body))
-        case If(cond, then, orelse):
-            return If(cond, beside(then, made), beside(orelse, made))
-        case Loop(body=Seq(body)) if greedy(control):
-            plain = replace(control, body=Seq((*body, same(made["opened"]))))
-            return Seq((same(made["open"]), If("alone", drafting(plain, made), plain)))
-        case _:
-            return control
+    return steps(loop, "greedy")
 
 
 def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
-    """The prompt's round, rounds with drafts, and plain ones for what is left."""
-    (emitted,) = plain.emits
+    """The rounds with drafts, and plain ones for what is left."""
     instead = {"feed": "drafted", "token": "picks"}
 
     def change(call: Call) -> list[Control]:
@@ -108,6 +88,5 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
         return [same(made["accept"])] if call.graph == "commit" else []
 
     checked = Loop("speculate", "settled", rewrite(plain.body, change), {"window": "windows"}, plain.params)
-    prompt = replace(plain, until="begun", emits={emitted: "first"})
-    rest = replace(plain, emits={emitted: "rest"})
-    return Seq((prompt, same(made["recall"]), checked, same(made["resume"]), rest, same(made["together"])))
+    (emitted,) = plain.emits
+    return Seq((same(made["recall"]), checked, same(made["resume"]), replace(plain, emits={emitted: "rest"})))

@@ -3,9 +3,10 @@
     python -m perf.images [--runs 48] [--threads 2]
 
 Optimizes digits-ar, digits-shuffle2 and digits-shuffle4 in the same way, and a 32 x 32-id image model of width 512
-(random weights) with windows of 1 and 2, that of 2 also with weights of eight bits (`int8-linears`, lossy: its drift is
-printed, and bounded by BUDGET); each variant in a process of its own, taking turns. Writes
-perf/results/images.json and prints the table.
+(random weights) with windows of 1 and 2, that of 2 also without drafts (`int8-draft`, which `optimize` tries by itself)
+and with weights of eight bits (`int8-linears`, lossy: its drift is printed, and bounded by BUDGET); each variant in a
+process of its own, taking turns. Says whether a variant drew the ids of the eager one. Writes perf/results/images.json
+and prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "images.json"
 LARGE = {"side": 32, "levels": 1024, "classes": 1000, "width": 512, "layers": 8, "heads": 8, "hidden": 1408,
          "mixing": 1024}  # fmt: skip
-INT8, BUDGET = "-int8", "kl=0.01"
+INT8, PLAIN, BUDGET = "-int8", "-plain", "kl=0.01"
+TEMPERATURE = 1.0  # images are drawn: the same noise for all variants
 PATIENCE = 60.0  # seconds of a process: slow variants are timed less often
 ROUNDS = 2  # processes of each variant, one after the other
 # work -> its rows: (model, variant of aropt.bench); then ratios: (slower, faster, the least that is asked for)
@@ -35,9 +37,9 @@ WORKS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str, float]]]] = {
     ),
     "32 x 32 ids, width 512": (
         [("window1", "cached"), ("window2", "cached"), ("window1", "aropt"), ("window2", "aropt"),
-         ("window2-int8", "aropt")],
-        [("window2, cached", "window2, aropt", 6.0), ("window2, cached", "window2-int8, aropt", 6.0),
-         ("window1, cached", "window2, aropt", 0),
+         ("window2-plain", "aropt"), ("window2-int8", "aropt")],
+        [("window2, cached", "window2, aropt", 6.0), ("window2, cached", "window2-plain, aropt", 0),
+         ("window2, cached", "window2-int8, aropt", 0), ("window1, cached", "window2, aropt", 0),
          ("window1, aropt", "window2, aropt", 0)],
     ),
 }  # fmt: skip
@@ -91,7 +93,8 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         program = artifact.load(outs[model], target="eager")
         prompt = [int(t) for t in program.meta["prompts"][0]]
         rounds[name] = int(program.meta["capacity"])
-        specs.append(bench.Spec(variant, str(outs[model]), prompt, room(program, prompt), threads))
+        n = room(program, prompt)
+        specs.append(bench.Spec(variant, str(outs[model]), prompt, n, threads, TEMPERATURE))
     for _ in range(ROUNDS):
         workers = [bench.Worker(s, timings[name]) for name, s in zip(names, specs, strict=True)]
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)
@@ -100,8 +103,21 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         "env": environment(threads), "rows": rows,
         "drift": {model: found for model, out in outs.items() if (found := drifted(out))},
         "ratios": [[a, b, rows[a]["ms"] / rows[b]["ms"], least] for a, b, least in ratios],
+        "same": {b: share(timings[a].tokens, timings[b].tokens) for a, b, _ in ratios if a[:7] == b[:7]},
+        "drafts": {model: found for model, out in outs.items() if (found := drafts(out))},
         "errors": {name: t.failure() for name, t in timings.items() if not t.runs},
     }  # fmt: skip
+
+
+def share(some: list[int], others: list[int]) -> float:
+    """The share of equal ids."""
+    return sum(a == b for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def drafts(out: Path) -> str:
+    """What trying drafts found."""
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    return next((note for note in notes if note.startswith("int8-draft")), "")
 
 
 def row(timing: Any, rounds: int) -> dict[str, Any]:
@@ -120,11 +136,12 @@ def built(model: str, threads: int) -> Path:
     from aropt.command import Request, optimize
 
     out = ROOT / "build" / "bench" / model
-    small, plain = model.startswith("digits"), model.removesuffix(INT8)
-    source = model if small else f"{Path(__file__)}:{plain}"
-    lossy: dict[str, Any] = {} if plain == model else {"passes": ["int8-linears"], "budget": BUDGET}
+    small, base = model.startswith("digits"), model.removesuffix(INT8).removesuffix(PLAIN)
+    source = model if small else f"{Path(__file__)}:{base}"
+    options: dict[str, Any] = {"passes": ["int8-linears"], "budget": BUDGET} if model.endswith(INT8) else {}
+    options |= {"dropped": ["int8-draft"]} if base != model else {}
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True, **lossy))
+    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True, **options))
     return out
 
 
@@ -151,7 +168,9 @@ def table(work: str, found: dict[str, Any]) -> str:
     lines.append("")
     for slow, fast, ratio, least in found["ratios"]:
         asked = f" (asked: {least:g})" if least else ""
-        lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}.")
+        same = f"; it drew {found['same'][fast]:.0%} of the same ids" if fast in found["same"] else ""
+        lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}{same}.")
+    lines += [f"* {model}: {note}" for model, note in found["drafts"].items()]
     for model, d in found.get("drift", {}).items():
         rows, ids = f"{d['top1']:.1%} of {d['measured']:.0f} rows", f"{d['agreement']:.0%} of the ids"
         lines.append(f"* {model}: KL {d['kl']:.2g} nats (largest {d['kl_max']:.2g}), the likeliest id is the same in "

@@ -1,0 +1,138 @@
+"""int8-draft: the model itself with weights of eight bits drafts rows one by one, and a round checks all of them at once.
+
+Where a round waits for weights, reading them once for several rows costs little more than for one, and a step that reads
+a quarter of the bytes costs little beside it. So the step with its linear layers as `int8-linears` makes them drafts,
+by the same rule with the same noise, into the same slots; then the step computes the newest row and the drafts as rows
+of one call, writes its own keys and values over the drafts', and the rule picks for each row (speculative decoding,
+Leviathan et al. 2023, 2211.17192; with the model's own reduced weights as in QuantSpec, 2502.10424). A draft counts if
+it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are: noise
+is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
+
+It is for one sequence at a time, with guidance in one batch; others run as before. The prompt is a round of the plain
+step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from aropt.eight_bits import EightBits, by_name
+from aropt.errors import UsageError
+from aropt.passbase import Applies, Contract, Skips, loops, rewrite
+from aropt.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
+from aropt.speculate import STEP, Draft, beside, from_model, steps
+from aropt.units import window
+from aropt.unmask import same
+from aropt.widen import wide
+
+RULES = ("greedy", "sample")
+SKETCH = "sketch"  # the step that drafts
+
+
+@dataclass(frozen=True)
+class Int8Draft:
+    """Options: `drafts`, rows that a round checks beside the one that it would write anyway; `group` and `least` as of
+    int8-linears.
+    """
+
+    drafts: int = 8
+    group: int = 128
+    least: int = 2**16
+    name: ClassVar[str] = "int8-draft"
+    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("several rows a round",))
+
+    def __post_init__(self) -> None:
+        if self.drafts < 1:
+            raise UsageError(what=f"int8-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
+        self.bits.check()
+
+    @property
+    def bits(self) -> EightBits:
+        return EightBits(self.group, self.least, self.name)
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
+        found = [loop for loop in loops(program.control, "positions") if drawn(loop)]
+        if not found or loops(program.control, "speculate"):
+            return Skips("no loop over positions runs a cached step, straight, without drafts")
+        other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
+        if other:
+            return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")
+        layers, others = self.bits.layers(program.graphs[STEP], program.weights)
+        rejected = tuple(by_name(others, program.weights))
+        if not layers:
+            return Skips("no linear layer of the step takes weights of eight bits", rejected)
+        if wide(program.graphs[STEP], program.weights) is None:
+            return Skips("the step's last rows can't be computed alone")
+        return Applies((f"{self.drafts} drafts a round, by {len(layers)} layers of eight bits",), rejected)
+
+    def run(self, program: Program) -> Program:
+        step, weights = program.graphs[STEP], dict(program.weights)
+        verify = wide(step, weights)
+        assert verify is not None
+        sketch = self.bits.changed(step, self.bits.layers(step, weights)[0], weights, SKETCH)
+        for node in sketch.fx.nodes:
+            node.meta.pop("origin", None)  # nothing of the reference computes this
+        shape = Draft(self.drafts, int(program.meta["vocab"]), "total" in step.inputs, window(program.meta))
+        made = {g.name: g for g in (verify, sketch, *from_model(shape, program.state["feed"].spec))}
+        flag, counter = Spec(torch.bool), Spec(torch.int64)
+        state = {
+            "begun": StateSpec("flag", flag, 0),
+            "ready": StateSpec("flag", flag, 0),
+            "ahead": StateSpec("counter", counter),
+            "want": StateSpec("counter", counter),
+            "drafted": StateSpec("tokens", shape.drafted),
+        }
+        return program.replace(
+            graphs={**program.graphs, **made},
+            state={**program.state, **state},
+            control=beside(program.control, made, drawn, drafting),
+            weights=weights,
+        )
+
+
+PASS = Int8Draft
+
+
+def drawn(loop: Loop) -> bool:
+    """Whether a loop runs the cached step, straight, and a rule."""
+    return any(steps(loop, rule) for rule in RULES)
+
+
+def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
+    """The rounds with drafts."""
+    ahead = {"row": "draft_row", "token": "draft", "count": "ahead"}
+    checked = {"token": "picks", "position": "places", "streams": "row_streams"}
+
+    def sketched(call: Call) -> list[Control]:
+        if call.graph == "commit":
+            return [replace(same(made["note"]), reads={**same(made["note"]).reads, "token": "draft"})]
+        if call.graph not in (STEP, "place", "last", "position", "feed", *RULES):
+            return []
+        reads, writes = ({n: ahead.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
+        return [replace(call, graph=SKETCH if call.graph == STEP else call.graph, reads=reads, writes=writes)]
+
+    def verified(call: Call) -> list[Control]:
+        reads, writes = ({n: checked.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
+        match call.graph:
+            case "place":
+                return [same(made["rewind"]), replace(call, reads={**call.reads, "feed": "fed"})]
+            case "step":
+                return [same(made["spots"]), replace(call, graph="verify", reads={**call.reads, "ids": "fed"})]
+            case "last":
+                return [replace(call, graph="every")]
+            case "greedy" | "sample":
+                return [replace(call, reads=reads, writes=writes)]
+            case "commit":
+                return [same(made["accept"])]
+        return []
+
+    drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"})
+    round_ = Seq((drafts, same(made["spread"]), *parts(rewrite(plain.body, verified))))
+    return Seq((same(made["begin"]), Loop("speculate", "finished", round_, {"window": "windows"}, plain.params)))
+
+
+def parts(control: Control) -> tuple[Control, ...]:
+    return control.body if isinstance(control, Seq) else (control,)
