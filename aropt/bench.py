@@ -58,7 +58,7 @@ LONG = 2000.0  # milliseconds of a run, beside which it does not matter what ran
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker runs: a variant of an artifact, on a prompt; with a temperature, of aropt's own, it draws (seed 0)."""
+    """What a worker runs: a variant of an artifact, on a prompt; with a temperature it draws (seed 0)."""
 
     variant: str
     artifact: str
@@ -280,7 +280,9 @@ def variant(spec: Spec) -> Generate:
     target = TARGETS.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
     applied = {e.name for e in program.ledger}
-    if target in ("eager", "inductor") and ("int8-draft" in applied or (target == "eager" and "int8-linears" in applied)):
+    if target in ("eager", "inductor") and (
+        "int8-draft" in applied or (target == "eager" and "int8-linears" in applied)
+    ):
         return stepping(again(spec, [], target), spec)  # there it makes floats of all weights in each round
     if target == "onnxruntime":
         program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None

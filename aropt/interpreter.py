@@ -53,7 +53,8 @@ def run(
 ) -> Values:
     """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
 
-    `on_round` sees the values after each round of a loop that is no DRAFT (for streaming and for validation), until it returns False.
+    `on_round` sees the values after each round of a loop that is no DRAFT (for streaming and for
+    validation), until it returns False.
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)

@@ -37,7 +37,7 @@ TYPES = {"last": Spec(I32, ("B",)), "total": Spec(I32), "filled": SCALAR}
 
 @dataclass(frozen=True)
 class Draft:
-    """What the graphs are made for: `drafts` rows beside the newest, a step with COUNTERS[dense], rows of axes `row`."""
+    """What the graphs are for: `drafts` rows beside the newest, a step with COUNTERS[dense], rows of axes `row`."""
 
     drafts: int
     vocab: int
@@ -70,8 +70,8 @@ class Draft:
         ]  # fmt: skip
 
     def checked(self, own: Tensor, drafted: Tensor, count: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
-        """Of what a round picked and read, [B, rows, (W)]: the last row that counts; the rows with -1 for what does not;
-        whether they end the text; the new count.
+        """Of what a round picked and read, [B, rows, (W)]: the last row that counts; the rows with -1 for what does
+        not; whether they end the text; the new count.
         """
         hits = (own.unsqueeze(-1) == stop).any(-1)
         wrong = torch.cat([drafted[:, 1:], torch.full_like(own[:, :1], -1)], 1) != own
@@ -165,12 +165,14 @@ def from_text(made: Draft, capacity: int) -> list[Graph]:
 def from_model(made: Draft, feed: Spec) -> list[Graph]:
     """The graphs of a loop whose drafts a cheaper step makes, one after the other; `feed`: what a round reads.
 
-    `drafted` [B, rows, (W)] moves to the left by a row with each draft, so that it ends with the newest row and what was
-    drafted after it. `ahead` counts new rows and drafts, `want` is how many drafts this round: fewer before the end.
+    `drafted` [B, rows, (W)] moves to the left by a row with each draft, so that it ends with the newest row and
+    what was drafted after it. `ahead` counts new rows and drafts, `want` is how many drafts this round has: fewer
+    before the end.
     """
     drafts, rows, row = made.drafts, made.rows, made.row
     wide = 1 if feed.dims[0] == "B" else 2  # both branches of guidance
-    read, counters = Spec(I64, (feed.dims[0], "R", *row)), made.counters
+    read = Spec(I64, (feed.dims[0], "R", *row))
+    counters = {n: Spec(s.dtype, feed.dims[: len(s.dims)]) for n, s in made.counters.items()}  # of as many sequences
 
     def fed(newest: Tensor) -> Tensor:
         return torch.cat([newest, newest]) if wide > 1 else newest.clone()
@@ -218,7 +220,8 @@ def from_model(made: Draft, feed: Spec) -> list[Graph]:
         capture_function("begin", begin, {"feed": read, **states}, ahead),
         capture_function(
             "note", note,
-            {"token": Spec(I64, ("B", *row)), "drafted": made.drafted, "ahead": SCALAR, "count": SCALAR, "want": SCALAR},
+            {"token": Spec(I64, ("B", *row)), "drafted": made.drafted, "ahead": SCALAR, "count": SCALAR,
+             "want": SCALAR},
             ["drafted", "ahead", "ready"],
         ),
         capture_function(

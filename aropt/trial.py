@@ -1,4 +1,4 @@
-"""Passes that pay for some programs and not for others: kept where generation is faster with them on the model's prompts.
+"""Passes that pay for some programs and not for others: kept where the model's prompts are generated faster so.
 
 Drafts are right where a text repeats itself, or where a cheaper step guesses what the model itself would write; a round
 that checks them costs more than one that does not. So the programs are lowered, and generate what the model's prompts
@@ -34,8 +34,8 @@ LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read
 
 @dataclass
 class Trial:
-    """What was found of one pass: `ms` of a turn without it and in each way with it, medians; `kept`: the best way, with
-    its options, or nothing; `reason` says why it was left out.
+    """What was found of one pass: `ms` of a turn without it and in each way with it, medians; `kept`: the best way,
+    with its options, or nothing; `reason` says why it was left out.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Trial:
         does = f"{self.kept} was kept" if self.kept else f"{best} was left out"
         return (
             f"{does}: the program is {self.ms[WITHOUT] / self.ms[best]:.2f} times as fast with it on "
-            f"{self.prompts} prompts and {self.tokens} new tokens each. That depends on the model and the text: --prompts "
-            f"FILE tries others, --pass and --no-pass {self.name} decide."
+            f"{self.prompts} prompts and {self.tokens} new tokens each. That depends on the model and the text: "
+            f"--prompts FILE tries others, --pass and --no-pass {self.name} decide."
         )
 
 
@@ -66,8 +66,8 @@ def trial(
     threads: int | None = None,
     instruments: Instruments = QUIET,
 ) -> tuple[list[Pass], Trial]:
-    """The passes, with the best of `ways`, which are one pass with other options, in its place among them if the program
-    is faster so; and what was found.
+    """The passes, with the best of `ways`, which are one pass with other options, in its place among them if the
+    program is faster so; and what was found.
 
     Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
     """

@@ -4,7 +4,7 @@
 
 * `logits` float32 [N, V], V >= 1; `k` int64 [], `p` float32 []: one of them, the other is None.
 * with `k` the k largest and what ties with the last of them; k <= 0 keeps all, and so does k >= V.
-* with `p` the smallest set of the largest whose probability reaches p, at least one (Holtzman et al. 2020, section 3.1),
+* with `p` the smallest set of the largest whose probability reaches p, at least one (Holtzman et al. 2020, 3.1),
   and what ties with the last of them; p >= 1 keeps all.
 * result float32 [N, V].
 

@@ -1,12 +1,12 @@
-"""int8-draft: the model itself with weights of eight bits drafts rows one by one, and a round checks all of them at once.
+"""int8-draft: the model itself with weights of eight bits drafts rows one by one, and a round checks them all at once.
 
-Where a round waits for weights, reading them once for several rows costs little more than for one, and a step that reads
-a quarter of the bytes costs little beside it. So the step with its linear layers as `int8-linears` makes them drafts,
+Where a round waits for weights, reading them once for several rows costs little more than for one, and a step that
+reads a quarter of the bytes little beside it. So the step with its linear layers as `int8-linears` makes them drafts,
 by the same rule with the same noise, into the same slots; then the step computes the newest row and the drafts as rows
 of one call, writes its own keys and values over the drafts', and the rule picks for each row (speculative decoding,
 Leviathan et al. 2023, 2211.17192; with the model's own reduced weights as in QuantSpec, 2502.10424). A draft counts if
-it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are: noise
-is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
+it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are:
+noise is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
 
 It is for one sequence at a time, with guidance in one batch; others run as before. The prompt is a round of the plain
 step.
@@ -84,6 +84,7 @@ class Int8Draft:
             "ahead": StateSpec("counter", counter),
             "want": StateSpec("counter", counter),
             "drafted": StateSpec("tokens", shape.drafted),
+            "fed": program.state["feed"],
         }
         return program.replace(
             graphs={**program.graphs, **made},

@@ -26,6 +26,7 @@ from aropt.units import window
 from aropt.unmask import same
 from aropt.widen import wide
 
+
 @dataclass(frozen=True)
 class NgramDraft:
     """Options: `drafts`, how many ids a round checks beside the one that it would write anyway."""

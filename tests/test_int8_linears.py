@@ -145,7 +145,7 @@ def test_which_layers() -> None:
 
 
 def test_groups_that_divide_and_weights_that_are_none() -> None:
-    one = Int8Linears(group=128, least=1)
+    one = Int8Linears(group=128, least=1).bits
     assert [one.size(torch.zeros(2, n)) for n in (256, 192, 96, 40)] == [128, 64, 32, 0]
     assert "no groups" in one.unfit(torch.zeros(4, 40))
     assert "not finite" in one.unfit(torch.full((4, 64), torch.nan))

@@ -103,7 +103,8 @@ def test_only_the_latest_ids_are_kept(prompt: list[int]) -> None:
 @cache
 def recalled(drafts: int, capacity: int) -> Callable[[list[int], int], dict[str, Tensor]]:
     """The graph `recall` on a prompt and the first new id."""
-    graph = next(g for g in speculate.graphs(drafts, VOCAB, capacity, dense=False) if g.name == "recall")
+    found = speculate.from_text(speculate.Draft(drafts, VOCAB, dense=False), capacity)
+    graph = next(g for g in found if g.name == "recall")
     size = int(graph.inputs["history"].dims[1])
     module = graph.bind({})
 

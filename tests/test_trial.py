@@ -15,6 +15,7 @@ from aropt import api, trial
 from aropt.command import prompts
 from aropt.errors import UsageError
 from aropt.passbase import loops
+from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import TRIED, Instruments, pipeline, untold
 from aropt.program import Program
@@ -32,10 +33,13 @@ def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> lis
     """Puts milliseconds in the clock's place. Returns what will have been timed."""
     seen: list[dict[str, Program]] = []
 
-    def timed(ways: dict[str, Program], prompts: list[list[int]], n: int) -> dict[str, float]:
+    def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool) -> dict[str, float]:
         seen.append(ways)
-        assert ways["with"].generate(prompts[:1], n) == ways["without"].generate(prompts[:1], n)
-        return {"without": without, "with": with_it}
+        options = {"temperature": 1.0} if drawn else {}
+        want = ways["without"].generate(prompts[:1], n, **options)
+        assert all(program.generate(prompts[:1], n, **options) == want for program in ways.values())
+        # of several ways the last is the fastest
+        return {way: without if way == "without" else with_it + len(ways) - i for i, way in enumerate(ways, 2)}
 
     monkeypatch.setattr(trial, "timed", timed)
     return seen
@@ -51,7 +55,8 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
     assert bool(loops(made.control, "speculate")) == kept == any(e.name == "ngram-draft" for e in made.ledger)
     words = [entry["reason"], *made.report["notes"]]
     assert any(f"{100 / with_it:.2f} times as fast" in text and "--prompts" in text for text in words)
-    assert loops(seen[0]["with"].control, "speculate") and not loops(seen[0]["without"].control, "speculate")
+    assert list(seen[0]) == ["ngram-draft", "without"], "int8-draft is for large weights"
+    assert [bool(loops(p.control, "speculate")) for p in seen[0].values()] == [True, False]
     assert made.report["verify"]["status"] == "pass"
     assert made.generate(REPEATING, 6) == program.generate(REPEATING, 6)
 
@@ -69,13 +74,13 @@ def test_nothing_is_lowered_where_nothing_can_be_learned(
     monkeypatch: pytest.MonkeyPatch, meta: dict[str, Any], target: str, why: str
 ) -> None:
     monkeypatch.setattr(trial, "lowered", None)
-    passes, found = trial.trial(texts(**meta), pipeline(), NgramDraft(), target)
+    passes, found = trial.trial(texts(**meta), pipeline(), [NgramDraft()], target)
     assert passes == pipeline() and not found.kept and why in found.told()
 
 
 def test_a_pass_that_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lowered", None)
-    passes, found = trial.trial(texts(), pipeline(dropped=["kv-cache"]), NgramDraft(), "onnxruntime")
+    passes, found = trial.trial(texts(), pipeline(dropped=["kv-cache"]), [NgramDraft()], "onnxruntime")
     assert NgramDraft() not in passes and "no greedy loop" in found.told()
 
 
@@ -84,7 +89,7 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("aropt.drift.measure", None)
     lossy = ["int8-linears:least=1"]
     budget = Instruments(budget={"kl": 1.0})
-    passes, found = trial.trial(wide(), pipeline(lossy), NgramDraft(), "onnxruntime", 1, budget)
+    passes, found = trial.trial(wide(), pipeline(lossy), [NgramDraft()], "onnxruntime", 1, budget)
     assert found.kept and NgramDraft() in passes
     assert all(any("int8" in n for n in p.weights) for p in seen[0].values())
 
@@ -92,7 +97,7 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
 def test_a_budget_is_missed_before_anything_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lowered", None)
     with pytest.raises(UsageError, match="lossy") as caught:
-        trial.trial(wide(), pipeline(["int8-linears:least=1"]), NgramDraft(), "onnxruntime")
+        trial.trial(wide(), pipeline(["int8-linears:least=1"]), [NgramDraft()], "onnxruntime")
     assert "weights of eight bits" in str(caught.value) and "--budget" in str(caught.value)
 
 
@@ -115,9 +120,35 @@ class Attention(nn.Module):
         return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
 
 
+def large(**meta: Any) -> Program:
+    """A program that is said to be large."""
+    program = wide()
+    return program.replace(meta={**program.meta, **meta})
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modality: str) -> None:
+    """Images are drawn, and only the half of the program that draws is lowered."""
+    seen = told(monkeypatch, 100.0, 50.0)
+    monkeypatch.setattr(trial, "LARGE", 0)
+    ways = [Int8Draft(drafts=2, least=1), Int8Draft(drafts=3, least=1)]
+    passes, found = trial.trial(large(modality=modality), pipeline(), ways, "onnxruntime", 1)
+    assert list(seen[0]) == ["int8-draft:drafts=2,least=1", "int8-draft:drafts=3,least=1", "without"]
+    assert ways[1] in passes and ways[0] not in passes and found.kept == "int8-draft:drafts=3,least=1"
+    assert "int8-draft:drafts=3,least=1 was kept: the program is" in found.told()
+    rules = {n for p in seen[0].values() for g in p.graphs for n in ("greedy", "sample") if n in g}
+    assert rules == {"sample" if modality == "image" else "greedy"}
+
+
+def test_small_weights_need_no_drafts_of_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "lowered", None)
+    passes, found = trial.trial(large(), pipeline(), [Int8Draft()], "onnxruntime")
+    assert passes == pipeline() and "0 MiB, which takes next to no time to read" in found.told()
+
+
 def test_what_the_caller_decides_is_not_tried() -> None:
-    assert [p.name for p in untold()] == list(TRIED)
-    assert not untold(chosen=["ngram-draft:drafts=2"]) and not untold(dropped=["ngram-draft"])
+    assert [ways[0].name for ways in untold()] == list(TRIED) == ["int8-draft", "ngram-draft"]
+    assert not untold(chosen=["ngram-draft:drafts=2"], dropped=["int8-draft"])
     assert not {p.name for p in pipeline()} & set(TRIED)
 
 
@@ -128,14 +159,17 @@ def test_turns_alternate_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPat
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def generate(self, prompts: list[list[int]], n: int) -> None:
+        inputs: tuple[str, ...] = ()
+
+        def generate(self, prompts: list[list[int]], n: int, **options: float) -> None:
             order.append(self.name)
+            assert options == {"temperature": 1.0}
 
     clock = iter(range(10_000))
     monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(trial.time, "sleep", lambda _: None)
     ways: Any = {"with": Fake("with"), "without": Fake("without")}
-    assert trial.timed(ways, REPEATING, 3) == {"with": 1000.0, "without": 1000.0}
+    assert trial.timed(ways, REPEATING, 3, True) == {"with": 1000.0, "without": 1000.0}
     assert order[:4] == ["with", "with", "without", "without"] and order.count("with") == order.count("without") >= 4
 
 

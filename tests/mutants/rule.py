@@ -80,34 +80,50 @@ def gumbel_sign(p: Program) -> Program:
     return swap(p, aten.sub.Tensor, lambda logits, g: logits + g, follows(aten.log.default, 1))
 
 
+def kept(p: Program, name: str, change: Callable[..., torch.Tensor]) -> Program:
+    """What top-k or top-p keep."""
+    return swap(p, torch.ops.aropt.keep_top.default, change, reads(name))
+
+
+def nucleus(x: torch.Tensor, p: torch.Tensor, excluded: int, more: int) -> torch.Tensor:
+    """Top-p by its definition, with slips: logits that are not counted before one, and kept after the last."""
+    ordered = torch.sort(x, dim=-1, descending=True).values
+    total = torch.softmax(ordered, dim=-1).cumsum(-1)
+    before = total if excluded else total - torch.softmax(ordered, dim=-1)
+    count = ((before < p).sum(-1, keepdim=True) + more).clamp(1, VOCAB)
+    return torch.where((x >= ordered.gather(-1, count - 1)) | (p >= 1), x, -torch.inf)
+
+
 @mutant(*BOTH)
 def top_k_plus_one(p: Program) -> Program:
     """One token more is kept."""
-    return swap(p, aten.clamp.default, lambda k, low, high: (k + 1).clamp(low, high), reads("top_k", 0))
+    return kept(p, "top_k", lambda x, k, _: torch.ops.aropt.keep_top(x, k + (k > 0), None))
 
 
 @mutant("rotary")
 def top_k_minus_one(p: Program) -> Program:
     """One token less is kept."""
-    return swap(p, aten.clamp.default, lambda k, low, high: (k - 1).clamp(low, high), reads("top_k", 0))
+    return kept(
+        p, "top_k", lambda x, k, _: torch.ops.aropt.keep_top(x, torch.where(k > 0, (k - 1).clamp(min=1), k), None)
+    )
 
 
 @mutant("rotary")
 def top_p_excludes_the_last(p: Program) -> Program:
     """The token that reaches p is left out."""
-    return swap(p, aten.sub.Tensor, lambda total, _: total, follows(aten.cumsum.default))
+    return kept(p, "top_p", lambda x, _, top_p: nucleus(x, top_p, 1, 0))
 
 
 @mutant("rotary")
 def top_p_one_more(p: Program) -> Program:
     """The token after the one that reaches p is kept."""
-    return swap(p, aten.clamp.default, lambda count, low: (count + 1).clamp(low, VOCAB), follows(aten.sum.dim_IntList))
+    return kept(p, "top_p", lambda x, _, top_p: nucleus(x, top_p, 0, 1))
 
 
 @mutant("rotary")
 def top_p_ignored(p: Program) -> Program:
     """All tokens are kept."""
-    return swap(p, aten.ge.Scalar, lambda value, _: value >= 0, reads("top_p", 0))
+    return kept(p, "top_p", lambda x, *_: x.clone())
 
 
 @mutant("rotary", "guided")
