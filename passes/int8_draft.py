@@ -8,8 +8,8 @@ Leviathan et al. 2023, 2211.17192; with the model's own reduced weights as in Qu
 it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are:
 noise is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
 
-It is for one sequence at a time, with guidance in one batch; others run as before. The prompt is a round of the plain
-step.
+It is for one sequence at a time, with guidance in one batch where attention is not fused (ONNX Runtime's takes several
+rows of one sequence alone); others run as before. The prompt is a round of the plain step.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Int8Draft:
         other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
         if other:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")
+        if "total" in program.graphs[STEP].inputs and program.state["feed"].spec.dims[0] != "B":
+            return Skips("the fused attention takes several rows of one sequence, and guidance makes two of it")
         layers, others = self.bits.layers(program.graphs[STEP], program.weights)
         rejected = tuple(by_name(others, program.weights))
         if not layers:

@@ -50,6 +50,10 @@ def images(guided: bool = True) -> Program:
                          name="images", modality="image")  # fmt: skip
 
 
+def unguided() -> Program:
+    return images(False)
+
+
 @cache
 def drafted(of: Callable[[], Program] = plain, fused: bool = True) -> Program:
     """The program with three drafts a round, its calls fused or not."""
@@ -137,7 +141,7 @@ def test_whole_loop_in_one_call_and_in_chunks(of: Callable[[], Program], contrib
     assert run_loop.compare(tmp_path / "model.onnx", of())["status"] == "pass"
 
 
-@pytest.mark.parametrize("of", [plain, images])
+@pytest.mark.parametrize("of", [plain, unguided])
 def test_onnxruntime_steps_with_drafts(of: Callable[[], Program]) -> None:
     program = aropt.optimize(of(), "onnxruntime", pipeline([ASKED]), instruments=Instruments(check=False), threads=1)
     assert program.report["verify"]["status"] == "pass"
@@ -202,6 +206,8 @@ def test_skips_what_it_is_not_for() -> None:
     one = Int8Draft(least=1000)
     assert isinstance(one.plan(plain(), "eager"), Skips), "without a cache there is no step"
     assert isinstance(one.plan(one.run(cached), "eager"), Skips), "drafts are there already"
+    guided = run_passes(images(), pipeline([ASKED]), "onnxruntime", Instruments(check=False))[1]
+    assert "two of it" in next(r.reason for r in guided if r.name == "int8-draft")
     few = Int8Draft().plan(cached, "eager")
     assert isinstance(few, Skips) and few.rejected and "eight bits" in few.reason
     other = one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), "eager")
