@@ -43,6 +43,7 @@ class Draft:
     vocab: int
     dense: bool
     row: tuple[int, ...] = ()
+    guided: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,7 +67,10 @@ class Draft:
                 {"finished": Spec(BOOL), "begun": Spec(BOOL), "lengths": ROWS}, ["begun", "alone"],
             ),
             capture_function("opened", lambda count: count > 0, {"count": SCALAR}, ["begun"]),
-            capture_function("every", lambda logits: logits.to(F32).flatten(0, 1), {"logits": logits}, ["row"]),
+            capture_function(
+                "every", lambda logits: logits.to(F32).flatten(0, 1) if self.guided else logits.to(F32).select(0, 0),
+                {"logits": logits}, ["row"],
+            ),
         ]  # fmt: skip
 
     def checked(self, own: Tensor, drafted: Tensor, count: Tensor, stop: Tensor) -> tuple[Tensor, ...]:

@@ -8,8 +8,8 @@ Leviathan et al. 2023, 2211.17192; with the model's own reduced weights as in Qu
 it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are:
 noise is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
 
-It is for one sequence at a time, with guidance in one batch where attention is not fused (ONNX Runtime's takes several
-rows of one sequence alone); others run as before. The prompt is a round of the plain step.
+It is for one sequence at a time, with guidance in one batch on other targets than onnxruntime, whose attention takes
+several rows of one sequence alone; others run as before. The prompt is a round of the plain step.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Int8Draft:
         other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
         if other:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")
-        if "total" in program.graphs[STEP].inputs and program.state["feed"].spec.dims[0] != "B":
-            return Skips("the fused attention takes several rows of one sequence, and guidance makes two of it")
+        if target == "onnxruntime" and guided(program):
+            return Skips("its attention takes several rows of one sequence, and guidance makes two of it")
         layers, others = self.bits.layers(program.graphs[STEP], program.weights)
         rejected = tuple(by_name(others, program.weights))
         if not layers:
@@ -77,7 +77,9 @@ class Int8Draft:
         sketch = self.bits.changed(step, self.bits.layers(step, weights)[0], weights, SKETCH)
         for node in sketch.fx.nodes:
             node.meta.pop("origin", None)  # nothing of the reference computes this
-        shape = Draft(self.drafts, int(program.meta["vocab"]), "total" in step.inputs, window(program.meta))
+        shape = Draft(
+            self.drafts, int(program.meta["vocab"]), "total" in step.inputs, window(program.meta), guided(program)
+        )
         made = {g.name: g for g in (verify, sketch, *from_model(shape, program.state["feed"].spec))}
         flag, counter = Spec(torch.bool), Spec(torch.int64)
         state = {
@@ -97,6 +99,11 @@ class Int8Draft:
 
 
 PASS = Int8Draft
+
+
+def guided(program: Program) -> bool:
+    """Whether a round feeds both branches of guidance."""
+    return program.state["feed"].spec.dims[0] != "B"
 
 
 def drawn(loop: Loop) -> bool:
