@@ -43,7 +43,7 @@ class Draft:
     vocab: int
     dense: bool
     row: tuple[int, ...] = ()
-    guided: bool = False
+    flat: bool = True  # rows of all sequences, or branches of guidance; else those of the one sequence by its index
 
     @property
     def rows(self) -> int:
@@ -68,7 +68,7 @@ class Draft:
             ),
             capture_function("opened", lambda count: count > 0, {"count": SCALAR}, ["begun"]),
             capture_function(
-                "every", lambda logits: logits.to(F32).flatten(0, 1) if self.guided else logits.to(F32).select(0, 0),
+                "every", lambda logits: logits.to(F32).flatten(0, 1) if self.flat else logits.to(F32).select(0, 0),
                 {"logits": logits}, ["row"],
             ),
         ]  # fmt: skip
@@ -93,7 +93,7 @@ def together(**rounds: Tensor) -> Tensor:
     """The rows of all rounds, those that don't count at the end, as -1."""
     parts = [part.flatten(1, 2) if name == "windows" else part for name, part in rounds.items()]
     rows = torch.cat(parts, 1)
-    there = (rows.flatten(2)[:, :, 0] if rows.dim() == 3 else rows) >= 0
+    there = (rows[:, :, 0] if rows.dim() == 3 else rows) >= 0
     places = torch.where(there, there.to(I64).cumsum(1) - 1, rows.shape[1])
     places = places.unsqueeze(2).expand_as(rows) if rows.dim() == 3 else places
     empty = torch.full((rows.shape[0], rows.shape[1] + 1, *rows.shape[2:]), -1)
@@ -199,7 +199,8 @@ def from_model(made: Draft, feed: Spec) -> list[Graph]:
 
     def spots(fed: Tensor, streams: Tensor, lengths: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         places = (lengths + count).unsqueeze(1) + torch.arange(fed.shape[1])
-        return streams.unsqueeze(1).expand_as(places).flatten(), places.flatten()
+        found = streams.unsqueeze(1).expand_as(places), places
+        return tuple(x.flatten() if made.flat else x.select(0, 0).clone() for x in found)
 
     def whole(part: Tensor) -> Tensor:
         """The rows of a round, -1 where it has fewer."""
