@@ -19,7 +19,7 @@ from typing import Any
 
 from aropt.errors import Unsupported
 from aropt.passbase import Pass, Skips
-from aropt.passmanager import PASSES, Instruments, unpaid
+from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
 from aropt.program import Control, If, Program, Seq, calls
 from aropt.runtime import workload
 
@@ -73,7 +73,9 @@ def trial(
     """
     passes, found = list(passes), Trial(ways[0].name)
     prompts, tokens = workload(program, PROMPTS, TOKENS)
-    found.reason = unfit(program, target, prompts, found.name) or ("" if tokens > 1 else "no prompt leaves any room")
+    others = [one.name for one in passes if one.name in TRIED]
+    found.reason = f"{others[0]} makes drafts already" if others else unfit(program, target, prompts, found.name)
+    found.reason = found.reason or ("" if tokens > 1 else "no prompt leaves room for an answer")
     if found.reason:
         return passes, found
     instruments.say(f"{found.name}: is it worth it?")

@@ -103,10 +103,17 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         "env": environment(threads), "rows": rows,
         "drift": {model: found for model, out in outs.items() if (found := drifted(out))},
         "ratios": [[a, b, rows[a]["ms"] / rows[b]["ms"], least] for a, b, least in ratios],
-        "same": {b: share(timings[a].tokens, timings[b].tokens) for a, b, _ in ratios if a[:7] == b[:7]},
+        "same": [
+            share(timings[a].tokens, timings[b].tokens) if base_of(a) == base_of(b) else None for a, b, _ in ratios
+        ],
         "drafts": {model: found for model, out in outs.items() if (found := drafts(out))},
         "errors": {name: t.failure() for name, t in timings.items() if not t.runs},
     }  # fmt: skip
+
+
+def base_of(name: str) -> str:
+    """The model of a row or an artifact, whatever was done to it: rows of the same one are to have the same ids."""
+    return name.partition(",")[0].removesuffix(INT8).removesuffix(PLAIN)
 
 
 def share(some: list[int], others: list[int]) -> float:
@@ -136,7 +143,7 @@ def built(model: str, threads: int) -> Path:
     from aropt.command import Request, optimize
 
     out = ROOT / "build" / "bench" / model
-    small, base = model.startswith("digits"), model.removesuffix(INT8).removesuffix(PLAIN)
+    small, base = model.startswith("digits"), base_of(model)
     source = model if small else f"{Path(__file__)}:{base}"
     options: dict[str, Any] = {"passes": ["int8-linears"], "budget": BUDGET} if model.endswith(INT8) else {}
     options |= {"dropped": ["int8-draft"]} if base != model else {}
@@ -166,10 +173,10 @@ def table(work: str, found: dict[str, Any]) -> str:
         for name, r in found["rows"].items()
     ]
     lines.append("")
-    for slow, fast, ratio, least in found["ratios"]:
+    for (slow, fast, ratio, least), same in zip(found["ratios"], found["same"], strict=True):
         asked = f" (asked: {least:g})" if least else ""
-        same = f"; it drew {found['same'][fast]:.0%} of the same ids" if fast in found["same"] else ""
-        lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}{same}.")
+        ids = "" if same is None else f"; it drew {same:.0%} of the same ids"
+        lines.append(f"* {fast} is {ratio:.2f} times as fast as {slow}{asked}{ids}.")
     lines += [f"* {model}: {note}" for model, note in found["drafts"].items()]
     for model, d in found.get("drift", {}).items():
         rows, ids = f"{d['top1']:.1%} of {d['measured']:.0f} rows", f"{d['agreement']:.0%} of the ids"

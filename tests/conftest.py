@@ -7,12 +7,14 @@ import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aropt.interpreter import Values
 from aropt.program import Program
 
 gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
@@ -115,3 +117,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
             pytest.fail("\n".join([*changes, f"If this is meant: {command}"]), pytrace=False)
 
     return check
+
+
+def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: Any) -> list[Values]:
+    """What each round of a generation saw."""
+    seen: list[Values] = []
+    program.generate(prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
+    return seen

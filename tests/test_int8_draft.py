@@ -16,7 +16,6 @@ import aropt
 from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
-from aropt.interpreter import Values
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passbase import Skips, loops
 from aropt.passes.int8_draft import Int8Draft
@@ -25,7 +24,7 @@ from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.program import Program
 from aropt.targets import rounds
 from aropt.validate import validate, with_probe
-from tests.conftest import make_program
+from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.test_int8_linears import CAPACITY, VOCAB, Model
 
@@ -59,13 +58,6 @@ def drafted(of: Callable[[], Program] = plain, fused: bool = True) -> Program:
     """The program with three drafts a round, its calls fused or not."""
     passes = pipeline([ASKED], [] if fused else ["fuse-sampler", "prune"])
     return run_passes(of(), passes, "eager", Instruments(check=False))[0]
-
-
-def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: Any) -> list[Values]:
-    """What each round of a generation saw."""
-    seen: list[Values] = []
-    program.generate(prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
-    return seen
 
 
 @settings(deadline=None, max_examples=60)

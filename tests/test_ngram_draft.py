@@ -17,7 +17,6 @@ from aropt import speculate
 from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
-from aropt.interpreter import Values
 from aropt.passbase import Skips, loops
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
@@ -25,7 +24,7 @@ from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.program import Program
 from aropt.targets import rounds
 from aropt.validate import validate, with_probe
-from tests.conftest import CAPACITY, VOCAB, make_program
+from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.mutants.surgery import reference as rotary
 
@@ -41,13 +40,6 @@ def drafted() -> Program:
 @cache
 def plain() -> Program:
     return make_program()
-
-
-def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: float) -> list[Values]:
-    """What each round of a generation saw."""
-    seen: list[Values] = []
-    program.generate(prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
-    return seen
 
 
 @settings(deadline=None, max_examples=60)

@@ -140,6 +140,14 @@ def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modal
     assert rules == {"sample" if modality == "image" else "greedy"}
 
 
+@pytest.mark.parametrize(("there", "one"), [(Int8Draft(), NgramDraft()), (NgramDraft(), Int8Draft())])
+def test_drafts_that_are_there_or_asked_for_stay(monkeypatch: pytest.MonkeyPatch, there: Any, one: Any) -> None:
+    monkeypatch.setattr(trial, "lowered", None)
+    monkeypatch.setattr(trial, "LARGE", 0)
+    passes, found = trial.trial(large(), [*pipeline(), there], [one], "onnxruntime")
+    assert passes == [*pipeline(), there] and f"{there.name} makes drafts already" in found.told()
+
+
 def test_small_weights_need_no_drafts_of_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lowered", None)
     passes, found = trial.trial(large(), pipeline(), [Int8Draft()], "onnxruntime")
