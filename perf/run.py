@@ -37,7 +37,7 @@ WORK = {
         "ort-genai",
         "llamacpp",
     ),
-    **dict.fromkeys(models.SHAPES, ("hf", "ort-genai", "llamacpp")),
+    **dict.fromkeys(models.SHAPES, ("no-draft", "hf", "ort-genai", "llamacpp")),
 }
 LARGE = ("small", "mid")  # validation in fp64 would take longer than the timing; tokens are compared with the peers'
 ROUNDS = 2  # processes of each variant, one after the other: the same program may run at another speed in each
@@ -78,7 +78,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     source = str(models.folder(model, ROOT / "build" / "models")) if drawn else model
     out = ROOT / "build" / "bench" / model
     large = model in LARGE
-    request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=not large)
+    request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=True)
     report = optimize(request)
     program = artifact.load(out)
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
