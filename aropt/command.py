@@ -269,13 +269,16 @@ def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int
 def add_roofline(
     report: dict[str, Any], timings: dict[str, bench.Timing], program: Program, n: int, prompt: int, threads: int
 ) -> None:
-    """Bytes that a decoding step must read, over the measured bandwidth, over the time of a step."""
+    """Bytes that a decoding step must read, over the measured bandwidth, over the time of a step.
+
+    A program with drafts takes a number of rounds that is not known from here: the one without them is looked at.
+    """
     from aropt.passbase import loops
     from aropt.program import calls
 
-    own = timings["aropt"]
-    decoding = loops(program.control, "positions")  # how many rounds another loop takes is not known from here
-    if not own.runs or not decoding or loops(program.control, "speculate"):
+    variant = "no-draft" if loops(program.control, "speculate") else "aropt"
+    own, decoding = timings.get(variant), loops(program.control, "positions")
+    if own is None or not own.runs or not decoding:
         return
     loop = decoding[0]
     weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}
@@ -286,7 +289,8 @@ def add_roofline(
     size += sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
     rate = bench.bandwidth(size, threads)
     step = own.median / rounds / 1e3
-    report["roofline"] = {"bytes_per_step": size, "bandwidth_gb_s": rate, "share": size / rate / 1e9 / step}
+    share = size / rate / 1e9 / step
+    report["roofline"] = {"variant": variant, "bytes_per_step": size, "bandwidth_gb_s": rate, "share": share}
 
 
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:

@@ -130,6 +130,7 @@ class Measurement(Strict):
 class Roofline(Strict):
     """`share`: the least time that the bytes of a step can take at that bandwidth, over the time measured."""
 
+    variant: str = "aropt"
     bytes_per_step: NonNegativeInt
     bandwidth_gb_s: Positive
     share: NonNegative

@@ -24,6 +24,8 @@ from aropt.trace import dynamic, quiet
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given
 EXTERNAL_OVER = 256 * 2**20  # bytes of weights from which they go to a file beside the model
+COPIES_OVER = 32 * 2**20  # bytes of weights that a model would hold twice, from which they do too
+SMALL = 1024  # bytes of tensors that stay in the model
 
 
 def export(graph: Graph, weights: Mapping[str, Tensor], path: Path, contrib: bool = False) -> None:
@@ -38,11 +40,21 @@ def export(graph: Graph, weights: Mapping[str, Tensor], path: Path, contrib: boo
 
 
 def save(model: Any, path: Path) -> None:
-    """Writes the model; weights go to a file beside it (<name>.data) where there are many."""
+    """Writes the model; weights go to a file beside it (<name>.data), each once, where they would take much room."""
     import onnx_ir as ir
 
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    ir.save(model, path, external_data=path.name + ".data" if size > EXTERNAL_OVER else None)
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    tensors = {id(v.const_value): v.const_value for v in values}
+    once, all_of_them = (sum(t.nbytes for t in found) for found in (tensors.values(), [v.const_value for v in values]))
+    if once > EXTERNAL_OVER or all_of_them - once > COPIES_OVER:
+        large = {key: tensor for key, tensor in tensors.items() if tensor.nbytes > SMALL}
+        data = path.name + ".data"
+        moved = dict(
+            zip(large, ir.external_data.convert_tensors_to_external([*large.values()], path.parent, data), strict=True)
+        )
+        for value in values:
+            value.const_value = moved.get(id(value.const_value), value.const_value)
+    ir.save(model, path)
 
 
 def translate(graph: Graph, weights: Mapping[str, Tensor], contrib: bool = False) -> Any:

@@ -89,9 +89,11 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
 
     Raises VerificationFailed if a token differs.
     """
+    from aropt.exporters.whole_loop import ROUNDS
+
     made = session(path)
     rows = example(program)
-    n = min(12, room(program, joined(rows)))
+    n = min(2 * ROUNDS + 4, room(program, joined(rows)))
     others = rows[::-1], [rows[-1], *rows[:-1]][: max(1, len(rows) - 1)]
     start, back, second = (joined(some) for some in (rows, *others))
     tokens, cases = 0, 0
@@ -101,7 +103,7 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
         for choice in choices:
             params = {**choice, "negative": [p[::-1] for p in prompts]} if needs_negative else choice
             want = program.generate(prompts, n, **params)
-            for chunk in (None, 5):
+            for chunk in (None, ROUNDS + 1):
                 cases, tokens = cases + 1, tokens + sum(map(len, want))
                 if generate(made, program, prompts, n, chunk=chunk, **params) != want:
                     raise VerificationFailed(

@@ -10,6 +10,9 @@ Inputs are the program's (those with a default may be left out), `chunk`, the mo
 with `state.*`, what an earlier call returned as `next.*`. Outputs: the program's, `counts` (tokens of each sequence),
 `status` (0, or why nothing was generated: see STATUS) and `next.*`. Caches grow as they fill: GroupQueryAttention
 appends to them; the standard operators write into slots, which are made when a loop is entered.
+
+For ONNX Runtime's sake each graph has initializers of its own (`Writer.weight`), which share their data, and loops of
+small models do several rounds a turn (`Writer.several`), then the last ones one by one.
 """
 
 from __future__ import annotations
@@ -22,13 +25,18 @@ import torch
 from torch import Tensor
 
 from aropt import ops
+from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
+from aropt.exporters.unroll import unroll
 from aropt.passbase import loops
 from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
 from aropt.trace import capture_function
 
 I64 = torch.int64
 FOREVER = 2**62
+ROUNDS = 8  # in a loop's body: what ONNX Runtime does for each turn of a Loop, and to end it, is shared among them
+SMALL = 16 * 2**20  # bytes of weights that a round reads: of larger ones a Loop's turn is no part
+PACKED = 4 * 2**30  # bytes of weights, of all graphs, that each graph may have for itself: memory for speed
 MOVES = (torch.ops.aten.cat.default, torch.ops.aten.clone.default)  # of caches as they are: branches joined and parted
 STATUS = {
     1: "the prompt and the new tokens don't fit the model's capacity",
@@ -65,7 +73,13 @@ class Writer:
         for name, given in program.inputs.items():
             for axis, dim in enumerate(given.spec.dims):
                 self.place.setdefault(dim, (name, axis))
-        self.weights: dict[Any, Any] = {}  # by content: graphs that share a weight share its initializer
+        self.models: dict[str, Any] = {}  # of graphs
+        self.tensors: dict[Any, Any] = {}  # of weights, by content
+        self.weights: dict[Any, Any] = {}  # initializers, by graph and content
+        self.roomy: set[Any] = set()  # caches with slots for all that is to come
+        sizes = {n: sum(program.weights[w].nbytes for w in g.weights()) for n, g in program.graphs.items()}
+        # ONNX Runtime packs weights only where they are the node's own graph's, or of the one around it
+        self.own = sum(sizes[call.graph] for call in calls(program.control)) <= PACKED
         self.graph = ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
 
     # --- small pieces ------------------------------------------------------------------------------------------------
@@ -140,11 +154,23 @@ class Writer:
     def call(self, control: Call, graph: Any, values: dict[str, Any]) -> None:
         """Inlines a graph."""
         part = self.program.graphs[control.graph]
-        inner = (self.graphs(control.graph) or translate(part, self.program.weights, self.contrib)).graph
+        made = self.inline(self.translated(control.graph), control, graph, values)
+        values.update({control.writes[o]: v for o, v in zip(part.outputs, made, strict=True)})
+
+    def translated(self, name: str) -> Any:
+        """A graph's model, whose nodes may be taken."""
+        if name not in self.models:
+            given = self.graphs(name)
+            self.models[name] = given or translate(self.program.graphs[name], self.program.weights, self.contrib)
+        return self.models[name].clone()
+
+    def inline(self, model: Any, control: Call, graph: Any, values: Mapping[str, Any]) -> list[Any]:
+        """Moves the nodes of the call's model into a graph; -> the model's outputs."""
+        inner, part = model.graph, self.program.graphs[control.graph]
         prefix = self.name(control.graph)
-        outputs = dict(zip(part.outputs, list(inner.outputs), strict=True))
+        outputs = list(inner.outputs)
         given = {v: values[control.reads[i]] for i, v in zip(part.inputs, list(inner.inputs), strict=True)}
-        given |= {v: self.weight(v.const_value) for v in list(inner.initializers.values())}
+        given |= {v: self.weight(v.const_value, graph) for v in list(inner.initializers.values())}
         inner.outputs.clear()
         for old, new in given.items():
             self.ir.convenience.replace_all_uses_with(old, new)
@@ -155,21 +181,21 @@ class Writer:
             for value in node.outputs:
                 value.name = f"{prefix}/{value.name}" if value.name else value.name
         graph.extend(nodes)
-        values.update({control.writes[o]: given.get(v, v) for o, v in outputs.items()})
+        return [given.get(v, v) for v in outputs]
 
-    def weight(self, tensor: Any) -> Any:
-        """The initializer of that content."""
+    def weight(self, tensor: Any, graph: Any) -> Any:
+        """The initializer of that content, of the graph itself where each has its own: the tensor is shared."""
         import hashlib
 
-        array = tensor.numpy()
+        array, home = tensor.numpy(), graph if self.own else self.graph
         key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
-        if key not in self.weights:
+        tensor = self.tensors.setdefault(key, self.ir.Tensor(array))
+        if (home, key) not in self.weights:
             name = self.name("weight")
             value = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape)
-            value.const_value = self.ir.Tensor(array, name=name)
-            self.weights[key] = value
-            self.graph.initializers[name] = value
-        return self.weights[key]
+            value.const_value = tensor
+            self.weights[home, key] = home.initializers[name] = value
+        return self.weights[home, key]
 
     def branch(self, control: If, graph: Any, values: dict[str, Any], nested: bool) -> None:
         """Two subgraphs with the same outputs."""
@@ -198,37 +224,114 @@ class Writer:
             graph.outputs.append(value if fresh else self.node(graph, "Identity", [value]))
 
     def loop(self, control: Loop, graph: Any, values: dict[str, Any], nested: bool) -> None:
-        """A Loop of at most `chunk` rounds (without limit inside another one)."""
+        """A Loop of at most `chunk` rounds (inside another one: of any number), after one of several at a time."""
         self.make_room(control, graph, values)
+        left = None if nested else values["chunk"]
+        rows: dict[str, list[Any]] = {name: [] for name in control.emits}
+        model = None if nested else self.several(control)
+        if model is not None:
+            number = self.constant(graph, [ROUNDS])
+            emitted = self.rounds(control, graph, values, self.node(graph, "Div", [left, number]), ROUNDS, model)
+            one = next(iter(emitted.values()))[0]
+            done = self.node(graph, "Mul", [self.node(graph, "Shape", [one], start=0, end=1), number])
+            left = self.node(graph, "Sub", [left, done])
+            for name, versions in emitted.items():
+                each = [self.node(graph, "Unsqueeze", [v, self.constant(graph, [1])]) for v in versions]
+                rows[name].append(self.sized(graph, values, name, self.node(graph, "Concat", each, axis=1), done))
+        for name, (stacked,) in self.rounds(control, graph, values, left).items():
+            number = self.node(graph, "Shape", [stacked], start=0, end=1)
+            rows[name].append(self.sized(graph, values, name, stacked, number) if self.known(name) else stacked)
+        for name, parts in rows.items():
+            both = self.node(graph, "Concat", parts, axis=0) if len(parts) > 1 else parts[0]
+            order = [1, 0, *range(2, len(self.spec(name).dims) + 1)]
+            values[control.emits[name]] = self.node(graph, "Transpose", [both], perm=order)
+
+    def rounds(
+        self, control: Loop, graph: Any, values: dict[str, Any], most: Any, number: int = 1, model: Any = None
+    ) -> dict[str, list[Any]]:
+        """The Loop node, whose body is so many rounds (in `model`, if several).
+
+        -> what is emitted in each of these rounds, [times, ...].
+        """
         carried = sorted(n for n in written(control.body) if n in values)
         inputs = [self.typed(self.name("round"), Spec(I64)), self.typed(self.name("go"), Spec(torch.bool))]
         inputs += [self.typed(self.name(n), self.spec(n)) for n in carried]
         body = self.ir.Graph(inputs, [], nodes=[], name=self.name("body"))
         inner = values | dict(zip(carried, inputs[2:], strict=True))
-        self.lower(control.body, body, inner, nested=True)
-        on = self.node(body, "Not", [inner[control.until]])
-        self.close(body, [on, *(inner[n] for n in carried), *(inner[n] for n in control.emits)])
-        start = self.node(graph, "Not", [values[control.until]])
-        count = len(carried) + len(control.emits)
-        made = self.node(
-            graph, "Loop", [None if nested else values["chunk"], start, *(values[n] for n in carried)], count, body=body
-        )
+        if model is None:
+            self.lower(control.body, body, inner, nested=True)
+            emitted = {n: [inner[n]] for n in control.emits}
+        else:
+            emitted = self.repeat(control, body, inner, number, model)
+        on = self.goes_on(control, body, inner, number)
+        self.close(body, [on, *(inner[n] for n in carried), *(v for n in emitted for v in emitted[n])])
+        start = self.goes_on(control, graph, values, number)
+        count = len(body.outputs) - 1
+        made = self.node(graph, "Loop", [most, start, *(values[n] for n in carried)], count, body=body)
         made = made if isinstance(made, list) else [made]
+        self.roomy |= {after for n, after in zip(carried, made, strict=False) if values[n] in self.roomy}
         values.update(zip(carried, made[: len(carried)], strict=True))
-        for stacked, (name, target) in zip(made[len(carried) :], control.emits.items(), strict=True):
-            dims = self.spec(name).dims
-            if all(f.isdigit() or f in self.place for d in dims if isinstance(d, str) for f in d.split("*")):
-                rounds = self.node(graph, "Shape", [stacked], start=0, end=1)  # without rounds the other sizes are lost
-                shape = self.node(graph, "Concat", [rounds, *(self.size(graph, values, d) for d in dims)], axis=0)
-                stacked = self.node(graph, "Reshape", [stacked, shape], allowzero=1)
-            values[target] = self.node(graph, "Transpose", [stacked], perm=[1, 0, *range(2, len(dims) + 1)])
+        rest = iter(made[len(carried) :])
+        return {n: [next(rest) for _ in versions] for n, versions in emitted.items()}
+
+    def goes_on(self, control: Loop, graph: Any, values: Mapping[str, Any], number: int) -> Any:
+        """Whether the loop has not ended, and the limit is so many rounds away."""
+        on = self.node(graph, "Not", [values[control.until]])
+        if number == 1:
+            return on
+        left = self.node(graph, "Sub", [values[control.params["limit"]], values["count"]])
+        return self.node(graph, "And", [on, self.node(graph, "GreaterOrEqual", [left, self.constant(graph, number)])])
+
+    def several(self, control: Loop) -> Any:
+        """The model of several rounds of a loop, or None: of a graph that is all of it and goes on in vain at its end.
+
+        A few rounds after a sequence's last token change nothing that is read later; the limit is not passed.
+        """
+        call, ends = control.body, control.until == "finished" and "limit" in control.params
+        if not isinstance(call, Call) or not ends or not control.emits or loops(self.program.control, "speculate"):
+            return None
+        part = self.program.graphs[call.graph]
+        if sum(self.program.weights[w].nbytes for w in part.weights()) > SMALL or not all(
+            map(self.known, control.emits)
+        ):
+            return None
+        try:
+            return unroll(self.translated(call.graph), part, control, {}, ROUNDS)
+        except Unsupported:
+            return None
+
+    def repeat(self, control: Loop, body: Any, values: dict[str, Any], number: int, model: Any) -> dict[str, list[Any]]:
+        """Inlines the rounds; -> what each emits."""
+        call = control.body
+        assert isinstance(call, Call)
+        for value in (v for node in model.graph for v in node.outputs):
+            if value.shape is not None:  # caches that grow have a size each
+                value.shape = self.ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+        made, emitted = iter(self.inline(model, call, body, values)), {}
+        for output in self.program.graphs[call.graph].outputs:
+            name = call.writes[output]
+            versions = [next(made) for _ in range(number if name in control.emits else 1)]
+            values[name] = versions[-1]
+            if name in control.emits:
+                emitted[name] = versions
+        return {name: emitted[name] for name in control.emits}
+
+    def known(self, name: str) -> bool:
+        """Whether the sizes of a value follow from the inputs'."""
+        dims = self.spec(name).dims
+        return all(f.isdigit() or f in self.place for d in dims if isinstance(d, str) for f in d.split("*"))
+
+    def sized(self, graph: Any, values: Mapping[str, Any], name: str, stacked: Any, number: Any) -> Any:
+        """So many rows of a value that a loop emits: without rounds the other sizes are lost."""
+        sizes = [self.size(graph, values, d) for d in self.spec(name).dims]
+        return self.node(graph, "Reshape", [stacked, self.node(graph, "Concat", [number, *sizes], axis=0)], allowzero=1)
 
     def make_room(self, control: Loop, graph: Any, values: dict[str, Any]) -> None:
         """Slots for prompt and new tokens, in caches that the loop's operators write into and don't append to."""
         for name, state in self.program.state.items():
             if state.axis is None or state.spec.dims[state.axis] != "S":
                 continue
-            if name not in written(control.body) or self.appends(control, name):
+            if name not in written(control.body) or values[name] in self.roomy or self.appends(control, name):
                 continue
             rank = len(state.spec.dims)
             shape = self.node(graph, "Shape", [values[name]])
@@ -244,10 +347,12 @@ class Writer:
             pads = self.node(graph, "Concat", [before, missing, after], axis=0)
             empty = self.constant(graph, float(state.init or 0.0), state.spec.dtype)
             values[name] = self.node(graph, "Pad", [values[name], pads, empty])
+            self.roomy.add(values[name])
 
     def appends(self, control: Loop, name: str) -> bool:
         """Whether the operators in use append to this cache."""
-        if not self.contrib or loops(self.program.control, "speculate"):  # what was appended could not be taken back
+        drafts = loops(self.program.control, "speculate") and control.until != "begun"
+        if not self.contrib or drafts:  # what was appended could not be taken back
             return False
         for call in calls(control.body):
             graph = self.program.graphs[call.graph]

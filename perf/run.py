@@ -102,10 +102,11 @@ def table(known: dict[str, Any]) -> str:
         rates = {b["variant"]: b["median"] for b in found["bench"] if b["unit"] == "tok/s"}
         first = {b["variant"]: b["median"] for b in found["bench"] if b["phase"] == "prefill"}
         streams = found.get("loop", "positions") == "positions"  # the first id of a canvas is no sign of the others
-        share = (found["roofline"] or {}).get("share")
+        roofline = found["roofline"] or {}
         for b in found["bench"]:
             if b["phase"] == "generate" and b["unit"] == "ms":
                 name, factor = b["variant"], found["speedup"].get(b["variant"])
+                bound = bool(roofline) and name.startswith(roofline.get("variant", "aropt"))
                 cells = [
                     model,
                     name,
@@ -113,7 +114,7 @@ def table(known: dict[str, Any]) -> str:
                     f"{b['p10']:.1f} to {b['p90']:.1f}",
                     f"{rates[name]:.0f}",
                     f"{first[name]:.1f} ms" if streams else "",
-                    f"{share:.0%}" if share and name.startswith("aropt") else "",
+                    f"{roofline['share']:.0%}" if bound else "",
                     f"{factor:.2f}x" if factor else "",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")

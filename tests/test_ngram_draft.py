@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aropt
-from aropt import speculate
+from aropt import bench, speculate
+from aropt.command import add_roofline
 from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
@@ -108,6 +110,21 @@ def recalled(drafts: int, capacity: int) -> Callable[[list[int], int], dict[str,
         return dict(zip(graph.outputs, module(*[values[n] for n in graph.inputs]), strict=True))
 
     return call
+
+
+def test_the_roofline_is_of_the_program_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rounds there were is known of that one alone."""
+    monkeypatch.setattr(bench, "bandwidth", lambda size, threads: 10.0)
+    timings = {v: bench.Timing(v, runs=[ms] * 3) for v, ms in (("aropt", 1.0), ("no-draft", 4.0))}
+    for program, variant, ms in ((drafted(), "no-draft", 4.0), (plain(), "aropt", 1.0)):
+        report: dict[str, Any] = {}
+        add_roofline(report, timings, program, 8, 2, 1)
+        found = report["roofline"]
+        assert found["variant"] == variant
+        assert found["share"] == pytest.approx(found["bytes_per_step"] / 10e9 / (ms / 8 / 1e3))
+    report = {}
+    add_roofline(report, {"aropt": timings["aropt"]}, drafted(), 8, 2, 1)
+    assert not report
 
 
 @pytest.mark.parametrize("contrib", [False, True])

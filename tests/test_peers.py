@@ -258,7 +258,7 @@ def test_llamacpp_refuses_what_it_would_get_wrong(
 
 
 def test_table_of_the_readme() -> None:
-    """First tokens of all, the roofline of aropt's row, and what was not timed."""
+    """First tokens of all, the roofline of the row that it is about, and what was not timed."""
     row = {"p10": 1.0, "p90": 9.0, "n": 6}
     kinds = (("generate", "ms", 200.0), ("generate", "tok/s", 1000.0), ("prefill", "ms", 3.25))
     found = {
@@ -279,3 +279,5 @@ def test_table_of_the_readme() -> None:
     assert lines[3] == "| text-ar | ort-genai | 200.0 ms | 1.0 to 9.0 | 1000 | 3.2 ms |  | 1.25x |"
     assert "engine 1.2. Batch 1" in lines[5] and "(64 of text-ar)" in lines[5] and "6 runs in 2 processes" in lines[5]
     assert lines[7:] == ["* text-ar: llamacpp is not installed: pip install it"]
+    found["roofline"] = {"share": 0.413, "variant": "ort-genai"}
+    assert [line.split("|")[7].strip() for line in table({"text-ar": found}).splitlines()[2:4]] == ["", "41%"]

@@ -512,7 +512,7 @@ REPORTS = record(
     ),
     bench=some(BENCH),
     speedup=st.dictionaries(TEXT, POSITIVE, max_size=3),
-    roofline=st.none() | record(bytes_per_step=COUNT, bandwidth_gb_s=POSITIVE, share=SIZE),
+    roofline=st.none() | record(variant=TEXT, bytes_per_step=COUNT, bandwidth_gb_s=POSITIVE, share=SIZE),
     samples=some(samples()),
     artifacts=some(record(path=TEXT, sha256=TEXT, bytes=COUNT)),
     notes=some(TEXT),

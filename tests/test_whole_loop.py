@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import aropt
 from aropt import rules
 from aropt.errors import MissingTool, Unsupported
 from aropt.exporters import run_loop
-from aropt.exporters.whole_loop import STATUS, export_program
+from aropt.exporters.whole_loop import ROUNDS, STATUS, export_program
 from aropt.interpreter import run
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, pipeline, run_passes
@@ -156,6 +157,84 @@ def test_stop_tokens_and_bad_input(exported: tuple[Program, Path], name: str) ->
         )
         assert int(found) == status and (status == 0 or status in STATUS)
         assert tokens.shape == (1, 0 if status else 4) and counts.tolist() == [0 if status else 4]
+
+
+@given(
+    name=st.sampled_from(["out-onnx/model.onnx", "ort.onnx"]),
+    prompts=st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=4), min_size=1, max_size=3),
+    n=st.integers(0, 2 * ROUNDS + 3),
+    chunk=st.none() | st.integers(1, 2 * ROUNDS + 3),
+    stop=st.none() | st.integers(0, 2 * ROUNDS),
+    sampled=st.booleans(),
+)
+@example("ort.onnx", [[1, 2, 3]], 2 * ROUNDS + 3, ROUNDS - 1, None, False)
+@settings(max_examples=30, deadline=None)
+def test_any_length_in_any_chunks(
+    exported: tuple[Program, Path], name: str, prompts: Any, n: int, chunk: Any, stop: Any, sampled: bool
+) -> None:
+    """Rounds go several at a time as far as the limit and the chunk allow it, also past the end of a sequence."""
+    program, folder = exported
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 3} if sampled else {}
+    free = program.generate(prompts, n, **options)
+    options["stop"] = [free[0][stop]] if stop is not None and stop < n else []
+    want = program.generate(prompts, n, **options)
+    assert run_loop.generate(session(folder / name), program, prompts, n, chunk=chunk, **options) == want
+    most = {} if chunk is None else {"chunk": chunk}
+    feeds = {"prompt": prompts[:1], "lengths": [len(prompts[0])], "limit": n, "streams": [0], **most}
+    (rows,) = session(folder / name).run(["generated"], {k: np.array(v) for k, v in feeds.items()})
+    assert rows.shape == (1, min(n, chunk or n))
+
+
+@functools.cache
+def session(path: Path) -> Any:
+    return run_loop.session(path, 1)
+
+
+def bodies(graph: Any) -> Iterator[Any]:
+    """The graphs of Loops."""
+    import onnx
+
+    for node in graph.node:
+        for inner in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
+            if node.op_type == "Loop":
+                yield inner
+            yield from bodies(inner)
+
+
+def test_loops_have_weights_and_rounds_of_their_own(exported: tuple[Program, Path]) -> None:
+    """ONNX Runtime packs no weights of graphs further out, which makes products up to ten times as slow."""
+    import onnx
+
+    for name in ("out-onnx/model.onnx", "ort.onnx"):
+        found = list(bodies(onnx.load(exported[1] / name).graph))
+        products = []
+        for body in found:
+            own = {i.name for i in body.initializer}
+            linear = [n for n in body.node if n.op_type == "MatMul" and "weight" in n.input[1]]
+            assert linear and all(n.input[1] in own for n in linear)
+            products.append(len(linear))
+        assert sorted(products)[len(products) // 2 :] == [ROUNDS * min(products)] * (len(products) // 2)
+
+
+@pytest.mark.parametrize("packed", [0, 2**40])
+def test_weights_are_written_once(
+    exported: tuple[Program, Path], packed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each graph's own would take room; where they would take too much memory graphs share them."""
+    from aropt.exporters import onnx as single
+    from aropt.exporters import whole_loop
+
+    monkeypatch.setattr(whole_loop, "PACKED", packed)
+    monkeypatch.setattr(single, "COPIES_OVER", 0)
+    program, path = exported[0], tmp_path / "model.onnx"
+    export_program(program, path, contrib=True)
+    apart = tmp_path / "model.onnx.data"
+    assert apart.exists() is (packed > 0)
+    if packed:
+        size = sum(w.nbytes for w in program.weights.values())
+        assert 0.9 * size < apart.stat().st_size < 1.2 * size
+    made = run_loop.session(path, 1)
+    assert run_loop.generate(made, program, [[1, 2]], 20) == program.generate([[1, 2]], 20)
 
 
 def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
