@@ -362,8 +362,12 @@ def one_call(program: Any, spec: Spec) -> Generate:
         tokens = program.generate([spec.prompt], n, temperature=spec.temperature)
         return tokens[0], (time.perf_counter() - start) * 1e3
 
-    first = statistics.median(timed(1)[1] for _ in range(5))
-    return lambda: (timed(spec.n)[0], first)
+    def generate() -> tuple[list[int], float, float]:
+        first = timed(1)[1]
+        tokens, ms = timed(spec.n)
+        return tokens, first, ms
+
+    return generate
 
 
 def eager(spec: Spec) -> Generate:

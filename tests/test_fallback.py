@@ -74,6 +74,26 @@ def test_stepping_where_one_call_fails(
     assert executor.whole is None and not executor.rounds and not list(tmp_path.rglob("*.onnx"))
 
 
+@pytest.mark.parametrize(("longer", "picked"), [(1.2, "stepping"), (0.9, "one call")])
+def test_one_call_must_win_with_longer_answers_too(
+    longer: float, picked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies caches, which grow."""
+    program = make_program(1)
+    program = program.replace(meta={**program.meta, "prompts": [[1]], "capacity": 100})
+    executor, lengths = Stub(program, tmp_path), []
+
+    def timed(_: object, ways: dict[str, Any], prompts: object, n: int, *turns: int) -> dict[str, float]:
+        lengths.append(n)
+        return {way: 1.0 if way == "stepping" else 0.8 if n <= 64 else longer for way in ways}
+
+    monkeypatch.setattr(whole, "several", lambda *_: 1 / 0)
+    monkeypatch.setattr(whole, "one_call", lambda *_: (executor.like({}, None), {}))
+    monkeypatch.setattr(whole, "timed", timed)
+    found = whole.pick(program, executor)
+    assert (found["picked"], found["tokens"]) == (picked, 100) and lengths[-2:] == [64, 100]
+
+
 @pytest.mark.parametrize(("prompt", "kept"), [(3, 3), (7, 7), (8, 4), (30, 4)])
 def test_a_prompt_is_cut_only_where_nothing_fits(prompt: int, kept: int) -> None:
     program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * prompt])

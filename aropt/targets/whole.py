@@ -25,6 +25,7 @@ from aropt.targets import rounds
 ROUNDS = 15
 PAUSE = 0.05  # seconds before each run: the threads of the one before wait busily for a while
 MARGIN = 1.03  # what another way than stepping must win by to be worth its files and its session
+LONGER = 4  # times as many tokens, in which one call must win too
 STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{rounds.ROUNDS} rounds a call"
 
 
@@ -70,7 +71,11 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
             ways[way] = made
     say("time " + ", ".join(ways))
     ms = timed(program, ways, [prompt], n)
-    picked = min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
+    picked = fastest(ms)
+    if picked == ONE_CALL:  # it copies caches, and of longer answers these are larger
+        n = min(LONGER * n, room(program, prompt))
+        ms = timed(program, ways, [prompt], n)
+        picked = fastest(ms)
     executor.rounds, executor.whole = ways[picked].rounds, ways[picked].whole
     if picked == SEVERAL:
         executor.rounds = faster(program, ways, prompt, n)
@@ -80,6 +85,11 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
         discard(file(executor.folder))
     found: dict[str, Any] = {"picked": picked, "verify": verify, "tokens": n, "n": ROUNDS, "ms": ms}
     return {**found, "reason": "; ".join(reasons), "graphs": sorted(executor.rounds)}
+
+
+def fastest(ms: Mapping[str, float]) -> str:
+    """The way to take."""
+    return min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
 
 
 def several(program: Program, stepping: Any) -> Any:
