@@ -122,8 +122,11 @@ def measure(
     say: Callable[[str], None] = lambda _: None,
     rounds: int = 1,
     patience: float | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Times `runs` runs of each variant of an artifact, in turns of three, after warm-ups. Keys are variants.
+
+    `between` is called before each turn of the first variant, for what else is to be measured at the same time.
 
     With more `rounds` the runs are shared out to that many processes of each variant, one after the other: the same
     program may well run at another speed in another process. A variant that has run for `patience` seconds of such a
@@ -137,11 +140,18 @@ def measure(
             len(range(number, runs, rounds)),
             say,
             PATIENCE if patience is None else patience,
+            between,
         )
     return timings
 
 
-def take_turns(workers: Sequence[Worker], runs: int, say: Callable[[str], None], patience: float) -> None:
+def take_turns(
+    workers: Sequence[Worker],
+    runs: int,
+    say: Callable[[str], None],
+    patience: float,
+    between: Callable[[], None] = lambda: None,
+) -> None:
     """So many runs of each worker, fewer of one that has run for `patience` seconds; then ends the workers."""
     try:
         for worker in workers:
@@ -150,6 +160,7 @@ def take_turns(workers: Sequence[Worker], runs: int, say: Callable[[str], None],
         for worker in workers:  # a second warm-up: lazy sessions and compilers are in place now
             worker.go(keep=False)
         for done in range(0, runs, IN_A_ROW):
+            between()
             for worker in workers:
                 say(f"runs {done + 1} to {min(done + IN_A_ROW, runs)} of {runs}: {worker.timing.variant}")
                 worker.turn(min(IN_A_ROW, runs - done), patience)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ from aropt.api import optimize as optimize_program
 from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.models import REFERENCES
-from aropt.passbase import Skips
+from aropt.passbase import Skips, loops
 from aropt.passmanager import Instruments, bisect, pipeline, untold
-from aropt.program import Program
+from aropt.program import Program, calls
 from aropt.runtime import check_ids, fitted, room
 from aropt.sources import Source, resolve
 from aropt.twins import curve
@@ -267,30 +268,40 @@ def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int
 
 
 def add_roofline(
-    report: dict[str, Any], timings: dict[str, bench.Timing], program: Program, n: int, prompt: int, threads: int
+    report: dict[str, Any],
+    timings: dict[str, bench.Timing],
+    program: Program,
+    n: int,
+    prompt: int,
+    threads: int,
+    rates: Sequence[float] = (),
 ) -> None:
-    """Bytes that a decoding step must read, over the measured bandwidth, over the time of a step.
+    """Bytes that a decoding step must read, over the bandwidth, over the time of a step.
 
     A program with drafts takes a number of rounds that is not known from here: the one without them is looked at.
+    `rates`: the bandwidth in GB/s as it was measured meanwhile; without them it is measured here.
     """
-    from aropt.passbase import loops
-    from aropt.program import calls
-
     variant = "no-draft" if loops(program.control, "speculate") else "aropt"
-    own, decoding = timings.get(variant), loops(program.control, "positions")
-    if own is None or not own.runs or not decoding:
+    own, size = timings.get(variant), step_bytes(program, n, prompt)
+    if own is None or not own.runs or not size:
         return
-    loop = decoding[0]
-    weights = {w for c in calls(loop.body) for w in program.graphs[c.graph].weights()}
-    table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
-    size = sum(program.weights[w].nbytes for w in weights - table)
-    rounds = rows_for(program.meta, n)
-    sizes = {"B": 1, "S": prompt + rounds // 2, "R": 1, "T": prompt + rounds // 2, "P": prompt, "K": 1}
-    size += sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
-    rate = bench.bandwidth(size, threads)
-    step = own.median / rounds / 1e3
+    rate = statistics.median(rates) if rates else bench.bandwidth(size, threads)
+    step = own.median / rows_for(program.meta, n) / 1e3
     share = size / rate / 1e9 / step
     report["roofline"] = {"variant": variant, "bytes_per_step": size, "bandwidth_gb_s": rate, "share": share}
+
+
+def step_bytes(program: Program, n: int, prompt: int) -> int:
+    """Weights and half-filled caches that a step of one row reads; 0 if nothing goes step by step."""
+    decoding = loops(program.control, "positions")
+    if not decoding:
+        return 0
+    weights = {w for c in calls(decoding[0].body) for w in program.graphs[c.graph].weights()}
+    table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
+    size = sum(program.weights[w].nbytes for w in weights - table)
+    filled = prompt + rows_for(program.meta, n) // 2
+    sizes = {"B": 1, "S": filled, "R": 1, "T": filled, "P": prompt, "K": 1}
+    return size + sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
 
 
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:

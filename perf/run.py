@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main() -> None:
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt import artifact, bench
-    from aropt.command import Request, add_roofline, add_timings, optimize
+    from aropt.command import Request, add_roofline, add_timings, optimize, step_bytes
     from aropt.runtime import fitted, room
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -83,10 +84,16 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     program = artifact.load(out)
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
-    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE)
+    size, rates = step_bytes(program, n, len(prompt)), list[float]()
+
+    def read() -> None:
+        rates.append(bench.bandwidth(size, threads))
+        time.sleep(0.1)  # torch's threads wait busily for a while
+
+    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE, read)
     report["notes"] = []
     add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(prompt), threads)
+    add_roofline(report, timings, program, n, len(prompt), threads, rates)
     kept = {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
     kept |= {"loop": program.meta.get("loop", "positions"), "runs": runs, "rounds": ROUNDS}
     return {**kept, "tokens": n, "engines": {v: t.version for v, t in timings.items() if t.version}}

@@ -122,6 +122,8 @@ def test_the_roofline_is_of_the_program_without_drafts(monkeypatch: pytest.Monke
         found = report["roofline"]
         assert found["variant"] == variant
         assert found["share"] == pytest.approx(found["bytes_per_step"] / 10e9 / (ms / 8 / 1e3))
+    add_roofline(report, timings, plain(), 8, 2, 1, rates=[40.0, 20.0, 5.0])
+    assert report["roofline"]["share"] == pytest.approx(found["share"] / 2)
     report = {}
     add_roofline(report, {"aropt": timings["aropt"]}, drafted(), 8, 2, 1)
     assert not report

@@ -144,7 +144,10 @@ def test_unknown_variants_and_help(artifact: Path, llama: Path, tmp_path: Path) 
 
 def test_rounds_are_processes(artifact: Path, stand_in: Callable[..., Path]) -> None:
     log = stand_in("ort-genai")
-    timing = bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=5, rounds=2)["ort-genai"]
+    turns: list[int] = []
+    found = bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=5, rounds=2, between=lambda: turns.append(1))
+    timing = found["ort-genai"]
+    assert len(turns) == 2  # of three runs and of two
     assert (timing.runs, timing.first, timing.tokens) == ([4.0] * 5, [1.5] * 5, [-1, -1])
     assert len({json.loads(line)["pid"] for line in log.read_text().splitlines()}) == 2
 
