@@ -287,13 +287,13 @@ class Writer:
 
         A few rounds after a sequence's last token change nothing that is read later; the limit is not passed.
         """
-        call, ends = control.body, control.until == "finished" and "limit" in control.params
-        if not isinstance(call, Call) or not ends or not control.emits or loops(self.program.control, "speculate"):
+        call, until, params = control.body, control.until, control.params
+        counted = until == "finished" and "limit" in params and "count" in written(control.body)
+        if not isinstance(call, Call) or not counted or loops(self.program.control, "speculate"):
             return None
         part = self.program.graphs[call.graph]
-        if sum(self.program.weights[w].nbytes for w in part.weights()) > SMALL or not all(
-            map(self.known, control.emits)
-        ):
+        ids = [self.spec(name).dtype == I64 and self.known(name) for name in control.emits]  # -1 after the end
+        if not ids or not all(ids) or sum(self.program.weights[w].nbytes for w in part.weights()) > SMALL:
             return None
         try:
             return unroll(self.translated(call.graph), part, control, {}, ROUNDS)
