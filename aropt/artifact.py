@@ -41,7 +41,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         try:
             yield staging
             replace(staging, out)
-        except BaseException:
+        except BaseException:  # an interrupt too leaves nothing half-written; it goes on
             shutil.rmtree(staging, ignore_errors=True)
             raise
 

@@ -85,8 +85,8 @@ class GraphCheck:
         """The node's line with its neighbours."""
         try:
             lines = node_lines(self.graph, self.weights)
-        except Exception:
-            return ""  # the graph is too broken to be printed
+        except Exception:  # the graph is too broken to be printed
+            return ""
         at = list(lines).index(node) if node in lines else -1
         around = list(lines.items())[max(at - 1, 0) : at + 2] if at >= 0 else []
         return "\n".join(("> " if n is node else "  ") + line for n, line in around)

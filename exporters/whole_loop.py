@@ -297,7 +297,7 @@ class Writer:
             return None
         try:
             return unroll(self.translated(call.graph), part, control, {}, ROUNDS)
-        except Unsupported:
+        except Unsupported:  # rounds that can't be repeated run one by one
             return None
 
     def repeat(self, control: Loop, body: Any, values: dict[str, Any], number: int, model: Any) -> dict[str, list[Any]]:

@@ -258,7 +258,7 @@ def serve(job: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="aropt-") as folder:
         try:
             program = built(job, Path(folder))
-        except Exception as error:
+        except Exception as error:  # a variant that fails is a line of the result
             say(error=f"{type(error).__name__}: {error}".splitlines()[0])
             return
         params = {"threshold": job["threshold"]} | ({} if program.meta.get("block") else {"block": BLOCK})

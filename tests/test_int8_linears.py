@@ -208,7 +208,7 @@ def test_layers_that_read_the_same_are_merged_with_the_same_bits() -> None:
 
 
 def test_onnxruntime_runs_its_own_operator() -> None:
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
     made = optimized("onnxruntime")
     assert made.report["verify"]["status"] == "pass"
     assert next(iter(made.report["nodes"].values()))["MatMulNBits"] == 8
