@@ -16,6 +16,7 @@ from aropt import __version__
 from aropt.drift import Drift
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
+from aropt.facts import Source, facts
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
 from aropt.loops import autoregressive
@@ -23,7 +24,7 @@ from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.program import Program
 from aropt.rules import DEFAULT
-from aropt.sources import Source, facts, resolve
+from aropt.sources import resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
 from aropt.targets.whole import pick

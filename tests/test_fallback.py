@@ -11,10 +11,10 @@ import aropt
 from aropt import bench, command
 from aropt.errors import MissingTool, UsageError
 from aropt.exporters import run_loop
+from aropt.facts import Source
 from aropt.interpreter import Eager
 from aropt.program import Program
 from aropt.runtime import fitted, room
-from aropt.sources import Source
 from aropt.targets import whole
 from tests.conftest import Tiny, make_program
 from tests.test_unmask import tiny

@@ -16,8 +16,10 @@ import aropt
 from aropt.artifact import source_of
 from aropt.command import Request, find
 from aropt.errors import Unsupported, UsageError
+from aropt.facts import facts
+from aropt.huggingface import longest
 from aropt.models.canvas import MASK
-from aropt.sources import facts, longest, resolve
+from aropt.sources import resolve
 from tests.conftest import Tiny
 from tests.test_unmask import tiny
 

@@ -15,11 +15,11 @@ import aropt
 from aropt import api
 from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
+from aropt.facts import Source
 from aropt.interpreter import Eager
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
 from aropt.program import Program
-from aropt.sources import Source
 from aropt.unmask import filled
 from aropt.validate import cases, validate, with_probe
 

@@ -1,0 +1,111 @@
+"""What is known of a model before it is captured: vocabulary, capacity, prompts, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aropt.errors import Unsupported, UsageError
+from aropt.program import Graph
+from aropt.trace import capture_exported, capture_model
+from aropt.units import window
+
+SAID = (
+    ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
+    ("side", int), ("window", int), ("guidance_free", bool),
+)  # fmt: skip
+LONGEST = 2048  # default capacity where the model takes more
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
+
+
+@dataclass
+class Source:
+    """A model to optimize. `module` runs eagerly; `meta` is what programs carry (vocab, capacity, prompts, ...)."""
+
+    module: nn.Module
+    meta: dict[str, Any]
+    files: list[Path] = field(default_factory=list)  # tokenizer and configuration, copied into the artifact
+    exported: Any = None  # the ExportedProgram of a .pt2
+
+    def captured(self) -> tuple[Graph, dict[str, Tensor]]:
+        """The forward as a graph, and its weights."""
+        if self.exported is not None:
+            return capture_exported(self.exported)
+        vocab, capacity = int(self.meta["input_vocab"]), int(self.meta["capacity"])
+        return capture_model(self.module, vocab, capacity, window(self.meta))
+
+
+def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
+    """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
+
+    A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
+    of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures);
+    `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate).
+    """
+    check_capacity(capacity)
+    config = getattr(module, "config", None)
+    longest = next(
+        (int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None
+    )
+    if capacity is not None and longest is not None and capacity > longest:
+        raise too_long(capacity, longest)
+    vocab = logits_size(module)
+    known = getattr(module, "input_vocab", None) or getattr(config, "vocab_size", None) or vocab
+    prompts = getattr(module, "prompts", None) or [[min(1, int(known) - 1)]]
+    found: dict[str, Any] = {
+        "vocab": vocab,
+        "input_vocab": int(known),
+        "capacity": capacity or min(longest or 512, LONGEST),
+        "prompts": [list(map(int, p)) for p in prompts],
+    }
+    return {**found, **said(module)}
+
+
+def said(module: nn.Module) -> dict[str, Any]:
+    """What a module says of itself as attributes: see `facts`."""
+    found = {name: getattr(module, name, None) for name, _ in SAID}
+    return {name: found[name] for name, kind in SAID if type(found[name]) is kind}  # not a submodule, a table, ...
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Raises UsageError where no sequence fits: of one length alone, none could be captured as any length."""
+    if capacity is not None and capacity < 2:
+        raise UsageError(
+            what=f"capacity {capacity} leaves no room",
+            where="--capacity, capacity= in Python",
+            why="a sequence has a token of the prompt, and a new one",
+            hint="give a number of tokens, or leave it out for what the model takes",
+        )
+
+
+def too_long(capacity: int, most: int) -> UsageError:
+    return UsageError(
+        what=f"capacity {capacity} is more than the model takes",
+        where="--capacity, capacity= in Python",
+        why=f"its positions end at {most}",
+        hint=f"use --capacity {most} or less",
+    )
+
+
+def logits_size(module: nn.Module) -> int:
+    """The last dimension of the logits of a short run. Raises Unsupported unless there is a row of them for each id."""
+    from aropt.trace import Forward, export_failure
+
+    unit = getattr(module, "unit", None)
+    row = (unit,) if type(unit) is int else ()
+    try:
+        with torch.no_grad():
+            logits = Forward(module)(torch.zeros(1, 2, *row, dtype=torch.int64))
+    except Exception as error:  # the user's code may raise anything
+        raise export_failure(error) from error
+    if logits.dim() != 3 + len(row):
+        raise Unsupported(
+            what="the forward does not return logits",
+            why=f"its result has shape {list(logits.shape)}",
+            hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
+        )
+    return int(logits.shape[-1])
