@@ -46,6 +46,7 @@ from aropt.axes import (
 )  # fmt: skip
 from aropt.bounds import Hide
 from aropt.errors import Unsupported
+from aropt.naming import weight_name
 from aropt.positions import Table, classify, factor_keys, is_number, refusal
 from aropt.program import Graph, Spec, StateSpec
 from aropt.torch_compat import build, propagate
@@ -360,13 +361,13 @@ class Restriction:
 
     def constant(self, source: fx.Node, value: Tensor, kind: str = "") -> fx.Node:
         """A new weight that holds a value evaluated at capture."""
+        return self.memoized(("constant", source, kind), lambda: self.new_weight(source.name + kind, value))
 
-        def make() -> fx.Node:
-            name = f"positions.{source.name}{kind}"
-            self.constants[name] = self.weights[name] = value.detach().contiguous().clone()
-            return self.out.get_attr(name)
-
-        return self.memoized(("constant", source, kind), make)
+    def new_weight(self, text: str, value: Tensor) -> fx.Node:
+        """A weight "positions.TEXT"."""
+        name = weight_name(f"positions.{text}", value, self.weights)
+        self.constants[name] = self.weights[name] = value.detach().contiguous().clone()
+        return self.out.get_attr(name)
 
     def hiding(self, mask: fx.Node, axes: Axes, hide: Hide, beside: Axes) -> fx.Node:
         """A mask over rows x slots: what the table says where it doesn't hide, its hiding value elsewhere."""
@@ -406,11 +407,10 @@ class Restriction:
         stored = self.memoized("columns3", lambda: call(aten.unsqueeze.default, self.columns, 1))  # [B, 1, S]
         written = self.memoized("written", lambda: call(aten.ge.Scalar, stored, 0))
         if kind == "table":
-            name = f"positions.visible_{len(self.constants)}"
-            self.constants[name] = self.weights[name] = ~hidden
+            table = self.new_weight("visible", ~hidden)
             index = [call(aten.unsqueeze.default, self.clamped(self.rows), 2),
                      call(aten.unsqueeze.default, self.clamped(self.columns), 1)]  # fmt: skip
-            seen = call(aten.index.Tensor, self.out.get_attr(name), index)
+            seen = call(aten.index.Tensor, table, index)
         elif kind == "all":
             seen = written
         elif kind in ("causal", "window"):

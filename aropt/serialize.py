@@ -19,10 +19,11 @@ from aropt import ops
 from aropt.encoding import DEPTH, constant_name, decode, encode, field, find_target, identifier, refuse, typed, written
 from aropt.errors import AroptError
 from aropt.flow import check_control
+from aropt.naming import WEIGHT
 from aropt.passbase import loops
 from aropt.program import Call, Control, Dim, Entry, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.torch_compat import build
-from aropt.verifier import WEIGHT, op_problem
+from aropt.verifier import op_problem
 
 FORMAT = 1
 NODE_META = ("where", "origin", "value")

@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from aropt.decompositions import TABLE
 from aropt.errors import Unsupported, UsageError
+from aropt.naming import weight_name
 from aropt.program import Graph, Spec
 from aropt.torch_compat import build, example_sizes, examples
 
@@ -253,16 +254,17 @@ def from_exported(
         if node.op == "placeholder" and node.name not in lifted:
             copied[node] = graph.placeholder(next(names))
     constants = {**exported.state_dict, **exported.constants}
-    seen: dict[tuple[int, ...], str] = {}
+    seen: dict[Any, str] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in lifted:
             target = str(lifted[node.name].target)
             value = constants[target].detach()
             target = target.removeprefix("model.") if target.startswith("model.") else target
-            key = (value.data_ptr(), *value.shape, *value.stride())  # tied weights are stored once
-            target = seen.setdefault(key, target) if value.numel() else target
-            weights[target] = value
-            copied[node] = graph.get_attr(target)
+            key = (value.data_ptr(), value.dtype, *value.shape, *value.stride())  # tied weights are stored once
+            if key not in seen or not value.numel():
+                seen[key] = weight_name(target, value, weights)
+                weights[seen[key]] = value
+            copied[node] = graph.get_attr(seen[key])
         elif node.op == "call_function":
             copy_call(graph, node, copied)
         elif node.op == "output":

@@ -7,7 +7,6 @@ Each rule has an id, which the error names.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt.flow import check_control, fail
+from aropt.naming import WEIGHT
 from aropt.printer import node_lines, symbol_names, value_text
 from aropt.program import Graph, Program, output_node
 from aropt.torch_compat import aliases, propagate, spec_of
@@ -27,7 +27,6 @@ ARITHMETIC = (
 )  # fmt: skip
 OPERATORS = {name: getattr(operator, name) for name in ARITHMETIC}
 REFUSED = {"aten::from_file"}  # reads files
-WEIGHT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 VERIFIED: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()  # graph -> stamp of what was verified
 
 
