@@ -61,7 +61,7 @@ def capture(
     else:
         kind = loop or ("unmask" if meta.get("mask") is not None else None)
         source = resolve(model, capacity, trust_remote_code, kind) if isinstance(model, str) else model
-    source.meta |= {**meta, "trust_remote_code": trust_remote_code}
+    source.meta |= meta
     loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
     check_loop(loop, source.meta)
     graph, weights = source.captured()

@@ -231,32 +231,6 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def source_of(folder: Path) -> Any:
-    """The model that an artifact was made from, loaded again from where it was."""
-    from aropt.sources import resolve
-
-    program = json.loads((folder / "program.json").read_text())
-    meta = program["meta"]
-    source = resolve(meta["source"], int(meta["capacity"]), bool(meta.get("trust_remote_code")), meta.get("loop"))
-    source.meta |= {k: meta[k] for k in ("mask", "block", "shift") if k in meta}
-    return source
-
-
-def loop_of(folder: Path) -> tuple[str, list[str], str | None]:
-    """The kind of an artifact's loop, the names of its rules, and its guide."""
-    meta = json.loads((folder / "program.json").read_text())["meta"]
-    return meta.get("loop", "positions"), list(meta.get("rules", [])), meta.get("guide")
-
-
-def model_folder(folder: Path) -> Path | None:
-    """The Hugging Face directory that an artifact was made from; None where it was made from anything else."""
-    from aropt.models import REFERENCES
-
-    source = str(read_manifest(folder)["source"])
-    path = REFERENCES[source].checkpoint if source in REFERENCES else Path(source)
-    return path if (path / "config.json").is_file() else None
-
-
 def readme(program: Program) -> str:
     """How to use the folder."""
     name = program.meta.get("name", program.name)

@@ -16,15 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aropt import ort_threads, peers
 from aropt.errors import UsageError
-from aropt.peers import Generate
-from aropt.units import flat, rows, rows_for
+from aropt.variants import NEED_MODEL, variant
 
 AGAINST = {
     "eager": "the model as given: a full forward for each token",
@@ -44,9 +42,6 @@ AGAINST = {
     "llamacpp-q8": "the same with weights of eight bits (Q8_0)",
 }
 DEFAULT_AGAINST = ("eager", "cached", "hf")
-TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
-    ("inductor", "inductor-max"), "inductor"
-)
 SETTINGS = {"inductor-max": {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_FREEZING": "1"}}  # environment
 
 
@@ -54,6 +49,15 @@ PAUSE = 0.3  # seconds before each turn: the threads of the one before spin for 
 PATIENCE = 60.0  # seconds
 IN_A_ROW = 3  # runs of a turn
 LONG = 2000.0  # milliseconds of a run, beside which it does not matter what ran before
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the command line says an artifact was made from, and whether code that comes with it may run."""
+
+    model: str = ""
+    trusted: bool = False
+    guide: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Spec:
     n: int
     threads: int
     temperature: float = 0.0
+    origin: Origin = Origin()
 
 
 @dataclass
@@ -104,11 +109,19 @@ def variable(variant: str) -> str:
     return "AROPT_PYTHON_" + variant.upper().replace("-", "_")
 
 
-def check(against: Sequence[str]) -> None:
-    """Raises UsageError for a variant that there is not."""
+def check(against: Sequence[str], origin: Origin | None = None) -> None:
+    """Raises UsageError for a variant that there is not, or that needs a model where `origin` has none."""
     for unknown in [v for v in against if v not in AGAINST]:
         raise UsageError(
             what=f"unknown variant '{unknown}'", where="--against", hint="choose from " + ", ".join(AGAINST)
+        )
+    lacking = [v for v in against if origin is not None and not origin.model and v in NEED_MODEL]
+    if lacking:
+        raise UsageError(
+            what=f"{', '.join(lacking)} need the model that the artifact was made from",
+            where="--against",
+            why="what an artifact says of its source is not followed: loading a model may run code",
+            hint="name it: --model MODEL, or choose from " + ", ".join(v for v in AGAINST if v not in NEED_MODEL),
         )
 
 
@@ -123,9 +136,11 @@ def measure(
     rounds: int = 1,
     patience: float | None = None,
     between: Callable[[], None] = lambda: None,
+    origin: Origin = Origin(),
 ) -> dict[str, Timing]:
     """Times `runs` runs of each variant of an artifact, in turns of three, after warm-ups. Keys are variants.
 
+    `origin` is the model for those variants that need it.
     `between` is called before each turn of the first variant, for what else is to be measured at the same time.
 
     With more `rounds` the runs are shared out to that many processes of each variant, one after the other: the same
@@ -134,7 +149,7 @@ def measure(
     """
     timings = {v: Timing(v) for v in variants}
     for number in range(rounds):
-        specs = [Spec(v, str(artifact), prompt, n, threads) for v in variants if not timings[v].error]
+        specs = [Spec(v, str(artifact), prompt, n, threads, origin=origin) for v in variants if not timings[v].error]
         take_turns(
             [Worker(s, timings[s.variant]) for s in specs],
             len(range(number, runs, rounds)),
@@ -252,11 +267,9 @@ def command(spec: Spec) -> list[str]:
     """The worker's command line. Raises UsageError where another engine can't take the model."""
     if spec.variant not in peers.PEERS:
         return [sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))]
-    from aropt.artifact import model_folder
-
-    model = model_folder(Path(spec.artifact))
+    model = peers.directory(spec.origin.model)
     if model is None:
-        raise UsageError(what="it takes Hugging Face directories, and the artifact was not made from one")
+        raise UsageError(what=f"it takes Hugging Face directories, and --model is {spec.origin.model or 'not given'}")
     job = peers.Job(spec.variant, str(model.resolve()), spec.prompt, spec.n, spec.threads)
     python = os.environ.get(variable(spec.variant)) or sys.executable
     return [python, str(Path(peers.__file__).resolve()), json.dumps(asdict(job))]
@@ -264,7 +277,8 @@ def command(spec: Spec) -> list[str]:
 
 def main(text: str) -> None:
     """The worker's loop."""
-    spec = Spec(**json.loads(text))
+    given = json.loads(text)
+    spec = Spec(**{**given, "origin": Origin(**given["origin"])})
     import torch
 
     torch.set_num_threads(spec.threads)
@@ -273,223 +287,6 @@ def main(text: str) -> None:
     except Exception as error:  # ONNX Runtime has its own kinds
         why = (str(error).splitlines() or [type(error).__name__])[0]
         print(json.dumps({"error": why}), flush=True)
-
-
-def variant(spec: Spec) -> Generate:
-    """How a variant generates."""
-    if spec.temperature and spec.variant in ("eager", "hf", "hf-static", "hf-lookup"):
-        raise UsageError(what=f"{spec.variant} is timed greedily", hint="leave the temperature out")
-    if spec.variant == "eager":
-        return eager(spec)
-    if spec.variant in ("hf", "hf-static", "hf-lookup"):
-        return huggingface(spec)
-    if spec.variant in ("ngram-draft", "no-draft"):
-        drafts = ["ngram-draft"] if spec.variant == "ngram-draft" else []
-        return stepping(again(spec, [*lossy(spec), *drafts]), spec)
-    from aropt.artifact import load
-
-    target = TARGETS.get(spec.variant)
-    program = load(spec.artifact, target=target, threads=spec.threads)
-    applied = {e.name for e in program.ledger}
-    if target in ("eager", "inductor") and (
-        "int8-draft" in applied or (target == "eager" and "int8-linears" in applied)
-    ):
-        return stepping(again(spec, [], target), spec)  # there it makes floats of all weights in each round
-    if target == "onnxruntime":
-        program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
-        program.executor.rounds = {}
-    if getattr(program.executor, "whole", None) is not None:
-        return one_call(program, spec)
-    return several_rounds(program, spec) if getattr(program.executor, "rounds", None) else stepping(program, spec)
-
-
-def whole_loop(program: Any) -> Any:
-    """The program as one model, in a folder that lives as long as its session; checked against stepping."""
-    from aropt.exporters import run_loop
-    from aropt.exporters.whole_loop import export_program
-    from aropt.targets.whole import Whole
-
-    kept = tempfile.TemporaryDirectory(prefix="aropt-")
-    path = Path(kept.name) / "model.onnx"
-    export_program(program, path, contrib=True, graphs=program.executor.translated)
-    run_loop.compare(path, program)
-    whole = Whole(path, program.executor.threads)
-    whole.kept = kept
-    return whole
-
-
-def stepping(program: Any, spec: Spec) -> Generate:
-    """The program's own loop, a call a round."""
-
-    def generate() -> tuple[list[int], float]:
-        start = time.perf_counter()
-        stamps: list[float] = []
-
-        def stamp(_: object) -> bool:
-            stamps.append(time.perf_counter())
-            return False  # only the first round is of interest, and watching the others would slow them down
-
-        tokens = program.generate([spec.prompt], spec.n, on_round=stamp, temperature=spec.temperature)
-        return tokens[0], (stamps[0] - start) * 1e3
-
-    return generate
-
-
-class Enough(Exception):
-    """Ends a generation that has shown its first token."""
-
-
-def several_rounds(program: Any, spec: Spec) -> Generate:
-    """Several rounds a call, where nothing is streamed: the first token's time is that of a streamed generation."""
-
-    def first() -> float:
-        def stop(_: object) -> None:
-            raise Enough
-
-        start = time.perf_counter()
-        with suppress(Enough):
-            program.generate([spec.prompt], spec.n, on_round=stop, temperature=spec.temperature)
-        return (time.perf_counter() - start) * 1e3
-
-    def generated() -> list[list[int]]:
-        found: list[list[int]] = program.generate([spec.prompt], spec.n, temperature=spec.temperature)
-        return found
-
-    def generate() -> tuple[list[int], float, float]:
-        shown = [first() for _ in range(3)][-1]
-        generated()  # the threads of the sessions above wait busily for a while
-        start = time.perf_counter()
-        tokens = generated()
-        return tokens[0], shown, (time.perf_counter() - start) * 1e3
-
-    return generate
-
-
-def one_call(program: Any, spec: Spec) -> Generate:
-    """The whole loop in one call, which shows no first token: that is the time of a generation of one."""
-
-    def timed(n: int) -> tuple[list[int], float]:
-        start = time.perf_counter()
-        tokens = program.generate([spec.prompt], n, temperature=spec.temperature)
-        return tokens[0], (time.perf_counter() - start) * 1e3
-
-    def generate() -> tuple[list[int], float, float]:
-        first = timed(1)[1]
-        tokens, ms = timed(spec.n)
-        return tokens, first, ms
-
-    return generate
-
-
-def eager(spec: Spec) -> Generate:
-    """The model as its owner runs it without a cache: forward over all tokens, argmax, append; or the plain canvas."""
-    import torch
-
-    from aropt.api import capture
-    from aropt.artifact import loop_of, source_of
-    from aropt.trace import Forward
-
-    loop, rules, guide = loop_of(Path(spec.artifact))
-    if loop == "unmask":
-        return stepping(capture(source_of(Path(spec.artifact)), loop=loop, rules=rules, guide=guide), spec)
-    source = source_of(Path(spec.artifact))
-    forward, prompt = Forward(source.module), rows(source.meta, spec.prompt)
-
-    def generate() -> tuple[list[int], float]:
-        start, first = time.perf_counter(), 0.0
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            for _ in range(rows_for(source.meta, spec.n)):
-                token = forward(ids)[:, -1].argmax(-1)
-                ids = torch.cat([ids, token.unsqueeze(1)], 1)
-                first = first or (time.perf_counter() - start) * 1e3
-        return flat(ids[:, len(prompt) :])[0][: spec.n], first
-
-    return generate
-
-
-def lossy(spec: Spec) -> list[str]:
-    """The lossy passes of an artifact, as the command line has them."""
-    from aropt.artifact import load
-
-    found = [e for e in load(spec.artifact, target="eager", threads=spec.threads).ledger if e.level == "lossy"]
-    return [f"{e.name}:" + ",".join(f"{k}={v}" for k, v in e.options.items()) for e in found]
-
-
-def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any:
-    """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
-    artifact's.
-    """
-    from aropt.api import capture, optimize
-    from aropt.artifact import loop_of, source_of
-    from aropt.passbase import loops
-    from aropt.passmanager import Instruments, pipeline
-
-    program = capture(source_of(Path(spec.artifact)), rules=loop_of(Path(spec.artifact))[1])
-    trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
-    made = optimize(program, target, pipeline(chosen), check=False, threads=spec.threads, instruments=trusting)
-    if "ngram-draft" in chosen and not loops(made.control, "speculate"):
-        raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
-    return made
-
-
-def huggingface(spec: Spec) -> Generate:
-    """transformers' generate with its default (dynamic) cache, or with a static one and its built-in torch.compile, or
-    with drafts from the text itself.
-    """
-    import torch
-
-    from aropt.artifact import source_of
-
-    model = source_of(Path(spec.artifact)).module
-    if not hasattr(model, "generate"):
-        raise UsageError(what="this model has no generate() of transformers", hint="leave hf out of --against")
-    options = {"hf-static": static_cache, "hf-lookup": lookup}.get(spec.variant, dict)()
-
-    class First:
-        def __init__(self) -> None:
-            self.stamps: list[float] = []
-
-        def put(self, value: object) -> None:
-            self.stamps.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    ids = torch.tensor([spec.prompt])
-
-    def generate() -> tuple[list[int], float]:
-        streamer, start = First(), time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=spec.n,
-                eos_token_id=None,
-                pad_token_id=0,
-                streamer=streamer,
-                **options,
-            )
-        return out[0, len(spec.prompt) :].tolist(), (streamer.stamps[1] - start) * 1e3
-
-    return generate
-
-
-def lookup() -> dict[str, Any]:
-    """Options of generate(): prompt lookup with as many drafts as ours."""
-    from aropt.passes.ngram_draft import NgramDraft
-
-    return {"prompt_lookup_num_tokens": NgramDraft().drafts}
-
-
-def static_cache() -> dict[str, Any]:
-    """Options of generate(): a static cache, and the step compiled."""
-    from transformers import CompileConfig
-
-    compiling = CompileConfig(fullgraph=True, mode="default")
-    compiling._compile_all_devices = True  # otherwise it compiles for accelerators only, and stays eager here
-    return {"cache_implementation": "static", "compile_config": compiling}
 
 
 def bandwidth(size: int, threads: int) -> float:

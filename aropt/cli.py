@@ -319,6 +319,11 @@ def bench_command(
     runs: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
     tokens: Annotated[int, typer.Option("-n", help="New tokens of a run.")] = 200,
     threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="What OUT was made from, for variants that run the model itself.")
+    ] = "",
+    guide: Annotated[str, typer.Option(metavar="MODEL", help="The guide of OUT's canvas, for the same.")] = "",
+    trust_remote_code: Remote = False,
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -326,8 +331,9 @@ def bench_command(
     from aropt import bench, generation
     from aropt.report import table
 
+    origin = bench.Origin(model, trust_remote_code, guide)
     with Progress() as progress:
-        report = generation.bench(out, split(against) or list(bench.DEFAULT_AGAINST), runs, tokens, threads, progress)
+        report = generation.bench(out, split(against), runs, tokens, threads, progress, origin)
     print(
         json.dumps({k: report[k] for k in ("env", "bench", "speedup", "roofline", "notes") if k in report}, indent=1)
         if as_json

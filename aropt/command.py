@@ -174,11 +174,12 @@ def prompts(path: Path, encode: Callable[[str], list[int]] | None) -> list[list[
 
 def captured(request: Request, source: Source) -> Program:
     """Its plain program."""
-    guide = request.guide
-    if guide is not None and Path(guide).exists() and guide not in REFERENCES:
-        guide = str(Path(guide).resolve())
     program = capture(
-        source, rules=request.rules, loop=request.loop, trust_remote_code=request.trust_remote_code, guide=guide
+        source,
+        rules=request.rules,
+        loop=request.loop,
+        trust_remote_code=request.trust_remote_code,
+        guide=guide_of(request),
     )
     check_ids(program, program.meta["prompts"] if request.prompts is not None else [], f"{request.prompts}, prompt")
     if request.examples is not None and program.meta.get("loop") != "unmask":
@@ -189,6 +190,12 @@ def captured(request: Request, source: Source) -> Program:
             hint="leave it out; what other models lose is bounded by kl, top1 and agreement",
         )
     return program
+
+
+def guide_of(request: Request) -> str | None:
+    """The guide that was asked for, wherever the program is loaded again."""
+    there = request.guide is not None and Path(request.guide).exists() and request.guide not in REFERENCES
+    return str(Path(str(request.guide)).resolve()) if there else request.guide
 
 
 def put_aside(folder: Path, out: Path) -> None:
@@ -208,7 +215,8 @@ def timed(
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
     prompt = fitted(program, program.meta["prompts"][0])
     n = min(request.tokens, room(program, prompt))
-    timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say)
+    origin = bench.Origin(source.meta["source"], request.trust_remote_code, guide_of(request) or "")
+    timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say, origin=origin)
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aropt import artifact, pictures
+from aropt.bench import Origin
 from aropt.errors import UsageError
 from aropt.program import Program
 from aropt.runtime import fitted, room
@@ -98,25 +99,33 @@ def text(result: dict[str, Any]) -> str:
 
 
 def bench(
-    out: Path, against: Sequence[str], runs: int, tokens: int, threads: int | None, say: Callable[[str], None]
+    out: Path,
+    against: Sequence[str],
+    runs: int,
+    tokens: int,
+    threads: int | None,
+    say: Callable[[str], None],
+    origin: Origin,
 ) -> dict[str, Any]:
-    """Times an artifact again; returns its report with the new measurements."""
+    """Times an artifact again, against what can be had by default; returns the new measurements as a report's."""
     import torch
 
     from aropt import bench as timing
+    from aropt.api import environment
     from aropt.command import add_roofline, add_timings
+    from aropt.variants import NEED_MODEL
 
-    timing.check(against)
+    timing.check(against, origin)
     program = artifact.load(out)
-    report = {**program.report, "notes": []}
-    if not report.get("target"):
-        raise UsageError(
-            what="the artifact has no report to compare with", where=str(out), hint="make it with aropt optimize"
-        )
     threads = threads or torch.get_num_threads()
+    report: dict[str, Any] = {"env": environment(threads), "target": program.meta["target"], "notes": []}
+    left = [] if against else [v for v in timing.DEFAULT_AGAINST if v in NEED_MODEL and not origin.model]
+    if left:
+        report["notes"].append(f"{', '.join(left)} are left out: name the model with --model MODEL.")
+    against = against or [v for v in timing.DEFAULT_AGAINST if v not in left]
     prompt = fitted(program, program.meta["prompts"][0])
     n = min(tokens, room(program, prompt))
-    timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say)
+    timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say, origin=origin)
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
     return report

@@ -48,6 +48,14 @@ class Peer:
     load: Callable[[Path, Job], Generate]  # from that folder
 
 
+def directory(model: str) -> Path | None:
+    """The Hugging Face directory of a model; None where it is anything else."""
+    from aropt.models import REFERENCES
+
+    path = REFERENCES[model].checkpoint if model in REFERENCES else Path(model)
+    return path if model and (path / "config.json").is_file() else None
+
+
 def installed(package: str) -> str:
     """The version of a package, or nothing."""
     try:

@@ -94,7 +94,8 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         prompt = [int(t) for t in program.meta["prompts"][0]]
         rounds[name] = int(program.meta["capacity"])
         n = room(program, prompt)
-        specs.append(bench.Spec(variant, str(outs[model]), prompt, n, threads, TEMPERATURE))
+        origin = bench.Origin(str(program.meta["source"]))
+        specs.append(bench.Spec(variant, str(outs[model]), prompt, n, threads, TEMPERATURE, origin))
     for _ in range(ROUNDS):
         workers = [bench.Worker(s, timings[name]) for name, s in zip(names, specs, strict=True)]
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)

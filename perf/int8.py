@@ -68,7 +68,9 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     prompt = models.PROMPT if model in models.SHAPES else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
     timings = {name: bench.Timing(variant) for name, variant in VARIANTS.items()}
-    specs = {name: bench.Spec(v, str(outs.get(name, outs[FLOAT])), prompt, n, threads) for name, v in VARIANTS.items()}
+    made = {name: str(outs.get(name, outs[FLOAT])) for name in VARIANTS}
+    origin = bench.Origin(str(program.meta["source"]))
+    specs = {name: bench.Spec(v, made[name], prompt, n, threads, origin=origin) for name, v in VARIANTS.items()}
     for _ in range(ROUNDS):
         workers = [bench.Worker(specs[name], t) for name, t in timings.items() if not t.error]
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)

@@ -148,7 +148,8 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from aropt.artifact import load, model_folder
+    from aropt.artifact import load
+    from aropt.peers import directory
 
     model = (sys.argv[1:] or ["text-ar"])[0]
     artifact, threads = ROOT / "build" / "bench" / model, 2
@@ -158,7 +159,7 @@ def main() -> None:
     size = int(program.state["k_0"].spec.dims[3])
     middle = min(SLOTS, int(program.meta["capacity"])) // 2, size
     paths = {"aropt, a step": artifact / "models/step_greedy/onnxruntime/model.onnx"}
-    source = model_folder(artifact)
+    source = directory(str(program.meta["source"]))
     other = peer(source) if source else None
     if other:
         paths["onnxruntime-genai, a step"] = other

@@ -90,7 +90,8 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
         rates.append(bench.bandwidth(size, threads))
         time.sleep(0.1)  # torch's threads wait busily for a while
 
-    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE, read)
+    origin = bench.Origin(source)
+    timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE, read, origin)
     report["notes"] = []
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(prompt), threads, rates)

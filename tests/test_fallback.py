@@ -109,7 +109,9 @@ def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, mon
     assert sample["same"] and len(sample["after"].split()) == 8 + (mask is None)
     seen: list[Any] = []
 
-    def measure(_: Path, variants: list[str], prompt: list[int], n: int, *__: object) -> dict[str, bench.Timing]:
+    def measure(
+        out: Path, variants: list[str], prompt: list[int], n: int, *_: object, **__: object
+    ) -> dict[str, bench.Timing]:
         seen.append((len(prompt), n))
         return {v: bench.Timing(v, error="none") for v in variants}
 

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from aropt import bench, peers
-from aropt.artifact import model_folder, write
+from aropt import bench, generation, peers, variants
+from aropt.artifact import write
+from aropt.bench import Timing
+from aropt.errors import UsageError
 from aropt.models import CHECKPOINTS
 from aropt.program import Program
 from perf.run import table
@@ -66,8 +69,13 @@ def artifact(llama: Path, tiny_program: Program) -> Path:
     out.mkdir()
     meta = {**tiny_program.meta, "source": str(llama), "prompts": [[1, 2]], "target": "eager"}
     write(tiny_program.replace(meta=meta), out, {})
-    (out / "report.json").write_text(json.dumps({"target": "eager"}))
     return out
+
+
+def measure(artifact: Path, **options: Any) -> dict[str, bench.Timing]:
+    """The stand-in for ort-genai, timed with the model that lies beside the artifact."""
+    origin = bench.Origin(str(artifact.parent / "llama"))
+    return bench.measure(artifact, ["ort-genai"], [1], 2, 1, origin=origin, **options)
 
 
 def executable(path: Path, text: str) -> str:
@@ -101,7 +109,9 @@ def test_bench_times_what_there_is_and_names_the_rest(
     monkeypatch.setenv("AROPT_PYTHON_OPENVINO", bare)
     monkeypatch.setenv("AROPT_PYTHON_LLAMACPP", str(tmp_path / "nowhere"))
     against = "ort-genai,openvino,llamacpp"
-    done = aropt("bench", artifact, "--against", against, "--runs", "2", "-n", "3", "--threads", "1", "--json")
+    done = aropt(
+        "bench", artifact, "--model", llama, "--against", against, "--runs", "2", "-n", "3", "--threads", "1", "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {(b["variant"], b["phase"], b["unit"]): b for b in result["bench"]}
@@ -122,13 +132,34 @@ def test_bench_times_what_there_is_and_names_the_rest(
 
 def test_other_engines_take_hugging_face_directories(tmp_path: Path, stand_in: Callable[..., Path]) -> None:
     log = stand_in("llamacpp")
-    manifest = {"schema_version": 1, "source": "digits-ar"}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert model_folder(tmp_path) is None
-    timing = bench.measure(tmp_path, ["llamacpp"], [1], 2, 1)["llamacpp"]
+    origin = bench.Origin("digits-ar")
+    timing = bench.measure(tmp_path, ["llamacpp"], [1], 2, 1, origin=origin)["llamacpp"]
     assert "takes Hugging Face directories" in timing.failure() and not timing.runs and not log.exists()
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "source": "text-ar"}))
-    assert model_folder(tmp_path) == CHECKPOINTS / "text-ar"
+    assert peers.directory("text-ar") == CHECKPOINTS / "text-ar" and peers.directory("") is None
+
+
+def test_what_an_artifact_says_of_its_source_is_not_followed(
+    tiny_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a file nor code of a model's directory runs: the command line names the model, or it is left out."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef model(): return None")
+    foreign = {"source": f"{tmp_path}/evil.py:model", "trust_remote_code": True, "target": "eager", "prompts": [[1]]}
+    out = tmp_path / "out"
+    out.mkdir()
+    write(tiny_program.replace(meta={**tiny_program.meta, **foreign}), out, {})
+    for variant in variants.NEED_MODEL:
+        with pytest.raises(UsageError, match="--model MODEL"):
+            bench.check([variant], bench.Origin())
+    for variant in ("eager", "hf", "no-draft"):
+        with pytest.raises(UsageError, match="no model is named"):
+            bench.variant(bench.Spec(variant, str(out), [1], 2, 1))
+    timed: list[list[str]] = []
+    monkeypatch.setattr(
+        bench, "measure", lambda _, names, *__, **___: timed.append(names) or {"aropt": Timing("aropt")}
+    )
+    report = generation.bench(out, [], 1, 2, 1, lambda _: None, bench.Origin())
+    assert timed == [["aropt", "cached"]] and "eager, hf are left out" in report["notes"][0]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_unknown_variants_and_help(artifact: Path, llama: Path, tmp_path: Path) -> None:
@@ -145,7 +176,7 @@ def test_unknown_variants_and_help(artifact: Path, llama: Path, tmp_path: Path) 
 def test_rounds_are_processes(artifact: Path, stand_in: Callable[..., Path]) -> None:
     log = stand_in("ort-genai")
     turns: list[int] = []
-    found = bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=5, rounds=2, between=lambda: turns.append(1))
+    found = measure(artifact, runs=5, rounds=2, between=lambda: turns.append(1))
     timing = found["ort-genai"]
     assert len(turns) == 2  # of three runs and of two
     assert (timing.runs, timing.first, timing.tokens) == ([4.0] * 5, [1.5] * 5, [-1, -1])
@@ -157,12 +188,12 @@ def test_a_slow_variant_is_timed_less_often(
 ) -> None:
     stand_in("ort-genai")
     monkeypatch.setattr(bench, "PATIENCE", 0.015)  # two warm-ups and two runs of 4 ms are more
-    assert bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=5)["ort-genai"].runs == [4.0] * 2
+    assert measure(artifact, runs=5)["ort-genai"].runs == [4.0] * 2
 
 
 def test_an_engine_that_dies_is_a_note(artifact: Path, stand_in: Callable[..., Path]) -> None:
     stand_in("ort-genai", fail="sys.exit('out of registers')")
-    timing = bench.measure(artifact, ["ort-genai"], [1], 2, 1, runs=1, rounds=2)["ort-genai"]
+    timing = measure(artifact, runs=1, rounds=2)["ort-genai"]
     assert timing.failure() == "ort-genai could not be timed: out of registers"
 
 
@@ -184,7 +215,7 @@ def test_engines_give_the_same_tokens(
 
     monkeypatch.setenv("AROPT_CACHE", str(tmp_path))
     prompt, n = [72, 101, 108], 62  # the model's length, and the token after it
-    timing = bench.measure(artifact, [variant], prompt, n, 1, runs=1)[variant]
+    timing = bench.measure(artifact, [variant], prompt, n, 1, runs=1, origin=bench.Origin(str(llama)))[variant]
     if timing.missing:
         pytest.skip(timing.failure())
     assert not timing.error

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.artifact import source_of
 from aropt.command import Request, find
 from aropt.errors import Unsupported, UsageError
 from aropt.facts import facts
@@ -169,7 +168,7 @@ def test_a_module_says_what_its_canvas_is() -> None:
 
 
 def test_flags_of_a_canvas(tmp_path: Path) -> None:
-    """They reach the program, and the model that the benchmark loads again."""
+    """They reach the model that is captured."""
     from typer.testing import CliRunner
 
     from aropt.cli import app
@@ -177,8 +176,5 @@ def test_flags_of_a_canvas(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from tests.test_unmask import tiny\ndef build(): return tiny()")
     source = find(Request(f"{tmp_path}/mine.py:build", tmp_path / "out", mask=3, block=4, shift=True))
     assert {"mask": 3, "block": 4, "shift": True}.items() <= source.meta.items()
-    program = {"meta": {**source.meta, "loop": "unmask"}}
-    (tmp_path / "program.json").write_text(json.dumps(program))
-    assert {"mask": 3, "block": 4, "shift": True}.items() <= source_of(tmp_path).meta.items()
     shown = CliRunner().invoke(app, ["optimize", "--help"], env={"COLUMNS": "200"}).output
     assert all(flag in shown for flag in ("--mask", "--block", "--shift"))

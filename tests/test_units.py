@@ -236,6 +236,7 @@ def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
     out = tmp_path / "out"
     optimize(Request(f"{__file__}:Windows", out, target="eager", runs=0, check=False))
     expected = aropt.load(out).generate([[LEVELS]], 10)[0]
+    origin = bench.Origin(f"{__file__}:Windows")
     for variant in ("eager", "cached"):
-        tokens, first = bench.variant(bench.Spec(variant, str(out), [LEVELS], 10, 1))()
+        tokens, first = bench.variant(bench.Spec(variant, str(out), [LEVELS], 10, 1, origin=origin))()
         assert tokens == expected and first > 0
