@@ -297,9 +297,21 @@ class Analysis:
             bias = self.operand(node, mask, info)
             if not self.canvas:
                 self.require_causal_sdpa(bias)
-            elif mask not in info.hides:
-                raise NotRowwise("has a mask that hides nothing")
+            elif self.plain(mask, info.operands[mask]):
+                info.hides[query] = self.nothing
+            else:
+                info.hides.setdefault(mask, self.bias_alone(mask))
         return info
+
+    def plain(self, mask: fx.Node, axes: Axes) -> bool:
+        """Whether a mask given to SDPA changes nothing at any length: all of it is True, or zero."""
+        value = self.positions.table(mask, axes).value
+        return value.dim() == 0 and bool(value == (value.dtype == torch.bool))
+
+    def bias_alone(self, mask: fx.Node) -> Hide:
+        """Of a canvas: a bias that hides nothing, or not in all heads, takes its value; only empty slots are hidden."""
+        dtype = mask.meta["val"].dtype
+        return Hide(self.nothing.entries, False if dtype == torch.bool else torch.finfo(dtype).min)
 
     @staticmethod
     def require_causal_sdpa(bias: Operand) -> None:

@@ -252,7 +252,7 @@ class Restriction:
         layer = self.next_layer()
         keys, values = self.full(x["key"], f"k_{layer}"), self.full(x["value"], f"v_{layer}")
         beside = (*self.info[query].axes[:-1], COLUMN)
-        if x["is_causal"] or mask is None:
+        if query in info.hides:  # causal, or none that hides anything
             bias = self.spread(self.visible(info.hides[query].entries), beside)
         else:
             bias = self.hiding(mask, info.operands[mask], info.hides[mask], beside)
