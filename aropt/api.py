@@ -20,6 +20,7 @@ from aropt.facts import Source, facts
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
 from aropt.loops import autoregressive
+from aropt.oracle import Oracles
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.program import Program
@@ -142,7 +143,8 @@ def optimize(
     for ways in tries if measure else ():
         chosen, found = trial(program, chosen, ways, target, threads, instruments)
         trials.append((ways[0], found))
-    optimized, results = run_passes(program, chosen, target, instruments)
+    oracles = Oracles()
+    optimized, results = run_passes(program, chosen, target, instruments, oracles)
     results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
@@ -150,7 +152,7 @@ def optimize(
     drift: Drift | None = None
     if check:
         verdict = validate(
-            optimized.reference or program,
+            oracles.of(optimized.reference or program),
             probed,
             executor,
             cases(optimized.reference or program, seed),

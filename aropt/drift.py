@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from aropt import quality, units, validate
+from aropt.cases import Case
 from aropt.errors import UsageError
 from aropt.interpreter import Eager, Executor, run
+from aropt.oracle import Forced, Oracle
 from aropt.program import Program
 from aropt.runtime import workload as own_prompts
 from aropt.smooth import forward
 from aropt.unmask import current_block
-from aropt.validate import Case
 from aropt.validate_canvas import Step, Trace
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
@@ -161,13 +162,13 @@ def measure(
 
 def positions(exact: Program, candidate: Program, executor: Executor | None, case: Case) -> Drift:
     """The drift of a loop over positions: of each new row of each prompt."""
-    oracle = validate.Oracle(exact)
+    oracle = Oracle(exact)
     mine, theirs = (
         validate.Trace(p, case, e) for p, e in ((candidate, executor or Eager(candidate)), (exact, Eager(exact)))
     )
     rounds: list[list[tuple[Tensor, Tensor]]] = []
     for i, prompt in enumerate(case.prompts):
-        forced = validate.Forced(oracle, mine, i)
+        forced = Forced(oracle, mine.tokens[i])
         run(exact, case.inputs(exact, [i]), 0, forced)
         want, before = torch.cat([single for single, _ in forced.forwards]), len(units.rows(exact.meta, prompt)) - 1
         for number, got in enumerate(mine.logits[i][: units.rows_for(exact.meta, len(mine.tokens[i]))]):

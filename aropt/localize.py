@@ -21,7 +21,8 @@ from aropt.runtime import slots
 from aropt.units import rows, rows_for
 
 if TYPE_CHECKING:
-    from aropt.validate import Case, Oracle
+    from aropt.cases import Case
+    from aropt.oracle import Oracle
 
 
 class Recorder(Eager):

@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from aropt.axes import op_name
+from aropt.cases import Case
 from aropt.interpreter import Values, run
 from aropt.localize import Enough, Recorder, distance, exact_values, node_values, own
+from aropt.oracle import Mismatch, Oracle
 from aropt.program import Program, calls
-from aropt.validate import TOLERANCE, Case, Mismatch, Oracle, Outcome
+from aropt.validate import TOLERANCE, Outcome
 from aropt.validate_canvas import Forced, Step, Trace
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import AroptError, UsageError
+from aropt.oracle import Oracle, Oracles
 from aropt.passbase import Pass, Result, Skips
 from aropt.program import Entry, If, Program, calls
 from aropt.validate import Verdict, cases, validate, with_probe
@@ -128,10 +129,14 @@ def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[list
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], target: str, instruments: Instruments = Instruments()
+    program: Program,
+    passes: Sequence[Pass],
+    target: str,
+    instruments: Instruments = Instruments(),
+    oracles: Oracles | None = None,
 ) -> tuple[Program, list[Result]]:
     """Runs the passes in order; each one that changes the program is verified and validated, or reverted."""
-    reference, results = program, []
+    reference, results, oracles = program, [], oracles or Oracles()
     for number, one in enumerate(passes):
         instruments.say(one.name)
         start = time.perf_counter()
@@ -147,14 +152,14 @@ def run_passes(
             continue
         result.matches, result.level = plan.matches, plan.level or one.contract.level
         if result.level == "lossy":
-            program = spend(one, program, result, instruments)
+            program = spend(one, program, result, instruments, oracles)
             result.seconds = time.perf_counter() - start
             continue
         changed, result.seconds = one.run(program), time.perf_counter() - start
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
         if result.level == "retrained":  # what follows is held to the new model
             changed = changed.replace(reference=changed)
-        problem = check(changed.reference or reference, changed, result, instruments)
+        problem = check(oracles.of(changed.reference or reference), changed, result, instruments)
         dump(program, changed, number, one.name, instruments)
         if problem:
             result.status, result.reason = "reverted", problem
@@ -166,7 +171,7 @@ def run_passes(
     return program, results
 
 
-def check(reference: Program, changed: Program, result: Result, instruments: Instruments) -> str:
+def check(oracle: Oracle, changed: Program, result: Result, instruments: Instruments) -> str:
     """What is wrong with the changed program, or nothing."""
     from aropt.verifier import verify
 
@@ -177,12 +182,12 @@ def check(reference: Program, changed: Program, result: Result, instruments: Ins
     if not instruments.check:
         return ""
     instruments.say(f"{result.name}: check")
-    verdict = validate(reference, with_probe(changed), chosen=cases(reference, quick=True))
+    verdict = validate(oracle, with_probe(changed), chosen=cases(oracle.program, quick=True))
     result.verify = verdict.metrics()
     return "" if verdict.passed else describe(verdict)
 
 
-def spend(one: Pass, program: Program, result: Result, instruments: Instruments) -> Program:
+def spend(one: Pass, program: Program, result: Result, instruments: Instruments, oracles: Oracles) -> Program:
     """The program after a lossy pass that keeps to the budget; else as it was.
 
     A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
@@ -208,12 +213,12 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments)
     given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
     tries = [given, *(r for r in REFRESHES if not given or r < given)]
     if refreshes:
-        result.reason = check(program, at_refresh(one, 1).run(program), result, instruments)
+        result.reason = check(oracles.of(program), at_refresh(one, 1).run(program), result, instruments)
     for refresh in [] if result.reason else tries:
         changed = (at_refresh(one, refresh) if refreshes else one).run(program)
         instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        result.reason = check(changed, changed, result, instruments)  # batches against sequences alone
+        result.reason = check(oracles.of(changed), changed, result, instruments)  # batches against sequences alone
         if result.reason:
             break
         drift = measure(program, with_probe(changed), known=known)

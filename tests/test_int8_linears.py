@@ -18,12 +18,13 @@ from aropt import drift, ops
 from aropt.errors import UsageError
 from aropt.kernels import linear_int8 as op
 from aropt.models.shuffle import Shape, ShuffleAR
+from aropt.oracle import Oracle, noise_floor
 from aropt.passbase import Applies, Skips
 from aropt.passes.int8_linears import Int8Linears
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.program import Program
-from aropt.validate import Oracle, noise_floor, validate, with_probe
+from aropt.validate import validate, with_probe
 
 WIDTH, VOCAB, CAPACITY = 64, 19, 24
 SEEDS = st.integers(0, 2**31)

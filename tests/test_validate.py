@@ -10,8 +10,9 @@ from aropt.errors import MissingTool
 from aropt.interpreter import Eager, Values
 from aropt.loops import autoregressive
 from aropt.program import Program
+from aropt.shrink import simpler
 from aropt.trace import capture_model
-from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, simpler, validate
+from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate
 from tests.mutants import MUTANTS, check, optimized, reference
 from tests.mutants.surgery import CAPACITY, swap
 
@@ -261,3 +262,18 @@ def test_cases_fit_the_capacity() -> None:
             assert all(max(map(len, c.prompts)) + c.n - 1 <= capacity for c in chosen if c.n)
             assert all(len(p) <= capacity for c in chosen for p in c.prompts)
             assert len({c.name for c in chosen}) == len(chosen)
+
+
+def test_the_reference_answers_a_request_once(plain: Program) -> None:
+    oracle = Oracle(plain)
+    first = validate(oracle, plain, chosen=GREEDY)
+    assert oracle.double is None, "fp64 weights are not kept between validations"
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("asked again")
+
+    oracle.forward = never  # type: ignore[method-assign]
+    again = validate(oracle, plain, chosen=GREEDY)
+    assert (again.passed, again.metrics()) == (first.passed, first.metrics())
+    other = with_table(plain, table(t3=9.0))  # other tokens are another question
+    assert "asked again" in validate(oracle, other, chosen=GREEDY, explain=False).outcomes[-1].problem

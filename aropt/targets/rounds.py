@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from aropt.cases import Case, cases
 from aropt.errors import Unsupported, VerificationFailed
 from aropt.interpreter import Values
 from aropt.passbase import loops, own_sizes, reads
 from aropt.program import Call, Control, If, Loop, Program, Seq
 from aropt.runtime import room
 from aropt.units import ids_of
-from aropt.validate import Case, Outcome, Verdict, cases, with_stops
+from aropt.validate import Outcome, Verdict, with_stops
 
 ROUNDS = 4  # a call, of which each round then pays a quarter
 LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it

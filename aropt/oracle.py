@@ -1,0 +1,214 @@
+"""The reference, asked what it makes of given tokens: its logits in fp32 and fp64, and what its rule picks.
+
+An answer depends on the request and the tokens alone. It is kept, so that each request is computed once, however many
+passes are validated against the same reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aropt import ops
+from aropt.cases import Case
+from aropt.interpreter import Eager, Values, run
+from aropt.passbase import loops
+from aropt.program import Program, calls, dict_root
+from aropt.rules import inside
+from aropt.units import flat, ids_of, rows, rows_for, window
+
+NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
+EPS = torch.finfo(torch.float32).eps
+KEPT = 2**28  # bytes of logits
+
+
+class Mismatch(Exception):
+    """The candidate's sequence can't be the reference's."""
+
+
+@dataclass
+class Reply:
+    """What the reference makes of one prompt and the tokens after it.
+
+    `logits` float32 [branches, rounds, (W), V] of the rows that choose, `read` how many of the branches each round's
+    rule depends on, `rules` each round's rule and what it reads besides, `floor` the noise floor of all rows.
+    """
+
+    problem: str = ""  # why it can't end with these tokens
+    decided: list[int] = field(default_factory=list)
+    rules: list[tuple[str, Values]] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    logits: Tensor | None = None
+    floor: float = 0.0
+
+
+class Oracle:
+    """The reference: its forward in fp32 and fp64, its rule, and what it answered."""
+
+    def __init__(self, reference: Program) -> None:
+        self.program = reference
+        self.eager = Eager(reference)
+        found = [c for c in calls(loops(reference.control)[0].body) if "ids" in c.reads]
+        self.model, self.branches = found[0], len(found)
+        self.known: dict[Any, Any] = {}
+        self.kept = 0  # bytes
+        self.double: fx.GraphModule | None = None
+
+    @property
+    def exact(self) -> fx.GraphModule:
+        """The forward in fp64."""
+        if self.double is None:
+            graph = self.program.graphs[self.model.graph]
+            self.double = in_double(graph.fx, {w: self.program.weights[w] for w in graph.weights()})
+        return self.double
+
+    def rest(self) -> None:
+        """Gives the memory of the weights in fp64 back until the forward is asked again."""
+        self.double = None
+
+    def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V] in fp32 and in fp64."""
+        single, double = self.forward({"ids": ids})
+        return single["logits"], double["logits"]
+
+    def forward(self, inputs: Values, state: Values | None = None) -> tuple[Values, Values]:
+        """The forward's results in fp32, and in fp64 from the fp64 values of its state (otherwise from fp32's)."""
+        graph = self.program.graphs[self.model.graph]
+        wide = [(state or {}).get(n, inputs[n]) for n in graph.inputs]
+        with torch.no_grad():
+            double = self.exact(*[v.double() if v.is_floating_point() else v for v in wide])
+            return self.eager.call(self.model.graph, inputs), dict(zip(graph.outputs, double, strict=True))
+
+    def reply(self, case: Case, i: int, tokens: list[int]) -> Reply:
+        """What the reference makes of prompt `i` and these tokens."""
+        key = (*case.row(i), tuple(tokens))
+        if key in self.known:
+            found: Reply = self.known[key]
+            return found
+        made = answer(self, case, i, tokens)
+        size = 0 if made.logits is None else made.logits.nbytes
+        if self.kept + size <= KEPT:
+            self.kept += size
+            self.known[key] = made
+        return made
+
+
+class Oracles:
+    """The oracle of the latest reference, so that what it answered after one pass is known after the next."""
+
+    def __init__(self) -> None:
+        self.latest: Oracle | None = None
+
+    def of(self, reference: Program) -> Oracle:
+        if self.latest is None or self.latest.program is not reference:
+            self.latest = Oracle(reference)
+        return self.latest
+
+
+def answer(oracle: Oracle, case: Case, i: int, tokens: list[int]) -> Reply:
+    """Runs the reference's control on the tokens."""
+    forced, meta = Forced(oracle, tokens), oracle.program.meta
+    try:
+        values = run(oracle.program, case.inputs(oracle.program, [i]), 0, forced)
+    except Mismatch as mismatch:
+        return Reply(str(mismatch))
+    expected = [t for t in flat(values["generated"])[0] if t >= 0]
+    if expected != tokens:
+        return Reply(f"ends after {len(tokens)} tokens, the reference after {len(expected)}")
+    if not forced.forwards:
+        return Reply()
+    single, double = (torch.cat(branches) for branches in zip(*forced.forwards, strict=True))
+    first, read = len(rows(meta, case.prompts[i])) - 1, [forced.read(n) for n in range(len(forced.rules))]
+    rules = [(graph, {n: v for n, v in values.items() if n != "logits"}) for graph, values in forced.rules]
+    chosen = single[:, first : first + len(rules)].to(torch.float32, copy=True)
+    return Reply("", forced.decided, rules, read, chosen, noise_floor(single, double))
+
+
+class Forced:
+    """Runs the reference's control on the candidate's tokens: one full forward; the rule decides, but is overruled."""
+
+    def __init__(self, oracle: Oracle, tokens: list[int]) -> None:
+        self.oracle, self.tokens = oracle, tokens
+        self.forwards: list[tuple[Tensor, Tensor]] = []  # logits of each branch, in fp32 and in fp64
+        self.asked = 0  # calls of the forward
+        self.decided: list[int] = []
+        self.rules: list[tuple[str, Values]] = []
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        tokens, meta = self.tokens, self.oracle.program.meta
+        if graph == self.oracle.model.graph:
+            ids, branch = inputs["ids"], self.asked % self.oracle.branches
+            self.asked += 1
+            if branch == len(self.forwards):
+                rows = max(rows_for(meta, len(tokens)) - 1, 0)  # the last one is not read
+                given = torch.tensor(tokens[: ids_of(meta, rows)], dtype=torch.int64).reshape(rows, *window(meta))
+                forced = torch.cat([ids, given.expand(ids.shape[0], *given.shape)], 1)
+                self.forwards.append(self.oracle.logits(forced[:, : ids.shape[1] + rows - (not tokens)]))
+            single = self.forwards[branch][0]
+            if ids.shape[1] > single.shape[1]:
+                raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
+            return {"logits": single[:, : ids.shape[1]]}
+        results = self.oracle.eager.call(graph, inputs)
+        if graph in ("greedy", "sample"):
+            own = results["token"].flatten().tolist()
+            step, self.decided = len(self.decided), [*self.decided, *own]
+            self.rules.append((graph, inputs))
+            if step >= len(tokens):
+                raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
+            theirs = tokens[step : step + len(own)]
+            return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(meta))}
+        return results
+
+    def read(self, step: int) -> int:
+        """How many branches the rule of that round depends on: outside the interval of guidance, one."""
+        values = self.rules[step][1]
+        if "guidance_from" in values and not inside(*(values[n] for n in ("guidance_from", "guidance_to", "count"))):
+            return 1
+        return 1 if "guidance" in values and float(values["guidance"]) == 1 else self.oracle.branches
+
+
+def noise_floor(single: Tensor, double: Tensor) -> float:
+    """Largest distance between fp32 and fp64 logits, and at least a few units in the last place."""
+    finite = torch.isfinite(single) & torch.isfinite(double)
+    single, double = single[finite].double(), double[finite]
+    return max(4 * EPS * float(single.abs().max()), float((single - double).abs().max())) if finite.any() else 4 * EPS
+
+
+def in_double(graph: fx.Graph, weights: dict[str, Tensor]) -> fx.GraphModule:
+    """The graph in fp64: weights, constants and casts to fp32.
+
+    What an op rounds coarsely (`OpDef.steps`) is moved by up to NUDGE of itself. Sums in another order move it too,
+    over a step here and there, and fp64 alone would show that only where it happens to cross the same one.
+    """
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+
+    def widen(value: Any) -> Any:
+        return torch.float64 if value in (torch.float32, torch.bfloat16, torch.float16) else value
+
+    for node in copy.nodes:
+        node.args = fx.node.map_aggregate(node.args, widen)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
+    double = {n: w.double() if w.is_floating_point() else w for n, w in weights.items()}
+    for node in list(copy.nodes):
+        nudge(copy, node, double)
+    return fx.GraphModule(dict_root(list(double), double), copy)
+
+
+def nudge(graph: fx.Graph, node: Any, weights: dict[str, Tensor]) -> None:
+    """Multiplies what the node rounds coarsely, if it does, with 1 and a little noise."""
+    at = ops.stepping(node) if node.op == "call_function" else None
+    if at is None:
+        return
+    x, name = node.args[at], f"nudge.{node.name}"
+    noise = torch.rand(int(x.meta["val"].shape[-1]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[name] = 1 + NUDGE * (2 * noise - 1)
+    with graph.inserting_before(node):
+        factor = graph.get_attr(name)
+        moved = graph.call_function(torch.mul, (x, factor))
+    factor.meta["nudge"] = moved.meta["nudge"] = True
+    node.args = (*node.args[:at], moved, *node.args[at + 1 :])
