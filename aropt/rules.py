@@ -70,7 +70,10 @@ def top_k(logits: Tensor, top_k: Tensor) -> Tensor:
 
 
 def top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, section 3.1)."""
+    """Keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, section 3.1).
+
+    Of equally likely ones it keeps those with the lowest ids.
+    """
     kept: Tensor = torch.ops.aropt.keep_top(logits, None, top_p)
     return kept
 

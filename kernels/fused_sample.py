@@ -11,10 +11,10 @@
   int64 []. Without a seed the result is the largest logit's id, and those four must be None.
 * result int64 [B, W].
 
-The rules are those of aropt/rules.py in its order, with its ties: top-k and top-p keep what equals the last logit
-kept, the lowest of ids with equal scores is taken. Where all logits are -inf that is id 0, a NaN gives any id. A top-k
-above V keeps all, a temperature below 1e-6 counts as 1e-6. What callers should not ask for (guidance that isn't finite,
-top-k above V, a bias that leaves no id) is refused where values are given: `aropt.runtime.check_parameters`.
+The rules are those of aropt/rules.py in its order, with its ties: top-k keeps what equals the last logit kept, top-p
+the lowest ids of these, the lowest of ids with equal scores is taken. Where all logits are -inf that is id 0, a NaN
+gives any id. A top-k above V keeps all, a temperature below 1e-6 counts as 1e-6. What callers should not ask for (such
+as a bias that leaves no id) is refused where values are given: `aropt.runtime.check_parameters`.
 
 The kernel sorts nothing: the last logit kept is found by bisection on the 32 bits of a float, ordered as integers. Its
 sums are taken in another order than the definition's, and its logarithms and exponentials are the GPU's: an id may
@@ -103,11 +103,13 @@ def reference(*given: Optional) -> Tensor:
         ordered = torch.sort(x, dim=-1, descending=True).values
         x = torch.where((x >= ordered.gather(-1, last)) | (top_k <= 0), x, -torch.inf)
     if top_p is not None:
-        ordered = torch.sort(x, dim=-1, descending=True).values
+        ordered, order = torch.sort(x, dim=-1, descending=True, stable=True)
         probabilities = torch.softmax(ordered, dim=-1)
         before = torch.cumsum(probabilities, dim=-1) - probabilities
-        count = (before < top_p).to(I64).sum(-1, keepdim=True).clamp(min=1)
-        x = torch.where((x >= ordered.gather(-1, count - 1)) | (top_p >= 1), x, -torch.inf)
+        final, ids = (before < top_p).sum(-1, keepdim=True).clamp(min=1) - 1, torch.arange(vocab, device=x.device)
+        last = ordered.gather(-1, final)
+        kept = (x > last) | ((x == last) & (ids <= order.gather(-1, final)))
+        x = torch.where(kept | (top_p >= 1), x, -torch.inf)
     if min_p is not None:
         x = torch.where(x >= x.amax(-1, keepdim=True) + torch.log(min_p), x, -torch.inf)
     if seed is not None and streams is not None and position is not None:
@@ -132,7 +134,7 @@ def onnx(logits, guidance, seen, repetition_penalty, bias, temperature, top_k, t
         return op.Constant(value_float=value)
 
     def least(ordered: Any, count: Any) -> Any:
-        """Of logits in order, the one that is number `count` from the largest."""
+        """Of logits in order (or of their ids), the one that is number `count` from the largest."""
         return op.GatherElements(ordered, op.Sub(count, op.Constant(value_int=1)), axis=2)
 
     x, vocab = logits, op.Shape(logits, start=2, end=3)
@@ -157,13 +159,15 @@ def onnx(logits, guidance, seen, repetition_penalty, bias, temperature, top_k, t
         off = op.LessOrEqual(top_k, op.Constant(value_int=0))
         x = op.Where(op.Or(op.GreaterOrEqual(x, least(ordered, count)), off), x, low)
     if top_p is not None:
-        ordered, _ = op.TopK(x, vocab, axis=2, largest=1, sorted=1)
+        ordered, order = op.TopK(x, vocab, axis=2, largest=1, sorted=1)
         probabilities = op.Softmax(ordered, axis=2)
         before = op.Sub(op.CumSum(probabilities, 2), probabilities)
         count = op.ReduceSum(op.Cast(op.Less(before, top_p), to=7), [2], keepdims=1)
         count = op.Max(count, op.Constant(value_int=1))
-        off = op.GreaterOrEqual(top_p, number(1.0))
-        x = op.Where(op.Or(op.GreaterOrEqual(x, least(ordered, count)), off), x, low)
+        off, last = op.GreaterOrEqual(top_p, number(1.0)), least(ordered, count)
+        early = op.LessOrEqual(op.Range(0, op.Squeeze(vocab), 1), least(order, count))
+        kept = op.Or(op.Greater(x, last), op.And(op.Equal(x, last), early))
+        x = op.Where(op.Or(kept, off), x, low)
     if min_p is not None:
         x = op.Where(op.GreaterOrEqual(x, op.Add(op.ReduceMax(x, [2], keepdims=1), op.Log(min_p))), x, low)
     if seed is not None:
@@ -208,10 +212,10 @@ if HAS_TRITON:
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
     @triton.jit
-    def _share(x, above, least, best, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """What logits of order above `above`, and at least `least`, count: 1, or their ratio to the likeliest."""
+    def _share(x, index, above, until, least, best, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What logits above order `above`, or of it before id `until`, count: 1, or their ratio to the likeliest."""
         order = _order(x)
-        inside = (order > above) & (order >= least)
+        inside = ((order > above) | ((order == above) & (index < until))) & (order >= least)
         if COUNT:
             return tl.where(inside, 1.0, 0.0)
         return tl.where(inside, tl.where(x == best, 1.0, tl.exp(x - best)), 0.0)
@@ -243,30 +247,36 @@ if HAS_TRITON:
                 largest = tl.maximum(largest, x)
         best = tl.max(largest, 0)
         lowest = tl.full([], -2139095041, tl.int64)  # the order of -inf
-        least = lowest
-        # stage 0 counts up to k, stage 1 adds up to p: the least order with less than that above it
+        least, first, last = lowest, tl.full([], 0, tl.int64), tl.full([], 0, tl.int64) + width
+        # stage 0 counts up to k, 1 adds up to p: the least order with less above it, for p its last id with less before
         for stage in tl.static_range(2):
             if (TOP_K and stage == 0) or (TOP_P and stage == 1):
                 limit = (tl.load(k_ptr) if stage == 0 else tl.load(p_ptr)).to(tl.float32)
                 used = limit > 0 if stage == 0 else limit < 1
+                limit = tl.maximum(limit, 1e-37)  # a p of 0 keeps one
                 low, high = lowest, tl.where(used, tl.max(_order(largest), 0), lowest)
-                whole = tl.full([], 1.0, tl.float32)
-                rounds = tl.where(used, 33, 0)
-                for turn in range(0, rounds):
+                whole, turn = tl.full([], 1.0, tl.float32), 0
+                while used & ((turn < 33) | ((stage == 1) & (first < last))):
                     # the first turn of stage 1 finds the sum that the others are shares of
-                    above = tl.where(turn == 0, lowest - 1, (low + high) >> 1)
-                    share = _share(held, above, least, best, stage == 0)
+                    by_id, middle = turn >= 33, (first + last + 1) >> 1
+                    above = tl.where(turn == 0, lowest - 1, tl.where(by_id, high, (low + high) >> 1))
+                    until = tl.where(by_id, middle, 0)
+                    share = _share(held, lane, above, until, least, best, stage == 0)
                     if not ONE:
                         for start in range(BLOCK, width, BLOCK):
                             x = _logits(at, other, seen, bias_ptr, start + lane, width, guidance, penalty, heat,
                                         GUIDED, PENALIZED, BIASED, HEATED)  # fmt: skip
-                            share += _share(x, above, least, best, stage == 0)
+                            share += _share(x, start + lane, above, until, least, best, stage == 0)
                     total = tl.sum(share, 0)
                     if turn == 0:
                         whole = total if stage == 1 else whole
                     else:
                         less = total / whole < limit
-                        low, high = tl.where(less, low, above + 1), tl.where(less, above, high)
+                        low = tl.where(less | by_id, low, above + 1)
+                        high = tl.where(less & (turn < 33), above, high)
+                        first = tl.where(less & by_id, middle, first)
+                        last = tl.where(less | (turn < 33), last, middle - 1)
+                    turn += 1
                 least = tl.maximum(least, high)
         floor = best + tl.log(tl.load(min_ptr)) if MIN_P else float("-inf")
         score = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -277,7 +287,8 @@ if HAS_TRITON:
             if not ONE:
                 x = _logits(at, other, seen, bias_ptr, index, width, guidance, penalty, heat,
                             GUIDED, PENALIZED, BIASED, HEATED)  # fmt: skip
-            x = tl.where((_order(x) >= least) & (x >= floor), x, float("-inf"))
+            order = _order(x)
+            x = tl.where(((order > least) | ((order == least) & (index <= last))) & (x >= floor), x, float("-inf"))
             if DRAWN:
                 position = tl.load(position_ptr + row) * window + place
                 drawn = uniform(tl.load(seed_ptr), tl.load(stream_ptr + row), position, index)

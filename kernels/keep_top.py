@@ -5,7 +5,7 @@
 * `logits` float32 [N, V], V >= 1; `k` int64 [], `p` float32 []: one of them, the other is None.
 * with `k` the k largest and what ties with the last of them; k <= 0 keeps all, and so does k >= V.
 * with `p` the smallest set of the largest whose probability reaches p, at least one (Holtzman et al. 2020, 3.1),
-  and what ties with the last of them; p >= 1 keeps all.
+  of equal ones those with the lowest ids; p >= 1 keeps all.
 * result float32 [N, V].
 
 The definition sorts. Its translation sorts as much as it needs: nothing where all are kept, k of them for a small k.
@@ -41,15 +41,17 @@ def reference(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
     """The definition: see the module's text. Raises RuntimeError on other shapes, TypeError on other dtypes."""
     _check(logits, k, p)
     size = logits.shape[-1]
-    ordered = torch.sort(logits, dim=-1, descending=True).values
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     if k is not None:
         last = (k.clamp(1, size) - 1).reshape(1, 1).expand(logits.shape[0], 1)
         return torch.where((logits >= ordered.gather(-1, last)) | (k <= 0), logits, -torch.inf)
     assert p is not None
     probabilities = torch.softmax(ordered, dim=-1)
     before = torch.cumsum(probabilities, dim=-1) - probabilities
-    count = (before < p).to(I64).sum(-1, keepdim=True).clamp(min=1)
-    return torch.where((logits >= ordered.gather(-1, count - 1)) | (p >= 1), logits, -torch.inf)
+    final = (before < p).to(I64).sum(-1, keepdim=True).clamp(min=1) - 1
+    last, ids = ordered.gather(-1, final), torch.arange(size, device=logits.device)
+    kept = (logits > last) | ((logits == last) & (ids <= order.gather(-1, final)))
+    return torch.where(kept | (p >= 1), logits, -torch.inf)
 
 
 def fake(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
@@ -67,15 +69,18 @@ def onnx(logits, k=None, p=None):  # type: ignore[no-untyped-def]
     if k is not None:
         off = op.LessOrEqual(k, op.Constant(value_int=0))
         ordered, _ = op.TopK(logits, op.Where(off, one, op.Max(op.Min(k, size), one)), axis=1, largest=1, sorted=1)
-        last = op.ReduceMin(ordered, one, keepdims=1)
+        kept = op.GreaterOrEqual(logits, op.ReduceMin(ordered, one, keepdims=1))
     else:
         off = op.GreaterOrEqual(p, op.Constant(value_float=1.0))
-        ordered, _ = op.TopK(logits, op.Where(off, one, size), axis=1, largest=1, sorted=1)
+        ordered, order = op.TopK(logits, op.Where(off, one, size), axis=1, largest=1, sorted=1)
         probabilities = op.Softmax(ordered, axis=1)
         before = op.Sub(op.CumSum(probabilities, op.Constant(value_int=1)), probabilities)
         count = op.Max(op.ReduceSum(op.Cast(op.Less(before, p), to=7), one, keepdims=1), one)
         last = op.GatherElements(ordered, op.Sub(count, one), axis=1)
-    return op.Where(op.Or(op.GreaterOrEqual(logits, last), off), logits, low)
+        place = op.GatherElements(order, op.Sub(count, one), axis=1)
+        early = op.LessOrEqual(op.Range(0, op.Squeeze(size), 1), place)
+        kept = op.Or(op.Greater(logits, last), op.And(op.Equal(logits, last), early))
+    return op.Where(op.Or(kept, off), logits, low)
 
 
 def cost(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Cost:

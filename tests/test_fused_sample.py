@@ -147,16 +147,26 @@ def test_no_id_left_is_id_0(form: Any, batch: int, window: int) -> None:
 
 @every_form
 @pytest.mark.parametrize("places", [4, pytest.param(60, marks=SLOW)])
-def test_ties_are_kept_and_the_lowest_wins(form: Any, places: int) -> None:
+def test_ties_of_top_k_and_min_p_are_kept_and_the_lowest_wins(form: Any, places: int) -> None:
     """So many draws give all of two ids that are kept, 60 all of five."""
     logits = torch.tensor([0.0, 2.0, -0.0, 2.0, 1.0]).repeat(1, places, 1)
     assert (form(*arguments(logits)) == 1).all()
-    for rule in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}):
+    for rule in ({"top_k": 1}, {"top_p": 0.6}, {"min_p": 1.0}):
         assert set(form(*drawn(logits, **rule)).flatten().tolist()) == {1, 3}, rule
     zeros = logits[..., [0, 2]]
     assert set(form(*drawn(zeros, top_k=1)).flatten().tolist()) == {0, 1}, "0 and -0 are equal"
     if places == 60:
         assert set(form(*drawn(logits, top_k=4, temperature=3.0)).flatten().tolist()) == {0, 1, 2, 3, 4}
+
+
+@every_form
+@pytest.mark.parametrize("vocab", [8, pytest.param(4097, marks=SLOW)])
+def test_top_p_keeps_the_smallest_set(form: Any, vocab: int) -> None:
+    """Of equal logits it keeps the lowest ids, and with 0 one."""
+    logits = torch.full((1, 24, vocab), -INF)
+    logits[..., [2, 3, 5, vocab - 1]] = 1.0
+    for p, kept in ((0.0, [2]), (0.3, [2, 3]), (0.5, [2, 3]), (0.7, [2, 3, 5])):
+        assert sorted(set(form(*drawn(logits, top_p=p)).flatten().tolist())) == kept, p
 
 
 @every_form

@@ -38,6 +38,14 @@ def test_top_p_is_transformers(x: torch.Tensor, p: float) -> None:
     assert not differ[~near].any()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.25, 0.5, 0.6, 0.99])
+def test_top_p_of_equal_logits_keeps_as_many_as_transformers(p: float) -> None:
+    x = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 1.0, -torch.inf]])
+    ours, theirs = rules.top_p(x, torch.tensor(p)), TopPLogitsWarper(p)(None, x.clone())
+    assert torch.isfinite(ours).sum() == torch.isfinite(theirs).sum()
+    assert torch.equal(ours[0].sort().values, theirs[0].sort().values)
+
+
 @settings(max_examples=60, deadline=None)
 @given(logits(), st.floats(0.01, 0.9))
 def test_min_p_is_transformers(x: torch.Tensor, p: float) -> None:
