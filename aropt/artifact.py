@@ -1,17 +1,12 @@
 """The artifact: a folder with the program, its weights, what the target built, and the evidence (design section 9).
 
-Written aside and renamed: OUT is there whole, or not at all. Hashes of all files are in manifest.json. No pickle.
+Hashes of all files are in manifest.json. No pickle. How it gets to OUT is in aropt.store.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,85 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from aropt import __version__
 from aropt.errors import UsageError, VerificationFailed, WrongMachine
+from aropt.manifest import EDITABLE, SCHEMA, listing, sha256, write_manifest
 from aropt.program import Program
-
-SCHEMA = 1
-
-
-@contextlib.contextmanager
-def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `out` to write into; renamed to `out` if the block ends well, removed if not."""
-    check_free(out, force)
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-    with disk_errors(out):
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(
-                what=f"can't write '{out}'", why=str(error.strerror), hint="choose another folder"
-            ) from error
-        try:
-            yield staging
-            replace(staging, out)
-        except BaseException:  # an interrupt too leaves nothing half-written; it goes on
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def staged_export(out: Path, force: bool) -> Iterator[Path]:
-    """As `staged`, with a manifest of what was written."""
-    with staged(out, force) as folder:
-        yield folder
-        manifest = {
-            "schema_version": SCHEMA,
-            "tool": {"name": "aropt", "version": __version__},
-            "files": listing(folder),
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def check_free(out: Path, force: bool) -> None:
-    """Raises UsageError if `out` can't be written."""
-    if out.exists() and not force:
-        raise UsageError(what=f"'{out}' exists", hint="choose another folder, or overwrite it with --force")
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            what=f"'{out}' is not an aropt artifact",
-            why="--force only replaces folders that aropt wrote",
-            hint="choose another folder",
-        )
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UsageError(
-            what=f"can't write to '{parent}'", why="permission denied or read-only", hint="choose another folder"
-        )
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into a UsageError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UsageError(
-                what=f"can't write '{out}'",
-                why=str(error.strerror),
-                where=str(error.filename or out),
-                hint="free some space or choose another folder; nothing was left behind",
-            ) from error
-        raise
-
-
-def replace(staging: Path, out: Path) -> None:
-    """Puts the new folder in the place of the old one."""
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    if out.exists():
-        out.rename(old)
-    staging.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+from aropt.store import staged
 
 
 def save(program: Program, path: str | Path, force: bool = False) -> None:
@@ -130,15 +49,12 @@ def write(
         (folder / "report.json").write_text(json.dumps(whole, indent=1))
         (folder / "report.html").write_text(html(whole))
     (folder / "README.md").write_text(readme(program))
-    manifest = {
-        "schema_version": SCHEMA,
-        "tool": {"name": "aropt", "version": __version__},
-        "target": program.meta.get("target", "eager"),
-        "source": program.meta.get("source", ""),
-        "torch": torch.__version__.split("+")[0],
-        "files": listing(folder),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_manifest(
+        folder,
+        target=program.meta.get("target", "eager"),
+        source=program.meta.get("source", ""),
+        torch=torch.__version__.split("+")[0],
+    )
 
 
 def unique(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,17 +70,6 @@ def unique(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             else value
         )
     return result
-
-
-def listing(folder: Path) -> list[dict[str, Any]]:
-    """Path, sha256 and size of every file but the manifest."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
-    return [{"path": str(f.relative_to(folder)), "sha256": sha256(f), "bytes": f.stat().st_size} for f in files]
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load(path: str | Path, target: str | None = None, threads: int | None = None, check: bool = True) -> Program:
@@ -215,8 +120,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises VerificationFailed where a file is missing or changed."""
-    for entry in manifest["files"]:
+    """Raises VerificationFailed where a file that the program is made from is missing or changed."""
+    for entry in [e for e in manifest["files"] if e["path"] not in EDITABLE]:
         file = folder / entry["path"]
         if not file.is_file():
             raise VerificationFailed(

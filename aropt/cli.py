@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from aropt import ort_threads
+from aropt import interrupts, ort_threads
 from aropt.bench import AGAINST
 from aropt.errors import AroptError, UsageError
 
@@ -47,19 +48,11 @@ class Progress:
 
     def __init__(self) -> None:
         self.live: Any = None
-        self.interrupted = False
-        self.before: Any = None
         self.start = time.perf_counter()
         self.last = ""
 
-    def interrupt(self, *_: object) -> None:
-        self.interrupted = True
-        raise KeyboardInterrupt
-
     def __enter__(self) -> Progress:
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self.interrupt)
-        if sys.stderr.isatty() and not os.environ.get("CI"):
+        if sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("CI"):
             from rich.console import Console
 
             self.live = Console(stderr=True).status("")
@@ -67,24 +60,24 @@ class Progress:
         return self
 
     def __call__(self, text: str) -> None:
-        if self.interrupted:
+        if interrupts.caught():
             raise KeyboardInterrupt
         elapsed = time.perf_counter() - self.start
         if self.live is not None:
             self.live.update(f"{text} [{elapsed:.0f} s]")
         elif text.split(":")[0] != self.last.split(":")[0]:
-            print(f"{elapsed:6.1f} s  {text.split(':')[0]}", file=sys.stderr, flush=True)
+            note(f"{elapsed:6.1f} s  {text.split(':')[0]}")
         self.last = text
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
         if self.live is not None:
             self.live.stop()
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr, which is for people: a command goes on where nobody reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr or io.StringIO(), flush=True)
 
 
 def split(values: list[str] | None) -> list[str]:
@@ -450,44 +443,80 @@ def main() -> None:
     verbose = sum(a.count("v") for a in sys.argv if a.startswith("-v") and set(a[1:]) == {"v"}) + sys.argv.count(
         "--verbose"
     )
-    try:
-        code = app(standalone_mode=False) or 0
-    except typer.Exit as done:
-        code = done.exit_code
-    except COMMAND_ERRORS as error:
+    with interrupts.listening():
+        try:
+            code = app(standalone_mode=False) or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what can't be written is an error that can be told
+        except typer.Exit as done:
+            code = done.exit_code
+        except BaseException as error:
+            code = ending(error, verbose)
+        sys.exit(interrupted() if code == 130 else code)  # typer turns Ctrl-C into a silent exit
+
+
+def ending(error: BaseException, verbose: int) -> int:
+    """Says what ended a command, and returns its exit status; with -vv an error is raised with its traceback."""
+    if interrupts.caught() or isinstance(error, (typer.Abort, KeyboardInterrupt)):  # or what torch made of it
+        return interrupted()
+    if isinstance(error, COMMAND_ERRORS):
         error.show()
-        sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted; nothing was left behind", 130)
-    except AroptError as error:
-        if verbose >= 2:
-            raise
-        fail(str(error), error.code)
-    except BrokenPipeError:
-        sys.exit(0)
-    except MemoryError:
-        fail("out of memory\n  try:   a smaller --capacity", 1)
-    except Exception as error:  # a defect of ours: said in one line, unless -vv
-        if verbose >= 2:
-            raise
-        fail(
-            f"internal error: {type(error).__name__}: {error}\n  try:   run again with -vv and report the traceback", 1
-        )
-    if code == 130:  # typer turns Ctrl-C into a silent exit
-        fail("interrupted; nothing was left behind", 130)
-    sys.exit(code)
+        return int(error.exit_code)
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, BrokenPipeError):  # whoever reads has enough
+        silence()
+        return 0
+    if verbose >= 2:
+        raise error
+    if isinstance(error, AroptError):
+        note(f"aropt: {error}")
+        return error.code
+    if isinstance(error, MemoryError):
+        note("aropt: out of memory\n  try:   a smaller --capacity")
+    elif isinstance(error, OSError) and unwritable():
+        note(f"aropt: can't write the result to stdout\n  why:   {error.strerror}")
+        return UsageError.code
+    else:  # a defect of ours: said in one line
+        said = f"internal error: {type(error).__name__}: {error}"
+        note(f"aropt: {said}\n  try:   run again with -vv and report the traceback")
+    return 1
 
 
 def command_line() -> None:
     """`main` in a process that runs nothing else."""
+    open_streams()
     ort_threads.own_process()
     main()
 
 
-def fail(text: str, code: int) -> None:
-    """Prints the message and exits; nothing that runs on may hold the process."""
-    note(f"aropt: {text}")
-    sys.exit(code)
+def interrupted() -> int:
+    """Says that a signal ended the command; returns the exit status that shells know for it."""
+    note("aropt: interrupted; nothing was left behind")
+    return 128 + (interrupts.caught() or int(signal.SIGINT))
+
+
+def unwritable() -> bool:
+    """Whether stdout takes nothing (a full disk); nothing is tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence()
+        return True
+    return False
+
+
+def silence() -> None:
+    """From now on what is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_streams() -> None:
+    """Opens what the caller closed of stdin, stdout and stderr: else a file of the result would get its number,
+    and what libraries print there would be in it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aropt import artifact, bench, pictures, quality
+from aropt import artifact, bench, pictures, quality, store
 from aropt.api import capture, untrained
 from aropt.api import optimize as optimize_program
 from aropt.drift import budget
@@ -70,7 +69,7 @@ class Request:
 def optimize(request: Request) -> dict[str, Any]:
     """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
     say = request.say
-    artifact.check_free(request.out, request.force)
+    store.check_free(request.out, request.force, inputs(request))
     bench.check(request.against)
     chosen, allowed = pipeline(request.passes, request.dropped), budget(request.budget)
     say("load")
@@ -86,7 +85,7 @@ def optimize(request: Request) -> dict[str, Any]:
         say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check
     )
     failed: list[dict[str, Any]] = []
-    with artifact.staged(request.out, request.force) as folder:
+    with store.staged(request.out, request.force, inputs(request)) as folder:
         done = optimize_program(
             program,
             request.target,
@@ -105,22 +104,22 @@ def optimize(request: Request) -> dict[str, Any]:
         if request.check and report["verify"]["status"] == "fail":
             failed.append(report)
             artifact.write(done, folder, report, source.files)
-            put_aside(folder, request.out)
+            aside = store.put_aside(folder, request.out)
             if "needs_finetune" in done.meta:
                 raise untrained(done)
             raise VerificationFailed(
                 what=f"the optimized program does not match '{request.model}'",
-                where=f"{request.out}.failed/report.html",
+                where=str(aside / "report.html"),
                 why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
                 hint="see the report; leave a pass out with --no-pass NAME, or try --target eager",
             )
         missed = report.get("drift", {}).get("missed", "")
         if missed:
             artifact.write(done, folder, report, source.files)
-            put_aside(folder, request.out)
+            aside = store.put_aside(folder, request.out)
             raise BudgetMissed(
                 what=f"the program lowered to {request.target} misses the budget",
-                where=f"{request.out}.failed/report.html",
+                where=str(aside / "report.html"),
                 why=missed,
                 hint="raise the budget, or leave the pass out",
             )
@@ -132,6 +131,15 @@ def optimize(request: Request) -> dict[str, Any]:
             report["windows"] = curve(source.module, done, request.target, threads, request.runs, say)
         artifact.write(done, folder, report, source.files)
     return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def inputs(request: Request) -> list[Path]:
+    """The files and folders that the result is made from: it is not written over them."""
+    models = [m for m in (request.model, request.guide) if m is not None and m not in REFERENCES]
+    return [
+        *(Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models),
+        *filter(None, (request.examples, request.prompts)),
+    ]
 
 
 def find(request: Request) -> Source:
@@ -196,13 +204,6 @@ def guide_of(request: Request) -> str | None:
     """The guide that was asked for, wherever the program is loaded again."""
     there = request.guide is not None and Path(request.guide).exists() and request.guide not in REFERENCES
     return str(Path(str(request.guide)).resolve()) if there else request.guide
-
-
-def put_aside(folder: Path, out: Path) -> None:
-    """Keeps a copy of a failed result as OUT.failed."""
-    aside = out.parent / f"{out.name}.failed"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(folder, aside)
 
 
 def timed(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt import artifact, pictures
+from aropt import artifact, pictures, store
 from aropt.bench import Origin
 from aropt.errors import UsageError
+from aropt.manifest import listing
 from aropt.program import Program
 from aropt.runtime import fitted, room
 from aropt.units import rows
@@ -151,7 +152,7 @@ def export(
 
     program = artifact.load(out, target="eager")
     verify: dict[str, Any] = {}
-    with artifact.staged_export(folder, force) as staging:
+    with store.staged_export(folder, force, [out]) as staging:
         if whole_loop:
             from aropt.exporters import run_loop
             from aropt.exporters.whole_loop import export_program
@@ -167,7 +168,7 @@ def export(
             data = to_json(program)
             loop = {k: data[k] for k in ("inputs", "state", "control", "outputs", "meta") if k in data}
             (staging / "loop.json").write_text(json.dumps(loop, indent=1))
-    files = [{"path": str(folder / f["path"]), "sha256": f["sha256"]} for f in artifact.listing(folder)]
+    files = [{"path": str(folder / f["path"]), "sha256": f["sha256"]} for f in listing(folder)]
     return {"files": files, **({"verify": verify} if verify else {})}
 
 

@@ -1,0 +1,324 @@
+"""Where results go: what is aropt's is replaced at once, and nothing else is ever touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aropt import interrupts, store
+from aropt.errors import UsageError
+from aropt.manifest import foreign, remove, write_manifest
+
+
+def make(folder: Path, text: str = "one") -> Path:
+    """A folder as aropt writes it."""
+    (folder / "models" / "step").mkdir(parents=True)
+    (folder / "models" / "step" / "model.onnx").write_text(text)
+    (folder / "README.md").write_text("how to use it")
+    write_manifest(folder)
+    return folder
+
+
+def written(out: Path, text: str, force: bool = False, during: Callable[[], object] = lambda: None) -> None:
+    with store.staged_export(out, force) as folder:
+        (folder / "model.onnx").write_text(text)
+        during()
+
+
+def holds(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+FOREIGN = {
+    "any manifest": lambda out: (out / "manifest.json").write_text('{"name": "a browser extension"}'),
+    "no file listed": lambda out: (out / "manifest.json").write_text(
+        '{"tool": {"name": "aropt"}, "schema_version": 1, "files": []}'
+    ),
+    "a file more": lambda out: make(out) and (out / "thesis.txt").write_text("years of work"),
+    "a folder more": lambda out: make(out) and (out / "mine").mkdir(),
+    "a file of it changed": lambda out: make(out) and (out / "models" / "step" / "model.onnx").write_text("mine"),
+    "a file of it a link": lambda out: make(out) and link(out / "models" / "step" / "model.onnx"),
+    "its manifest a link": lambda out: make(out) and link(out / "manifest.json"),
+}
+
+
+def link(file: Path) -> None:
+    """The file elsewhere, and a link to it in its place."""
+    elsewhere = file.parents[len(file.parts) - 1 - file.parts.index("out")] / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["out", "out.failed", ".out.1.partial", ".out.1.old"])
+def test_what_is_not_proven_is_not_touched(tmp_path: Path, kind: str, name: str) -> None:
+    made = tmp_path / "out"
+    made.mkdir()
+    (made / "my.txt").write_text("mine")
+    FOREIGN[kind](made)
+    theirs = made.rename(tmp_path / name)
+    before = holds(theirs)
+    remove(theirs)
+    assert holds(theirs) == before
+    if name == "out":
+        with pytest.raises(UsageError, match="not an aropt artifact"):
+            written(tmp_path / "out", "two", force=True)
+    else:
+        written(tmp_path / "out", "two")
+        with pytest.raises(RuntimeError), store.staged(tmp_path / "out", True) as folder:
+            assert store.put_aside(make(folder / "aside"), tmp_path / "out").is_dir()
+            raise RuntimeError
+        assert holds(tmp_path / "out")["model.onnx"] == "two"
+    assert holds(theirs) == before
+
+
+def test_what_is_proven_is_replaced(tmp_path: Path) -> None:
+    out = make(tmp_path / "out")
+    (out / "README.md").write_text("with notes of mine")
+    with pytest.raises(UsageError, match="exists"):
+        written(out, "two")
+    written(out, "two", force=True)
+    assert set(holds(out)) == {"model.onnx", "manifest.json"} and os.listdir(tmp_path) == ["out"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        written(tmp_path / "empty", "two")
+    written(tmp_path / "empty", "two", force=True)
+    assert holds(tmp_path / "empty")["model.onnx"] == "two"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, force: bool, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(store.ctypes, "CDLL", lambda *_, **__: object())
+    out = tmp_path / "out"
+
+    def appear() -> None:
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(UsageError, match="not an aropt artifact" if force else "exists"):
+        written(out, "two", force, appear)
+    assert holds(out) == {"thesis.txt": "years of work"} and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_file_that_comes_with_the_exchange_comes_back(
+    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof is looked at again when nobody can reach the folder by its name."""
+    out, change = make(tmp_path / "out"), store.exchange
+    if not exchanges:
+        monkeypatch.setattr(store.ctypes, "CDLL", lambda *_, **__: object())
+    changes = []
+
+    def late(one: Path, other: Path) -> None:
+        if not changes:
+            (out / "thesis.txt").write_text("years of work")
+        changes.append(other)
+        change(one, other)
+
+    monkeypatch.setattr(store, "exchange", late)
+    with pytest.raises(UsageError, match="thesis"):
+        written(out, "two", force=True)
+    assert holds(out)["thesis.txt"] == "years of work" and len(holds(out)) == 4 and os.listdir(tmp_path) == ["out"]
+
+
+def test_places_that_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "work" / "model"
+    make(model)
+    make(tmp_path / "there")
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setenv("HOME", str(tmp_path / "work" / "home"))
+    for name in (".", "..", "/", "~", "../link", "../dangling", "../link/x/..", "../file", "../file/x", "../pipe",
+                 "../work", "../work/model", "../work/model/../../there", "x" * 300):  # fmt: skip
+        with pytest.raises(UsageError):
+            store.check_free(Path(os.path.expanduser(name)), True, [model / "config.json", model])
+    with pytest.raises(UsageError, match="holds"):
+        store.check_free(model, True, [model / "models" / "step" / "model.onnx"])
+    store.check_free(model, True)
+    with pytest.raises(UsageError, match="can't write"):
+        written(Path("/proc/x"), "two")
+    assert (tmp_path / "there" / "models").is_dir() and not (tmp_path / "nowhere").exists()
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def other() -> None:
+        with pytest.raises(UsageError, match=f"by process {os.getpid()}"):
+            written(out, "other", force=True)
+        with pytest.raises(UsageError, match="is being written"):
+            store.check_free(out, True)
+        written(tmp_path / "beside", "not in the way")
+
+    written(out, "one", during=other)
+    assert holds(out)["model.onnx"] == "one" and sorted(os.listdir(tmp_path)) == ["beside", "out"]
+    (tmp_path / ".out.aropt-lock").write_text("mine")
+    with pytest.raises(UsageError, match="in the way"):
+        written(out, "two", force=True)
+    assert (tmp_path / ".out.aropt-lock").read_text() == "mine"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from aropt import manifest, store
+out, where, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "old"
+if old:
+    store.ctypes.CDLL = lambda *_, **__: object()
+number = 0
+def step(name):
+    def audit(event, arguments):
+        global number
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "ctypes.call_function", "open"):
+            number += 1
+            if number == int(where):
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(audit)
+step(where)
+with store.staged_export(out, True) as folder:
+    (folder / "a").mkdir()
+    (folder / "a" / "model.onnx").write_text("two")
+print(number)
+"""
+
+
+@pytest.mark.parametrize("system", ["new", "old"])
+def test_killed_anywhere(tmp_path: Path, system: str) -> None:
+    """A kill at each call that changes the disk: OUT is the old one or the new one, and the next run finds the rest."""
+    total, seen, number = 1000, set(), 1
+    while number <= total:
+        home = tmp_path / str(number)
+        home.mkdir()
+        out = home / "out"
+        written(out, "one")
+        child = os.fork()
+        if not child:
+            sys.argv = ["", str(out), str(number), system]
+            sys.stdout = open(home.with_suffix(".log"), "w")  # noqa: SIM115
+            try:
+                exec(KILLED, {"__name__": "killed"})
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        if text := home.with_suffix(".log").read_text():
+            total = min(total, int(text))
+            assert number > 12, "the hook saw next to nothing"
+            break
+        if out.exists():
+            assert not foreign(out)
+            seen.add("new" if (out / "a").exists() else "old")
+        else:
+            assert system == "old", "the names are exchanged at once"
+        with pytest.raises(UsageError, match="exists"):
+            written(out, "three")
+        assert os.listdir(home) == ["out"] and not foreign(out), f"after step {number}: {os.listdir(home)}"
+        number += 1
+    assert seen == {"old", "new"}
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EFBIG", "EACCES", "EROFS", "EDQUOT"])
+def test_a_disk_that_refuses(tmp_path: Path, code: str) -> None:
+    out = make(tmp_path / "out")
+
+    def refuse() -> None:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), "some file")
+
+    for place in (out, tmp_path / "new" / "deep" / "out"):
+        with pytest.raises(UsageError, match="can't write"):
+            written(place, "two", True, refuse)
+    assert holds(out)["models/step/model.onnx"] == "one" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow over 4,096 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    """safetensors says so in an error of its own."""
+    import torch
+    from safetensors.torch import save_file
+
+    with pytest.raises(UsageError, match="File too large"):
+        written(tmp_path / "out", "", False, lambda: save_file({"w": torch.zeros(5000)}, tmp_path / "w"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_are_the_users(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with store.staged_export(tmp_path / "out", False) as folder:
+            make(folder / "sub")
+            (folder / "sub" / "README.md").chmod(0o600)
+            (folder / "sub" / "manifest.json").chmod(0o755)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=4)),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.dictionaries(st.sampled_from(["tool", "name", "schema_version", "files", "path", "sha256"]), inner),
+        ),
+    ),
+    st.sampled_from(["", "../keep.txt", "/etc/hostname", "keep.txt", "models"]),
+)
+def test_no_manifest_makes_a_stranger_ours(tmp_path: Path, said: object, path: str) -> None:
+    """Whatever a manifest says: what is outside the folder, or has another hash, stays."""
+    folder = tmp_path / "out"
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "keep.txt").write_text("outside")
+    (folder / "keep.txt").write_text("inside")
+    base = {"tool": {"name": "aropt"}, "schema_version": 1, "files": [{"path": path, "sha256": "0" * 64}]}
+    for manifest in (said, base | {"files": said}, base, base | {"schema_version": said}):
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        remove(folder)
+        assert holds(tmp_path).keys() == {"keep.txt", "out/keep.txt", "out/manifest.json"}
+
+
+def test_signals_wait_for_what_must_not_stop_halfway() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.listening():
+        try:
+            with interrupts.held():
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+                done.append("block")
+            done.append("not here")
+        finally:
+            assert interrupts.caught() == signal.SIGTERM
+    assert done == ["block"]
+    with interrupts.listening():
+        assert not interrupts.caught()
