@@ -30,6 +30,7 @@ from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
 from aropt.targets.whole import pick
 from aropt.trial import trial
+from aropt.uncached import uncached
 from aropt.unmask import unmasking
 from aropt.validate import Verdict, cases, probe, validate, with_probe
 
@@ -123,6 +124,7 @@ def optimize(
     measure: bool = False,
     tries: Sequence[Sequence[Pass]] = (),
     budget: Mapping[str, float] | None = None,
+    keep_going: bool = False,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
@@ -133,11 +135,14 @@ def optimize(
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds
     those passes of `tries` with which answers to the model's own prompts are generated faster (of several ways of one,
     the fastest).
+    Raises AroptError where a pass that was planned fails; with `keep_going` the rest goes on without it.
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
     instruments = instruments or Instruments()
     if budget:
         instruments = replace(instruments, budget=dict(budget))
+    if keep_going:
+        instruments = replace(instruments, keep_going=True)
     chosen = pipeline() if passes is None else list(passes)
     trials = []
     for ways in tries if measure else ():
@@ -258,7 +263,9 @@ def describe_run(
         }
         for o in verdict.outcomes
     ]
-    notes = [] if verdict.outcomes else ["Nothing was validated: --no-check."]
+    without = uncached(optimized, results)
+    notes = ([without] if without else []) + [r.failed() for r in results if r.failed()]
+    notes += [] if verdict.outcomes else ["Nothing was validated: --no-check."]
     checked = {
         "status": "pass" if verdict.passed and verdict.outcomes and "needs_finetune" not in optimized.meta else "fail",
         "metrics": verdict.metrics(),
@@ -282,6 +289,7 @@ def describe_run(
         },
         "passes": passes,
         "verify": checked,
+        "uncached": without,
         "notes": notes,
     }
 

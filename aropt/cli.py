@@ -145,6 +145,9 @@ def optimize(
         bool, typer.Option("--explain", help="Say where each pass applied, and where it did not and why.")
     ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not validate; the report says so.")] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Write the rest where a pass fails (else an internal error).")
+    ] = False,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Find the first pass after which the lowered program fails.")
     ] = False,
@@ -190,6 +193,7 @@ def optimize(
             shift=shift,
             examples=examples,
             prompts=prompts,
+            keep_going=keep_going,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)
@@ -227,6 +231,8 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
     """The result table and where the report lies."""
     from aropt.report import table
 
+    if report.get("uncached"):
+        print(report["uncached"] + "\n")
     for p in report["passes"]:
         n = p["nodes"]
         print(
@@ -262,7 +268,8 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
     print()
     print(table(report))
     for text in report["notes"]:
-        print(f"note: {text}")
+        if text != report.get("uncached"):
+            print(f"note: {text}")
     print(f"\n{out}/report.html   ({seconds:.0f} s in all)")
 
 

@@ -64,6 +64,7 @@ class Request:
     shift: bool | None = None
     examples: Path | None = None
     prompts: Path | None = None
+    keep_going: bool = False
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def optimize(request: Request) -> dict[str, Any]:
             measure=request.runs > 0 or request.measure,
             tries=untold(request.passes, request.dropped),
             budget=allowed,
+            keep_going=request.keep_going,
         )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":

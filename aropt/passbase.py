@@ -76,6 +76,11 @@ class Result:
     diff: str = ""
     drift: dict[str, object] = field(default_factory=dict)  # of a lossy pass: what it was measured to lose
 
+    def failed(self) -> str:
+        """What to tell of a pass that was planned and then failed; "" of any other."""
+        broke = self.status == "reverted" and self.level != "lossy"
+        return f"{self.name} failed and was left out, please report it: {self.reason}" if broke else ""
+
 
 def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Control:
     """The control with each call replaced by a list of nodes."""

@@ -65,6 +65,7 @@ class Instruments:
     check: bool = True  # validate after each pass
     budget: Mapping[str, float] = field(default_factory=dict)  # what lossy passes may spend: {metric: bound}
     trust: bool = False  # lossy passes are applied as they are, and nothing is measured: to see how fast that is
+    keep_going: bool = False  # a pass that fails is left out, and said so; else that is an internal error
 
 
 def pass_class(name: str) -> Any:
@@ -135,7 +136,11 @@ def run_passes(
     instruments: Instruments = Instruments(),
     oracles: Oracles | None = None,
 ) -> tuple[Program, list[Result]]:
-    """Runs the passes in order; each one that changes the program is verified and validated, or reverted."""
+    """Runs the passes in order; each one that changes the program is verified and validated.
+
+    Raises AroptError where one that was planned fails, unless `instruments.keep_going`: then it is reverted. A lossy
+    one that costs more than its budget is reverted too.
+    """
     reference, results, oracles = program, [], oracles or Oracles()
     for number, one in enumerate(passes):
         instruments.say(one.name)
@@ -155,12 +160,10 @@ def run_passes(
             program = spend(one, program, result, instruments, oracles)
             result.seconds = time.perf_counter() - start
             continue
-        changed, result.seconds = one.run(program), time.perf_counter() - start
-        result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        if result.level == "retrained":  # what follows is held to the new model
-            changed = changed.replace(reference=changed)
-        problem = check(oracles.of(changed.reference or reference), changed, result, instruments)
+        changed, problem = attempt(one, program, reference, result, instruments, oracles)
         dump(program, changed, number, one.name, instruments)
+        if problem and not instruments.keep_going:
+            raise failure(one, program, problem)
         if problem:
             result.status, result.reason = "reverted", problem
             continue
@@ -169,6 +172,37 @@ def run_passes(
             ledger=(*program.ledger, Entry(one.name, result.level, result.options, dict(result.verify)))
         )
     return program, results
+
+
+def attempt(
+    one: Pass, program: Program, reference: Program, result: Result, instruments: Instruments, oracles: Oracles
+) -> tuple[Program, str]:
+    """The program after a pass that loses nothing, and what is wrong with it. Raises AroptError where it raises."""
+    start = time.perf_counter()
+    try:
+        changed = one.run(program)
+    except AroptError:
+        raise
+    except Exception as error:  # a defect of the pass, on a program that it said it applies to
+        if not instruments.keep_going:
+            raise failure(one, program, f"{type(error).__name__}: {error}") from error
+        return program, f"{type(error).__name__}: {error}"
+    finally:
+        result.seconds = time.perf_counter() - start
+    result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
+    if result.level == "retrained":  # what follows is held to the new model
+        changed = changed.replace(reference=changed)
+    return changed, check(oracles.of(changed.reference or reference), changed, result, instruments)
+
+
+def failure(one: Pass, program: Program, problem: str) -> AroptError:
+    """What to tell of a pass that was planned and then failed."""
+    return AroptError(
+        what=f"internal error: the pass {one.name} fails on this model, though nothing speaks against it",
+        where=f"{one.name}, on {program.meta['name']}",
+        why=problem,
+        hint=f"report it; --keep-going writes the rest without it, --no-pass {one.name} leaves it out",
+    )
 
 
 def check(oracle: Oracle, changed: Program, result: Result, instruments: Instruments) -> str:
@@ -291,8 +325,10 @@ def bisect(program: Program, passes: Sequence[Pass], target: str, say: Callable[
 
     def fails(count: int) -> bool:
         say(f"bisect: the first {count} passes")
-        trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
-        changed, _ = run_passes(program, passes[:count], target, trusting)
+        trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")}, keep_going=True)
+        changed, results = run_passes(program, passes[:count], target, trusting)
+        if any(r.status == "reverted" for r in results):
+            return True
         probed, reference = with_probe(changed), changed.reference or program
         chosen = cases(reference, quick=True)
         return not validate(reference, probed, lower(probed, target), chosen, explain=False).passed

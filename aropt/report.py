@@ -229,6 +229,7 @@ class Report(Strict):
     nodes: dict[str, dict[str, PositiveInt]] = {}
     samples: list[Sample] = []
     artifacts: list[Artifact] = []
+    uncached: str = ""  # why the program stores no keys and values, if it does not
     notes: list[str] = []
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import aropt
-from aropt.errors import Unsupported, UsageError
+from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.passbase import Applies, Contract, Skips, loops
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.fuse_sampler import FuseSampler
@@ -151,7 +151,10 @@ class Sabotage:
 
 
 def test_a_wrong_pass_is_reverted_and_explained(plain: Program) -> None:
-    after, results = run_passes(plain, [Sabotage()], "eager")
+    with pytest.raises(AroptError, match="sabotage fails") as error:  # a pass is never lost in silence
+        run_passes(plain, [Sabotage()], "eager")
+    assert error.value.code == 1 and "noise floor" in error.value.why and "--keep-going" in error.value.hint
+    after, results = run_passes(plain, [Sabotage()], "eager", Instruments(keep_going=True))
     assert after is plain and results[0].status == "reverted"
     assert "noise floor" in results[0].reason and "repro: program.generate(" in results[0].reason
     assert "aten::linear" in results[0].reason, results[0].reason

@@ -97,3 +97,11 @@ def test_weights_of_any_name_have_legal_ones() -> None:
     held = [w for n, w in program.weights.items() if "scales" in n]
     assert len(held) == 3 and all(any(w is p or torch.equal(w, p) for w in held) for p in model.scales.values())
     assert reached(model)["kv-cache"] == "applied"
+
+
+def test_a_program_without_a_cache_says_so_first() -> None:
+    passes = [make(n) for n in ("canonicalize", "kv-cache")]
+    without = aropt.optimize(aropt.capture(Filled()), target="eager", passes=passes[:1], check=False).report
+    assert without["notes"][0] == without["uncached"] and without["uncached"].startswith("NO CACHE")
+    assert "kv-cache was left out" in without["uncached"]
+    assert not aropt.optimize(aropt.capture(Filled()), target="eager", passes=passes, check=False).report["uncached"]

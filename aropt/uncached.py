@@ -1,0 +1,33 @@
+"""What a program recomputes in every round, and why nothing of it is stored: said first, as it costs the most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aropt.passbase import Result
+from aropt.passmanager import PASSES, pass_class
+from aropt.program import Program
+
+STORED = ("append-kv", "canvas-kv")
+
+
+def uncached(program: Program, results: Sequence[Result]) -> str:
+    """Why a program stores no keys and values, in a sentence; "" if it does."""
+    if any(state.kind in STORED for state in program.state.values()):
+        return ""
+    canvas, found = program.meta.get("loop") == "unmask", {r.name: r for r in results}
+    caches: dict[str, Any] = {n: c for n in PASSES if "cached" in (c := pass_class(n).contract).establishes}
+    fitting = {n: c for n, c in caches.items() if canvas != ("full forward in a positions loop" in c.requires)}
+    told = [f"{n} {said(found[n])}" for n in fitting if n in found]
+    lossy = [n for n, c in fitting.items() if n not in found and c.level == "lossy"]
+    if lossy:
+        told.append(f"lossy here, asked for with --pass NAME --budget kl=0.05: {', '.join(lossy)}")
+    every = "all rows of the canvas" if canvas else "all tokens so far"
+    return f"NO CACHE, each round computes {every}: " + ("; ".join(told) or f"{', '.join(fitting)} was left out") + "."
+
+
+def said(result: Result) -> str:
+    """Why a pass did nothing."""
+    reason = " ".join((result.reason.splitlines() or [""])[0].split()).rstrip(".")
+    return f"{'was skipped' if result.status == 'skipped' else 'failed or cost too much'}: {reason}"
