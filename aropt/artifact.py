@@ -17,6 +17,7 @@ from aropt import __version__
 from aropt.errors import UsageError, VerificationFailed, WrongMachine
 from aropt.manifest import EDITABLE, SCHEMA, listing, sha256, write_manifest
 from aropt.program import Program
+from aropt.runtime import fitted, room
 from aropt.store import staged
 
 
@@ -48,7 +49,7 @@ def write(
         whole = validate({**report, "artifacts": listing(folder)}).model_dump(mode="json")
         (folder / "report.json").write_text(json.dumps(whole, indent=1))
         (folder / "report.html").write_text(html(whole))
-    (folder / "README.md").write_text(readme(program))
+    (folder / "README.md").write_text(readme(program, bool(report)))
     write_manifest(
         folder,
         target=program.meta.get("target", "eager"),
@@ -86,11 +87,20 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
         check_files(folder, manifest)
     program = from_json(json.loads((folder / "program.json").read_text()), load_file(folder / "weights.safetensors"))
     target = target or manifest["target"]
-    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {}
+    report = report_of(folder, manifest)
     # another target than the artifact's builds its files elsewhere: an artifact is never changed
     home = folder if target == manifest["target"] else None
     executor = lower(program, target, home, threads=threads)
     return program.replace(executor=executor, report=report)
+
+
+def report_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The report as it was written; nothing where someone edited it: then it is theirs."""
+    file = folder / "report.json"
+    known = next((e["sha256"] for e in manifest["files"] if e["path"] == file.name), None)
+    if known is None or not file.is_file() or sha256(file) != known:
+        return {}
+    return dict(json.loads(file.read_text()))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -136,15 +146,35 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def readme(program: Program) -> str:
-    """How to use the folder."""
-    name = program.meta.get("name", program.name)
-    return f"""# {name}, optimized by aropt {__version__}
+def readme(program: Program, reported: bool) -> str:
+    """How to use the folder, from within it: that stays right wherever it goes."""
+    meta = program.meta
+    prompt = fitted(program, (meta.get("prompts") or [[0]])[0])
+    most = room(program, prompt)
+    n, options, lines = min(20, most), "", []
+    if meta.get("modality") == "image":
+        n, options = most, ", temperature=0.8"
+        lines += [("aropt run . -n 10", "ten pictures in one file beside this folder; -o FILE puts it elsewhere")]
+    else:
+        given = "TEXT" if (meta.get("modality") == "text") else "'1 2 3'"
+        lines += [(f"aropt run . -n {n}", f"{n} new tokens after an example; -p {given} for a prompt of yours")]
+    if reported:
+        lines += [("aropt bench .", "time it again, here")]
+    lines += [("aropt inspect .", "print the program")]
+    width = max(len(command) for command, _ in lines) + 4
+    commands = "\n".join(f"    {command:<{width}}{what}" for command, what in lines)
+    report = "report.html shows what was done and how it was verified; " if reported else ""
+    return f"""# {meta.get("name", program.name)}, optimized by aropt {__version__}
 
-    aropt run . -n 1            generate
-    aropt bench .               time it again, here
-    aropt inspect .             print the program
+In this folder:
 
-report.html shows what was done and how it was verified; program.txt is the program as text.
-In Python: `aropt.load("{name}").generate([[...ids...]], n)`.
+{commands}
+
+In Python, with lists of token ids, here for {n} new ones after each prompt:
+
+    import aropt
+
+    aropt.load(".").generate([{prompt}], {n}{options})
+
+{report}program.txt is the program as text.
 """

@@ -293,6 +293,7 @@ def run(
     image: Annotated[Path | None, typer.Option("--image", "-o", help="Where the picture goes (image models).")] = None,
     grid: Annotated[str | None, typer.Option(metavar="COLUMNSxROWS", help="Rows of pictures, such as 8x5.")] = None,
     target: Annotated[str | None, typer.Option(help="Run on another target than the artifact's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a picture that aropt didn't draw.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -308,7 +309,7 @@ def run(
             raise UsageError(
                 what=f"'{pair}' is not NAME=VALUE", where="--param", hint="e.g. --param min_p=0.05"
             ) from None
-    result = generation.run(out, prompt, n, params, seed, stop, image, target, grid)
+    result = generation.run(out, prompt, n, params, seed, stop, image, target, grid, force)
     print(json.dumps(result) if as_json else generation.text(result))
 
 
@@ -357,7 +358,7 @@ def export(
     """Write an artifact's graphs as ONNX files with a loop.json that says how to run them, or all as one model."""
     from aropt import generation
 
-    folder = folder or out.parent / f"{out.name}-{to}"
+    folder = folder or out.resolve().parent / f"{out.resolve().name}-{to}"
     with Progress() as progress:
         written = generation.export(out, to, folder, force, progress, whole_loop, ort)
     if as_json:

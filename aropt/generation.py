@@ -27,12 +27,14 @@ def run(
     image: Path | None,
     target: str | None,
     grid: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Generates with an artifact: {tokens, text or image, prompts}."""
+    """Generates with an artifact: {tokens, text or image, prompts}. `force` overwrites whatever is at `image`."""
     program = artifact.load(out, target)
     if program.meta["modality"] == "image":
-        path = image or out.parent / f"{out.name}.png"
-        return run_images(program, n or 10, prompts, params, seed, path, grid)
+        path = image or picture_of(out)
+        pictures.check_free(path, force)
+        return run_images(program, n or 10, prompts, params, seed, path, grid, force)
     if grid or image:
         raise UsageError(
             what=f"'{out.name}' makes no pictures", where="--grid, --image", why="its tokens are no grey levels",
@@ -49,6 +51,11 @@ def run(
     return result
 
 
+def picture_of(out: Path) -> Path:
+    """The picture beside an artifact, which may be given as `.`."""
+    return (out if out.name not in ("", "..") else out.resolve()).parent / f"{out.resolve().name}.png"
+
+
 def run_images(
     program: Program,
     n: int,
@@ -57,6 +64,7 @@ def run_images(
     seed: int,
     path: Path,
     columns_by_rows: str | None,
+    force: bool,
 ) -> dict[str, Any]:
     """n pictures, classes in turn, side by side in one PNG."""
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
@@ -65,7 +73,7 @@ def run_images(
     most = min(room(program, p) for p in ids)
     tokens = program.generate(ids, most, seed=seed, **{"temperature": 0.8, **params})
     made = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
-    pictures.write(pictures.grid(made, columns, int(program.meta["vocab"])), path)
+    pictures.write(pictures.grid(made, columns, int(program.meta["vocab"])), path, force)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}
 
 

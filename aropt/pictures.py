@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aropt.errors import UsageError
+from aropt.interrupts import held
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 FRAME = 64  # grey between pictures
+SOFTWARE = "aropt"  # what pictures say of themselves
 
 
 def pixels(tokens: Sequence[int], meta: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
@@ -59,13 +62,46 @@ def layout(text: str | None, count: int) -> tuple[int, int]:
     return given[0], given[1]
 
 
-def write(sheet: npt.NDArray[np.uint8], path: Path, scale: int = 16) -> None:
-    """A PNG, each pixel enlarged. Raises UsageError where it can't be written."""
+def check_free(path: Path, force: bool) -> None:
+    """Raises UsageError where something is there that aropt didn't draw; with `force` any file may be."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file():
+        raise UsageError(what=f"'{path}' is no file", why="aropt follows no link", hint="choose another place: -o FILE")
+    if not force and not drawn(path):
+        raise UsageError(
+            what=f"'{path}' exists", why="aropt didn't draw it",
+            hint="choose another place with -o FILE, or overwrite it with --force",
+        )  # fmt: skip
+
+
+def drawn(path: Path) -> bool:
+    """Whether the file is a picture that says that aropt drew it."""
     from PIL import Image
 
-    size = sheet.shape[1] * scale, sheet.shape[0] * scale
     try:
-        Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture
+        return False
+
+
+def write(sheet: npt.NDArray[np.uint8], path: Path, force: bool = False, scale: int = 16) -> None:
+    """A PNG, each pixel enlarged; there whole or not at all. Raises UsageError where it can't be written."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    size = sheet.shape[1] * scale, sheet.shape[0] * scale
+    mark, aside = PngInfo(), path.with_name(f".{os.getpid()}.{path.name}")
+    mark.add_text("Software", SOFTWARE)
+    try:
+        with held():
+            try:
+                Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(aside, pnginfo=mark)
+                check_free(path, force)
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UsageError(
             what=f"can't write '{path}'", why=str(error), hint="choose another place, such as digits.png"
