@@ -96,7 +96,7 @@ def shifted(round: Round, steps: Tensor, shift: Tensor) -> Tensor:
 
 def doubling(round: Round, steps: Tensor) -> Tensor:
     """2^i rows in round i, the rest in the last (ASS, 2509.23924, section 3.3)."""
-    written = (torch.ones_like(round.step) << (round.step + 1).clamp(max=40)) - 1
+    written = torch.pow(2, (round.step + 1).clamp(max=40)) - 1
     return torch.where(round.step + 1 >= steps, 0, round.masks - written)
 
 
