@@ -7,7 +7,7 @@ An append cache is exact if no row sees a later one; the masks' tables are evalu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +89,11 @@ class Analysis:
         names: Mapping[Any, str],
         capacity: int,
         canvas: bool = False,
+        never: Sequence[int] = (),
     ) -> None:
         self.graph, self.canvas = graph, canvas  # a canvas: rows may see later ones
-        self.positions = Positions(weights, names, capacity)
-        self.content = content_nodes(graph, names)
+        self.positions = Positions(weights, names, capacity, never)
+        self.content = content_nodes(graph, names, never)
         self.biases: dict[Any, Bias] = {}
         self.causal = Hide(torch.ones(capacity, capacity, dtype=torch.bool).triu(1), False)
         self.nothing = Hide(torch.zeros(capacity, capacity, dtype=torch.bool), False)

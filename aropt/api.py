@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt import __version__
+from aropt import __version__, excluded
 from aropt.drift import Drift
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
@@ -67,6 +67,7 @@ def capture(
     loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
     check_loop(loop, source.meta)
     graph, weights = source.captured()
+    source.meta |= excluded.facts(graph, source.meta)
     if loop == "unmask":
         return unmasking(graph, weights, source.meta, tuple(rules or ()), guided(guide, source, trust_remote_code))
     if guide is not None:

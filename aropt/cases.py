@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aropt.excluded import others
 from aropt.interpreter import Values
 from aropt.program import Program
 from aropt.runtime import batches, make_inputs
@@ -125,7 +126,8 @@ Params = tuple[tuple[str, Value], ...]
 def random_rows(program: Program, vocab: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
     """Ids that fill so many rows: one each, or of windows a whole one or an id that stands alone."""
     if not window(program.meta):
-        return tuple(torch.randint(0, vocab, (count,), generator=generator).tolist())
+        known = others(vocab, program.meta.get("never", ()))
+        return tuple(known[torch.randint(0, len(known), (count,), generator=generator)].tolist())
     ids: list[int] = []
     for first in torch.randint(0, vocab, (count,), generator=generator).tolist():
         single = int(program.meta.get("single", vocab))

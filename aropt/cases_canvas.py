@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from aropt.cases import Case
+from aropt.excluded import others
 from aropt.program import Program
 
 
@@ -15,11 +16,11 @@ def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
     capacity, vocab, mask = (int(program.meta[k]) for k in ("capacity", "vocab", "mask"))
     own = int(program.meta.get("block") or 0)
     generator = torch.Generator().manual_seed(seed)
+    known = others(vocab, [mask, *program.meta.get("never", ())])
     made: list[Case] = []
 
     def prompt(length: int) -> tuple[int, ...]:
-        ids = torch.randint(0, vocab - 1, (length,), generator=generator)
-        return tuple((ids + (ids >= mask)).tolist())
+        return tuple(known[torch.randint(0, len(known), (length,), generator=generator)].tolist())
 
     def case(
         name: str,

@@ -61,8 +61,9 @@ def alone(program: Program) -> dict[str, Graph]:
     vocab, names = int(program.meta["vocab"]), tuple(r for r in program.meta["rules"] if r not in GUIDED)
     spec = program.graphs["last"].inputs["logits"]
     found = {"append": trim(program.graphs["append"], {TOKENS}, {}), "last": last(spec)}
+    never = program.meta.get("never", ())
     for name, sampled in RULES.items():
-        function, inputs = rule(chosen(names), vocab, sampled, window(program.meta))
+        function, inputs = rule(chosen(names), vocab, sampled, window(program.meta), never)
         found[name] = capture_function(name, function, inputs, list(program.graphs[name].outputs))
     return found
 

@@ -37,7 +37,7 @@ def autoregressive(
     if penalized:
         graphs |= {"seen": first_seen(vocab, row), "mark": mark(vocab, row)}
     for name, sampled in (("greedy", False), ("sample", True)):
-        function, inputs = rule(processors, vocab, sampled, row)
+        function, inputs = rule(processors, vocab, sampled, row, meta.get("never", ()))
         graphs[name] = capture_function(name, function, inputs, ["token"])
     graphs["position"] = capture_function(
         "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"]

@@ -8,7 +8,7 @@ depend on the total length (then no cache is exact).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from aropt.axes import Axes, Dims, NotRowwise, draws, op_name
 from aropt.errors import Unsupported
+from aropt.excluded import settled
 from aropt.torch_compat import named_expression, symbol_named
 
 SHAPE_ONLY = {
@@ -32,8 +33,8 @@ def is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), NUMBERS)
 
 
-def content_nodes(graph: fx.Graph, names: Mapping[Any, str]) -> set[fx.Node]:
-    """Nodes that depend on token values."""
+def content_nodes(graph: fx.Graph, names: Mapping[Any, str], never: Sequence[int] = ()) -> set[fx.Node]:
+    """Nodes that depend on token values; of ids that are in no text (`never`), comparisons don't."""
     content: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -44,6 +45,8 @@ def content_nodes(graph: fx.Graph, names: Mapping[Any, str]) -> set[fx.Node]:
                 continue  # a size, and not one that the tokens' values decide
             sources = node.all_input_nodes
             if name in SHAPE_ONLY or (name in LIKE and all(s.op == "placeholder" for s in sources)):
+                continue
+            if settled(node, never):
                 continue
             if any(s in content for s in sources):
                 content.add(node)
@@ -73,8 +76,11 @@ class Table:
 class Positions:
     """Evaluates position-only nodes at any length, and checks that they are stable as the length grows."""
 
-    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[Any, str], capacity: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], names: Mapping[Any, str], capacity: int, never: Sequence[int] = ()
+    ) -> None:
         self.weights, self.capacity = weights, capacity
+        self.some_id = next(i for i in range(len(never) + 1) if i not in never)
         self.symbols = {symbol: named_expression(name) for symbol, name in names.items()}
         self.memo: dict[tuple[int, int], dict[fx.Node, Any]] = {}
         self.tables: dict[tuple[fx.Node, Axes], Table] = {}
@@ -133,7 +139,7 @@ class Positions:
         if node.op == "get_attr":
             return self.weights[str(node.target)]
         if node.op == "placeholder":
-            return torch.zeros(batch, length, dtype=torch.int64)
+            return torch.full((batch, length), self.some_id)
         if draws(node):
             raise refusal(node, "the forward draws random numbers", "remove dropout or noise, or call model.eval()")
 

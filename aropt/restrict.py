@@ -16,7 +16,7 @@ for the caller to know which stored rows are still right: `facts["reach"]` says 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,16 +74,22 @@ class Restricted:
 
 
 def restrict(
-    graph: Graph, weights: Mapping[str, Tensor], capacity: int, rows: str = "all", canvas: bool = False
+    graph: Graph,
+    weights: Mapping[str, Tensor],
+    capacity: int,
+    rows: str = "all",
+    canvas: bool = False,
+    never: Sequence[int] = (),
 ) -> Restricted:
     """Restricts `graph` (input ids[B, T], output logits) to rows, with an append cache or with that of a canvas.
 
     `rows="last"` computes what follows the last attention for the last row only. Positions run from 0 to capacity - 1.
+    `never`: ids that no text holds (see aropt.excluded).
     Raises Unsupported where an append cache would not be exact, or where an op can't be classified.
     """
     try:
         names = propagate(graph.fx, graph.inputs, weights)
-        analysis = Analysis(graph.fx, weights, names, capacity, canvas)
+        analysis = Analysis(graph.fx, weights, names, capacity, canvas, never)
         return Restriction(analysis, weights, last=rows == "last").result(graph.name)
     except Unsupported:
         raise

@@ -77,7 +77,8 @@ def restricted(program: Program) -> Restricted:
     """The program's forward for chosen rows. Raises Unsupported."""
     model = full_forward(program)
     assert model is not None
-    return restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), canvas=True)
+    capacity, never = int(program.meta["capacity"]), program.meta.get("never", ())
+    return restrict(program.graphs[model.graph], program.weights, capacity, canvas=True, never=never)
 
 
 def cached(program: Program, policy: Policy) -> Program:

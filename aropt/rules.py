@@ -6,7 +6,7 @@ generator: noise is the op `aropt::noise`, a function of seed, sequence and posi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
+from aropt.excluded import without
 from aropt.program import Input, Spec
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
@@ -142,11 +143,16 @@ def chosen(names: tuple[str, ...]) -> dict[str, Processor]:
 
 
 def rule(
-    processors: dict[str, Processor], vocab: int, sampled: bool, row: tuple[int, ...] = ()
+    processors: dict[str, Processor],
+    vocab: int,
+    sampled: bool,
+    row: tuple[int, ...] = (),
+    never: Sequence[int] = (),
 ) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
     """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B].
 
-    `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own.
+    `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own. `never`: ids that are
+    not picked (see aropt.excluded).
     """
     used = {n: p for n, p in processors.items() if sampled or not p.draws}
     rows = "2*B" if set(GUIDED) & set(used) else "B"
@@ -174,6 +180,7 @@ def rule(
     def function(logits: Tensor, **values: Tensor) -> Tensor:
         if row:
             logits, values = logits.flatten(0, 1), every(values)
+        logits = without(logits, never)
         for processor in used.values():
             names = (*processor.params, *processor.reads)
             logits = processor.apply(logits, **{n: values[n] for n in names})

@@ -171,6 +171,14 @@ def check_ids(program: Program, rows: Sequence[Sequence[int]], what: str) -> Non
                 why=f"ids run from 0 to {known - 1}",
                 hint="encode the prompt with the model's own tokenizer",
             )
+        padding = [t for t in row if int(t) in program.meta.get("never", ())]
+        if padding:
+            raise UsageError(
+                what=f"token {padding[0]} is the model's padding",
+                where=f"{what} {i}",
+                why="the model numbers its rows without it, so that it is no part of a text",
+                hint="leave it out; sequences of different lengths are padded by aropt",
+            )
 
 
 def check_negative(program: Program, prompts: Sequence[Sequence[int]], negative: Sequence[Sequence[int]]) -> None:

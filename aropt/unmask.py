@@ -8,7 +8,7 @@ masks, so that the rows of a batch don't wait for each other. Generation ends wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from aropt import guide as guides
 from aropt import ops, smooth
 from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
+from aropt.excluded import without
 from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, F32, I64, gumbel_noise
 from aropt.trace import capture_function
@@ -54,7 +55,7 @@ def unmasking(
         graphs |= guides.graphs(guide, rule.guide, mask)
         weights, meta = {**weights, **guide.weights}, {**meta, "guide": guide.name}
     for name, sampled in (("greedy", False), ("sample", True)):
-        graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")))
+        graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")), meta.get("never", ()))
     control = Seq(
         (
             same(graphs["start"]),
@@ -135,8 +136,8 @@ def places(canvas: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(canvas.shape[1]) - (canvas.shape[1] - lengths.unsqueeze(1))
 
 
-def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool) -> Graph:
-    """logits [B, R, V] -> what each row predicts and the rule's confidence in it; never the mask itself."""
+def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool, never: Sequence[int] = ()) -> Graph:
+    """logits [B, R, V] -> what each row predicts and the rule's confidence in it; not the mask itself, nor `never`."""
 
     both = rule.guide == guides.PRODUCT
 
@@ -161,6 +162,7 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
         return candidate, sure, *(offered(logits, noise, values) if both else ())
 
     def function(logits: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        logits = without(logits, never)
         if not rule.credit:
             return select(logits, values)
         logits, credit = credited(logits, values, mask, shift)

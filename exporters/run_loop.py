@@ -123,7 +123,8 @@ def example(program: Program) -> list[list[int]]:
     """The rows of a prompt of more than one, so that others can be shorter, where the capacity allows it."""
     known, capacity = (int(program.meta.get(k, program.meta["vocab"])) for k in ("input_vocab", "capacity"))
     start = [int(t) for t in program.meta["prompts"][0]] if program.meta.get("prompts") else [1 % known]
-    more = [t for t in range(min(known, 5)) if t not in (start[0], program.meta.get("mask"))]
+    taken = {start[0], program.meta.get("mask"), *program.meta.get("never", ())}
+    more = [t for t in range(min(known, 5)) if t not in taken]
     made = [[t] for t in start]
     if window(program.meta):  # a class, then windows
         made = [start[:1], *([t] * ids_of(program.meta, 1) for t in more)]

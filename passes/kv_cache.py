@@ -15,7 +15,7 @@ from torch import Tensor
 from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
-from aropt.restrict import restrict
+from aropt.restrict import Restricted, restrict
 from aropt.trace import capture_function
 from aropt.units import window
 
@@ -38,13 +38,18 @@ class KvCache:
         if not models:
             return Skips("no loop runs a full forward over growing tokens")
         model = next(iter(models.values()))
-        facts = restrict(program.graphs[model.graph], program.weights, int(program.meta["capacity"]), self.rows).facts
+        facts = self.restricted(program, model.graph).facts
         return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
+
+    def restricted(self, program: Program, model: str) -> Restricted:
+        """The forward for new rows. Raises Unsupported."""
+        capacity, never = int(program.meta["capacity"]), program.meta.get("never", ())
+        return restrict(program.graphs[model], program.weights, capacity, self.rows, never=never)
 
     def run(self, program: Program) -> Program:
         models = forwards(program)
         model, row = next(iter(models.values())).graph, window(program.meta)
-        found = restrict(program.graphs[model], program.weights, int(program.meta["capacity"]), self.rows)
+        found = self.restricted(program, model)
         batches = {ids.removesuffix("tokens"): str(program.state[ids].spec.dims[0]) for ids in models}
         step, guided = replace(found.graph, name="step"), batches[""] != "B"
         made = [step, enter(guided, row), place(row), feed("feed", guided, row)]

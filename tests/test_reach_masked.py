@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import aropt
+from aropt.errors import UsageError
 from aropt.normalize import normalize_attention
 from aropt.ops import load_all
 from aropt.passmanager import make
@@ -107,3 +108,17 @@ def test_a_mask_that_hides_nothing_is_no_mask() -> None:
     made = aropt.optimize(plain, target="eager", passes=[make("canonicalize"), make("dual-cache")], budget={"kl": 1e9})
     assert [p["status"] for p in made.report["passes"] if p["name"] == "dual-cache"] == ["applied"]
     assert made.report["verify"]["status"] == "pass"
+
+
+def test_rows_are_numbered_by_place_where_no_padding_occurs() -> None:
+    """RoBERTa counts ids but padding: that one is in no prompt and no answer, and caches are exact."""
+    plain = aropt.capture(model("roberta", num_hidden_layers=1, pad_token_id=1), mask=MASK, capacity=CAPACITY)
+    assert plain.meta["never"] == [1] and plain.meta["prompts"] == [[0]]
+    made = aropt.optimize(plain, target="eager", passes=[make("canonicalize"), make("dual-cache")], budget={"kl": 1e9})
+    assert [p["status"] for p in made.report["passes"] if p["name"] == "dual-cache"] == ["applied"]
+    assert made.report["verify"]["status"] == "pass"
+    with pytest.raises(UsageError, match="token 1 is the model's padding"):
+        made.generate([[5, 1, 6]], 4)
+    with torch.no_grad():
+        plain.weights["lm_head.bias"][1] = 1e3  # it would win each row
+    assert 1 not in plain.generate([[5, 6]], 6)[0] + plain.generate([[5, 6]], 6, temperature=5.0)[0]
