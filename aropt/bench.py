@@ -22,6 +22,7 @@ from typing import Any
 
 from aropt import ort_threads, peers
 from aropt.errors import UsageError
+from aropt.scratch import PLACE, Scratch
 from aropt.variants import NEED_MODEL, variant
 
 AGAINST = {
@@ -194,10 +195,11 @@ class Worker:
         self.last = 0.0  # milliseconds
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up and block)
         self.process: subprocess.Popen[str] | None = None
+        self.scratch = Scratch()  # for what it would remove itself if it weren't killed
         try:
             self.process = subprocess.Popen(
                 command(spec),
-                env={**os.environ, **threads, **SETTINGS.get(spec.variant, {})},
+                env={**os.environ, **threads, PLACE: self.scratch.name, **SETTINGS.get(spec.variant, {})},
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -261,6 +263,7 @@ class Worker:
             self.process.kill()
             self.process.communicate()
         self.messages.close()
+        self.scratch.cleanup()
 
 
 def command(spec: Spec) -> list[str]:
@@ -277,6 +280,7 @@ def command(spec: Spec) -> list[str]:
 
 def main(text: str) -> None:
     """The worker's loop."""
+    peers.die_with_parent()
     given = json.loads(text)
     spec = Spec(**{**given, "origin": Origin(**given["origin"])})
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import io
 import json
 import os
@@ -37,6 +37,7 @@ Remote = Annotated[
 ]
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMAND_ERRORS: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click; this is its ClickException
 
 
@@ -76,8 +77,10 @@ class Progress:
 
 def note(text: str) -> None:
     """A line on stderr, which is for people: a command goes on where nobody reads it."""
-    with contextlib.suppress(OSError):
+    try:
         print(text, file=sys.stderr or io.StringIO(), flush=True)
+    except OSError:
+        silence(2)
 
 
 def split(values: list[str] | None) -> list[str]:
@@ -468,13 +471,14 @@ def ending(error: BaseException, verbose: int) -> int:
     if interrupts.caught() or isinstance(error, (typer.Abort, KeyboardInterrupt)):  # or what torch made of it
         return interrupted()
     if isinstance(error, COMMAND_ERRORS):
-        error.show()
+        error.show(file=(text := io.StringIO()))
+        note(text.getvalue().rstrip())
         return int(error.exit_code)
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # typer exits with 1
+        silence(1)
+        return 0  # whoever reads has enough
     if isinstance(error, SystemExit):
         raise error
-    if isinstance(error, BrokenPipeError):  # whoever reads has enough
-        silence()
-        return 0
     if verbose >= 2:
         raise error
     if isinstance(error, AroptError):
@@ -482,8 +486,10 @@ def ending(error: BaseException, verbose: int) -> int:
         return error.code
     if isinstance(error, MemoryError):
         note("aropt: out of memory\n  try:   a smaller --capacity")
-    elif isinstance(error, OSError) and unwritable():
-        note(f"aropt: can't write the result to stdout\n  why:   {error.strerror}")
+    elif isinstance(error, OSError) and error.errno in FULL and not error.filename:
+        silence(1)
+        why = f"  why:   {error.strerror}, for stdout or a temporary file"
+        note(f"aropt: can't write\n{why}\n  try:   free some space; TMPDIR names another place for temporary files")
         return UsageError.code
     else:  # a defect of ours: said in one line
         said = f"internal error: {type(error).__name__}: {error}"
@@ -504,19 +510,9 @@ def interrupted() -> int:
     return 128 + (interrupts.caught() or int(signal.SIGINT))
 
 
-def unwritable() -> bool:
-    """Whether stdout takes nothing (a full disk); nothing is tried again when Python ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        silence()
-        return True
-    return False
-
-
-def silence() -> None:
-    """From now on what is printed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def silence(stream: int) -> None:
+    """From now on what is printed there goes nowhere, and nothing is tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def open_streams() -> None:

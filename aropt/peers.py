@@ -10,15 +10,18 @@ that it reads {"ms", "first", "tokens"}. Where it can't: {"missing": packages to
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,8 +79,15 @@ def serve(generate: Generate, out: TextIO, variant: str, version: str = "") -> N
         print(json.dumps({"ms": elapsed, "first": first, "tokens": tokens}), file=out, flush=True)
 
 
+def die_with_parent() -> None:
+    """Has the kernel kill this process as soon as its parent has ended; where it can't, its input ends then."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def main(text: str) -> None:
     """Answers on what was stdout; whatever the engine prints goes to stderr."""
+    die_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = Job(**json.loads(text))
@@ -101,7 +111,9 @@ def built(model: Path, name: str, build: Callable[[Path, Path], None]) -> Path:
     if folder.is_dir():
         return folder
     aside = folder.with_name(f".{name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob(f".{name}.*.partial"):
+        if not alive(left.suffixes[-2][1:]):
+            shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         build(model, aside)
@@ -112,6 +124,17 @@ def built(model: Path, name: str, build: Callable[[Path, Path], None]) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def alive(process: str) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def digest(model: Path) -> str:
@@ -127,7 +150,9 @@ def tool(command: list[str]) -> None:
     """Runs a converter, without the network. Raises RuntimeError with the last line of its message."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:  # they leave caches, and modules here would hide others
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, preexec_fn=die_with_parent
+        )
     if done.returncode:
         raise RuntimeError("its converter fails: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from aropt.errors import Unsupported
@@ -22,6 +21,7 @@ from aropt.passbase import Pass, Skips
 from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
 from aropt.program import Control, If, Program, Seq, calls
 from aropt.runtime import workload
+from aropt.scratch import Scratch
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all
@@ -82,7 +82,7 @@ def trial(
     places = list(PASSES)
     lists = {written(one): sorted([*passes, one], key=lambda p: places.index(p.name)) for one in ways}
     drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
-    with TemporaryDirectory(prefix="aropt-") as folder:
+    with Scratch() as folder:
         made: dict[str, Program] = {}
         for number, (way, chosen) in enumerate((lists | {WITHOUT: passes}).items()):
             one, skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))

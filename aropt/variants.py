@@ -6,7 +6,6 @@ whoever made it, and loading a model may run code.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aropt.errors import UsageError
 from aropt.peers import PEERS, Generate
+from aropt.scratch import Scratch
 from aropt.units import flat, rows, rows_for
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def whole_loop(program: Any) -> Any:
     from aropt.exporters.whole_loop import export_program
     from aropt.targets.whole import Whole
 
-    kept = tempfile.TemporaryDirectory(prefix="aropt-")
+    kept = Scratch()
     path = Path(kept.name) / "model.onnx"
     export_program(program, path, contrib=True, graphs=program.executor.translated)
     run_loop.compare(path, program)

@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aropt.ort_threads import own_process
+from aropt.scratch import Scratch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "canvas.json"
@@ -255,7 +255,7 @@ def serve(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])
     own_process()
-    with tempfile.TemporaryDirectory(prefix="aropt-") as folder:
+    with Scratch() as folder:
         try:
             program = built(job, Path(folder))
         except Exception as error:  # a variant that fails is a line of the result

@@ -16,13 +16,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from aropt.bench import IN_A_ROW, PAUSE
 from aropt.ort_threads import own_process
+from aropt.scratch import Scratch
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "guidance.json"
@@ -64,7 +64,7 @@ def main() -> None:
     own_process()
     result: dict[str, Any] = {"env": environment(args.threads), "model": args.model, "batch": args.batch, "targets": {}}
     for target in args.targets.split(","):
-        with TemporaryDirectory(prefix="aropt-") as folder:
+        with Scratch() as folder:
             result["targets"][target] = measured(args, target, Path(folder))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

@@ -18,13 +18,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
 from aropt.ort_threads import own_process
+from aropt.scratch import Scratch
 from perf.canvas import BLOCK, NEW, ROOT, TAU, environment
 
 RESULTS = ROOT / "perf" / "results" / "guided.json"
@@ -125,7 +125,7 @@ def main() -> None:
     real = statistics.mean(judge.nll(ids, PROMPT) for ids in texts)
     found: dict[str, Measured] = {}
     aside = RESULTS.with_suffix(".partial.json")  # what is there if this is interrupted
-    with TemporaryDirectory(prefix="aropt-") as folder:
+    with Scratch() as folder:
         for name in VARIANTS:
             found[name] = measured(name, texts, judge, Path(folder), args.threads)
             result = {

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 import aropt as package
-from aropt import artifact
+from aropt import artifact, peers
 from aropt.generation import picture_of
+from aropt.manifest import foreign
 from aropt.program import Program
-from tests.test_cli import aropt, refused
+from aropt.scratch import Scratch, sweep_scratch
+from tests.test_cli import MODEL, QUICK, aropt, refused
 from tests.test_report import demo
 
 
@@ -95,3 +101,95 @@ def test_what_is_for_people_may_be_edited(ids: Path, tmp_path: Path) -> None:
     artifact.save(program, copy, force=True)
     (copy / "program.txt").write_text("changed")
     refused(aropt("run", copy), 3, "changed", "program.txt")
+
+
+def started(*arguments: object, wait_for: str = "", **more: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own; comes back when stderr has shown `wait_for`."""
+    command = [sys.executable, "-m", "aropt.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CI": "1"}, **more)
+    assert process.stderr is not None
+    next((line for line in process.stderr if wait_for in line), None) if wait_for else None
+    return process
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "model.py"
+    path.write_text(MODEL)
+    return f"{path}:good"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive)])
+def test_signals_clean_up_and_say_so(model: str, tmp_path: Path, number: int) -> None:
+    process = started("optimize", model, "-o", tmp_path / "deep" / "out", *QUICK, wait_for="kv-cache")
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "interrupted" in rest and "Traceback" not in rest
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads(unbuffered: str) -> None:
+    """A full disk behind stdout is an error; a reader that has enough is none, nor is a stderr that takes nothing."""
+
+    def ends(redirected: str, *command: str) -> tuple[int, str]:
+        shell = f"{sys.executable} -m aropt.cli {' '.join(command)} {redirected}"
+        more = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, env=more)
+        return done.returncode, done.stderr
+
+    code, said = ends("> /dev/full", "models")
+    assert code == 2 and "No space left on device, for stdout" in said and "Exception" not in said
+    assert ends("> >(true); sleep 0.1", "models")[1] == ""
+    assert ends("| true; exit ${PIPESTATUS[0]}", "models") == (0, "")
+    assert ends("2> /dev/full", "models", "--wrong")[0] == 2
+    assert ends(">&- 2>&- <&-", "models")[0] == 0
+
+
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    script = "import os; from aropt.cli import open_streams; os.closerange(0, 3); open_streams(); os._exit(os.dup(0))"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 3
+
+
+@pytest.mark.exhaustive
+def test_without_any_stream(model: str, tmp_path: Path) -> None:
+    shell = f"{sys.executable} -m aropt.cli optimize {model} -o {tmp_path}/out {' '.join(QUICK)} >&- 2>&- <&-"
+    assert subprocess.run(["sh", "-c", shell], timeout=100).returncode == 0
+    assert not foreign(tmp_path / "out") and (tmp_path / "out" / "report.json").is_file()
+
+
+CHILD = "import time; from aropt import peers; peers.die_with_parent(); print('ready', flush=True); time.sleep(100)"
+PARENT = f"""
+import subprocess, sys, time
+from aropt.scratch import Scratch
+kept = Scratch()
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, kept.name, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_kill_takes_the_children_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next process removes the temporary folder of the dead one, but no other."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child, kept = parent.stdout.readline().split()
+    (tmp_path / "aropt-mine").mkdir()
+    (tmp_path / "aropt-theirs").mkdir()
+    (tmp_path / "aropt-theirs" / ".aropt-scratch").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    sweep_scratch.cache_clear()
+    with Scratch() as own:
+        assert Path(kept).is_dir() and Path(own).is_dir(), "it lives"
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not peers.alive(child):
+            break
+        time.sleep(0.1)
+    assert not peers.alive(child)
+    sweep_scratch.cache_clear()
+    Scratch().cleanup()
+    assert sorted(os.listdir(tmp_path)) == ["aropt-mine", "aropt-theirs"]

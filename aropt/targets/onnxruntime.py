@@ -8,7 +8,6 @@ buffers, which are kept for the next generation of the same shape: then nothing 
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from aropt.interpreter import Eager, Executor, OnRound, Values
 from aropt.ort_threads import options, share
 from aropt.passbase import donated, growing, loops, own_sizes, rewrite
 from aropt.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
+from aropt.scratch import Scratch
 from aropt.targets import rounds, whole
 from aropt.targets.whole import Whole
 
@@ -233,7 +233,7 @@ class OnnxRuntime:
         import onnx
         import onnxruntime as ort
 
-        with tempfile.TemporaryDirectory() as folder:
+        with Scratch() as folder:
             made = options(self.threads)
             made.optimized_model_filepath = str(Path(folder) / "model.onnx")
             made.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
@@ -390,7 +390,7 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
         ) from error
     kept = None
     if folder is None:
-        kept = tempfile.TemporaryDirectory(prefix="aropt-")
+        kept = Scratch()
         folder = Path(kept.name)
     hot = hot_graphs(program)
     for name in [*hot, *(g for g in program.graphs if g not in hot)]:
