@@ -48,6 +48,8 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     """
     check_capacity(capacity)
     config = getattr(module, "config", None)
+    text = getattr(config, "get_text_config", None)
+    config = text() if callable(text) else config  # of a model that takes texts beside pictures or sounds
     longest = next(
         (int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from aropt.directory import check, check_class, read_json, without_config, without_weights
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.facts import Source, facts, too_long
+from aropt.stored import account, read_files, stored, unread
 
 TOKENIZER = (
     "tokenizer.json",
@@ -22,6 +23,7 @@ TOKENIZER = (
     "generation_config.json",
     "config.json",
 )
+GENERAL = {"_name_or_path", "auto_map", "model_type", "torch_dtype", "transformers_version", "use_cache"}
 
 
 def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, masked: bool = False) -> Source:
@@ -32,38 +34,23 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
         raise MissingTool(
             what="transformers is not installed", why=str(error), hint="pip install 'aropt[hf]'"
         ) from error
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise UsageError(
-            what=f"'{path}' is not a model directory",
-            where=str(config_file),
-            why="config.json is missing",
-            hint="give a directory written by save_pretrained",
-        )
-    read_json(config_file)
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UsageError(
-            what="no weights in safetensors",
-            where=str(path),
-            why="aropt never loads pickled weights",
-            hint="save the model again: model.save_pretrained(dir, safe_serialization=True)",
-        )
-    for file in weights:
-        check_safetensors(file)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not (path / "config.json").is_file():
+        raise without_config(path)
+    config = read_json(path / "config.json")
+    check(path, config)
+    check_class(path, config, configuration(path, trust_remote_code, masked), masked)
+    files = read_files(path, config)
+    if not files:
+        raise without_weights(path)
+    held = stored(files)
     module, info = pretrained(path, trust_remote_code, masked)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UsageError(
-            what="the checkpoint lacks weights of its own model",
-            where=missing[0],
-            why=f"{len(missing)} weights are missing",
-            hint="the download or the conversion may be incomplete; get the checkpoint again",
-        )
+    left_out = [*account(path, module, held, info), *unread(path, files), *unknown(module.config, config)]
+    left_out += others(module.config)
     meta = {"name": path.resolve().name, "source": str(path), **facts(module, capacity), "modality": "text"}
-    files = [path / name for name in TOKENIZER if (path / name).is_file()]
+    meta["left_out"] = left_out
+    beside = [path / name for name in TOKENIZER if (path / name).is_file()]
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     ends = generation.get("eos_token_id")
     meta["eos"] = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -71,7 +58,17 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
         meta["modality"] = "tokens"
     if masked:
         meta |= {"mask": mask_id(path, module), "capacity": checked(module, int(meta["capacity"]), capacity)}
-    return Source(module.eval().requires_grad_(False), meta, files)
+    return Source(module.eval().requires_grad_(False), meta, beside)
+
+
+def configuration(path: Path, trusted: bool, masked: bool) -> Any:
+    """The configuration as transformers completes it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
+    except Exception as error:  # the model's own code may raise anything
+        raise loading_error(path, error, trusted, masked) from error
 
 
 def pretrained(path: Path, trusted: bool, masked: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -90,6 +87,7 @@ def pretrained(path: Path, trusted: bool, masked: bool) -> tuple[nn.Module, dict
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told by `account`, with the name
                 trust_remote_code=trusted,
             )
         except Exception as error:  # the model's own code may raise anything
@@ -110,6 +108,27 @@ def named(config: dict[str, Any]) -> list[Any]:
     code = config.get("auto_map") or {}
     autos = [auto for auto, target in code.items() if str(target).rpartition(".")[2] in architectures]
     return found + [getattr(transformers, auto) for auto in autos if auto.startswith("AutoModel")]
+
+
+def others(config: Any) -> list[str]:
+    """A note on the parts of a model that takes more than texts."""
+    if config.get_text_config() is config:
+        return []
+    text = [name for name in vars(config) if getattr(config, name) is config.get_text_config()]
+    parts = sorted(name for name in config.sub_configs if name not in text and getattr(config, name, None) is not None)
+    verb = "is of a part" if len(parts) == 1 else "are of parts"
+    return [f"The program takes texts alone: {', '.join(parts)} {verb} that it leaves out."] if parts else []
+
+
+def unknown(config: Any, said: dict[str, Any]) -> list[str]:
+    """A note on what config.json says and the model's configuration knows nothing of."""
+    try:
+        usual = type(config)()
+    except Exception:  # a configuration that takes no defaults: what it knows can't be told from what it was given
+        return []
+    known = {*usual.to_dict(), *vars(usual), *usual.attribute_map, *GENERAL}
+    names = sorted(name for name, value in said.items() if name not in known and value not in (None, False))
+    return [f"config.json says what {type(config).__name__} does not know: {', '.join(names)}."] if names else []
 
 
 def unrecognized(error: Exception) -> bool:
@@ -180,16 +199,6 @@ def loading_error(path: Path, error: Exception, trusted: bool, masked: bool) -> 
             why="remote code runs only when asked for",
             hint="read that code, then add --trust-remote-code",
         )
-    if "size mismatch" in text or "mismatched" in text.lower():
-        line = next(
-            (x.strip() for x in text.splitlines() if "size mismatch" in x or "mismatch" in x.lower()), text[:200]
-        )
-        return UsageError(
-            what="the weights don't have the shapes that config.json says",
-            where=str(path),
-            why=line[:300],
-            hint="check vocab_size and hidden_size in config.json against the checkpoint",
-        )
     if unrecognized(error):
         return Unsupported(
             what=f"transformers can't load this as a {'masked' if masked else 'causal'} language model",
@@ -203,34 +212,3 @@ def loading_error(path: Path, error: Exception, trusted: bool, masked: bool) -> 
         why=(text.splitlines() or [type(error).__name__])[0][:300],
         hint=f"check that AutoModelFor{'MaskedLM' if masked else 'CausalLM'}.from_pretrained loads it",
     )
-
-
-def check_safetensors(file: Path) -> None:
-    """Raises UsageError for a truncated or corrupted file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            what="the weights file is damaged",
-            where=str(file),
-            why=str(error),
-            hint="get the file again, and compare its size and hash",
-        ) from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises UsageError where the file is not a JSON object."""
-    try:
-        data = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise UsageError(
-            what=f"'{file.name}' can't be read", where=str(file), why=str(error), hint="check the file"
-        ) from error
-    if not isinstance(data, dict):
-        raise UsageError(
-            what=f"'{file.name}' can't be read", where=str(file), why="it is not a JSON object", hint="check the file"
-        )
-    return data

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aropt.directory import no_model
 from aropt.errors import UsageError
 from aropt.facts import Source, check_capacity, facts, said, too_long
 from aropt.huggingface import TOKENIZER, huggingface
@@ -34,12 +35,7 @@ def resolve(
         return factory(model, capacity)
     if path.suffix == ".pt2" and path.is_file():
         return exported(path, capacity)
-    close = "; reference models: " + ", ".join(REFERENCES)
-    raise UsageError(
-        what=f"no model '{model}'",
-        why="it is neither a reference model, a directory, file.py:factory, nor a .pt2 file",
-        hint="aropt models lists the reference models" + close,
-    )
+    raise no_model(model)
 
 
 def reference(name: str, capacity: int | None) -> Source:
