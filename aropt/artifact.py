@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from aropt import __version__
-from aropt.errors import UsageError, VerificationFailed, WrongMachine
-from aropt.manifest import EDITABLE, SCHEMA, listing, sha256, write_manifest
+from aropt.manifest import listing, write_manifest
 from aropt.program import Program
+from aropt.reading import load as load  # what is written here is read there
 from aropt.runtime import fitted, room
 from aropt.store import staged
 
@@ -71,79 +71,6 @@ def unique(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             else value
         )
     return result
-
-
-def load(path: str | Path, target: str | None = None, threads: int | None = None, check: bool = True) -> Program:
-    """The program of an artifact, ready to generate on its target (or another one).
-
-    Raises UsageError for what is no artifact, VerificationFailed where a file is not the one that was written.
-    """
-    from aropt.serialize import from_json
-    from aropt.targets import lower
-
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    if check:
-        check_files(folder, manifest)
-    program = from_json(json.loads((folder / "program.json").read_text()), load_file(folder / "weights.safetensors"))
-    target = target or manifest["target"]
-    report = report_of(folder, manifest)
-    # another target than the artifact's builds its files elsewhere: an artifact is never changed
-    home = folder if target == manifest["target"] else None
-    executor = lower(program, target, home, threads=threads)
-    return program.replace(executor=executor, report=report)
-
-
-def report_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The report as it was written; nothing where someone edited it: then it is theirs."""
-    file = folder / "report.json"
-    known = next((e["sha256"] for e in manifest["files"] if e["path"] == file.name), None)
-    if known is None or not file.is_file() or sha256(file) != known:
-        return {}
-    return dict(json.loads(file.read_text()))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UsageError where the folder is not an artifact, WrongMachine for a newer format."""
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise UsageError(
-            what=f"'{folder}' is not an aropt artifact",
-            why="manifest.json is missing",
-            hint="make one: aropt optimize MODEL -o OUT",
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-        version = int(manifest["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            what="the manifest can't be read", where=str(file), why=str(error), hint="make the artifact again"
-        ) from error
-    if version > SCHEMA:
-        raise WrongMachine(
-            what="the artifact is of a newer aropt",
-            where=str(file),
-            why=f"format {version}, this aropt reads {SCHEMA}",
-            hint="upgrade aropt, or make the artifact again",
-        )
-    return manifest
-
-
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises VerificationFailed where a file that the program is made from is missing or changed."""
-    for entry in [e for e in manifest["files"] if e["path"] not in EDITABLE]:
-        file = folder / entry["path"]
-        if not file.is_file():
-            raise VerificationFailed(
-                what="a file of the artifact is missing", where=str(file), hint="make the artifact again"
-            )
-        if sha256(file) != entry["sha256"]:
-            raise VerificationFailed(
-                what="a file of the artifact was changed",
-                where=str(file),
-                why="its hash is not the manifest's",
-                hint="make the artifact again",
-            )
 
 
 def readme(program: Program, reported: bool) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt import ops
+from aropt.errors import Unsupported
 from aropt.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
 
 Values = dict[str, Tensor]
@@ -96,7 +97,10 @@ def step(
         case Loop(kind, until, body, emits):
             on_round = None if kind == DRAFT else on_round
             emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
+            most, done = most_rounds(values), 0
             while not bool(values[until]):
+                if (done := done + 1) > most:
+                    raise endless(control, most)
                 step(body, values, executor, on_round, nothing)
                 for name, kept in emitted.items():
                     kept.append(values[name].clone())
@@ -104,6 +108,21 @@ def step(
                     on_round = None
             for name, kept in emitted.items():
                 values[emits[name]] = torch.stack(kept, 1) if kept else nothing(name)
+
+
+def most_rounds(values: Values) -> int:
+    """More rounds than any loop of a generation takes, by the rows and rounds that were asked for."""
+    asked = [int(values[n].amax()) for n in ("limit", "steps") if n in values]
+    return 1024 + 16 * sum([*asked, *(values[n].shape[1] for n in ("prompt", "canvas") if n in values)])
+
+
+def endless(control: Loop, most: int) -> Unsupported:
+    return Unsupported(
+        what="a loop of the program does not end",
+        where=f"loop '{control.kind}', until '{control.until}'",
+        why=f"it has run {most} rounds, more than what was asked for can take",
+        hint="make the program again, or report the model and its rule",
+    )
 
 
 def refuse(control: Loop, values: Values, on_round: OnRound | None) -> bool:

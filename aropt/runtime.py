@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.errors import UsageError
+from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.interpreter import Executor, OnRound, Values, run
 from aropt.program import Input, Program
 from aropt.units import flat, ids_of, rows, rows_for, window
@@ -64,14 +64,41 @@ def generate(
             None if fill is None else [fill[i] for i in group],
         )
         whole = getattr(executor, "whole", None)
-        with host_threads(getattr(executor, "host_threads", None)):
+        with host_threads(getattr(executor, "host_threads", None)), unfit(program, on_round) as watched:
             if whole is not None and on_round is None:  # the target found one call to be faster
                 generated = whole.generate(inputs)
             else:
-                generated = run(program, inputs, slots(program, inputs), executor, on_round)["generated"]
-        for i, row in zip(group, flat(generated), strict=True):
-            results[i] = [t for t in row if t >= 0][:n]
+                generated = run(program, inputs, slots(program, inputs), executor, watched)["generated"]
+            for i, row in zip(group, flat(generated), strict=True):
+                results[i] = [t for t in row if t >= 0][:n]
     return [results[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def unfit(program: Program, on_round: OnRound | None) -> Iterator[OnRound | None]:
+    """Raises Unsupported where a program that was read fails as it runs; what `on_round` raises goes on."""
+    own: list[BaseException] = []
+
+    def watched(values: Values) -> bool | None:
+        try:
+            return on_round(values) if on_round is not None else None
+        except BaseException as error:
+            own.append(error)
+            raise
+
+    try:
+        yield watched if program.home and on_round is not None else on_round
+    except AroptError:
+        raise
+    except Exception as error:  # of torch or ONNX Runtime, which have many kinds
+        if not program.home or error in own:
+            raise
+        raise Unsupported(
+            what="the artifact's program fails as it runs",
+            where=program.home,
+            why=(str(error).splitlines() or [type(error).__name__])[0][:300],
+            hint="make the artifact again: aropt optimize MODEL -o OUT; report it if that fails too",
+        ) from error
 
 
 def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

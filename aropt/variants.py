@@ -37,7 +37,7 @@ def variant(spec: Spec) -> Generate:
     if spec.variant in ("ngram-draft", "no-draft"):
         drafts = ["ngram-draft"] if spec.variant == "ngram-draft" else []
         return stepping(again(spec, [*lossy(spec), *drafts]), spec)
-    from aropt.artifact import load
+    from aropt.reading import load
 
     target = TARGETS.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
@@ -134,7 +134,7 @@ def one_call(program: Any, spec: Spec) -> Generate:
 
 def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The model that the command line names, as the artifact's program takes it, and that program's meta."""
-    from aropt.artifact import load
+    from aropt.reading import load
     from aropt.sources import resolve
 
     meta = load(spec.artifact, target="eager").meta
@@ -180,7 +180,7 @@ def eager(spec: Spec) -> Generate:
 
 def lossy(spec: Spec) -> list[str]:
     """The lossy passes of an artifact, as the command line has them."""
-    from aropt.artifact import load
+    from aropt.reading import load
 
     found = [e for e in load(spec.artifact, target="eager", threads=spec.threads).ledger if e.level == "lossy"]
     return [f"{e.name}:" + ",".join(f"{k}={v}" for k, v in e.options.items()) for e in found]

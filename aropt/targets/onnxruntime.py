@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
-from aropt.interpreter import Eager, Executor, OnRound, Values
+from aropt.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
 from aropt.ort_threads import options, share
 from aropt.passbase import donated, growing, loops, own_sizes, rewrite
 from aropt.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.scratch import Scratch
-from aropt.targets import rounds, whole
+from aropt.targets import onnx_files, rounds, whole
 from aropt.targets.whole import Whole
 
 KEPT = 64  # bindings kept a graph
@@ -188,7 +188,8 @@ class OnnxRuntime:
         left = int(values[control.params["limit"]]) if session else 0
         if session is None or left < session.rounds:
             session = self.session(call.graph)
-        emitted = Emitted(control, call, left, rounds.spare(self.program, call, values) if session.rounds > 1 else 0)
+        spare = rounds.spare(self.program, call, values) if session.rounds > 1 else 0
+        emitted = Emitted(control, call, left, spare, most_rounds(values))
         reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
         done = False
         while not done:
@@ -296,11 +297,12 @@ class OnnxRuntime:
 class Emitted:
     """What the rounds of a loop emit. With several rounds a call: `left` until the limit, `spare` after it."""
 
-    def __init__(self, control: Loop, call: Call, left: int, spare: int) -> None:
+    def __init__(self, control: Loop, call: Call, left: int, spare: int, most: int) -> None:
         self.targets = list(control.emits.values())
         self.names = [o for name in control.emits for o, value in call.writes.items() if value == name]
         self.rows: list[list[Any]] = []
         self.left, self.spare = left, spare
+        self.control, self.most = control, most
 
     def rows_of(self, outputs: Values, count: int) -> list[list[Any]]:
         """The arrays that each of a call's rounds writes."""
@@ -318,6 +320,8 @@ class Emitted:
             while len(rows) > 1 and all((array < 0).all() for array in rows[-1]):
                 rows = rows[:-1]
         self.rows.extend([array.copy() for array in arrays] for arrays in rows)
+        if len(self.rows) > self.most:
+            raise endless(self.control, self.most)
 
     def stacked(self) -> Values:
         import numpy as np
@@ -393,8 +397,13 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
         kept = Scratch()
         folder = Path(kept.name)
     hot = hot_graphs(program)
+    read = program.home == str(folder)  # nothing is written into an artifact that is read
+    if read:
+        onnx_files.check(program, folder)
     for name in [*hot, *(g for g in program.graphs if g not in hot)]:
-        if not file(folder, name).exists():
+        if read and name in hot and not file(folder, name).exists():
+            onnx_files.refuse(file(folder, name), "it is missing")
+        if not read and not file(folder, name).exists():
             from aropt.exporters.onnx import export
 
             progress(f"export {name}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.interpreter import Values
+from aropt.interpreter import Values, most_rounds
 from aropt.program import Program
 from aropt.runtime import fitted, room
 from aropt.targets import rounds
@@ -47,7 +47,8 @@ class Whole:
 
         if self.session is None:
             self.session = session(self.path, self.threads)
-        (rows,) = self.session.run(["generated"], {n: v.numpy() for n, v in inputs.items()})
+        values = {**inputs, "chunk": torch.tensor(most_rounds(inputs))}
+        (rows,) = self.session.run(["generated"], {n: v.numpy() for n, v in values.items()})
         return torch.from_numpy(rows)
 
 
