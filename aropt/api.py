@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from aropt import __version__, excluded
+from aropt.compute import owned
 from aropt.drift import Drift
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
@@ -51,11 +52,12 @@ def capture(
     """The plain generation program of a model: the whole forward for each token, then the rule.
 
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
-    forward(ids int64[B, T]) -> logits[B, T, V]. `loop`: "positions" (one token after the other) or "unmask" (a canvas,
-    by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit for a canvas. `guide`:
-    a model of one token after the other that judges what a canvas's rounds would write (see aropt.guide). `meta`
-    overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts, examples
-    (see aropt.quality), name).
+    forward(ids int64[B, T]) -> logits[B, T, V] (alone, first in a tuple, or as "logits"). A module is copied and
+    computes in float32, so that the program owns its weights. `loop`: "positions" (one token after the other) or
+    "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.rules, or from aropt.commit
+    for a canvas. `guide`: a model of one token after the other that judges what a canvas's rounds would write (see
+    aropt.guide). `meta` overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts,
+    examples (see aropt.quality), name).
     Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):
@@ -81,8 +83,9 @@ def capture(
 
 
 def given(model: nn.Module, capacity: int | None) -> Source:
-    """A module of the caller's as a source."""
-    return Source(model, {"name": type(model).__name__, "source": "", "modality": "tokens", **facts(model, capacity)})
+    """A module of the caller's as a source: a copy, so that neither changes the other."""
+    module = owned(model)
+    return Source(module, {"name": type(model).__name__, "source": "", "modality": "tokens", **facts(module, capacity)})
 
 
 def guided(guide: str | nn.Module | Source | None, source: Source, trusted: bool) -> Guide | None:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from aropt.errors import Unsupported, UsageError
+from aropt.faithful import check
+from aropt.forwards import HINT, Forward
 from aropt.program import Graph
-from aropt.trace import capture_exported, capture_model
+from aropt.pt2 import capture_exported
+from aropt.trace import capture_model, export_failure
 from aropt.units import window
 
 SAID = (
@@ -19,6 +22,7 @@ SAID = (
     ("side", int), ("window", int), ("guidance_free", bool),
 )  # fmt: skip
 LONGEST = 2048  # default capacity where the model takes more
+UNKNOWN = 512  # and where it does not say
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
 
 
@@ -32,11 +36,14 @@ class Source:
     exported: Any = None  # the ExportedProgram of a .pt2
 
     def captured(self) -> tuple[Graph, dict[str, Tensor]]:
-        """The forward as a graph, and its weights."""
-        if self.exported is not None:
-            return capture_exported(self.exported)
+        """The forward as a graph, and its weights. Raises Unsupported where they don't compute what the module does."""
         vocab, capacity = int(self.meta["input_vocab"]), int(self.meta["capacity"])
-        return capture_model(self.module, vocab, capacity, window(self.meta))
+        if self.exported is not None:
+            graph, weights = capture_exported(self.exported)
+        else:
+            graph, weights = capture_model(self.module, vocab, capacity, window(self.meta))
+        check(graph, weights, self.module, self.meta)
+        return graph, weights
 
 
 def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "vocab": vocab,
         "input_vocab": int(known),
-        "capacity": capacity or min(longest or 512, LONGEST),
+        "capacity": capacity or min(longest or UNKNOWN, LONGEST),
         "prompts": [list(map(int, p)) for p in prompts],
     }
     return {**found, **said(module)}
@@ -95,19 +102,19 @@ def too_long(capacity: int, most: int) -> UsageError:
 
 def logits_size(module: nn.Module) -> int:
     """The last dimension of the logits of a short run. Raises Unsupported unless there is a row of them for each id."""
-    from aropt.trace import Forward, export_failure
-
     unit = getattr(module, "unit", None)
     row = (unit,) if type(unit) is int else ()
     try:
         with torch.no_grad():
             logits = Forward(module)(torch.zeros(1, 2, *row, dtype=torch.int64))
+    except Unsupported:
+        raise
     except Exception as error:  # the user's code may raise anything
         raise export_failure(error) from error
     if logits.dim() != 3 + len(row):
         raise Unsupported(
             what="the forward does not return logits",
             why=f"its result has shape {list(logits.shape)}",
-            hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
+            hint=HINT,
         )
     return int(logits.shape[-1])

@@ -102,10 +102,16 @@ def unfit(program: Program, on_round: OnRound | None) -> Iterator[OnRound | None
 
 
 def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the prompts that run as one batch: all, or one by one where lengths differ and the program minds."""
+    """Indices of the prompts that run as one batch: all, or one by one where lengths differ and the program minds.
+
+    Of a model that was exported for so many sequences (meta "batch") no more at a time; guidance has two of each.
+    """
+    count = most = len(prompts)
     if len({len(rows(program.meta, p)) for p in prompts}) > 1 and not program.meta.get("ragged"):
-        return [[i] for i in range(len(prompts))]
-    return [list(range(len(prompts)))]
+        most = 1
+    elif "batch" in program.meta:
+        most = max(1, int(program.meta["batch"]) // (2 if "negative" in program.inputs else 1))
+    return [list(range(i, min(i + most, count))) for i in range(0, count, most)]
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from torch import nn
 
 from aropt.directory import no_model
 from aropt.errors import UsageError
-from aropt.facts import Source, check_capacity, facts, said, too_long
+from aropt.facts import LONGEST, UNKNOWN, Source, check_capacity, facts, said, too_long
 from aropt.huggingface import TOKENIZER, huggingface
-from aropt.trace import check_exported, quiet
+from aropt.pt2 import most
+from aropt.trace import quiet
 
 
 def resolve(
@@ -138,7 +139,11 @@ def exported(path: Path, capacity: int | None) -> Source:
             why=str(error).splitlines()[0][:300] if str(error) else "",
             hint="write it with torch.export.save",
         ) from error
-    check_exported(program)
+    batch, longest = most(program, 0), most(program, 1)
     module = program.module()
-    meta = {"name": path.stem, "source": str(path), "modality": "tokens", **facts(module, capacity or 512)}
+    if longest is not None and capacity is not None and capacity > longest:
+        raise too_long(capacity, longest)
+    known = facts(module, capacity or min(longest or UNKNOWN, LONGEST))
+    meta = {"name": path.stem, "source": str(path), "modality": "tokens", **known}
+    meta |= {} if batch is None else {"batch": batch}
     return Source(module, meta, exported=program)

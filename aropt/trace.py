@@ -18,8 +18,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from aropt.compute import HALVES, needless, single
 from aropt.decompositions import TABLE
 from aropt.errors import Unsupported, UsageError
+from aropt.forwards import HINT, Forward
 from aropt.naming import weight_name
 from aropt.program import Graph, Spec
 from aropt.torch_compat import build, example_sizes, examples
@@ -34,22 +36,6 @@ DROPPED = {
     "aten::sym_constrain_range_for_size",
 }
 PASS_THROUGH = {"aten::alias", "aten::detach", "aten::lift_fresh_copy", "aten::detach_", "aten::contiguous"}
-
-
-class Forward(nn.Module):
-    """Calls a model as `forward(ids)` and returns its logits, whatever its output type."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.huggingface = hasattr(model, "config") and hasattr(model, "prepare_inputs_for_generation")
-
-    def forward(self, ids: Tensor) -> Tensor:
-        output = self.model(input_ids=ids, use_cache=False) if self.huggingface else self.model(ids)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"forward must return logits as a tensor, not {type(logits).__name__}")
-        return logits
 
 
 def capture_model(
@@ -68,43 +54,19 @@ def capture_model(
         exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
     specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
     graph, weights = from_exported("model", exported, specs, ["logits"])
+    check_rows(graph, row)
+    return graph, weights
+
+
+def check_rows(graph: Graph, row: tuple[int, ...] = ()) -> None:
+    """Raises Unsupported unless the graph gives logits [B, T, *row, V]."""
     dims = graph.outputs["logits"].dims
     if len(dims) != 3 + len(row) or dims[:-1] != ("B", "T", *row):
         raise Unsupported(
             what="the forward does not return one row of logits for each token",
             where="output 'logits'",
             why=f"its shape is {graph.outputs['logits']}, expected [B, T, {''.join(f'{n}, ' for n in row)}vocabulary]",
-            hint="return logits of shape [batch, length, vocabulary] from forward(ids)",
-        )
-    return graph, weights
-
-
-def capture_exported(exported: ExportedProgram) -> tuple[Graph, dict[str, Tensor]]:
-    """As capture_model, from a program that torch.export made: one input ids[B, T], one output logits."""
-    check_exported(exported)
-    with torch.no_grad(), quiet():
-        functional = exported.run_decompositions({})
-    return from_exported("model", functional, {"ids": Spec(torch.int64, ("B", "T"))}, ["logits"])
-
-
-def check_exported(exported: ExportedProgram) -> None:
-    """Raises Unsupported unless the program takes ids[B, T] alone, with both sizes dynamic."""
-    given = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
-    shape = getattr(given[0].meta.get("val"), "shape", ()) if len(given) == 1 else ()
-    if len(shape) != 2:
-        raise Unsupported(
-            what="the exported program does not take ids alone",
-            where=", ".join(n.name for n in given),
-            why="aropt needs forward(ids[batch, length])",
-            hint="export a module whose forward takes ids only",
-        )
-    fixed = [name for name, size in zip(("batch", "length"), shape, strict=True) if isinstance(size, int)]
-    if fixed:
-        raise Unsupported(
-            what=f"the exported program fixes the {' and the '.join(fixed)}",
-            where=given[0].name,
-            why=f"ids have shape {list(shape)}",
-            hint="export with dynamic_shapes=({0: Dim('b'), 1: Dim('s')},)",
+            hint=HINT,
         )
 
 
@@ -233,9 +195,12 @@ def check_weights(model: nn.Module) -> None:
 
 
 def from_exported(
-    name: str, exported: ExportedProgram, inputs: dict[str, Spec], outputs: list[str]
+    name: str, exported: ExportedProgram, inputs: dict[str, Spec], outputs: list[str], only: int | None = None
 ) -> tuple[Graph, dict[str, Tensor]]:
-    """An ExportedProgram as a Graph with weights lifted by name. Raises Unsupported for a mutation."""
+    """An ExportedProgram as a Graph with weights lifted by name, in float32. Raises Unsupported for a mutation.
+
+    `only`: the one of its results that is kept.
+    """
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind not in (OutputKind.USER_OUTPUT,):
@@ -263,12 +228,12 @@ def from_exported(
             key = (value.data_ptr(), value.dtype, *value.shape, *value.stride())  # tied weights are stored once
             if key not in seen or not value.numel():
                 seen[key] = weight_name(target, value, weights)
-                weights[seen[key]] = value
+                weights[seen[key]] = value.float() if value.dtype in HALVES else value
             copied[node] = graph.get_attr(seen[key])
         elif node.op == "call_function":
             copy_call(graph, node, copied)
         elif node.op == "output":
-            graph.output(tuple(copied[n] for n in node.args[0]))
+            graph.output(tuple(copied[n] for n in (node.args[0] if only is None else [node.args[0][only]])))
     share(graph)
     try:
         result = build(name, graph, inputs, outputs, weights)
@@ -299,10 +264,11 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
             why=problem[1],
             hint="replace torch.cond by torch.where; remove dropout, noise and in-place changes",
         )
-    if base in PASS_THROUGH or is_identity_slice(node):
+    if base in PASS_THROUGH or is_identity_slice(node) or needless(node):
         copied[node] = copied[node.args[0]]  # type: ignore[index]
         return
     new = graph.node_copy(node, lambda n: copied[n])
+    new.args, new.kwargs = fx.node.map_aggregate(new.args, single), fx.node.map_aggregate(new.kwargs, single)
     new.meta = {"where": module_path(node), "origin": new.name}
     copied[node] = new
 

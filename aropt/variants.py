@@ -157,7 +157,7 @@ def eager(spec: Spec) -> Generate:
     import torch
 
     from aropt.api import capture
-    from aropt.trace import Forward
+    from aropt.forwards import Forward
 
     source, meta = model(spec)
     if meta.get("loop") == "unmask":

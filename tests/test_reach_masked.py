@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import UsageError
+from aropt.forwards import Forward
 from aropt.normalize import normalize_attention
 from aropt.ops import load_all
 from aropt.passmanager import make
 from aropt.restrict import Restricted, restrict
-from aropt.trace import Forward, capture_model
+from aropt.trace import capture_model
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 VOCAB, CAPACITY, MASK, LONGEST = 40, 24, 3, 48
