@@ -70,7 +70,7 @@ def contents(folder: Path, under: str = "") -> Iterator[tuple[str, os.DirEntry[s
 def proven(folder: Path) -> dict[str, str] | None:
     """The files that an aropt manifest lists, with their hashes, and the manifest; None where there is no such one."""
     file = folder / MANIFEST
-    if file.is_symlink() or not file.is_file():
+    if not file.is_file():
         return None
     try:
         manifest = json.loads(file.read_bytes())

@@ -103,7 +103,8 @@ def test_what_appears_meanwhile_is_not_replaced(
 ) -> None:
     if not exchanges:
         monkeypatch.setattr(store.ctypes, "CDLL", lambda *_, **__: object())
-    out = tmp_path / "out"
+    out, changes = tmp_path / "out", []
+    monkeypatch.setattr(store, "exchange", lambda *paths: changes.append(paths))
 
     def appear() -> None:
         out.mkdir()
@@ -111,6 +112,7 @@ def test_what_appears_meanwhile_is_not_replaced(
 
     with pytest.raises(UsageError, match="not an aropt artifact" if force else "exists"):
         written(out, "two", force, appear)
+    assert not changes, "it was looked at before"
     assert holds(out) == {"thesis.txt": "years of work"} and os.listdir(tmp_path) == ["out"]
 
 
