@@ -17,11 +17,12 @@ from aropt.api import optimize as optimize_program
 from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.facts import Source
+from aropt.given import check_ids
 from aropt.models import REFERENCES
 from aropt.passbase import Skips, loops
 from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.program import Program, calls
-from aropt.runtime import check_ids, fitted, room
+from aropt.runtime import fitted, room
 from aropt.sources import resolve
 from aropt.twins import curve
 from aropt.units import rows, rows_for

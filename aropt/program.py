@@ -203,7 +203,7 @@ class Program:
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
 
-    def generate(self, prompts: list[list[int]], n: int, **options: Any) -> list[list[int]]:
+    def generate(self, prompts: Any, n: int, **options: Any) -> list[list[int]]:
         """Up to `n` new token ids for each prompt; see `aropt.runtime.generate` for the options."""
         from aropt.runtime import generate
 

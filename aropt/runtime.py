@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,27 +12,29 @@ import torch
 from torch import Tensor
 
 from aropt.errors import AroptError, Unsupported, UsageError
+from aropt.given import check, id_list, id_lists, integer
 from aropt.interpreter import Executor, OnRound, Values, run
 from aropt.program import Input, Program
-from aropt.units import flat, ids_of, rows, rows_for, window
+from aropt.units import flat, ids_of, rows, rows_for
 
 
 def generate(
     program: Program,
-    prompts: Sequence[Sequence[int]],
+    prompts: Any,
     n: int,
     *,
     seed: int = 0,
-    stop: Sequence[int] = (),
-    negative: Sequence[Sequence[int]] | None = None,
-    fill: Sequence[Sequence[int]] | None = None,
-    streams: Sequence[int] | None = None,
+    stop: Any = (),
+    negative: Any = None,
+    fill: Any = None,
+    streams: Any = None,
     executor: Executor | None = None,
     on_round: OnRound | None = None,
     **params: Any,
 ) -> list[list[int]]:
     """Up to `n` new token ids for each prompt (the stop token included).
 
+    Ids are lists, arrays or tensors; a flat one is one prompt, and `stop` may be one id.
     `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0.
     `steps` of a program that unmasks: its rounds in all, the same number for each block; of a model with blocks of
     its own, the rounds of each block, as their papers count (how many blocks there are differs by prompt).
@@ -41,7 +43,12 @@ def generate(
     index). `fill`: what the answers of a program that unmasks hold already, `n` ids each, the mask id elsewhere.
     Raises UsageError for a bad prompt or parameter.
     """
-    check(program, prompts, n, params, negative, fill)
+    prompts, n, seed = id_lists(prompts, "prompt"), integer(n, "n"), integer(seed, "seed")
+    stop = () if stop is None else id_list(stop, "stop", int(program.meta["vocab"]))
+    negative = None if negative is None else id_lists(negative, "negative")
+    fill = None if fill is None else id_lists(fill, "fill")
+    streams = None if streams is None else id_list(streams, "streams")
+    check(program, prompts, n, min((room(program, p) for p in prompts), default=0), params, negative, fill)
     if streams is not None and len(streams) != len(prompts):
         raise UsageError(
             what=f"{len(streams)} noise streams for {len(prompts)} prompts",
@@ -155,171 +162,6 @@ def workload(program: Program, count: int, tokens: int) -> tuple[list[list[int]]
     most = min(tokens, max((room(program, p) for p in prompts), default=0))
     prompts = [p for p in prompts if 2 * room(program, p) >= most][:count]
     return prompts, min([most, *(room(program, p) for p in prompts)])
-
-
-def check(
-    program: Program,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    params: Mapping[str, Any],
-    negative: Sequence[Sequence[int]] | None = None,
-    fill: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Raises UsageError for prompts, lengths or parameters that the program can't take."""
-    capacity = int(program.meta["capacity"])
-    unmask = program.meta.get("loop") == "unmask"
-    if unmask and n < 1:
-        raise UsageError(what=f"can't unmask {n} tokens", hint="give a number of new tokens of 1 or more")
-    if not prompts or any(len(p) == 0 for p in prompts):
-        raise UsageError(
-            what="a prompt is empty", why="generation starts from at least one token", hint="give a prompt"
-        )
-    if n < 0:
-        raise UsageError(what=f"can't generate {n} tokens", hint="give a number of new tokens of 0 or more")
-    check_ids(program, prompts, "prompt")
-    longest = max(prompts, key=lambda p: len(rows(program.meta, p)))
-    if max(n, 0 if unmask else 1) > room(program, longest):
-        raise UsageError(
-            what=f"prompt of {len(longest)} tokens and {n} new ones don't fit",
-            where="the model's capacity",
-            why=f"it takes {capacity} {'rows' if window(program.meta) else 'tokens'} in all",
-            hint=f"ask for at most {max(room(program, longest), 0)} new tokens",
-        )
-    if negative is not None:
-        check_negative(program, prompts, negative)
-    if fill is not None:
-        check_fill(program, prompts, n, fill)
-    check_parameters(program, params)
-
-
-def check_ids(program: Program, rows: Sequence[Sequence[int]], what: str) -> None:
-    """Raises UsageError for an id outside the vocabulary."""
-    known = int(program.meta.get("input_vocab", program.meta["vocab"]))
-    for i, row in enumerate(rows):
-        bad = [t for t in row if not 0 <= int(t) < known]
-        if bad:
-            raise UsageError(
-                what=f"token {bad[0]} is not in the vocabulary",
-                where=f"{what} {i}",
-                why=f"ids run from 0 to {known - 1}",
-                hint="encode the prompt with the model's own tokenizer",
-            )
-        padding = [t for t in row if int(t) in program.meta.get("never", ())]
-        if padding:
-            raise UsageError(
-                what=f"token {padding[0]} is the model's padding",
-                where=f"{what} {i}",
-                why="the model numbers its rows without it, so that it is no part of a text",
-                hint="leave it out; sequences of different lengths are padded by aropt",
-            )
-
-
-def check_negative(program: Program, prompts: Sequence[Sequence[int]], negative: Sequence[Sequence[int]]) -> None:
-    """Raises UsageError for unconditional prompts that the program can't take."""
-    if "negative" not in program.inputs:
-        raise UsageError(
-            what="the program takes no negative prompts",
-            where="negative",
-            why="its rule has no guidance",
-            hint="leave negative= out, or capture the model with the rule 'guidance'",
-        )
-    lengths, given = [len(p) for p in prompts], [len(p) for p in negative]
-    if given != lengths:
-        raise UsageError(
-            what=f"negative prompts have {given} tokens, the prompts {lengths}",
-            where="negative",
-            why="both run as rows of one batch, position by position",
-            hint="give one negative prompt of the same length for each prompt",
-        )
-    check_ids(program, negative, "negative")
-
-
-def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill: Sequence[Sequence[int]]) -> None:
-    """Raises UsageError for answers that are not `n` ids for each prompt, or where there is no canvas."""
-    if program.meta.get("loop") != "unmask":
-        raise UsageError(
-            what="the program has no canvas to fill",
-            where="fill",
-            why="it generates one token after the other",
-            hint="leave fill= out, or capture a model with a mask id",
-        )
-    if len(fill) != len(prompts):
-        raise UsageError(
-            what=f"{len(fill)} answers to fill in for {len(prompts)} prompts",
-            where="fill",
-            hint="give one for each prompt, or leave fill= out",
-        )
-    for i, answer in enumerate(fill):
-        if len(answer) != n:
-            raise UsageError(
-                what=f"fill {i} has {len(answer)} ids, not {n}",
-                where="fill",
-                why="an answer has as many ids as new tokens were asked for",
-                hint="give n ids for each prompt, the mask id where one is to be found",
-            )
-    check_ids(program, fill, "fill")
-
-
-def check_parameters(program: Program, params: Mapping[str, Any]) -> None:
-    """Raises UsageError for a parameter that the rule doesn't have, or a value out of its range."""
-    params = needless(program, params)
-    for name, value in params.items():
-        if name not in program.inputs or name in RESERVED:
-            known = sorted(p for p, i in program.inputs.items() if i.default is not None and p not in RESERVED)
-            raise UsageError(
-                what=f"unknown sampling parameter '{name}'",
-                why="the program's rule does not use it",
-                hint=f"it takes {', '.join(known)}; rules are chosen by aropt optimize --rule",
-            )
-        given = program.inputs[name]
-        problem = given.problem(value)
-        if problem:
-            raise UsageError(
-                what=f"{name} can't be {value if given.spec.dims == () else 'that'}",
-                where=f"parameter {name}: {given.doc}" if given.doc else f"parameter {name}",
-                why=problem,
-                hint="choose another value, or leave it out",
-            )
-    check_together(program, params)
-
-
-def needless(program: Program, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters without a guidance of 1 where cfg-eliminate took guidance out. Raises UsageError for another."""
-    if not program.meta.get("eliminated") or "guidance" not in params:
-        return dict(params)
-    if params["guidance"] != 1:
-        raise UsageError(
-            what=f"guidance can't be {params['guidance']}",
-            where="parameter guidance",
-            why="cfg-eliminate took the unconditional branch out of this program: its guidance is 1",
-            hint="leave it out, or optimize the model again without --pass cfg-eliminate",
-        )
-    return {n: v for n, v in params.items() if n != "guidance"}
-
-
-def check_together(program: Program, params: Mapping[str, Any]) -> None:
-    """Raises UsageError for values that are in range and yet leave nothing: an interval, a bias."""
-    first, end = (params.get(n, program.inputs[n].default) if n in program.inputs else 0 for n in INTERVAL)
-    if first > end:
-        raise UsageError(
-            what=f"guidance can't begin at row {first} and end before row {end}",
-            where="parameters guidance_from, guidance_to",
-            why="an interval ends after it begins",
-            hint="choose guidance_from <= guidance_to; equal ones guide nothing",
-        )
-    if "bias" in params and bool((torch.as_tensor(params["bias"], dtype=torch.float64) == -torch.inf).all()):
-        raise UsageError(
-            what="bias leaves no token",
-            where="parameter bias",
-            why="all of its values are -inf",
-            hint="leave at least one token finite",
-        )
-
-
-INTERVAL = ("guidance_from", "guidance_to")
-RESERVED = {
-    "prompt", "lengths", "limit", "stop", "greedy", "seed", "streams", "negative", "canvas", "answers", "origin",
-}  # fmt: skip
 
 
 def make_inputs(
