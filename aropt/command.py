@@ -137,12 +137,10 @@ def optimize(request: Request) -> dict[str, Any]:
 
 
 def inputs(request: Request) -> list[Path]:
-    """The files and folders that the result is made from: it is not written over them."""
+    """The files and folders that the result is made from, or that are written besides: it is not written over them."""
     models = [m for m in (request.model, request.guide) if m is not None and m not in REFERENCES]
-    return [
-        *(Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models),
-        *filter(None, (request.examples, request.prompts)),
-    ]
+    files = [Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models]
+    return [*(f for f in files if f.exists()), *filter(None, (request.examples, request.prompts, request.dump_dir))]
 
 
 def find(request: Request) -> Source:

@@ -81,6 +81,18 @@ def proven(folder: Path) -> dict[str, str] | None:
         return None
 
 
+def mark_failed(folder: Path) -> None:
+    """Says in the manifest that the result failed."""
+    said = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**said, "failed": True}, indent=1))
+
+
+def remove_failed(folder: Path) -> None:
+    """As `remove`, for a folder that says that it failed."""
+    if proven(folder) is not None and json.loads((folder / MANIFEST).read_text()).get("failed") is True:
+        remove(folder)
+
+
 def refuse_foreign(folder: Path, out: Path) -> None:
     """Raises UsageError where `folder`, which the user knows as `out`, is not wholly aropt's."""
     if why := foreign(folder):

@@ -47,7 +47,7 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     program = from_json(data, read_weights(folder / "weights.safetensors")).replace(home=str(folder))
     home = folder if target in (None, manifest["target"]) else None  # another target builds its files elsewhere
     executor = lower(program, target or manifest["target"], home, threads=threads)
-    return program.replace(executor=executor, report=read_report(folder))
+    return program.replace(executor=executor, report=read_report(folder, manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -161,10 +161,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         bad(path, str(error))
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """What was measured, as far as it can be read: nothing depends on it."""
+def read_report(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The report as it was written; nothing where someone edited it: then it is theirs, and nothing depends on it."""
+    known = [entry["sha256"] for entry in manifest["files"] if entry["path"] == "report.json"]
     try:
-        return read_json(folder / "report.json")
+        with opened(folder, "report.json") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() in known
+        return read_json(folder / "report.json") if same else {}
     except (UsageError, VerificationFailed):
         return {}
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from aropt.errors import UsageError
 from aropt.interrupts import held
-from aropt.manifest import contents, refuse_foreign, remove, write_manifest
+from aropt.manifest import contents, mark_failed, refuse_foreign, remove, remove_failed, write_manifest
 
 DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "ENOLCK", "EIO")
 NO_REPLACE, EXCHANGE = 1, 2  # of renameat2
@@ -50,7 +50,7 @@ def staged(out: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path
                 sealed = True
                 record(lock, sealed)
                 put_in_place(folder, out, force)
-                remove(failed(out))  # it is of an earlier run
+                remove_failed(failed(out))  # it is of an earlier run
         finally:
             with held():
                 if sealed:  # it may be what was in the other's place
@@ -91,7 +91,7 @@ def check_free(out: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
 def refuse_holder(real: Path, out: Path, inputs: Sequence[Path]) -> None:
     """Raises UsageError where `out` is or holds what is needed."""
     kept = {"the working directory": Path.cwd(), "your home": Path(os.path.expanduser("~")).resolve()}
-    kept |= {f"'{path}'": path.resolve() for path in inputs if path.exists()}
+    kept |= {f"'{path}'": path.resolve() for path in inputs}
     for name, path in kept.items():
         if real in (path, *path.parents):
             raise UsageError(
@@ -183,12 +183,13 @@ def rename(one: Path, other: Path, flag: int) -> None:
 
 def put_aside(folder: Path, out: Path) -> Path:
     """Keeps a failed result as OUT.failed, or with a number where that is someone else's; returns the name."""
+    mark_failed(folder)
     seal(folder)
     out = resolved(out)
     for number in range(100):
         aside = failed(out) if not number else out.with_name(f"{out.name}.failed-{number}")
         with held():
-            remove(aside)
+            remove_failed(aside)
             try:
                 rename(folder, aside, NO_REPLACE)
             except FileExistsError:

@@ -92,7 +92,7 @@ def test_what_is_for_people_may_be_edited(ids: Path, tmp_path: Path) -> None:
     artifact.save(program.replace(report=demo()), copy)
     assert artifact.load(copy).report
     for name in ("README.md", "report.json", "report.html"):
-        (copy / name).write_text("[notes of mine")
+        (copy / name).write_text('{"notes": "mine"}')
         assert aropt("run", copy).stdout == aropt("run", ids).stdout
     artifact.save(artifact.load(copy), tmp_path / "again")
     for name in ("README.md", "report.json", "report.html"):

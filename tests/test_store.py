@@ -96,6 +96,28 @@ def test_what_is_proven_is_replaced(tmp_path: Path) -> None:
     assert holds(tmp_path / "empty")["model.onnx"] == "two"
 
 
+def test_a_failed_result_goes_with_the_next_good_one(tmp_path: Path) -> None:
+    """But not what only has its name."""
+    out = tmp_path / "out"
+    good = make(tmp_path / "out.failed", "good")
+
+    def fail(text: str) -> Path:
+        with pytest.raises(RuntimeError), store.staged(out, False) as folder:
+            (folder / "model.onnx").write_text(text)
+            write_manifest(folder)
+            aside = store.put_aside(folder, out)
+            raise RuntimeError
+        return aside
+
+    assert fail("one") == fail("two") == tmp_path / "out.failed-1"
+    assert holds(tmp_path / "out.failed-1")["model.onnx"] == "two" and not out.exists()
+    assert holds(good)["models/step/model.onnx"] == "good"
+    good.rename(tmp_path / "other")
+    assert fail("three") == tmp_path / "out.failed"
+    written(out, "four")
+    assert sorted(os.listdir(tmp_path)) == ["other", "out", "out.failed-1"]
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_what_appears_meanwhile_is_not_replaced(
