@@ -55,18 +55,26 @@ class Tiny(nn.Module):
     """A transformer: rotary, or with learned positions; causal, or with a sliding window in even layers."""
 
     def __init__(
-        self, layers: int = 1, groups: int = 4, window: int = 0, learned: bool = False, width: int = 16
+        self,
+        layers: int = 1,
+        groups: int = 4,
+        window: int = 0,
+        learned: bool = False,
+        width: int = 16,
+        vocab: int = VOCAB,
+        capacity: int = CAPACITY,
+        scale: float = 2.0,
     ) -> None:
         super().__init__()
         self.window, self.size = window, width // 4
-        self.emb, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB, bias=False)
-        self.pos = nn.Embedding(CAPACITY, width) if learned else None
+        self.emb, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab, bias=False)
+        self.pos = nn.Embedding(capacity, width) if learned else None
         self.attn = nn.ModuleList(Attention(width, 4, groups) for _ in range(layers))
         self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers + 1))
         for p in self.parameters():
-            p.data.mul_(2)  # attention that is far from uniform, and logits that differ
+            p.data.mul_(scale)  # attention that is far from uniform, and logits that differ
 
     def forward(self, ids: Tensor) -> Tensor:
         x, at = self.emb(ids), torch.arange(ids.shape[1])
