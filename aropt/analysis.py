@@ -61,6 +61,7 @@ SDPA = "aten::scaled_dot_product_attention"
 PRODUCTS = {"aten::matmul", "aten::bmm"}
 REDUCTIONS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::max", "aten::logsumexp", "aten::sum"}
 FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elementwise, but don't broadcast
+SOFTMAX = {"aten::softmax", "aten::_softmax"}
 SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
 HINT = "aropt needs ops that work on each position alone, or causal attention; please report the model"
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
@@ -239,7 +240,11 @@ class Analysis:
         source = self.info[bind(node)["self"]].scores
         if len(over) > 1 or source is None or len(axes[column]) > 1:
             raise NotRowwise("reduces or sorts along the sequence")
-        info.scores, info.range = column_reduction(node, source, self.positions.capacity)
+        if self.canvas and source.hidden is None and op_name(node) in SOFTMAX:
+            info.hides[node] = self.nothing
+            info.scores, info.axes = Scores(self.nothing.entries, (0.0, 0.0), (0.0, 1.0), (0.0, 1.0)), axes
+            return True
+        info.scores, info.range = column_reduction(node, source, self.positions.capacity, self.canvas)
         if info.scores is not None:
             info.axes = axes
             return True
@@ -258,18 +263,18 @@ class Analysis:
         if first not in self.content or second not in self.content:
             return None
         left, right = self.info[first].axes, self.info[second].axes
-        if self.canvas and has(right[-1], "r"):
-            raise NotRowwise("is attention that canonicalize does not bring to one op")
         if len(left) < 2 or len(right) < 2:
             return None
         lead = broadcast([left[:-2], right[:-2]])
         if left[-2] == ROW and right[-1] == ROW and not has(left[-1], "rcb") and not has(right[-2], "rcb"):
             return Info((*lead, ROW, COLUMN), FRESH, role="score")
         if left[-1] == COLUMN and right[-2] == ROW and not has(right[-1], "rcb"):
-            weights = self.info[first].scores
-            if weights is None or not weights.is_zeroed():
+            weights, info = self.info[first].scores, Info((*lead, left[-2], right[-1]), role="mix")
+            if self.canvas and weights is not None and weights.hidden is None:
+                info.hides[node] = self.nothing
+            elif weights is None or not weights.is_zeroed(self.canvas):
                 raise NotCausal("sums over the sequence with weights that no causal mask has zeroed")
-            return Info((*lead, left[-2], right[-1]), role="mix")
+            return info
         return None
 
     def sdpa(self, node: fx.Node) -> Info:

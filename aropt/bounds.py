@@ -50,9 +50,9 @@ class Scores:
     seen: Range = ANY  # all others
     own: Range = ANY  # the diagonal: what a row sees of itself
 
-    def is_zeroed(self) -> bool:
-        """Whether no row's future takes part in a sum over columns."""
-        return self.hidden is not None and self.out == (0.0, 0.0) and hides_future(self.hidden)
+    def is_zeroed(self, canvas: bool = False) -> bool:
+        """Whether nothing hidden, and no row's future unless on a canvas, takes part in a sum over columns."""
+        return self.hidden is not None and self.out == (0.0, 0.0) and (canvas or hides_future(self.hidden))
 
 
 FRESH = Scores(None, ANY, CONTENT, CONTENT)  # q k^T
@@ -221,19 +221,19 @@ def union(regions: Sequence[Tensor]) -> Tensor | None:
     return result
 
 
-def column_reduction(node: fx.Node, source: Scores, columns: int) -> tuple[Scores | None, Range]:
+def column_reduction(node: fx.Node, source: Scores, columns: int, canvas: bool = False) -> tuple[Scores | None, Range]:
     """Softmax and reductions over columns: (Scores of the result if it still has columns, else its range)."""
     name = op_name(node)
     if name in ("aten::softmax", "aten::_softmax"):
-        require_causal(source, UNDERFLOW, "its softmax")
+        require_causal(source, UNDERFLOW, "its softmax", canvas)
         return Scores(source.hidden, (0.0, 0.0), (0.0, 1.0), (0.0, 1.0)), ANY
     if name in ("aten::amax", "aten::max"):
-        require_causal(source, 0.0, "its maximum")
+        require_causal(source, 0.0, "its maximum", canvas)
         return None, (source.own[0], source.seen[1])
     if name == "aten::logsumexp":
-        require_causal(source, UNDERFLOW, "its logsumexp")
+        require_causal(source, UNDERFLOW, "its logsumexp", canvas)
         return None, (source.own[0], source.seen[1] + math.log(columns + 1))
-    if name == "aten::sum" and source.is_zeroed():
+    if name == "aten::sum" and source.is_zeroed(canvas):
         return None, ANY
     raise NotRowwise("reduces or sorts along the sequence")
 
@@ -242,11 +242,14 @@ class NotCausal(NotRowwise):
     """A row depends on a later one; no append cache is exact."""
 
 
-def require_causal(source: Scores, gap: float, where: str) -> None:
-    """Raises unless the hidden entries cover each row's future and lie `gap` below what the row sees of itself."""
+def require_causal(source: Scores, gap: float, where: str, canvas: bool = False) -> None:
+    """Raises unless the hidden entries cover each row's future and lie `gap` below what the row sees of itself.
+
+    On a canvas they may cover less; where nothing is hidden before a reduction, empty slots would take part in it.
+    """
     if source.hidden is None:
         raise NotCausal("has no mask that hides later positions")
-    if not hides_future(source.hidden):
+    if not canvas and not hides_future(source.hidden):
         i, j = (int(x) for x in (~source.hidden).triu(1).nonzero()[0])
         raise NotCausal(f"has a mask that lets position {i} see position {j}")
     if source.hidden.diagonal().any():

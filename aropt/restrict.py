@@ -178,7 +178,17 @@ class Restriction:
             return self.write_sdpa(node, info)
         if info.role in ("score", "mix"):
             return self.write_product(node, info)
+        if node in info.hides:  # a softmax that no mask precedes
+            (source,) = tensor_inputs(node)
+            scores = self.opened(source, info.hides[node], torch.finfo(source.meta["val"].dtype).min)
+            return self.emit(node, partial(always, scores), info.axes, node in self.tail)
         return self.emit(node, lambda n: self.operand(n, node, info), info.axes, node in self.tail)
+
+    def opened(self, source: fx.Node, hide: Hide, low: float) -> fx.Node:
+        """Scores over all slots, `low` where a slot is empty: nothing that the forward hides by itself."""
+        seen = self.spread(self.visible(hide.entries), self.info[source].axes)
+        empty = self.constant(source, torch.tensor(low).to(source.meta["val"].dtype), "_empty")
+        return self.call(aten.where.self, seen, self.new[source], empty)
 
     def emit(self, node: fx.Node, lookup: Callable[[fx.Node], Any], axes: Any, tail: bool) -> fx.Node:
         """The same op on new operands; shapes are rebuilt from the meaning of the axes."""
@@ -271,7 +281,8 @@ class Restriction:
         layer = self.next_layer() if info.role == "score" else self.layers - 1
         first, stored = tensor_inputs(node)
         full = self.full(stored, f"{'k' if info.role == 'score' else 'v'}_{layer}")
-        return self.call(node.target, self.new[first], full, like=node)
+        weights = self.opened(first, info.hides[node], 0.0) if node in info.hides else self.new[first]
+        return self.call(node.target, weights, full, like=node)
 
     def next_layer(self) -> int:
         self.layers += 1
