@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
+from aropt import limits, ops
 from aropt.encoding import DEPTH, constant_name, decode, encode, field, find_target, identifier, refuse, typed, written
 from aropt.errors import AroptError
 from aropt.flow import check_control
@@ -101,8 +101,11 @@ def from_json(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
              "control": Control, "meta": dict[str, Any], "ledger": tuple[Entry, ...]}  # fmt: skip
     parts = {k: load(kind, field(data, k, object, "program"), k) for k, kind in kinds.items()}
     kept = read_weights(field(data, "weights", dict, "program"), weights)
+    limits.check_meta(parts["meta"])
+    most = limits.most(kept, parts["meta"])
+    limits.check_values(parts["inputs"], parts["state"], int(parts["meta"]["capacity"]), most)
     graphs = field(data, "graphs", dict, "program")
-    program = Program(graphs={n: read_graph(n, g, kept) for n, g in graphs.items()}, weights=kept, **parts)
+    program = Program(graphs={n: read_graph(n, g, kept, most) for n, g in graphs.items()}, weights=kept, **parts)
     values = {*program.inputs, *program.state, *program.outputs}
     values |= {v for c in calls(program.control) for v in (*c.reads.values(), *c.writes.values())}
     for name in values | {v for loop in loops(program.control) for v in loop.emits.values()}:
@@ -168,11 +171,13 @@ def read_weights(declared: dict[str, Any], weights: Mapping[str, Tensor]) -> dic
     return {name: weights[name] for name in declared}
 
 
-def read_graph(name: str, data: Any, weights: Mapping[str, Tensor]) -> Graph:
+def read_graph(name: str, data: Any, weights: Mapping[str, Tensor], most: int) -> Graph:
     """A graph with its fake values, which must be what it declares."""
     where = f"graph '{identifier(name, 'graphs')}'"
     inputs = load(dict[str, Spec], field(data, "inputs", dict, where), f"{where}.inputs")
     outputs = load(dict[str, Spec], field(data, "outputs", dict, where), f"{where}.outputs")
+    for value, spec in {**inputs, **outputs}.items():
+        limits.check_spec(f"{where}, '{value}'", spec, most)
     graph = fx.Graph()
     nodes: Nodes = {}
     found = field(data, "nodes", list, where)
@@ -189,6 +194,7 @@ def read_graph(name: str, data: Any, weights: Mapping[str, Tensor]) -> Graph:
         built = build(name, graph, inputs, list(outputs), weights)
     except Exception as error:  # whatever an op's shape rule raises
         refuse(f"{where}, node '{getattr(error, 'aropt_node', '?')}'", f"{type(error).__name__}: {error}")
+    limits.check_nodes(where, built, most)
     if built.outputs != outputs:
         refuse(where, "its outputs are not of the declared types")
     return built

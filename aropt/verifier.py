@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from aropt.allowed import ATEN
 from aropt.flow import check_control, fail
 from aropt.naming import WEIGHT
 from aropt.printer import node_lines, symbol_names, value_text
@@ -26,7 +27,6 @@ ARITHMETIC = (
     "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_",
 )  # fmt: skip
 OPERATORS = {name: getattr(operator, name) for name in ARITHMETIC}
-REFUSED = {"aten::from_file"}  # reads files
 VERIFIED: WeakKeyDictionary[Graph, int] = WeakKeyDictionary()  # graph -> stamp of what was verified
 
 
@@ -58,7 +58,7 @@ def op_problem(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             return None
         return "op-kind", f"{getattr(target, '__name__', type(target).__name__)} is no aten, aropt or arithmetic op"
     schema = target._schema
-    if target.namespace not in ("aten", "aropt") or schema.name in REFUSED or not schema.returns:
+    if target.namespace not in ("aten", "aropt") or not schema.returns:
         return "op-kind", f"{target} is not allowed in graphs"
     if schema.is_mutable:
         return "op-mutates", f"{target} writes to its arguments; state is a value"
@@ -67,6 +67,8 @@ def op_problem(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         given |= dict(zip(given, args, strict=False)) | dict(kwargs)
         if given.get("dropout_p") != 0 and given.get("train") is not False:
             return "op-random", f"{target} draws from a hidden generator; noise is aropt.noise"
+    if target.namespace == "aten" and schema.name.removeprefix("aten::") not in ATEN:
+        return "op-kind", f"{target} is none of the ops that programs may hold (aropt.allowed)"
     return None
 
 

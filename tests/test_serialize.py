@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from aropt.allowed import ATEN
 from aropt.encoding import CONSTANTS, decode, encode
 from aropt.errors import UsageError
 from aropt.printer import diff, digest, text
 from aropt.program import Entry, Program
 from aropt.serialize import from_json, to_json
+from aropt.verifier import op_problem
 
 
 def through_json(program: Program) -> Program:
@@ -189,6 +191,22 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "declared output": put("graphs", "last", "outputs", "row", "dims", ["B", 12]),
     "twice the same node": lambda d: d["graphs"]["last"]["nodes"].insert(1, node(d, "last")),
     "no placeholder": lambda d: d["graphs"]["greedy"]["nodes"].pop(0),
+    "returns what was in memory": node_with("last", target="aten.empty_like.default", args=[{"node": "logits"}]),
+    "any memory": node_with("last", target="aten.as_strided.default", args=[{"node": "logits"}, [2, 11], [1, 1], 9]),
+    "a value of any size": node_with("last", target="aten.new_zeros.default", args=[{"node": "logits"}, [2**40]]),
+    "an input of any size": put("inputs", "seed", "spec", "dims", [2**30, 2**30]),
+    "a graph's input of any size": put("graphs", "last", "inputs", "logits", "dims", [2**30]),
+    "state of any size": put("state", "tokens", "spec", "dims", ["B", "1000000000*S"]),
+    "state of any rank": put("state", "tokens", "spec", "dims", [1] * 20),
+    "state of no number": put("state", "tokens", "init", {"float": "nan"}),
+    "a size that can't be read": put("state", "tokens", "spec", "dims", ["B**"]),
+    "a default out of its range": put("inputs", "temperature", "default", -1.0),
+    "no capacity": lambda d: d["meta"].pop("capacity"),
+    "capacity": put("meta", "capacity", 2**40),
+    "vocabulary": put("meta", "vocab", "x"),
+    "prompts": put("meta", "prompts", [[99]]),
+    "end ids": put("meta", "eos", [None]),
+    "a loop of another kind": put("meta", "loop", "exec"),
     "nodes": put("graphs", "last", "nodes", {}),
     "a node": put("graphs", "last", "nodes", 0, "x"),
 }
@@ -208,6 +226,18 @@ def test_hostile(
         from_json(broken, weights).generate([[1]], 1)
     assert found.value.where and found.value.why and len(str(found.value)) < 1000
     assert not list(tmp_path.iterdir())
+
+
+def test_ops_are_named_one_by_one() -> None:
+    """Each is a function of its arguments; none returns what was in memory or takes a tensor's bounds on trust."""
+    for name in ATEN:
+        packet = getattr(torch.ops.aten, name)
+        schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+        assert any(not schema.is_mutable and schema.returns for schema in schemas), name
+        assert not name.endswith(("_backward", "_")) or name.startswith("__"), name
+    never = {"empty", "empty_like", "empty_strided", "new_empty", "as_strided", "from_file", "rand", "randn", "resize"}
+    assert not ATEN & (never | {"_embedding_bag", "_fft_c2r", "set", "_efficientzerotensor", "_grouped_mm"})
+    assert op_problem(torch.ops.aten.empty_like.default, (), {}) and not op_problem(torch.ops.aten.add.Tensor, (), {})
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [], {}])
