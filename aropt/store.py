@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def staged(out: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path
     check_free(out, force, inputs)
     out = resolved(out)
     with disk_errors(out), parents(out.parent), locked(out) as lock:
-        sweep(out.parent)
+        sweep(out)
         folder = partial(out, os.getpid())
         folder.mkdir()
         sealed = False
@@ -214,7 +215,7 @@ def lock_file(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[int]:
+def locked(out: Path, tries: int = 10) -> Iterator[int]:
     """Holds the lock on `out`, and removes what a process left that died with it. Raises UsageError if it is taken.
 
     The value is the descriptor of the lock's file.
@@ -226,7 +227,7 @@ def locked(out: Path) -> Iterator[int]:
         except FileNotFoundError as error:  # as /proc says it
             raise PermissionError(errno.EACCES, "takes no files", str(file.parent)) from error
         try:
-            take(lock, file, out)
+            take(lock, file, out, tries)
             if file.exists() and os.path.samestat(os.fstat(lock), os.lstat(file)):  # else its owner just removed it
                 recover(out, journal(lock))
                 record(lock, sealed=False)
@@ -239,18 +240,21 @@ def locked(out: Path) -> Iterator[int]:
             os.close(lock)
 
 
-def take(lock: int, file: Path, out: Path) -> None:
+def take(lock: int, file: Path, out: Path, tries: int) -> None:
     """Raises UsageError where another process has it, or where the file is not aropt's."""
     if not stat.S_ISREG(os.fstat(lock).st_mode) or (os.fstat(lock).st_size and not journal(lock)):
         raise UsageError(what=f"'{file}' is in the way", why="it is not aropt's", hint="move it away")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            what=f"'{out}' is being written",
-            why=f"by process {journal(lock).get('pid', 'unknown')}",
-            hint="wait until it ends, or choose another folder",
-        ) from error
+    for _ in range(tries):  # another process may just look for what dead ones left
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+    raise UsageError(
+        what=f"'{out}' is being written",
+        why=f"by process {journal(lock).get('pid', 'unknown')}",
+        hint="wait until it ends, or choose another folder",
+    )
 
 
 def record(lock: int, sealed: bool) -> None:
@@ -283,10 +287,11 @@ def recover(out: Path, last: dict[str, Any]) -> None:
         remove(left)
 
 
-def sweep(parent: Path) -> None:
-    """Removes what dead processes left beside other folders in this one."""
-    for file in list(parent.glob(".*.aropt-lock")):
-        with contextlib.suppress(UsageError, OSError), locked(parent / file.name[1 : -len(".aropt-lock")]):
+def sweep(out: Path) -> None:
+    """Removes what dead processes left beside other folders where `out` will be."""
+    others = {out.with_name(file.name[1 : -len(".aropt-lock")]) for file in out.parent.glob(".*.aropt-lock")}
+    for other in others - {out}:
+        with contextlib.suppress(UsageError, OSError), locked(other, tries=1):
             pass
 
 

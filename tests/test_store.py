@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,6 +200,26 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="in the way"):
         written(out, "two", force=True)
     assert (tmp_path / ".out.aropt-lock").read_text() == "mine"
+
+
+def test_a_look_for_leftovers_is_in_nobodys_way(tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", []
+    lock = os.open(store.lock_file(out), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Timer(0.1, lambda: (seen.append(os.listdir(tmp_path)), os.close(lock))).start()
+    written(out, "one")
+    assert seen == [[".out.aropt-lock"]] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_is_left_beside_others_goes_too(tmp_path: Path, sealed: bool) -> None:
+    """What is not finished wholly; what is, where its manifest proves it: it may be what was replaced."""
+    for name in ("a", "b"):
+        left = make(tmp_path / f".{name}.7.partial")
+        store.lock_file(tmp_path / name).write_text(json.dumps({"tool": "aropt", "pid": 7, "sealed": sealed}))
+    (left / "thesis.txt").write_text("years of work")
+    written(tmp_path / "out", "one")
+    assert sorted(os.listdir(tmp_path)) == ([".b.7.partial", "out"] if sealed else ["out"])
 
 
 KILLED = """
