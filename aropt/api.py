@@ -26,6 +26,7 @@ from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.program import Program
 from aropt.rules import DEFAULT
+from aropt.slices import whole
 from aropt.sources import resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import lower
@@ -33,7 +34,7 @@ from aropt.targets.whole import pick
 from aropt.trial import trial
 from aropt.uncached import uncached
 from aropt.unmask import unmasking
-from aropt.validate import Verdict, cases, probe, validate, with_probe
+from aropt.validate import Verdict, probe, validate, with_probe
 
 Say = Callable[[str], None]
 LOOPS = ("positions", "unmask")
@@ -129,6 +130,7 @@ def optimize(
     tries: Sequence[Sequence[Pass]] = (),
     budget: Mapping[str, float] | None = None,
     keep_going: bool = False,
+    thorough: bool = False,
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
@@ -139,6 +141,7 @@ def optimize(
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds
     those passes of `tries` with which answers to the model's own prompts are generated faster (of several ways of one,
     the fastest).
+    `thorough` validates on several times as many requests.
     Raises AroptError where a pass that was planned fails; with `keep_going` the rest goes on without it.
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
@@ -152,7 +155,7 @@ def optimize(
     for ways in tries if measure else ():
         chosen, found = trial(program, chosen, ways, target, threads, instruments)
         trials.append((ways[0], found))
-    oracles = Oracles()
+    oracles = Oracles(seed, thorough)
     optimized, results = run_passes(program, chosen, target, instruments, oracles)
     results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
@@ -160,13 +163,15 @@ def optimize(
     verdict = Verdict()
     drift: Drift | None = None
     if check:
+        oracle = oracles.of(optimized.reference or program)
         verdict = validate(
-            oracles.of(optimized.reference or program),
+            oracle,
             probed,
             executor,
-            cases(optimized.reference or program, seed),
+            whole(oracle.requests, optimized),
             lambda name: instruments.say(f"check: {name}"),
         )
+        verdict.coverage = oracle.requests.coverage()
         if optimized.reference is not None and "needs_finetune" not in optimized.meta:
             instruments.say("check: drift")
             drift = drift_of(program, probed, executor)
@@ -274,6 +279,7 @@ def describe_run(
         "status": "pass" if verdict.passed and verdict.outcomes and "needs_finetune" not in optimized.meta else "fail",
         "metrics": verdict.metrics(),
         "cases": outcomes,
+        "coverage": verdict.coverage,
         "diverges": divergence(verdict),
     }
     return {

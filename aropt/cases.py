@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from aropt.excluded import others
+from aropt.design import Row, cover
 from aropt.interpreter import Values
+from aropt.levels import CHEAP, LONGEST, PARAMETERS, Levels, excluded, levels, varied
 from aropt.program import Program
+from aropt.prompts import like, prompt
 from aropt.runtime import batches, make_inputs
-from aropt.units import ids_of, window
+from aropt.units import ids_of, rows_for
 
-BLOCK = 64  # caches grow in blocks of so many slots
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
-# Parameters that decide most draws, each in a case of its own: what goes wrong with one is then seen in few tokens.
-# A repetition penalty far below 1 makes tokens win that were seen before, so that it shows which ones count as seen.
-STRONG: tuple[tuple[str, float], ...] = (
-    ("top_k", 2), ("top_p", 0.2), ("min_p", 0.5), ("guidance", 4.0), ("repetition_penalty", 5.0),
-    ("repetition_penalty", 0.1), ("bias", 0.0),
-)  # fmt: skip
+MANY = 4  # designs of a thorough validation, each with other rows
+SHORT = 6  # rows of the design that are enough after a pass
 Value = float | tuple[float, ...]
 
 
@@ -38,6 +34,7 @@ class Case:
     stop: tuple[int, ...] = ()
     streams: tuple[int, ...] = ()  # empty: 0, 1, ...
     negative: tuple[tuple[int, ...], ...] = ()  # empty: the program's null class
+    ends: str = ""  # how stop ids are met, where these are yet to be found (see aropt.stops)
     fill: tuple[int, ...] = ()  # of a canvas: what the answers hold already, the same for all
 
     def repro(self, name: str) -> str:
@@ -70,82 +67,156 @@ class Case:
 
 
 def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
-    """Boundary lengths, ragged batches, greedy and sampled, each parameter alone; all within the program's capacity."""
+    """What a program is compared on: boundaries, each parameter's levels alone, and pairs of levels of all factors.
+
+    `quick`: those that are enough after a pass.
+    """
+    return named(requests(program, seed).everything(quick))
+
+
+def named(found: Sequence[Case]) -> list[Case]:
+    """The cases with their numbers, so that no two have one name."""
+    return [replace(case, name=f"{i}: {case.name}") for i, case in enumerate(found)]
+
+
+def requests(program: Program, seed: int = 0, thorough: bool = False) -> Requests:
+    """What a program is compared on, and the design behind it; `thorough`: several designs, each of all pairs."""
     if program.meta.get("loop") == "unmask":
-        from aropt import cases_canvas
+        from aropt.cases_canvas import Canvases
 
-        return cases_canvas.cases(program, seed, quick)
-    capacity, vocab = int(program.meta["capacity"]), int(program.meta.get("input_vocab", program.meta["vocab"]))
-    generator = torch.Generator().manual_seed(seed)
+        return Canvases(program, seed, thorough)
+    return Requests(program, seed, thorough)
 
-    def prompt(length: int) -> tuple[int, ...]:
-        return random_rows(program, vocab, max(length, 1), generator)
 
-    def case(
-        name: str,
-        kind: str,
-        lengths: Sequence[int],
-        n: int,
-        seed: int = 0,
-        params: Params = (),
-        streams: Sequence[int] = (),
+class Requests:
+    """Makes the cases of one program."""
+
+    short, most = SHORT, 1000  # rows of the design after a pass, and at the end
+
+    def __init__(
+        self, program: Program, seed: int, thorough: bool = False, only: Mapping[str, Sequence[str]] = {}
     ) -> None:
-        prompts = tuple(prompt(length) for length in lengths)
-        negative = tuple(prompt(len(p)) for p in prompts) if needs_negative else ()
-        room = max(0, min(n, ids_of(program.meta, capacity - max(*lengths, 1) + 1)))
-        made.append(Case(name, kind, prompts, room, seed, params, (), tuple(streams), negative))
+        self.program, self.seed, self.chance = program, seed, random.Random(seed)
+        self.thorough = thorough
+        self.capacity = min(int(program.meta["capacity"]), LONGEST)
+        self.levels = {n: {k: r for k, r in v.items() if k in only.get(n, v)} for n, v in self.factors().items()}
+        self.used: dict[tuple[str, str], int] = {}
+        self.one: Requests | None = None
+        varied = [] if only else self.varied()
+        rows, found = [row for _, row in varied], {n: list(v) for n, v in self.levels.items()}
+        self.design = cover(found, self.excluded, seed, rows, 1000 if thorough else self.most, CHEAP)
+        for more in range(1, MANY if thorough else 1):
+            self.design.rows += cover(found, self.excluded, seed + more, cheap=CHEAP).rows
+        self.single = [self.made(row, 8) for row in rows]
+        self.singled = [name for name, _ in varied]  # the parameter that each of these varies
+        self.pairs = [self.made(row) for row in self.design.rows]
 
-    made: list[Case] = []
-    needs_negative = "negative" in program.inputs and program.meta.get("null") is None
-    some, fixed = parameters(program)
-    few, many = (6, 12) if quick else (16, 40)
-    two, three, five, nine = (min(n, max(capacity // 3, 1)) for n in (2, 3, 5, 9))
-    case("one token", "boundary", [1], few, params=fixed)
-    case("no tokens", "boundary", [two], 0, params=fixed)
-    case("ragged greedy", "ragged", [five, 1, three], few, params=fixed)
-    case("sampled", "sampled", [three], many, seed + 1, (("temperature", 1.0), *fixed))
-    case("ragged sampled", "ragged", [1, five], few, seed + 2, some, (3, 1))
-    for name, value in STRONG:
-        if name in program.inputs and not (name == "guidance" and program.meta.get("guidance_free")):
-            strong = bias_pattern(program) if name == "bias" else value
-            label = name if name == "bias" else f"{name} {value:g}"
-            case(label, "sampled", [nine, 1, 1], few, seed + 3, (("temperature", 2.0), (name, strong)))
-    ends = {capacity - 1, capacity} if quick else {BLOCK - 1, BLOCK, BLOCK + 1, capacity - 3, capacity - 1, capacity}
-    for length in sorted(n for n in ends if 1 < n <= min(capacity, 2048)):
-        case(f"prompt of {length}", "boundary", [length], 3, params=fixed)
-    if not quick:
-        case("greedy", "greedy", [min(16, capacity // 2)], many, params=fixed)
-        case("to capacity", "boundary", [max(1, capacity - 100)], 101, params=fixed)
-        case("other seed", "sampled", [two, two], few, 2**40 + seed, some, (2, 10**9))
-    return made
+    def factors(self) -> Levels:
+        return levels(self.program)
+
+    def varied(self) -> list[tuple[str, Row]]:
+        """Each level of a parameter that changes what is picked, by itself."""
+        return varied(self.levels)
+
+    def excluded(self, one: tuple[str, str], other: tuple[str, str]) -> str:
+        return excluded(self.levels, self.capacity, one, other)
+
+    def places(self, factors: Iterable[str]) -> list[list[int]]:
+        """Where `single` has the levels of each of these factors."""
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(self.singled):
+            found.setdefault(name, []).append(i)
+        return [places for name, places in found.items() if name in factors]
+
+    def coverage(self) -> dict[str, Any]:
+        """What the requests cover: {factor: levels}, pairs of levels, why some of these can't meet."""
+        return {
+            "factors": {name: list(ranges) for name, ranges in self.levels.items()},
+            "requests": len(self.single) + len(self.pairs),
+            "pairs": self.design.pairs, "covered": self.design.covered, "excluded": dict(self.design.excluded),
+            "seed": self.seed,
+        }  # fmt: skip
+
+    def everything(self, quick: bool) -> list[Case]:
+        return [*self.bounds(quick), *self.single, *self.pairs[: self.short if quick else None]]
+
+    def alone(self) -> Requests:
+        """The requests for one sequence."""
+        if self.one is None:
+            self.one = type(self)(self.program, self.seed + 1, self.thorough, {"sequences": ("1",), "padding": ("0",)})
+        return self.one
+
+    def bounds(self, quick: bool) -> list[Case]:
+        """One token, none, prompts as long as a block of the cache or the capacity, long answers."""
+        one, some = self.case("one token", [1], 6), self.case("no tokens", [min(2, self.capacity)], 0)
+        ends = {self.capacity - 1, self.capacity} | (set() if quick else {63, 64, 65})
+        found = [self.case(f"prompt of {n}", [n], 3) for n in sorted(ends) if 1 < n <= self.capacity]
+        if not quick:
+            third = max(1, self.capacity // 3)
+            found.append(self.case("many", [min(16, third)], 40))
+            found.append(self.case("many, sampled", [min(3, third), 1], 44, (("temperature", 1.0),)))
+            found.append(self.case("to capacity", [max(1, self.capacity - 100)], 101))
+        return [one, some, *found]
+
+    def case(self, name: str, lengths: Sequence[int], n: int, params: Params = ()) -> Case:
+        """Random prompts of these lengths."""
+        prompts = tuple(prompt(self.program, length, 0, self.chance) for length in lengths)
+        return Case(name, "boundary", prompts, self.fits(max(lengths), n), 0, params, negative=self.others(prompts))
+
+    def fits(self, length: int, n: int) -> int:
+        """As many new ids of `n` as the capacity leaves room for after a prompt of so many rows."""
+        return max(0, min(n, ids_of(self.program.meta, self.capacity - length + 1)))
+
+    def others(self, prompts: tuple[tuple[int, ...], ...], given: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Unconditional prompts, where the program needs them or they are to be `given`."""
+        if "negative" in self.program.inputs and (given or self.program.meta.get("null") is None):
+            return tuple(like(self.program, p, self.chance) for p in prompts)
+        return ()
+
+    def drawn(self, row: Row, name: str) -> float:
+        """A value of a factor's level: its lower end, then its upper one, then any between."""
+        low, high = self.levels[name][row[name]]
+        turn = self.used[name, row[name]] = self.used.get((name, row[name]), -1) + 1
+        if turn < 2 or low == high:
+            return high if turn % 2 else low
+        return self.chance.randint(int(low), int(high)) if isinstance(low, int) else self.chance.uniform(low, high)
+
+    def shape(self, count: int, length: int, pads: int) -> list[int]:
+        """Lengths of so many prompts: the longest, the one with most padding, any between."""
+        shortest = max(1, length - pads)
+        return [length, shortest, *(self.chance.randint(shortest, length) for _ in range(count))][:count]
+
+    def made(self, row: Row, n: int = 0) -> Case:
+        """The request that a row of the design stands for; with `n` new ids, if that is given."""
+        count, new, pads = (int(self.drawn(row, name)) for name in ("sequences", "new", "padding"))
+        n = n or new
+        room = self.capacity + 1 - rows_for(self.program.meta, n)
+        length = max(1, min(max(int(self.drawn(row, "length")), pads + 1), room))
+        lengths = self.shape(count, length, pads)
+        text, high = int(self.drawn(row, "text")), int(self.levels["streams"][row["streams"]][1])
+        prompts = tuple(prompt(self.program, size, text, self.chance) for size in lengths)
+        params = {name: self.drawn(row, name) for name in PARAMETERS if name in row}
+        kind = "ragged" if pads else "sampled" if params["temperature"] else "greedy"
+        kind = kind if row["stop"] == "none" else "stop"
+        given = tuple((n, v) for n, v in self.values(params).items() if v != self.program.inputs[n].default)
+        told = "".join(f", {n} {f'{v:.3g}' if isinstance(v, float) else 'given'}" for n, v in given)
+        return Case(
+            f"{count} of {length}, {n} new{told}" + (f", stop {row['stop']}" if kind == "stop" else ""),
+            kind, prompts, self.fits(length, n), int(self.drawn(row, "seed")), given,
+            streams=tuple(self.chance.sample(range(high + 1), count)) if high else (),
+            negative=self.others(prompts, row.get("negative") == "given"), ends=row["stop"] if kind == "stop" else "",
+        )  # fmt: skip
+
+    def values(self, params: dict[str, float]) -> dict[str, Value]:
+        """Parameters as the program takes them."""
+        found: dict[str, Value] = {}
+        vocab = int(self.program.meta["vocab"])
+        for name, value in params.items():
+            integer = not self.program.inputs[name].spec.dtype.is_floating_point
+            found[name] = int(min(value, vocab) if name == "top_k" else value) if integer else float(value)
+        if "bias" in found:
+            found["bias"] = (PATTERN * vocab)[:vocab] if found["bias"] else 0.0
+        return found
 
 
 Params = tuple[tuple[str, Value], ...]
-
-
-def random_rows(program: Program, vocab: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Ids that fill so many rows: one each, or of windows a whole one or an id that stands alone."""
-    if not window(program.meta):
-        known = others(vocab, program.meta.get("never", ()))
-        return tuple(known[torch.randint(0, len(known), (count,), generator=generator)].tolist())
-    ids: list[int] = []
-    for first in torch.randint(0, vocab, (count,), generator=generator).tolist():
-        single = int(program.meta.get("single", vocab))
-        rest = torch.randint(0, single, (*window(program.meta),), generator=generator).tolist()
-        ids += [first] if first >= single else [first, *rest[1:]]
-    return tuple(ids)
-
-
-def parameters(program: Program) -> tuple[Params, Params]:
-    """Usual values of the program's sampling parameters: all of them, and those that greedy generation uses too."""
-    usual = {"temperature": 0.9, "top_k": 8, "top_p": 0.9, "min_p": 0.05, "guidance": 1.5, "repetition_penalty": 1.2}
-    usual |= {"guidance": 1.0} if program.meta.get("guidance_free") else {}
-    usual |= {"guidance_from": 1, "guidance_to": 4}
-    some = tuple((k, v) for k, v in usual.items() if k in program.inputs)
-    return some, tuple((k, v) for k, v in some if k.startswith(("guidance", "repetition_penalty")))
-
-
-def bias_pattern(program: Program) -> tuple[float, ...]:
-    """PATTERN for each token of the vocabulary."""
-    vocab = int(program.meta["vocab"])
-    return (PATTERN * vocab)[:vocab]

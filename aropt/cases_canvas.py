@@ -1,63 +1,158 @@
-"""Requests for loops that unmask."""
+"""Requests to loops that unmask: some boundaries, and pairs of levels of all factors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
+from aropt.cases import Case, Requests, Value
+from aropt.design import Row
+from aropt.given import RESERVED
+from aropt.levels import LONG, SEED, SEQUENCES, STOP, STREAMS, TEXT, Levels, Range, drawing, first
+from aropt.prompts import prompt
 
-from aropt.cases import Case
-from aropt.excluded import others
-from aropt.program import Program
+SHORT, WHOLE = 5, 18  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
+LENGTHS: tuple[Range, ...] = ((1, 8), (9, 24), (25, LONG))
+PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-24": (5, 24)}
+BLOCKS: dict[str, Range] = {"2": (2, 2), "1": (1, 1), "3-4": (3, 4)}
+BLOCK: dict[str, Range] = {"2-8": (2, 8), "1": (1, 1), "9-16": (9, 16)}
+FILL: dict[str, Range] = {"masks": (0, 0), "with gaps": (1, 1), "ends given": (2, 2)}
+STEPS: dict[str, Range] = {"half": (2, 2), "one": (1, 1), "each row": (0, 0)}
+TEMPERATURE: dict[str, Range] = {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)}
+OTHER: dict[str, Range] = {"usual": (0, 0), "lower": (-1, -1), "higher": (1, 1)}
 
 
-def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
-    """Boundary lengths, ragged batches, several blocks, greedy and sampled, the rule's parameters."""
-    capacity, vocab, mask = (int(program.meta[k]) for k in ("capacity", "vocab", "mask"))
-    own = int(program.meta.get("block") or 0)
-    generator = torch.Generator().manual_seed(seed)
-    known = others(vocab, [mask, *program.meta.get("never", ())])
-    made: list[Case] = []
+class Canvases(Requests):
+    """Makes the cases of a program that unmasks."""
 
-    def prompt(length: int) -> tuple[int, ...]:
-        return tuple(known[torch.randint(0, len(known), (length,), generator=generator)].tolist())
+    short, most = SHORT, WHOLE
 
-    def case(
-        name: str,
-        kind: str,
-        lengths: Sequence[int],
-        n: int,
-        given: Mapping[str, float] = {},
-        seed: int = 0,
-        fill: Callable[[int], tuple[int, ...]] = lambda n: (),
-    ) -> None:
-        room, params = max(1, min(n, capacity - max(lengths))), dict(given)
-        block = int(min(params.pop("block", 8), room))
-        if not own:
-            room, params["block"] = room - room % block, block
-        made.append(Case(name, kind, tuple(map(prompt, lengths)), room, seed, tuple(params.items()), fill=fill(room)))
+    def factors(self) -> Levels:
+        self.mask, self.own = int(self.program.meta["mask"]), int(self.program.meta.get("block") or 0)
+        found = {"sequences": SEQUENCES, "length": self.lengths(), "padding": PADDING, "blocks": BLOCKS}
+        found |= {} if self.own else {"block": BLOCK}
+        found |= {
+            "fill": FILL,
+            "text": TEXT,
+            "stop": STOP,
+            "temperature": TEMPERATURE,
+            "seed": SEED,
+            "streams": STREAMS,
+        }
+        found |= {"steps": STEPS} if "steps" in self.program.inputs else {}
+        return {**found, **{name: OTHER for name in self.usual()}}
 
-    def gaps(n: int) -> tuple[int, ...]:
-        """Masks first, then what is given whole for longer than a block, then masks in between."""
-        ids, size = prompt(n), own or 8
-        return tuple(mask if i < size // 2 or (i >= 3 * size and i % 3) else ids[i] for i in range(n))
+    def lengths(self) -> dict[str, Range]:
+        """Lengths of prompts; those that leave room for little are a level of their own."""
+        last = max(1, self.capacity - 8)
+        found = {f"{low}-{min(high, last - 1)}": (low, min(high, last - 1)) for low, high in LENGTHS if low < last}
+        return {**found, f"{last}-{max(last, self.capacity - 1)}": (last, max(last, self.capacity - 1))}
 
-    # where blocks are the model's own, steps are those of each
-    usual = {"steps": max(2.0, own // 2) if own else 8.0, "threshold": 0.05, "factor": 1.0}
-    usual |= {"guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}
-    usual |= {"guide_weight": 0.5, "guide_margin": 0.1}
-    several = {n: v for n, v in usual.items() if n in program.inputs}
-    once = {n: 1.0 if n == "steps" else v for n, v in several.items()}
-    third = max(1, min(9, capacity // 3))
-    case("one token", "boundary", [1], 1)
-    case("one block", "greedy", [3], 8, several)
-    case("ragged greedy", "ragged", [third, 1, 2], 16, several)
-    case("infilled", "ragged", [third, 1], 5 * (own or 8), {} if own else {"block": 4}, 0, gaps)
-    case("sampled", "sampled", [3], 16, {"temperature": 1.0}, seed + 1)
-    case("ragged sampled", "ragged", [1, third], 16, {"temperature": 0.8, **several}, seed + 2)
-    case("to capacity", "boundary", [max(1, capacity - 8)], 8, once)
-    if not quick:
-        case("one token a round", "greedy", [2], 24)
-        case("blocks of two", "ragged", [4, 2], 12, {"block": 2})
-        case("other seed", "sampled", [2, 2], 16, {"temperature": 1.3, **several}, 2**40 + seed)
-    return made
+    def usual(self) -> dict[str, float]:
+        """Values of the rule's parameters with which rounds differ."""
+        vocab = int(self.program.meta["vocab"])
+        known = {"threshold": 0.05, "guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}
+        known |= {"guide_weight": 0.5, "guide_margin": 0.1}
+        params = {n: i for n, i in self.program.inputs.items() if n not in {*RESERVED, "block", "steps", "temperature"}}
+        return {
+            n: known.get(n, float(i.default)) for n, i in params.items() if i.default is not None and not i.spec.dims
+        }
+
+    def excluded(self, one: tuple[str, str], other: tuple[str, str]) -> str:
+        row = dict([one, other])
+        low, high = ({name: self.levels[name][level][end] for name, level in row.items()} for end in (0, 1))
+        if row.get("temperature") == "0" and any(n in drawing() and row[n] != first(self.levels, n) for n in row):
+            return "greedy generation draws nothing"
+        if high.get("sequences", 2) == 1 and low.get("padding", 0):
+            return "a sequence alone has no padding"
+        if high.get("length", self.capacity) <= low.get("padding", 0):
+            return "a prompt is longer than its padding"
+        least = low.get("blocks", 1) * (self.own or low.get("block", 1))
+        if low.get("length", 1) + least > self.capacity:
+            return "the capacity leaves no room"
+        if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
+            return "long prompts are kept to small batches, for time"
+        if low.get("blocks", 1) > 2 and low.get("block", 1) > 8:
+            return "large blocks are kept to few, for time"
+        return ""
+
+    def varied(self) -> list[tuple[str, Row]]:
+        return []
+
+    def bounds(self, quick: bool) -> list[Case]:
+        usual = self.params({n: first(self.levels, n) for n in self.levels}, max(2, self.own // 2) if self.own else 4)
+        third = max(1, min(9, self.capacity // 3))
+        made = [
+            self.request("one token", [1], 1, 8, {}), self.request("one block", [3], 8, 8, usual),
+            self.request("ragged greedy", [third, 1, 2], 16, 8, usual),
+            self.request("infilled", [third, 1], 5 * (self.own or 8), 4, {}, "with gaps"),
+            self.request("sampled", [3], 16, 8, {"temperature": 1.0}),
+            self.request("ragged sampled", [1, third], 16, 8, {"temperature": 0.8, **usual}),
+            self.request("to capacity", [max(1, self.capacity - 8)], 8, 8, usual),
+        ]  # fmt: skip
+        ragged = [made[2], made[5], *([] if quick else [made[1]])]
+        made += [replace(c, name=f"{c.name}, stop token", kind="stop", ends="met by some") for c in ragged]
+        if not quick:
+            made.append(self.request("one token a round", [2], 24, 8, {}))
+            made.append(self.request("blocks of two", [4, 2], 12, 2, {}))
+        return made
+
+    def params(self, row: Row, rounds: float) -> dict[str, float]:
+        """The rule's parameters, of `rounds` a block."""
+        found: dict[str, float] = {}
+        for name, value in self.usual().items():
+            given = self.program.inputs[name]
+            moved = value * (1 + self.levels[name][row[name]][0] / 2)
+            high = float("inf") if given.maximum is None else given.maximum
+            found[name] = min(max(moved, given.minimum or 0), high)
+            found[name] = found[name] if given.spec.dtype.is_floating_point else int(found[name])
+        return found | ({"steps": rounds} if "steps" in self.program.inputs and rounds else {})
+
+    def request(
+        self, name: str, lengths: Sequence[int], n: int, block: int, params: dict[str, float], fill: str = "masks"
+    ) -> Case:
+        """Random prompts of these lengths; `params["steps"]` counts rounds of a block."""
+        room = max(1, min(n, self.capacity - max(lengths)))
+        block = self.own or min(block, room)
+        room = room if self.own else room - room % block
+        params = {**params, **({} if self.own else {"block": block})}
+        if params.get("steps") and not self.own:
+            params["steps"] *= room // block
+        kind = "ragged" if len(set(lengths)) > 1 else "sampled" if params.get("temperature") else "greedy"
+        prompts = tuple(self.ids(length) for length in lengths)
+        given: dict[str, Value] = {**params}
+        return Case(name, kind, prompts, room, 0, tuple(given.items()), fill=self.filled(room, block, fill))
+
+    def ids(self, length: int, text: int = 0) -> tuple[int, ...]:
+        """A prompt without masks."""
+        return prompt(self.program, length, text, self.chance)
+
+    def filled(self, n: int, block: int, level: str) -> tuple[int, ...]:
+        """What the answers hold: nothing; masks, a block and more, masks in between; its first and last id."""
+        ids = self.ids(n)
+        if level == "with gaps":
+            return tuple(self.mask if i < block // 2 or (i >= 3 * block and i % 3) else ids[i] for i in range(n))
+        if level == "ends given":
+            return tuple(ids[i] if i in (0, n - 1) else self.mask for i in range(n))
+        return ()
+
+    def made(self, row: Row, n: int = 0) -> Case:
+        count, pads, blocks = (int(self.drawn(row, name)) for name in ("sequences", "padding", "blocks"))
+        block = self.own or int(self.drawn(row, "block"))
+        length = max(int(self.drawn(row, "length")), pads + 1)
+        length = max(1, min(length, self.capacity - block * blocks))
+        lengths = self.shape(count, length, pads)
+        text, high = int(self.drawn(row, "text")), int(self.levels["streams"][row["streams"]][1])
+        share = self.levels["steps"][row["steps"]][0] if "steps" in row else 0
+        params = self.params(row, max(1, block // share) if share == 2 else share)
+        if row["temperature"] != "0":
+            params["temperature"] = self.drawn(row, "temperature")
+        made = self.request("", lengths, block * blocks, block, params, row["fill"])
+        told = "".join(f", {n} {v:.3g}" for n, v in made.params if isinstance(v, float | int))
+        stop = row["stop"] if row["stop"] != "none" else ""
+        return replace(
+            made, name=f"{count} of {length}, {made.n} new, {row['fill']}{told}" + (f", stop {stop}" if stop else ""),
+            kind="stop" if stop else made.kind, prompts=tuple(self.ids(size, text) for size in lengths), ends=stop,
+            seed=int(self.drawn(row, "seed")),
+            streams=tuple(self.chance.sample(range(high + 1), count)) if high else (),
+        )  # fmt: skip

@@ -148,6 +148,7 @@ def optimize(
         bool, typer.Option("--explain", help="Say where each pass applied, and where it did not and why.")
     ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not validate; the report says so.")] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Validate on several times as many requests.")] = False,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Write the rest where a pass fails (else an internal error).")
     ] = False,
@@ -197,6 +198,7 @@ def optimize(
             examples=examples,
             prompts=prompts,
             keep_going=keep_going,
+            thorough=thorough,
         )
         if dry_run:
             show_plan(command.plan(request), as_json, explain)

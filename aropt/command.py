@@ -66,6 +66,7 @@ class Request:
     examples: Path | None = None
     prompts: Path | None = None
     keep_going: bool = False
+    thorough: bool = False
 
 
 def optimize(request: Request) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def optimize(request: Request) -> dict[str, Any]:
             tries=untold(request.passes, request.dropped),
             budget=allowed,
             keep_going=request.keep_going,
+            thorough=request.thorough,
         )
         report = done.report
         if request.check and report["verify"]["status"] == "fail":

@@ -18,7 +18,7 @@ from aropt.interpreter import Values, run
 from aropt.localize import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.oracle import Mismatch, Oracle
 from aropt.program import Program, calls
-from aropt.validate import TOLERANCE, Outcome
+from aropt.validate import TOLERANCE
 from aropt.validate_canvas import Forced, Step, Trace
 
 
@@ -50,12 +50,12 @@ class Compared(Forced):
     """The reference's control on the candidate's canvases; stops at the first value that differs."""
 
     def __init__(self, oracle: Oracle, steps: list[Step], case: Case, kept: list[Round], place: int) -> None:
-        super().__init__(oracle, steps, Outcome(case))
+        super().__init__(oracle, steps)
         self.kept, self.place, self.batch = kept, place, len(case.prompts)
         self.found: dict[str, Any] | None = None
 
     def forward(self, inputs: Values) -> Values:
-        number, graph = self.round, self.oracle.program.graphs[self.oracle.model.graph]
+        number, graph = self.committed, self.oracle.program.graphs[self.oracle.model.graph]
         theirs: dict[fx.Node, Any] = {}
         weights = {w: self.oracle.program.weights[w] for w in graph.weights()}
         node_values(graph, [inputs[n] for n in graph.inputs], weights, theirs)

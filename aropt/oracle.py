@@ -6,14 +6,17 @@ passes are validated against the same reference.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from aropt import ops
-from aropt.cases import Case
+from aropt.cases import Case, Requests, requests
 from aropt.interpreter import Eager, Values, run
 from aropt.passbase import loops
 from aropt.program import Program, calls, dict_root
@@ -23,6 +26,7 @@ from aropt.units import flat, ids_of, rows, rows_for, window
 NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
 EPS = torch.finfo(torch.float32).eps
 KEPT = 2**28  # bytes of logits
+AT_ONCE = 2**22  # logits of one forward for several prompts
 
 
 class Mismatch(Exception):
@@ -44,18 +48,29 @@ class Reply:
     logits: Tensor | None = None
     floor: float = 0.0
 
+    @property
+    def size(self) -> int:
+        return 0 if self.logits is None else self.logits.nbytes
+
 
 class Oracle:
     """The reference: its forward in fp32 and fp64, its rule, and what it answered."""
 
-    def __init__(self, reference: Program) -> None:
-        self.program = reference
+    def __init__(self, reference: Program, seed: int = 0, thorough: bool = False) -> None:
+        self.program, self.seed, self.thorough = reference, seed, thorough
         self.eager = Eager(reference)
         found = [c for c in calls(loops(reference.control)[0].body) if "ids" in c.reads]
         self.model, self.branches = found[0], len(found)
         self.known: dict[Any, Any] = {}
         self.kept = 0  # bytes
+        self.ahead: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # logits that will be asked for next
+        self.answers: dict[Case, list[list[int]]] = {}  # without stop ids, as programs that passed gave them
         self.double: fx.GraphModule | None = None
+
+    @functools.cached_property
+    def requests(self) -> Requests:
+        """What programs are compared with it on."""
+        return requests(self.program, self.seed, self.thorough)
 
     @property
     def exact(self) -> fx.GraphModule:
@@ -71,8 +86,31 @@ class Oracle:
 
     def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] in fp32 and in fp64."""
+        key = tuple(ids.flatten().tolist())
+        if key in self.ahead:
+            return self.ahead.pop(key)
         single, double = self.forward({"ids": ids})
         return single["logits"], double["logits"]
+
+    def look_ahead(self, case: Case, tokens: list[list[int]]) -> None:
+        """Runs the forward once for all prompts of a case that are new, the shorter ones padded after their ends."""
+        self.ahead.clear()
+        known, vocab = self.known, int(self.program.meta["vocab"])
+        right = [i for i, ids in enumerate(tokens) if ids and 0 <= min(ids) <= max(ids) < vocab]
+        fresh = [i for i in right if (*case.row(i), tuple(tokens[i])) not in known]
+        names, found = ("prompt", "negative")[: self.branches], []
+        for i in fresh:
+            inputs = case.inputs(self.program, [i])
+            found += [forced(self, inputs[n], tokens[i]) for n in names]
+        longest = max((ids.shape[1] for ids in found), default=0)
+        if len(found) < 2 or len(found) * longest * vocab > AT_ONCE:
+            return
+        inner = (0, 0) * (found[0].dim() - 2)  # a window's ids
+        joined = torch.cat([functional.pad(ids, (*inner, 0, longest - ids.shape[1])) for ids in found])
+        single, double = self.forward({"ids": joined})
+        for i, ids in enumerate(found):
+            part = single["logits"][i : i + 1, : ids.shape[1]], double["logits"][i : i + 1, : ids.shape[1]]
+            self.ahead[tuple(ids.flatten().tolist())] = part
 
     def forward(self, inputs: Values, state: Values | None = None) -> tuple[Values, Values]:
         """The forward's results in fp32, and in fp64 from the fp64 values of its state (otherwise from fp32's)."""
@@ -82,29 +120,32 @@ class Oracle:
             double = self.exact(*[v.double() if v.is_floating_point() else v for v in wide])
             return self.eager.call(self.model.graph, inputs), dict(zip(graph.outputs, double, strict=True))
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, kept by `key` while there is room for it: `size` bytes."""
+        if key in self.known:
+            return self.known[key]
+        made = make()
+        if self.kept + made.size <= KEPT:
+            self.kept += made.size
+            self.known[key] = made
+        return made
+
     def reply(self, case: Case, i: int, tokens: list[int]) -> Reply:
         """What the reference makes of prompt `i` and these tokens."""
-        key = (*case.row(i), tuple(tokens))
-        if key in self.known:
-            found: Reply = self.known[key]
-            return found
-        made = answer(self, case, i, tokens)
-        size = 0 if made.logits is None else made.logits.nbytes
-        if self.kept + size <= KEPT:
-            self.kept += size
-            self.known[key] = made
+        made: Reply = self.once((*case.row(i), tuple(tokens)), lambda: answer(self, case, i, tokens))
         return made
 
 
 class Oracles:
     """The oracle of the latest reference, so that what it answered after one pass is known after the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0, thorough: bool = False) -> None:
+        self.seed, self.thorough = seed, thorough
         self.latest: Oracle | None = None
 
     def of(self, reference: Program) -> Oracle:
         if self.latest is None or self.latest.program is not reference:
-            self.latest = Oracle(reference)
+            self.latest = Oracle(reference, self.seed, self.thorough)
         return self.latest
 
 
@@ -127,6 +168,15 @@ def answer(oracle: Oracle, case: Case, i: int, tokens: list[int]) -> Reply:
     return Reply("", forced.decided, rules, read, chosen, noise_floor(single, double))
 
 
+def forced(oracle: Oracle, ids: Tensor, tokens: list[int]) -> Tensor:
+    """Prompts [B, P, (W)] and the tokens after them, but for the last row, which is not read."""
+    meta = oracle.program.meta
+    rows = max(rows_for(meta, len(tokens)) - 1, 0)
+    given = torch.tensor(tokens[: ids_of(meta, rows)], dtype=torch.int64).reshape(rows, *window(meta))
+    joined = torch.cat([ids, given.expand(ids.shape[0], *given.shape)], 1)
+    return joined[:, : ids.shape[1] + rows - (not tokens)]
+
+
 class Forced:
     """Runs the reference's control on the candidate's tokens: one full forward; the rule decides, but is overruled."""
 
@@ -138,15 +188,12 @@ class Forced:
         self.rules: list[tuple[str, Values]] = []
 
     def call(self, graph: str, inputs: Values) -> Values:
-        tokens, meta = self.tokens, self.oracle.program.meta
+        tokens = self.tokens
         if graph == self.oracle.model.graph:
             ids, branch = inputs["ids"], self.asked % self.oracle.branches
             self.asked += 1
             if branch == len(self.forwards):
-                rows = max(rows_for(meta, len(tokens)) - 1, 0)  # the last one is not read
-                given = torch.tensor(tokens[: ids_of(meta, rows)], dtype=torch.int64).reshape(rows, *window(meta))
-                forced = torch.cat([ids, given.expand(ids.shape[0], *given.shape)], 1)
-                self.forwards.append(self.oracle.logits(forced[:, : ids.shape[1] + rows - (not tokens)]))
+                self.forwards.append(self.oracle.logits(forced(self.oracle, ids, tokens)))
             single = self.forwards[branch][0]
             if ids.shape[1] > single.shape[1]:
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
@@ -159,7 +206,7 @@ class Forced:
             if step >= len(tokens):
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
             theirs = tokens[step : step + len(own)]
-            return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(meta))}
+            return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(self.oracle.program.meta))}
         return results
 
     def read(self, step: int) -> int:

@@ -14,6 +14,7 @@ from aropt.errors import AroptError, UsageError
 from aropt.oracle import Oracle, Oracles
 from aropt.passbase import Pass, Result, Skips
 from aropt.program import Entry, If, Program, calls
+from aropt.slices import after_pass
 from aropt.validate import Verdict, cases, validate, with_probe
 
 PASSES = {
@@ -192,7 +193,7 @@ def attempt(
     result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
     if result.level == "retrained":  # what follows is held to the new model
         changed = changed.replace(reference=changed)
-    return changed, check(oracles.of(changed.reference or reference), changed, result, instruments)
+    return changed, check(oracles.of(changed.reference or reference), program, changed, result, instruments)
 
 
 def failure(one: Pass, program: Program, problem: str) -> AroptError:
@@ -205,8 +206,8 @@ def failure(one: Pass, program: Program, problem: str) -> AroptError:
     )
 
 
-def check(oracle: Oracle, changed: Program, result: Result, instruments: Instruments) -> str:
-    """What is wrong with the changed program, or nothing."""
+def check(oracle: Oracle, before: Program, changed: Program, result: Result, instruments: Instruments) -> str:
+    """What is wrong with the program that a pass changed, or nothing."""
     from aropt.verifier import verify
 
     try:
@@ -216,7 +217,8 @@ def check(oracle: Oracle, changed: Program, result: Result, instruments: Instrum
     if not instruments.check:
         return ""
     instruments.say(f"{result.name}: check")
-    verdict = validate(oracle, with_probe(changed), chosen=cases(oracle.program, quick=True))
+    chosen = after_pass(oracle.requests, before, changed, len(before.ledger))
+    verdict = validate(oracle, with_probe(changed), chosen=chosen)
     result.verify = verdict.metrics()
     return "" if verdict.passed else describe(verdict)
 
@@ -247,12 +249,14 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
     tries = [given, *(r for r in REFRESHES if not given or r < given)]
     if refreshes:
-        result.reason = check(oracles.of(program), at_refresh(one, 1).run(program), result, instruments)
+        result.reason = check(oracles.of(program), program, at_refresh(one, 1).run(program), result, instruments)
     for refresh in [] if result.reason else tries:
         changed = (at_refresh(one, refresh) if refreshes else one).run(program)
         instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        result.reason = check(oracles.of(changed), changed, result, instruments)  # batches against sequences alone
+        result.reason = check(
+            oracles.of(changed), program, changed, result, instruments
+        )  # batches against sequences alone
         if result.reason:
             break
         drift = measure(program, with_probe(changed), known=known)

@@ -101,8 +101,20 @@ class Divergence(Strict):
     repro: str = ""  # a line of Python that shows it
 
 
+class Coverage(Strict):
+    """What the cases vary in: levels of each factor, pairs of levels that can meet and do, why others can't: pairs."""
+
+    factors: dict[str, list[str]]
+    requests: NonNegativeInt
+    pairs: NonNegativeInt
+    covered: NonNegativeInt
+    excluded: dict[str, PositiveInt] = {}
+    seed: int = 0
+
+
 class Verification(Strict):
     status: Literal["pass", "fail"]
+    coverage: Coverage | None = None
     metrics: dict[str, Number] = {}
     cases: list[Case] = []
     diverges: Divergence | None = None

@@ -10,8 +10,8 @@ is reported.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from aropt.oracle import Mismatch, Oracle, Reply
 from aropt.program import Call, Program, calls
 from aropt.runtime import slots
 from aropt.shrink import shrink
+from aropt.slices import whole
+from aropt.stops import with_stops
 from aropt.units import flat, ids_of, rows_for
 
 __all__ = [
@@ -61,6 +63,7 @@ class Verdict:
 
     outcomes: list[Outcome] = field(default_factory=list)
     diverges: dict[str, Any] | None = None
+    coverage: dict[str, Any] | None = None  # of the requests, see `Requests.coverage`
 
     @property
     def passed(self) -> bool:
@@ -88,7 +91,8 @@ def validate(
     """
     oracle = reference if isinstance(reference, Oracle) else Oracle(reference)
     executor, verdict = executor or Eager(candidate), Verdict()
-    for case in with_stops(chosen if chosen is not None else cases(oracle.program), verdict):
+    given, vocab = whole(oracle.requests, candidate) if chosen is None else chosen, int(oracle.program.meta["vocab"])
+    for case in with_stops(given, verdict, oracle.answers, vocab):
         progress(case.name)
         outcome = compare(oracle, candidate, executor, case)
         verdict.outcomes.append(outcome)
@@ -110,25 +114,6 @@ def fails(oracle: Oracle, candidate: Program, executor: Executor, case: Case) ->
         return not compare(oracle, candidate, executor, case).passed
     except UsageError:
         return False
-
-
-def with_stops(chosen: Sequence[Case], verdict: Verdict) -> Iterator[Case]:
-    """The cases, and some again with stop tokens that do occur: the third token of one row, another's second; of a
-    sequence alone the fourth."""
-    yield from chosen
-    for kind, sampled in (("stop token", False), ("stop token, sampled", True)):
-        found = [
-            o
-            for o in verdict.outcomes
-            if o.case.kind == "ragged" and o.case.n > 3 and ("temperature" in dict(o.case.params)) is sampled
-        ]
-        if found:
-            case, rows = found[0].case, found[0].generated
-            stop = [row[at] for row, at in zip(rows, (2, 1), strict=False) if len(row) > at]
-            yield replace(case, name=kind, kind="stop", stop=tuple(stop))
-    alone = next((o for o in verdict.outcomes if o.case.name == "one token" and len(o.generated[0]) > 4), None)
-    if alone is not None:  # within what a round that writes several ids would write
-        yield replace(alone.case, name="stop token, alone", kind="stop", stop=(alone.generated[0][3],))
 
 
 class Trace:
@@ -185,6 +170,7 @@ def compare_rows(oracle: Oracle, candidate: Program, executor: Executor, outcome
     case = outcome.case
     trace = Trace(candidate, case, executor)
     outcome.generated = trace.tokens
+    oracle.look_ahead(case, trace.tokens)
     for i in range(len(case.prompts)):
         outcome.tokens += len(trace.tokens[i])
         problem = compare_row(oracle, trace, i, outcome)

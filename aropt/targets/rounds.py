@@ -20,8 +20,9 @@ from aropt.interpreter import Values
 from aropt.passbase import loops, own_sizes, reads
 from aropt.program import Call, Control, If, Loop, Program, Seq
 from aropt.runtime import room
+from aropt.stops import with_stops
 from aropt.units import ids_of
-from aropt.validate import Outcome, Verdict, with_stops
+from aropt.validate import Outcome, Verdict
 
 ROUNDS = 4  # a call, of which each round then pays a quarter
 LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it
@@ -98,7 +99,7 @@ def build(program: Program, stepping: Any) -> dict[str, Path]:
 def compare(program: Program, stepping: Any, several: Any) -> dict[str, Any]:
     """Whether two executors generate the same. Raises VerificationFailed if a token differs."""
     verdict, tokens = Verdict(), 0
-    for case in with_stops([*lengths(program), *cases(program)], verdict):
+    for case in with_stops([*lengths(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
         want, got = (generated(program, executor, case) for executor in (stepping, several))
         tokens += sum(map(len, want))
         verdict.outcomes.append(Outcome(case, generated=want))

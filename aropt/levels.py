@@ -1,0 +1,104 @@
+"""What requests to a loop over positions vary in: factors, and the ranges that count as their levels.
+
+A level is named as it is reported; the first of each factor is the usual one. Ranges are of ints or floats, ends
+included, and what is drawn from one begins with its ends, where faults are most likely.
+"""
+
+from __future__ import annotations
+
+from aropt.design import Row
+from aropt.program import Program
+from aropt.rules import PROCESSORS
+from aropt.units import window
+
+Range = tuple[float, float]
+Levels = dict[str, dict[str, Range]]
+LONGEST = 2048  # rows of a prompt; more would take minutes
+LONG = 200  # rows from which on a batch is kept small
+SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5)}
+LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 62), (63, 65), (66, LONG))  # caches grow in blocks of 64 slots
+PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-24": (9, 24)}
+NEW: dict[str, Range] = {"3-8": (3, 8), "1": (1, 1), "9-15": (9, 15)}
+TEXT: dict[str, Range] = {"random": (0, 0), "repeating": (1, 1), "one id": (2, 2)}
+STOP: dict[str, Range] = {"none": (0, 0), "met by some": (1, 1), "the third": (2, 2)}
+SEED: dict[str, Range] = {"small": (0, 2**20), "31-40 bits": (2**31, 2**40), "62 bits": (2**61, 2**62 - 1)}
+STREAMS: dict[str, Range] = {"in order": (0, 0), "shuffled": (0, 99), "31-40 bits": (2**31, 2**40)}
+NEGATIVE: dict[str, Range] = {"null class": (0, 0), "given": (1, 1)}
+PARAMETERS: dict[str, dict[str, Range]] = {
+    "temperature": {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)},
+    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-8": (4, 8), "9-64": (9, 64)},
+    "top_p": {"off": (1, 1), "0.1-0.4": (0.1, 0.4), "0.5-0.9": (0.5, 0.9), "0.93-0.99": (0.93, 0.99)},
+    "min_p": {"off": (0, 0), "0.01-0.1": (0.01, 0.1), "0.2-0.6": (0.2, 0.6)},
+    "repetition_penalty": {"off": (1, 1), "1.02-1.1": (1.02, 1.1), "1.3-5": (1.3, 5.0), "0.1-0.7": (0.1, 0.7)},
+    "bias": {"off": (0, 0), "pattern": (1, 1)},
+    "guidance": {"off": (1, 1), "1.05-1.6": (1.05, 1.6), "2-5": (2.0, 5.0)},
+    "guidance_from": {"0": (0, 0), "1-2": (1, 2)},
+    "guidance_to": {"always": (2**62, 2**62), "2-4": (2, 4)},
+}
+CHEAP = ("sequences", "padding", "new", "blocks", "block", "stop", "steps")  # where nothing is gained: the usual
+# What changes little is drawn at a low temperature, which magnifies it; what cuts off unlikely tokens at a high one.
+SLIGHT = {"repetition_penalty": "1.02-1.1", "guidance": "1.05-1.6"}
+
+
+def levels(program: Program) -> Levels:
+    """The factors of a program and their levels."""
+    capacity, vocab = min(int(program.meta["capacity"]), LONGEST), int(program.meta["vocab"])
+    found = {
+        "sequences": SEQUENCES, "length": lengths(capacity), "padding": PADDING, "new": NEW, "text": TEXT,
+        "stop": STOP, "seed": SEED, "streams": STREAMS,
+    }  # fmt: skip
+    if "negative" in program.inputs and program.meta.get("null") is not None and not window(program.meta):
+        found["negative"] = NEGATIVE
+    for name, ranges in PARAMETERS.items():
+        if name in program.inputs and not (name == "guidance" and program.meta.get("guidance_free")):
+            found[name] = {k: r for k, r in ranges.items() if name != "top_k" or r[0] <= vocab}
+    return found
+
+
+def lengths(capacity: int) -> dict[str, Range]:
+    """Lengths of prompts up to the capacity; its last rows are a level of their own."""
+    last = max(1, capacity - 3)
+    found = {f"{low}-{min(high, last - 1)}": (low, min(high, last - 1)) for low, high in LENGTHS if low < last}
+    return {**found, f"{last}-{capacity}": (last, capacity)}
+
+
+def drawing() -> set[str]:
+    """Factors that only matter where ids are drawn."""
+    return {n for p in PROCESSORS.values() if p.draws for n in p.params if n != "temperature"} | {"seed", "streams"}
+
+
+def excluded(found: Levels, capacity: int, one: tuple[str, str], other: tuple[str, str]) -> str:
+    """Why two levels can't meet in a request, "" if they can."""
+    row = dict([one, other])
+    low, high = ({name: found[name][level][end] for name, level in row.items()} for end in (0, 1))
+    if row.get("temperature") == "0" and any(n in drawing() and row[n] != first(found, n) for n in row):
+        return "greedy generation draws nothing"
+    if high.get("sequences", 2) == 1 and low.get("padding", 0):
+        return "a sequence alone has no padding"
+    if high.get("length", capacity) <= low.get("padding", 0):
+        return "a prompt is longer than its padding"
+    if low.get("length", 1) + low.get("new", 1) - 1 > capacity:
+        return "the capacity leaves no room"
+    if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
+        return "long prompts are kept to small batches, for time"
+    if high.get("new", 2) == 1 and low.get("stop", 0):
+        return "one token ends anyway"
+    return ""
+
+
+def first(found: Levels, name: str) -> str:
+    """A factor's usual level."""
+    return next(iter(found[name]))
+
+
+def varied(found: Levels) -> list[tuple[str, Row]]:
+    """Each level of a parameter that changes what is picked, by itself, in several sequences: its name, and the row."""
+    usual = {name: first(found, name) for name in found}
+    length = list(found["length"])[min(1, len(found["length"]) - 1)]
+    rows = []
+    for name in [n for n in PARAMETERS if n in found and n not in ("temperature", "guidance_from", "guidance_to")]:
+        for level in list(found[name])[1:]:
+            slight = SLIGHT.get(name) == level
+            shape = {"sequences": "4-5", "length": length, "padding": "1-4", "temperature": "1.5-2.5"}
+            rows.append((name, {**usual, **shape, **({"temperature": "0.2-0.7"} if slight else {}), name: level}))
+    return rows
