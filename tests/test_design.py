@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from aropt import cli
-from aropt.cases import Requests
+from aropt.cases import Requests, requests
 from aropt.design import cover
 from aropt.exporters import onnx
+from aropt.given import check
+from aropt.runtime import room
 from aropt.slices import after_pass, touched
 from tests.mutants import optimized, reference
 from tests.test_cli import MODEL
+from tests.test_unmask import capture, tiny
 
 FACTORS = {"a": ("0", "1", "2"), "b": ("0", "1"), "c": ("0", "1", "2", "3"), "d": ("0", "1", "2")}
 
@@ -65,6 +68,24 @@ def test_requests_reach_what_constants_never_did(base: str) -> None:
         assert max(values["top_k"]) > 8
     else:
         assert any(1 < float(p) < 1.2 for p in values["repetition_penalty"])
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_requests_on_canvases(block: int) -> None:
+    program = capture(tiny(block))
+    found = requests(program).everything(False)
+    assert any(len(c.prompts) > 3 for c in found)
+    assert block or any(int(dict(c.params)["block"]) > 8 for c in found)
+    assert any(c.ends and len(c.prompts) > 3 for c in found)
+    for case in found:
+        fill = [case.fill] * len(case.prompts) if case.fill else None
+        most = min(room(program, p) for p in case.prompts)
+        check(program, case.prompts, case.n, most, dict(case.params), None, fill)
+        case.inputs(program, range(len(case.prompts)))
+        assert int(program.meta["mask"]) not in {t for p in case.prompts for t in p}
+    whole = requests(program, thorough=True)
+    assert whole.design.covered == whole.design.pairs
+    assert len(whole.pairs) > 3 * len(requests(program).pairs)
 
 
 def test_after_a_pass_requests_vary_what_it_can_have_changed() -> None:
