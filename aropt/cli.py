@@ -363,7 +363,7 @@ def export(
     """Write an artifact's graphs as ONNX files with a loop.json that says how to run them, or all as one model."""
     from aropt import generation
 
-    folder = folder or out.resolve().parent / f"{out.resolve().name}-{to}"
+    folder = folder or generation.beside(out, f"-{to}")
     with Progress() as progress:
         written = generation.export(out, to, folder, force, progress, whole_loop, ort)
     if as_json:

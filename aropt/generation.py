@@ -32,7 +32,7 @@ def run(
     """Generates with an artifact: {tokens, text or image, prompts}. `force` overwrites whatever is at `image`."""
     program = artifact.load(out, target)
     if program.meta["modality"] == "image":
-        path = image or picture_of(out)
+        path = image or beside(out, ".png")
         pictures.check_free(path, force)
         return run_images(program, n or 10, prompts, params, seed, path, grid, force)
     if grid or image:
@@ -52,9 +52,10 @@ def run(
     return result
 
 
-def picture_of(out: Path) -> Path:
-    """The picture beside an artifact, which may be given as `.`."""
-    return (out if out.name not in ("", "..") else out.resolve()).parent / f"{out.resolve().name}.png"
+def beside(out: Path, ending: str) -> Path:
+    """The artifact's name with an ending, beside it; it may be given as `.`."""
+    named = out if out.name not in ("", "..") else out.resolve()
+    return named.with_name(named.name + ending)
 
 
 def run_images(

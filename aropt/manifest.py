@@ -58,13 +58,16 @@ def foreign(folder: Path) -> str:
     return ""
 
 
-def contents(folder: Path, under: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+def contents(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """All that a folder holds, by its relative name; links are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield under + entry.name, entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from contents(folder / entry.name, f"{under}{entry.name}/")
+    waiting = [""]
+    while waiting:
+        under = waiting.pop()
+        with os.scandir(folder / under) as entries:
+            for entry in entries:
+                yield under + entry.name, entry
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{under}{entry.name}/")
 
 
 def proven(folder: Path) -> dict[str, str] | None:
@@ -107,9 +110,10 @@ def remove(folder: Path) -> None:
     """Removes a folder that is wholly aropt's, and no other: file by file, its manifest last."""
     if not os.path.lexists(folder) or foreign(folder):
         return
-    names = [(name, entry.is_dir(follow_symlinks=False)) for name, entry in contents(folder) if name != MANIFEST]
-    with contextlib.suppress(OSError):  # what can't be removed stays; a file that came meanwhile keeps its folder
-        for name in [name for name, is_folder in names if not is_folder]:
+    known = set(proven(folder) or ()) - {MANIFEST}
+    names = [(name, entry.is_dir(follow_symlinks=False)) for name, entry in contents(folder)]
+    with contextlib.suppress(OSError):  # what can't be removed stays, and so does what came meanwhile
+        for name in [name for name, is_folder in names if not is_folder and name in known]:
             (folder / name).unlink()
         for name in sorted((name for name, is_folder in names if is_folder), key=len, reverse=True):
             (folder / name).rmdir()

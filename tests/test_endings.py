@@ -16,7 +16,7 @@ from PIL import Image
 
 import aropt as package
 from aropt import artifact, peers
-from aropt.generation import picture_of
+from aropt.generation import beside
 from aropt.manifest import foreign
 from aropt.program import Program
 from aropt.scratch import Scratch, sweep_scratch
@@ -79,7 +79,7 @@ def test_its_readme_is_right(
         assert done.returncode == 0, done.stderr
         if name == "ids" and command.startswith("run"):
             assert len(done.stdout.split()) == int(command.split()[-1]) and f"{command.split()[-1]} new tokens" in text
-    assert picture_of(Path()) == tmp_path / "elsewhere.png"
+    assert beside(Path(), ".png") == tmp_path / "elsewhere.png" and beside(Path("a/b"), "-onnx") == Path("a/b-onnx")
     assert (tmp_path / "elsewhere.png").is_file() == (name == "picture")
     call = re.search(r"aropt\.load.*", text)
     count = re.search(r"for (\d+) new ones", text)

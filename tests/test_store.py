@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aropt import interrupts, store
+from aropt import interrupts, manifest, store
 from aropt.errors import UsageError
 from aropt.manifest import foreign, remove, write_manifest
 
@@ -211,6 +211,32 @@ def test_a_look_for_leftovers_is_in_nobodys_way(tmp_path: Path) -> None:
     assert seen == [[".out.aropt-lock"]] and os.listdir(tmp_path) == ["out"]
 
 
+def test_what_comes_while_it_is_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, look = make(tmp_path / "out"), manifest.foreign
+
+    def then(folder: Path) -> str:
+        why = look(folder)
+        (folder / "models" / "thesis.txt").write_text("years of work")
+        return why
+
+    monkeypatch.setattr(manifest, "foreign", then)
+    remove(out)
+    assert holds(out)["models/thesis.txt"] == "years of work" and "models/step/model.onnx" not in holds(out)
+
+
+@pytest.mark.exhaustive
+def test_folders_as_deep_as_they_can_be(tmp_path: Path) -> None:
+    deep = [tmp_path / "out" / "/".join("x" * (n + 1)) for n in range(1500)]
+    make(tmp_path / "out")
+    for folder in deep:
+        folder.mkdir()
+    try:
+        assert foreign(tmp_path / "out")
+    finally:
+        for folder in reversed(deep):
+            folder.rmdir()
+
+
 @pytest.mark.parametrize("sealed", [False, True])
 def test_what_is_left_beside_others_goes_too(tmp_path: Path, sealed: bool) -> None:
     """What is not finished wholly; what is, where its manifest proves it: it may be what was replaced."""
@@ -348,8 +374,8 @@ def test_no_manifest_makes_a_stranger_ours(tmp_path: Path, said: object, path: s
     (tmp_path / "keep.txt").write_text("outside")
     (folder / "keep.txt").write_text("inside")
     base = {"tool": {"name": "aropt"}, "schema_version": 1, "files": [{"path": path, "sha256": "0" * 64}]}
-    for manifest in (said, base | {"files": said}, base, base | {"schema_version": said}):
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+    for made in (said, base | {"files": said}, base, base | {"schema_version": said}):
+        (folder / "manifest.json").write_text(json.dumps(made))
         remove(folder)
         assert holds(tmp_path).keys() == {"keep.txt", "out/keep.txt", "out/manifest.json"}
 
