@@ -17,6 +17,7 @@ from aropt.errors import UsageError
 from aropt.facts import LONGEST, UNKNOWN, Source, check_capacity, facts, said, too_long
 from aropt.huggingface import TOKENIZER, huggingface
 from aropt.pt2 import most
+from aropt.pt2_data import vetted
 from aropt.trace import quiet
 
 
@@ -35,7 +36,7 @@ def resolve(
     if ".py:" in model:
         return factory(model, capacity)
     if path.suffix == ".pt2" and path.is_file():
-        return exported(path, capacity)
+        return exported(path, capacity, trust_remote_code)
     raise no_model(model)
 
 
@@ -127,11 +128,12 @@ def importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def exported(path: Path, capacity: int | None) -> Source:
-    """A program saved by torch.export.save, its sequence length dynamic."""
+def exported(path: Path, capacity: int | None, trusted: bool = False) -> Source:
+    """A program saved by torch.export.save, its sequence length dynamic; of data alone, unless it is trusted."""
+    given = path if trusted else vetted(path)
     try:
         with quiet():
-            program = torch.export.load(path)
+            program = torch.export.load(given)
     except Exception as error:  # zip, JSON and pickle errors, by what is damaged
         raise UsageError(
             what="the .pt2 file can't be loaded",
