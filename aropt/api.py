@@ -14,10 +14,12 @@ from torch import nn
 
 from aropt import __version__, excluded
 from aropt.compute import owned
+from aropt.defaults import followed_rules, unfollowed, with_defaults
 from aropt.drift import Drift
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
 from aropt.facts import Source, facts
+from aropt.given import check_parameters
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
 from aropt.loops import autoregressive
@@ -25,7 +27,6 @@ from aropt.oracle import Oracles
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.program import Program
-from aropt.rules import DEFAULT
 from aropt.slices import whole
 from aropt.sources import resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
@@ -80,7 +81,12 @@ def capture(
             why="this loop writes one token after the other",
             hint="leave it out, or choose --loop unmask",
         )
-    return autoregressive(graph, weights, source.meta, DEFAULT if rules is None else tuple(rules))
+    program = autoregressive(
+        graph, weights, source.meta, followed_rules(source.meta) if rules is None else tuple(rules)
+    )
+    program = program.replace(meta=program.meta | unfollowed(program.meta, program.inputs))
+    check_parameters(program, with_defaults(program.meta, {}, None, False)[0])
+    return program
 
 
 def given(model: nn.Module, capacity: int | None) -> Source:

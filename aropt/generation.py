@@ -42,10 +42,7 @@ def run(
         )  # fmt: skip
     coder = tokenizer(out)
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
-    known = range(int(program.meta["vocab"]))
-    ends = list(stop) if stop is not None else [t for t in program.meta.get("eos", []) if t in known]
-    most = max(1, min(200, min(room(program, p) for p in ids)))
-    tokens = program.generate(ids, n if n is not None else most, seed=seed, stop=ends, **params)
+    tokens = program.generate(ids, n, seed=seed, stop=stop, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
         result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]

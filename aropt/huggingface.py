@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aropt.defaults import read_defaults
 from aropt.directory import check, check_class, read_json, without_config, without_weights
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.facts import Source, facts, too_long
@@ -49,11 +50,11 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     left_out = [*account(path, module, held, info), *unread(path, files), *unknown(module.config, config)]
     left_out += others(module.config)
     meta = {"name": path.resolve().name, "source": str(path), **facts(module, capacity), "modality": "text"}
-    meta["left_out"] = left_out
+    own, notes = read_defaults(path, module.config, int(meta["vocab"]))
+    meta |= own | {"left_out": left_out + notes}
+    if masked:
+        meta["defaults"] = {}  # these are of texts that are written one token after the other
     beside = [path / name for name in TOKENIZER if (path / name).is_file()]
-    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-    ends = generation.get("eos_token_id")
-    meta["eos"] = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not (path / "tokenizer.json").is_file():
         meta["modality"] = "tokens"
     if masked:

@@ -99,6 +99,8 @@ def program_inputs(
             inputs[name] = replace(given, spec=Spec(given.spec.dtype, dims))
     if "top_k" in inputs:
         inputs["top_k"] = replace(inputs["top_k"], maximum=vocab)
+    for name in {"suppress_tokens", "begin_suppress_tokens"} & set(inputs):
+        inputs[name] = replace(inputs[name], maximum=vocab - 1)
     if free and guided:
         inputs["guidance"] = replace(inputs["guidance"], default=1.0)
     return inputs

@@ -23,8 +23,8 @@ from aropt.torch_compat import dim_text
 WIDTH = 120
 # other entries of `meta` are about files and examples
 META = (
-    "modality", "vocab", "input_vocab", "capacity", "null", "unit", "single", "eos", "loop", "mask", "block", "rules",
-    "ragged", "masks",
+    "modality", "vocab", "input_vocab", "capacity", "null", "unit", "single", "eos", "defaults", "loop", "mask",
+    "block", "rules", "ragged", "masks",
 )  # fmt: skip
 SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",

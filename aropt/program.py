@@ -159,7 +159,8 @@ class Input:
         except (TypeError, ValueError, RuntimeError):
             return f"it takes numbers, not {type(value).__name__}"
         dims = [d for d in self.spec.dims if isinstance(d, int)]
-        if given.dim() and list(given.shape) != dims:
+        several = len(dims) < len(self.spec.dims)  # a list of any length
+        if given.dim() and (given.dim() != len(self.spec.dims) or (not several and list(given.shape) != dims)):
             return f"it takes {dims or 'one number'}, not {list(given.shape)}"
         if given.isnan().any() or (given.isinf().any() and not dims):
             return "it is not a finite number"
@@ -203,7 +204,7 @@ class Program:
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
 
-    def generate(self, prompts: Any, n: int, **options: Any) -> list[list[int]]:
+    def generate(self, prompts: Any, n: int | None = None, **options: Any) -> list[list[int]]:
         """Up to `n` new token ids for each prompt; see `aropt.runtime.generate` for the options."""
         from aropt.runtime import generate
 

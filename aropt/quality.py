@@ -38,7 +38,7 @@ def measure(program: Program, executor: Executor | None = None) -> tuple[float, 
                 [mask if i in h else t for i, t in enumerate(e["answer"])] for e, h in zip(some, hidden, strict=True)
             ]
             prompts = [e["prompt"] for e in some]
-            found = generate(program, prompts, n, fill=fill, executor=executor or Eager(program))
+            found = generate(program, prompts, n, fill=fill, executor=executor or Eager(program), plain=True)
             for example, answer, rows in zip(some, found, hidden, strict=True):
                 right += sum(answer[i] == example["answer"][i] for i in rows)
                 total += len(rows)

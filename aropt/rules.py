@@ -1,7 +1,8 @@
 """Rules: what happens between the logits and the next token, as small tensor functions that are captured like a model.
 
-Order: guidance, repetition penalty, bias, temperature, top-k, top-p, min-p, draw. A rule holds no state and no random
-generator: noise is the op `aropt::noise`, a function of seed, sequence and position, so that every target draws alike.
+Order: guidance, repetition penalty, bias, suppressed ids, temperature, top-k, top-p, min-p, draw. A rule holds no state
+and no random generator: noise is the op `aropt::noise`, a function of seed, sequence and position, so that every target
+draws alike.
 """
 
 from __future__ import annotations
@@ -58,6 +59,28 @@ def repetition_penalty(logits: Tensor, repetition_penalty: Tensor, seen: Tensor)
 def bias(logits: Tensor, bias: Tensor) -> Tensor:
     """Adds bias [V]."""
     return logits + bias
+
+
+def blocked(logits: Tensor, ids: Tensor) -> Tensor:
+    """0 for each id of the vocabulary, -inf for those of `ids` (negative ones are none): float32 [V]."""
+    vocab = logits.shape[-1]
+    places = torch.where(ids < 0, vocab, ids)
+    return torch.zeros(vocab + 1).scatter(0, places, -torch.inf)[:vocab]
+
+
+def suppress_tokens(logits: Tensor, suppress_tokens: Tensor) -> Tensor:
+    """Never writes these ids."""
+    return logits + blocked(logits, suppress_tokens)
+
+
+def begin_suppress_tokens(logits: Tensor, begin_suppress_tokens: Tensor, count: Tensor) -> Tensor:
+    """Does not begin with these ids."""
+    return torch.where(count == 0, logits + blocked(logits, begin_suppress_tokens), logits)
+
+
+def min_new_tokens(logits: Tensor, min_new_tokens: Tensor, count: Tensor, stop: Tensor) -> Tensor:
+    """Writes no stop id before there are so many new tokens."""
+    return torch.where(count < min_new_tokens, logits + blocked(logits, stop), logits)
 
 
 def temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -118,6 +141,23 @@ PROCESSORS: dict[str, Processor] = {
         ("seen",),
     ),
     "bias": Processor({"bias": Input(Spec(F32, ("V",)), 0.0, "added to the logits, one value a token")}, bias, False),
+    "suppress-tokens": Processor(
+        {"suppress_tokens": Input(Spec(I64, ("X",)), -1, "ids that are never written; -1 is none", -1)},
+        suppress_tokens,
+        False,
+    ),
+    "begin-suppress-tokens": Processor(
+        {"begin_suppress_tokens": Input(Spec(I64, ("Y",)), -1, "ids that don't begin an answer; -1 is none", -1)},
+        begin_suppress_tokens,
+        False,
+        ("count",),
+    ),
+    "min-new-tokens": Processor(
+        {"min_new_tokens": scalar(I64, 0, "new tokens before a stop id may be written; 0 is off", 0)},
+        min_new_tokens,
+        False,
+        ("count", "stop"),
+    ),
     "temperature": Processor({"temperature": scalar(F32, 0.0, "0 is greedy", 0)}, temperature),
     "top-k": Processor({"top_k": scalar(I64, 0, "0 is off", 0)}, top_k),
     "top-p": Processor({"top_p": scalar(F32, 1.0, "1 is off", 0, 1)}, top_p),
@@ -164,6 +204,8 @@ def rule(
             inputs["seen"] = Spec(BOOL, ("B", vocab))
         if "count" in processor.reads:
             inputs["count"] = Spec(I64)
+        if "stop" in processor.reads:
+            inputs["stop"] = Spec(I64, ("K",))
     if sampled:
         inputs |= {"seed": Spec(I64), "streams": Spec(I64, ("B",)), "position": Spec(I64, ("B",))}
 

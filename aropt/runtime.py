@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aropt.defaults import usual_length, with_defaults
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.given import check, id_list, id_lists, integer
 from aropt.interpreter import Executor, OnRound, Values, run
@@ -21,21 +22,23 @@ from aropt.units import flat, ids_of, rows, rows_for
 def generate(
     program: Program,
     prompts: Any,
-    n: int,
+    n: int | None = None,
     *,
     seed: int = 0,
-    stop: Any = (),
+    stop: Any = None,
     negative: Any = None,
     fill: Any = None,
     streams: Any = None,
     executor: Executor | None = None,
     on_round: OnRound | None = None,
+    plain: bool = False,
     **params: Any,
 ) -> list[list[int]]:
     """Up to `n` new token ids for each prompt (the stop token included).
 
     Ids are lists, arrays or tensors; a flat one is one prompt, and `stop` may be one id.
-    `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0.
+    `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0. What is
+    left out, `n` and `stop` too, is as the model's own defaults say (see aropt.defaults), unless `plain` is set.
     `steps` of a program that unmasks: its rounds in all, the same number for each block; of a model with blocks of
     its own, the rounds of each block, as their papers count (how many blocks there are differs by prompt).
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,
@@ -43,8 +46,13 @@ def generate(
     index). `fill`: what the answers of a program that unmasks hold already, `n` ids each, the mask id elsewhere.
     Raises UsageError for a bad prompt or parameter.
     """
-    prompts, n, seed = id_lists(prompts, "prompt"), integer(n, "n"), integer(seed, "seed")
-    stop = () if stop is None else id_list(stop, "stop", int(program.meta["vocab"]))
+    params, stop = with_defaults(program.meta, params, stop, plain)
+    prompts, seed, stop = (
+        id_lists(prompts, "prompt"),
+        integer(seed, "seed"),
+        id_list(stop, "stop", int(program.meta["vocab"])),
+    )
+    n = default_tokens(program, prompts) if n is None else integer(n, "n")
     negative = None if negative is None else id_lists(negative, "negative")
     fill = None if fill is None else id_lists(fill, "fill")
     streams = None if streams is None else id_list(streams, "streams")
@@ -145,6 +153,12 @@ def room(program: Program, prompt: Sequence[int]) -> int:
     """The most new tokens after a prompt: the last row of a loop over positions is never read."""
     left = int(program.meta["capacity"]) - len(rows(program.meta, prompt)) + (program.meta.get("loop") != "unmask")
     return ids_of(program.meta, left)
+
+
+def default_tokens(program: Program, prompts: Sequence[Sequence[int]]) -> int:
+    """New tokens where a request gives no number: as the model's defaults say, up to where the longest prompt fits."""
+    longest = max(map(len, prompts), default=0)
+    return usual_length(program.meta, longest, min((room(program, p) for p in prompts), default=1))
 
 
 def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
@@ -279,7 +293,9 @@ def default(given: Input) -> Tensor:
 def parameter(given: Input, value: Any) -> Tensor:
     """A sampling parameter as a tensor of the declared type."""
     tensor = torch.as_tensor(value, dtype=given.spec.dtype)
-    dims = [d for d in given.spec.dims if isinstance(d, int)]
+    if not tensor.numel():  # no ids: as if the parameter was left out
+        return default(given)
+    dims = [d if isinstance(d, int) else 1 for d in given.spec.dims]
     return tensor.expand(dims).contiguous() if dims and tensor.dim() == 0 else tensor
 
 

@@ -184,6 +184,6 @@ def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: boo
             time.sleep(PAUSE)
             start = time.perf_counter()
             for prompt, given in zip(prompts, options, strict=True):
-                program.generate([prompt], n, **given)
+                program.generate([prompt], n, plain=True, **given)
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: statistics.median(times[1:]) for way, times in runs.items()}

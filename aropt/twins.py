@@ -63,6 +63,6 @@ def timed(programs: dict[int, Program], runs: int) -> dict[int, list[float]]:
         for window, program in programs.items():
             prompt = program.meta["prompts"][0]
             start = time.perf_counter()
-            program.generate([prompt], room(program, prompt), temperature=1.0, seed=run)
+            program.generate([prompt], room(program, prompt), temperature=1.0, seed=run, plain=True)
             times[window] += [(time.perf_counter() - start) * 1e3] if run else []
     return times

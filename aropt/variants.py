@@ -80,7 +80,7 @@ def stepping(program: Any, spec: Spec) -> Generate:
             stamps.append(time.perf_counter())
             return False  # only the first round is of interest, and watching the others would slow them down
 
-        tokens = program.generate([spec.prompt], spec.n, on_round=stamp, temperature=spec.temperature)
+        tokens = program.generate([spec.prompt], spec.n, on_round=stamp, temperature=spec.temperature, stop=())
         return tokens[0], (stamps[0] - start) * 1e3
 
     return generate
@@ -99,11 +99,11 @@ def several_rounds(program: Any, spec: Spec) -> Generate:
 
         start = time.perf_counter()
         with suppress(Enough):
-            program.generate([spec.prompt], spec.n, on_round=stop, temperature=spec.temperature)
+            program.generate([spec.prompt], spec.n, on_round=stop, temperature=spec.temperature, stop=())
         return (time.perf_counter() - start) * 1e3
 
     def generated() -> list[list[int]]:
-        found: list[list[int]] = program.generate([spec.prompt], spec.n, temperature=spec.temperature)
+        found: list[list[int]] = program.generate([spec.prompt], spec.n, temperature=spec.temperature, stop=())
         return found
 
     def generate() -> tuple[list[int], float, float]:
@@ -121,7 +121,7 @@ def one_call(program: Any, spec: Spec) -> Generate:
 
     def timed(n: int) -> tuple[list[int], float]:
         start = time.perf_counter()
-        tokens = program.generate([spec.prompt], n, temperature=spec.temperature)
+        tokens = program.generate([spec.prompt], n, temperature=spec.temperature, stop=())
         return tokens[0], (time.perf_counter() - start) * 1e3
 
     def generate() -> tuple[list[int], float, float]:

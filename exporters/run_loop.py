@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aropt.defaults import with_defaults
 from aropt.errors import MissingTool, VerificationFailed
 from aropt.interpreter import Values
 from aropt.ort_threads import options, share
@@ -52,13 +53,15 @@ def generate(
     n: int,
     *,
     seed: int = 0,
-    stop: Sequence[int] = (),
+    stop: Sequence[int] | None = None,
     negative: Sequence[Sequence[int]] | None = None,
     fill: Sequence[Sequence[int]] | None = None,
     chunk: int | None = None,
+    plain: bool = False,
     **params: Any,
 ) -> list[list[int]]:
     """The tokens, as `aropt.runtime.generate` returns them, in the same batches; `chunk`: rounds of one call."""
+    params, stop = with_defaults(program.meta, params, stop, plain)
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):
         negatives, fills = (None if rows is None else [rows[i] for i in group] for rows in (negative, fill))
@@ -102,10 +105,10 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
     for prompts in ([start], [start, back], [start, second]):
         for choice in choices:
             params = {**choice, "negative": [p[::-1] for p in prompts]} if needs_negative else choice
-            want = program.generate(prompts, n, **params)
+            want = program.generate(prompts, n, plain=True, **params)
             for chunk in (None, ROUNDS + 1):
                 cases, tokens = cases + 1, tokens + sum(map(len, want))
-                if generate(made, program, prompts, n, chunk=chunk, **params) != want:
+                if generate(made, program, prompts, n, chunk=chunk, plain=True, **params) != want:
                     raise VerificationFailed(
                         what="the exported loop generates other tokens than its program",
                         where=str(path),

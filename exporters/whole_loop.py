@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from aropt import ops
+from aropt.defaults import exported_defaults
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
@@ -80,6 +81,7 @@ class Writer:
         sizes = {n: sum(program.weights[w].nbytes for w in g.weights()) for n, g in program.graphs.items()}
         # ONNX Runtime packs weights only where they are the node's own graph's, or of the one around it
         self.own = sum(sizes[call.graph] for call in calls(program.control)) <= PACKED
+        self.usual = exported_defaults(program.meta)
         self.graph = ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
 
     # --- small pieces ------------------------------------------------------------------------------------------------
@@ -389,11 +391,13 @@ class Writer:
         """A graph input; with a default it is an initializer too, so that a caller may leave it out."""
         value = self.typed(name, spec, shaped=True)
         self.graph.inputs.append(value)
-        if name == "stop":
-            default = -1
+        default = self.usual.get(name, default)
         if default is not None:
-            dims = [d if isinstance(d, int) else int(name == "stop") for d in spec.dims]
-            value.const_value = self.ir.tensor(torch.full(dims, default, dtype=spec.dtype).numpy(), name=name)
+            state = name.startswith("state.")
+            dims = [d if isinstance(d, int) else 0 if state else 1 for d in spec.dims]
+            fill = torch.as_tensor(default, dtype=spec.dtype)
+            fill = fill if fill.dim() else fill.expand(dims).contiguous()
+            value.const_value = self.ir.tensor(fill.numpy(), name=name)
             self.graph.initializers[name] = value
         return value
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -234,3 +235,117 @@ def test_shards(llama: Path) -> None:
     (llama / "a.safetensors").write_bytes(b"\x10\x00\x00")
     shutil.copy(llama / "a.safetensors", llama / "b.safetensors")
     assert "damaged" in refusal(llama, UsageError)
+
+
+PROMPT = [3, 1, 4]
+
+
+def both(path: Path, n: int | None = 12) -> tuple[list[int], list[int]]:
+    """New tokens of the program with its own defaults, and of transformers' generate()."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    ids, more = torch.tensor([PROMPT]), {} if n is None else {"max_new_tokens": n}
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **more)
+    return aropt.capture(str(path)).generate([PROMPT], n)[0], want[0, len(PROMPT) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def written(base: Path) -> list[int]:
+    """What the model writes without any defaults."""
+    return list(aropt.capture(str(base)).generate([PROMPT], 12)[0])
+
+
+FOLLOWED: dict[str, Callable[[list[int]], dict[str, Any]]] = {
+    "an end": lambda w: {"eos_token_id": w[3]},
+    "ends": lambda w: {"eos_token_id": [0, w[5], w[4]]},
+    "a penalty": lambda w: {"repetition_penalty": 1.8},
+    "suppressed": lambda w: {"suppress_tokens": [w[0], w[4], 999]},
+    "suppressed first": lambda w: {"begin_suppress_tokens": [w[0]]},
+    "a word of one id": lambda w: {"bad_words_ids": [[w[1]]], "suppress_tokens": [w[2]]},
+    "a least length": lambda w: {"eos_token_id": w[1], "min_new_tokens": 7},
+    "all": lambda w: {"eos_token_id": w[1], "min_new_tokens": 3, "suppress_tokens": w[:1], "repetition_penalty": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_defaults_are_those_of_transformers(case: str, llama: Path, written: list[int]) -> None:
+    said(llama, "generation_config.json", **FOLLOWED[case](written))
+    got, want = both(llama)
+    assert got == want != written
+
+
+@pytest.mark.parametrize("length", [{"max_new_tokens": 5}, {"max_length": 9}])
+def test_how_long_a_text_gets(length: dict[str, int], llama: Path) -> None:
+    said(llama, "generation_config.json", **length)
+    got, want = both(llama, None)
+    assert got == want and len(got) in (5, 6)
+
+
+def test_config_json_says_it_where_nothing_else_does(llama: Path, written: list[int]) -> None:
+    """And is not asked where generation_config.json is there, as in transformers."""
+    (llama / "generation_config.json").unlink()
+    said(llama, eos_token_id=written[2])
+    got, want = both(llama)
+    assert got == want == written[:3]
+    said(llama, "generation_config.json", bos_token_id=1)
+    got, want = both(llama)
+    assert got == want == written
+
+
+def test_a_request_goes_before_the_defaults(llama: Path, written: list[int]) -> None:
+    said(llama, "generation_config.json", eos_token_id=written[2], repetition_penalty=1.8, do_sample=True, top_p=0.5)
+    program = aropt.capture(str(llama))
+    assert program.meta["defaults"] == {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.8}
+    neutral: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1}
+    assert program.generate([PROMPT], 12, **neutral)[0] == written[:3]
+    assert program.generate([PROMPT], 12, stop=(), **neutral)[0] == written
+    assert program.generate([PROMPT], 12, plain=True)[0] == written
+    given: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.8}
+    want = program.generate([PROMPT], 12, plain=True, stop=[written[2]], **given)
+    assert program.generate([PROMPT], 12) == want
+
+
+def test_what_no_rule_follows_is_told(llama: Path) -> None:
+    said(llama, "generation_config.json", no_repeat_ngram_size=3, repetition_penalty=1.8, num_beams=1, typical_p=1.0)
+    program = aropt.capture(str(llama), rules=["temperature"])
+    notes = program.meta["left_out"]
+    assert [note for note in notes if "no_repeat_ngram_size 3, which no rule follows" in note]
+    assert [note for note in notes if "chosen rules don't follow: repetition_penalty 1.8" in note]
+    assert not [note for note in notes if "num_beams" in note or "typical_p" in note]
+
+
+def test_a_broken_generation_config_is_refused(llama: Path) -> None:
+    (llama / "generation_config.json").write_text("{")
+    assert "generation_config.json" in refusal(llama, UsageError)
+    (llama / "generation_config.json").write_text('{"repetition_penalty": 0.0, "do_sample": true}')
+    with pytest.raises(UsageError):
+        aropt.capture(str(llama))
+
+
+def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int], tmp_path: Path) -> None:
+    """Where its caller gives only what has none: prompt, lengths, limit, streams."""
+    from aropt.exporters.run_loop import session
+    from aropt.exporters.whole_loop import export_program
+
+    more = {"eos_token_id": [0, written[5]], "suppress_tokens": [written[0], written[1]], "min_new_tokens": 2}
+    said(llama, "generation_config.json", **more, repetition_penalty=1.1)
+    program = aropt.capture(str(llama))
+    export_program(program, tmp_path / "model.onnx")
+    feeds = {"prompt": [PROMPT], "lengths": [3], "limit": 12, "streams": [0]}
+    out = session(tmp_path / "model.onnx").run(["generated"], {n: np.array(v) for n, v in feeds.items()})[0]
+    assert [t for t in out[0].tolist() if t >= 0] == program.generate([PROMPT], 12)[0] == both(llama)[1]
+
+
+def test_defaults_stay_in_the_artifact_and_on_the_command_line(
+    llama: Path, written: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from aropt.generation import run
+
+    said(llama, "generation_config.json", eos_token_id=written[5], suppress_tokens=written[:1], max_new_tokens=9)
+    program = aropt.optimize(aropt.capture(str(llama)), "eager", check=False)
+    program.save(str(tmp_path / "out"))
+    want = both(llama, None)[1]
+    assert program.generate([PROMPT]) == aropt.load(str(tmp_path / "out")).generate([PROMPT]) == [want]
+    ran = run(tmp_path / "out", ["3 1 4"], None, {}, 0, None, None, None)
+    assert ran["tokens"] == [want] and len(want) <= 9

@@ -129,7 +129,13 @@ def generated(program: Program, executor: Any, case: Case) -> list[list[int]]:
     if case.negative:
         options["negative"] = case.negative
     return program.generate(
-        [list(p) for p in case.prompts], case.n, seed=case.seed, stop=case.stop, executor=executor, **options
+        [list(p) for p in case.prompts],
+        case.n,
+        seed=case.seed,
+        stop=case.stop,
+        executor=executor,
+        plain=True,
+        **options,
     )
 
 

@@ -121,7 +121,7 @@ def timed(
         for way, executor in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
-            program.generate(prompts, n, executor=executor, **params)
+            program.generate(prompts, n, executor=executor, plain=True, **params)
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: float(np.quantile(times[1:], 0.25)) for way, times in runs.items()}
 
