@@ -24,6 +24,7 @@ from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.program import Program, calls
 from aropt.runtime import fitted, room
 from aropt.sources import resolve
+from aropt.texts import decoder
 from aropt.twins import curve
 from aropt.units import rows, rows_for
 
@@ -89,6 +90,8 @@ def optimize(request: Request) -> dict[str, Any]:
     )
     failed: list[dict[str, Any]] = []
     with store.staged(request.out, request.force, inputs(request)) as folder:
+        if source.texts is not None:
+            source.texts.save(folder)
         done = optimize_program(
             program,
             request.target,
@@ -154,9 +157,9 @@ def find(request: Request) -> Source:
     given = {"mask": request.mask, "block": request.block, "shift": request.shift}
     source.meta |= {name: value for name, value in given.items() if value is not None}
     if request.examples is not None:
-        source.meta["examples"] = quality.read(request.examples, *quality.texts(tokenizer(source.files)))
+        source.meta["examples"] = quality.read(request.examples, *quality.texts(source.texts))
     if request.prompts is not None:
-        source.meta["prompts"] = prompts(request.prompts, quality.texts(tokenizer(source.files))[0])
+        source.meta["prompts"] = prompts(request.prompts, quality.texts(source.texts)[0])
     return source
 
 
@@ -345,24 +348,8 @@ def shown(tokens: list[int], prompt: list[int], program: Program, source: Source
     if program.meta["modality"] == "image":
         return pictures.pixels(tokens, program.meta).tolist()
     if program.meta["modality"] == "text":
-        return decoder(source.files)([*prompt, *tokens])
+        return decoder(source.texts)([*prompt, *tokens])
     return " ".join(map(str, [*prompt, *tokens]))
-
-
-def decoder(files: Sequence[Path]) -> Callable[[list[int]], str]:
-    """Text of token ids, by the tokenizer that lies beside the model; ids where there is none."""
-    coder = tokenizer(files)
-    return (lambda ids: " ".join(map(str, ids))) if coder is None else lambda ids: str(coder.decode(ids))
-
-
-def tokenizer(files: Sequence[Path]) -> Any:
-    """The tokenizer of a tokenizer.json, or None."""
-    file = next((f for f in files if f.name == "tokenizer.json"), None)
-    if file is None:
-        return None
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(file))
 
 
 def run_bisect(request: Request) -> str | None:

@@ -59,7 +59,7 @@ def read_defaults(path: Path, config: Any, vocab: int) -> tuple[dict[str, Any], 
     notes = [f"generation_config.json says {name} {value}, which no rule follows." for name, value in other.items()]
     told = [f"{name} {value}" for name, value in found.items()]
     notes += [f"Defaults of the model's own generation_config: {', '.join(told)}."] if told else []
-    return {"eos": ids_of_ends(said.eos_token_id), "defaults": found}, notes
+    return {"eos": ids_of_ends(said.eos_token_id), "bos": said.bos_token_id, "defaults": found}, notes
 
 
 def parameters_of(said: Any, usual: Mapping[str, Any], other: dict[str, Any], vocab: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from aropt.faithful import check
 from aropt.forwards import HINT, Forward
 from aropt.program import Graph
 from aropt.pt2 import capture_exported
+from aropt.texts import Texts
 from aropt.trace import capture_model, export_failure
 from aropt.units import window
 
@@ -32,7 +33,8 @@ class Source:
 
     module: nn.Module
     meta: dict[str, Any]
-    files: list[Path] = field(default_factory=list)  # tokenizer and configuration, copied into the artifact
+    files: list[Path] = field(default_factory=list)  # configuration, copied into the artifact
+    texts: Texts | None = None  # its tokenizer, saved in the artifact
     exported: Any = None  # the ExportedProgram of a .pt2
 
     def captured(self) -> tuple[Graph, dict[str, Tensor]]:
@@ -49,6 +51,7 @@ class Source:
 def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     """Vocabulary and capacity of a model: what it says of itself, else what a short run shows.
 
+    Where it has no prompts, generation begins with the id that config says a text does.
     A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
     of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures);
     `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate).
@@ -64,7 +67,9 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
         raise too_long(capacity, longest)
     vocab = logits_size(module)
     known = getattr(module, "input_vocab", None) or getattr(config, "vocab_size", None) or vocab
-    prompts = getattr(module, "prompts", None) or [[min(1, int(known) - 1)]]
+    begin = getattr(config, "bos_token_id", None)
+    begin = begin if type(begin) is int and 0 <= begin < int(known) else min(1, int(known) - 1)
+    prompts = getattr(module, "prompts", None) or [[begin]]
     found: dict[str, Any] = {
         "vocab": vocab,
         "input_vocab": int(known),

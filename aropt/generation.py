@@ -14,6 +14,7 @@ from aropt.errors import UsageError
 from aropt.manifest import listing
 from aropt.program import Program
 from aropt.runtime import fitted, room
+from aropt.texts import read_texts
 from aropt.units import rows
 
 
@@ -87,14 +88,12 @@ def encode(text: str, program: Program, coder: Any) -> list[int]:
             why="this artifact has no tokenizer",
             hint="give token ids: --prompt '1 2 3'",
         )
-    return list(coder.encode(text).ids)
+    return list(coder.encode(text))
 
 
 def tokenizer(out: Path) -> Any:
     """The tokenizer in the artifact, or None."""
-    from aropt.command import tokenizer as read
-
-    return read(list(out.glob("tokenizer.json")))
+    return read_texts(out)
 
 
 def text(result: dict[str, Any]) -> str:

@@ -13,17 +13,9 @@ from aropt.directory import check, check_class, read_json, without_config, witho
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.facts import Source, facts, too_long
 from aropt.stored import account, read_files, stored, unread
+from aropt.texts import Texts, model_tokenizer
 
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-    "config.json",
-)
+COPIED = ("generation_config.json", "config.json")
 GENERAL = {"_name_or_path", "auto_map", "model_type", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -54,12 +46,15 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     meta |= own | {"left_out": left_out + notes}
     if masked:
         meta["defaults"] = {}  # these are of texts that are written one token after the other
-    beside = [path / name for name in TOKENIZER if (path / name).is_file()]
-    if not (path / "tokenizer.json").is_file():
+    beside = [path / name for name in COPIED if (path / name).is_file()]
+    texts, why = model_tokenizer(path, trust_remote_code)
+    left_out += [f"Prompts are token ids: {why}."] if why else []
+    if texts is None:
         meta["modality"] = "tokens"
+    meta["prompts"] = first_prompts(module, meta, texts)
     if masked:
-        meta |= {"mask": mask_id(path, module), "capacity": checked(module, int(meta["capacity"]), capacity)}
-    return Source(module.eval().requires_grad_(False), meta, beside)
+        meta |= {"mask": mask_id(module, texts), "capacity": checked(module, int(meta["capacity"]), capacity)}
+    return Source(module.eval().requires_grad_(False), meta, beside, texts)
 
 
 def configuration(path: Path, trusted: bool, masked: bool) -> Any:
@@ -180,14 +175,27 @@ def refusal(module: nn.Module, token: int, length: int) -> str:
     return ""
 
 
-def mask_id(path: Path, module: nn.Module) -> int | None:
+def mask_id(module: nn.Module, texts: Texts | None) -> int | None:
     """The id of the mask token: what config.json says, else the tokenizer's."""
     known = getattr(module.config, "mask_token_id", None)
-    if known is None and (path / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        known = AutoTokenizer.from_pretrained(path, local_files_only=True).mask_token_id
+    if known is None and texts is not None:
+        known = getattr(texts.whole, "mask_token_id", None)
     return None if known is None else int(known)
+
+
+def first_prompts(module: nn.Module, meta: dict[str, Any], texts: Texts | None) -> list[list[int]]:
+    """The prompts that a module has, else the id that its texts begin with: its generation config's, its config's, its
+    tokenizer's; of a model without one that which parts texts, their end.
+    """
+    if getattr(module, "prompts", None):
+        return list(meta["prompts"])
+    config: Any = module.config
+    config = config.get_text_config()
+    whole = None if texts is None else texts.whole
+    known = [meta["bos"], getattr(config, "bos_token_id", None)]
+    known += [getattr(whole, name, None) for name in ("bos_token_id", "cls_token_id")]
+    usable = [i for i in (*known, *meta["eos"][:1]) if type(i) is int and 0 <= i < int(meta["input_vocab"])]
+    return [usable[:1]] if usable else list(meta["prompts"])
 
 
 def loading_error(path: Path, error: Exception, trusted: bool, masked: bool) -> Exception:

@@ -138,4 +138,4 @@ def texts(coder: Any) -> Sequence[Callable[[str], list[int]] | None]:
     """How a tokenizer encodes prompts (as `aropt run` does) and answers (without special tokens); None without one."""
     if coder is None:
         return None, None
-    return lambda t: list(coder.encode(t).ids), lambda t: list(coder.encode(t, add_special_tokens=False).ids)
+    return coder.encode, lambda t: coder.encode(t, special=False)

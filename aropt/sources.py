@@ -15,9 +15,10 @@ from torch import nn
 from aropt.directory import no_model
 from aropt.errors import UsageError
 from aropt.facts import LONGEST, UNKNOWN, Source, check_capacity, facts, said, too_long
-from aropt.huggingface import TOKENIZER, huggingface
+from aropt.huggingface import COPIED, huggingface
 from aropt.pt2 import most
 from aropt.pt2_data import vetted
+from aropt.texts import CONFIG, FAST, stored_tokenizer
 from aropt.trace import quiet
 
 
@@ -61,10 +62,10 @@ def reference(name: str, capacity: int | None) -> Source:
     meta |= said(module)
     if found.mask is not None:
         meta |= {"mask": found.mask, "block": found.block, "examples": infilling()}
-    files = [f for f in found.checkpoint.iterdir() if f.name in TOKENIZER] if found.checkpoint.is_dir() else []
-    if found.mask is not None:  # the bytes of text-ar
-        files = sorted(REFERENCES["text-ar"].checkpoint.glob("tokenizer*.json"))
-    return Source(module, meta, sorted(files))
+    home = REFERENCES["text-ar"].checkpoint if found.mask is not None else found.checkpoint  # canvases hold its bytes
+    texts = stored_tokenizer(home / FAST) if (home / FAST).is_file() else None
+    own = COPIED if home == found.checkpoint else ()
+    return Source(module, meta, [f for name in (*own, CONFIG) if (f := home / name).is_file()], texts)
 
 
 def infilling() -> list[dict[str, Any]]:
