@@ -268,7 +268,12 @@ FOLLOWED: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", FOLLOWED)
+ALONE = ("an end", "a penalty", "suppressed", "a least length")  # others have the same rule among several things
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.exhaustive] if c in ALONE else []) for c in FOLLOWED]
+)
 def test_defaults_are_those_of_transformers(case: str, llama: Path, written: list[int]) -> None:
     said(llama, "generation_config.json", **FOLLOWED[case](written))
     got, want = both(llama)
@@ -337,6 +342,7 @@ def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int],
     assert [t for t in out[0].tolist() if t >= 0] == program.generate([PROMPT], 12)[0] == both(llama)[1]
 
 
+@pytest.mark.exhaustive
 def test_defaults_stay_in_the_artifact_and_on_the_command_line(
     llama: Path, written: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
