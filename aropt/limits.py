@@ -20,7 +20,7 @@ MOST = 2**24  # elements of a value beside a tiny model: 64 MiB of float32
 TIMES = 16  # as many of a value as the weights have
 RANK = 16
 LARGE = 2**31
-LISTS = ("prompts", "eos", "rules", "examples")
+LISTS = ("prompts", "eos", "rules", "examples", "left_out")
 
 
 def most(weights: Mapping[str, Tensor], meta: Mapping[str, Any]) -> int:
@@ -47,9 +47,16 @@ def check_meta(meta: Mapping[str, Any]) -> None:
             refuse("meta.prompts", f"{str(prompt)[:40]} is no list of ids from 0 to {known - 1}")
     if not all(ids(i, LARGE) for i in meta.get("eos") or []):
         refuse("meta.eos", f"{str(meta['eos'])[:40]} are no ids")
+    own = meta.get("defaults") or {}
+    if not isinstance(own, dict) or not all(number_or_ids(v) for v in own.values()):
+        refuse("meta.defaults", f"{str(own)[:40]} are no parameters, each a number or a list of ids")
     for name, values in (("loop", (None, "positions", "unmask")), ("modality", (None, "image", "text", "tokens"))):
         if meta.get(name) not in values:
             refuse(f"meta.{name}", f"it is {str(meta[name])[:40]!r}, none of {', '.join(filter(None, values))}")
+
+
+def number_or_ids(value: Any) -> bool:
+    return type(value) in (int, float) or (isinstance(value, list) and all(ids(i, LARGE) for i in value))
 
 
 def ids(value: Any, known: int) -> bool:
