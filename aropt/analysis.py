@@ -25,6 +25,7 @@ from aropt.axes import (
     bind,
     broadcast,
     check,
+    count,
     draws,
     find,
     from_sizes,
@@ -63,7 +64,7 @@ REDUCTIONS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::max", "ate
 FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elementwise, but don't broadcast
 SOFTMAX = {"aten::softmax", "aten::_softmax"}
 SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
-HINT = "aropt needs ops that work on each position alone, or causal attention; please report the model"
+HINT = "aropt needs ops that work on each position alone, or causal attention; --no-pass kv-cache goes without a cache"
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
 BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask"
 
@@ -227,6 +228,9 @@ class Analysis:
         if not any(s in self.content and self.info[s].scores is not None for s in sources):
             return
         several = isinstance(info.axes, list)
+        if op_name(node) == "aten::slice" and not count(info.axes, "c"):
+            info.range = self.info[sources[0]].scores.seen  # type: ignore[union-attr]  # appended columns alone
+            return
         if any(not any(has(a, "c") for a in axes) for axes in (info.axes if several else [info.axes])):
             raise NotRowwise("reduces along the sequence")
         info.scores = transfer(node, {s: self.operand(node, s, info) for s in sources})
@@ -266,8 +270,9 @@ class Analysis:
         if len(left) < 2 or len(right) < 2:
             return None
         lead = broadcast([left[:-2], right[:-2]])
-        if left[-2] == ROW and right[-1] == ROW and not has(left[-1], "rcb") and not has(right[-2], "rcb"):
-            return Info((*lead, ROW, COLUMN), FRESH, role="score")
+        rows = count(left[-2:-1], "r") == 1 and not has(left[-2], "cb")  # of one head, or of several that share keys
+        if rows and right[-1] == ROW and not has(left[-1], "rcb") and not has(right[-2], "rcb"):
+            return Info((*lead, left[-2], COLUMN), FRESH, role="score")
         if left[-1] == COLUMN and right[-2] == ROW and not has(right[-1], "rcb"):
             weights, info = self.info[first].scores, Info((*lead, left[-2], right[-1]), role="mix")
             if self.canvas and weights is not None and weights.hidden is None:

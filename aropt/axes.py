@@ -271,10 +271,7 @@ def expand(x: Args, dims: Dims) -> Axes:
 
 def repeat(x: Args, dims: Dims) -> Axes:
     axes = ((),) * (len(dims) - len(x["self"])) + x["self"]
-    for axis, times in zip(axes, x["repeats"], strict=True):
-        if times != 1:
-            only_plain(axis, "repeats")
-    return tuple(plain(d) if n != 1 else a for a, d, n in zip(axes, dims, x["repeats"], strict=True))
+    return tuple(merged([(".", n), *a]) if n != 1 else a for a, n in zip(axes, x["repeats"], strict=True))
 
 
 def repeat_interleave(x: Args, dims: Dims) -> Axes:
@@ -287,6 +284,10 @@ def slice_(x: Args, dims: Dims) -> Axes:
     axis = x["self"][i]
     if len(axis) == 1 and axis[0][0] == "c" and axis[0][1] and x["start"] in (0, None) and dims[i] == "T":
         return replaced(x["self"], i, COLUMN)  # drops the appended columns again
+    if len(axis) == 1 and axis[0][0] == "c" and axis[0][1] == -(x["start"] or 0) == dims[i]:
+        return replaced(x["self"], i, plain(dims[i]))  # takes them alone
+    if has(axis, "rc"):
+        raise NotRowwise("slices along the sequence (as a token shift does, which takes recurrent state)")
     only_plain(axis, "slices")
     return replaced(x["self"], i, plain(dims[i]))
 
@@ -392,6 +393,31 @@ def matmul(x: Args, dims: Dims) -> Axes:
     rows = (left[-2],) if len(left) > 1 else ()
     columns = (right[-1],) if len(right) > 1 else ()
     return (*lead, *rows, *columns)
+
+
+def pointwise_convolution(x: Args, dims: Dims) -> Axes:
+    """conv1d, conv2d with a kernel of one element: a product over the channels, such as heads that talk."""
+    fixed((*x["weight"], *(x.get("bias") or ())), "has weights that depend on the tokens")
+    if any(axis for axis in x["weight"][2:]):
+        raise NotRowwise("moves rows along the sequence (a token shift or convolution), which takes recurrent state")
+    steps = (*x["stride"], *x["dilation"], x["groups"]), x["padding"]
+    if any(n != 1 for n in steps[0]) or any(n != 0 for n in steps[1]) or len(x["input"]) != len(x["weight"]):
+        raise NotRowwise("is a convolution with a stride, groups or padding")
+    only_plain(x["input"][1], "convolves")
+    return replaced(x["input"], 1, plain(dims[1]))
+
+
+def shifts(x: Args, dims: Dims) -> Axes:
+    """Ops that move rows; along other axes they are fine."""
+    if isinstance(x.get("pad"), list):
+        moved = [len(x["self"]) - 1 - i // 2 for i, n in enumerate(x["pad"]) if n]
+    else:
+        moved = [positive(d, len(x["self"])) for d in x["dims"]] if x["dims"] else list(range(len(x["self"])))
+    for i in moved:
+        if has(x["self"][i], "rc"):
+            raise NotRowwise("moves rows along the sequence (a token shift), which takes recurrent state")
+        only_plain(x["self"][i], "pads")
+    return tuple(plain(d) if i in moved else axis for i, (axis, d) in enumerate(zip(x["self"], dims, strict=True)))
 
 
 def addmm(x: Args, dims: Dims) -> Axes:
@@ -508,6 +534,8 @@ RULES: dict[str, Rule] = {
     "aten::where": pointwise, "aten::maximum": pointwise, "aten::minimum": pointwise, "aten::zeros_like": same,
     "aten::ones_like": same, "aten::full_like": same, "aten::fill": same, "aropt::token_shuffle": token_shuffle,
     "aropt::token_unshuffle": token_unshuffle, "aropt::linear_int8": linear_int8,
+    "aten::conv1d": pointwise_convolution, "aten::conv2d": pointwise_convolution, "aten::constant_pad_nd": shifts,
+    "aten::pad": shifts, "aten::roll": shifts,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ CORNERS = {
     "aten::exp", "aten::sigmoid", "aten::relu", "aten::clamp", "aten::clamp_min", "aten::clamp_max", "aten::neg",
     "aten::softplus", "aten::_to_copy", "aten::to", "aten::clone", "aten::dropout", "aten::type_as",
 }  # fmt: skip
+MIXES = {"aten::conv2d", "aten::linear", "aten::matmul"}  # sums over heads, of scores in their first argument
 CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
 LAYOUT = {
     "aten::unsqueeze", "aten::squeeze", "aten::permute", "aten::transpose", "aten::t", "aten::view", "aten::reshape",
@@ -182,6 +183,8 @@ def evaluate(node: fx.Node, ranges: dict[fx.Node, Range]) -> Range:
         low, high = ranges[condition]
         taken = [range_of(v, ranges) for v, used in ((yes, high > 0), (no, low < 1)) if used]
         return joined(taken)
+    if name in MIXES and x.get("bias") is None and ranges[tensor_inputs(node)[0]] == (0.0, 0.0):
+        return 0.0, 0.0  # of all heads, as ranges are
     if name not in CORNERS:
         return ANY
     tensors = list(dict.fromkeys(tensor_inputs(node)))

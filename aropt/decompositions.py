@@ -56,4 +56,7 @@ def einsum(equation: str, operands: list[Tensor], *, path: Any = None) -> Tensor
     return product.permute([[*shared, *left, *right].index(c) for c in result])
 
 
-TABLE: dict[Any, Callable[..., Any]] = {aten.baddbmm.default: baddbmm, aten.einsum.default: einsum}
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.baddbmm.default: baddbmm,
+    aten.einsum.default: einsum,
+}

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from aropt.errors import Unsupported, UsageError
+from aropt.exporting import export_failure
 from aropt.faithful import check
 from aropt.forwards import HINT, Forward
 from aropt.program import Graph
 from aropt.pt2 import capture_exported
 from aropt.texts import Texts
-from aropt.trace import capture_model, export_failure
+from aropt.trace import capture_model
 from aropt.units import window
 
 SAID = (
@@ -24,7 +25,10 @@ SAID = (
 )  # fmt: skip
 LONGEST = 2048  # default capacity where the model takes more
 UNKNOWN = 512  # and where it does not say
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity")
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "capacity",
+    "max_target_positions",
+)  # fmt: skip
 
 
 @dataclass

@@ -37,11 +37,7 @@ class Found:
 
 def normalize_attention(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[Graph, int]:
     """The graph with written-out attention as SDPA where that is the same function, and how many were rewritten."""
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph.fx, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
+    copy = copied(graph.fx)
     content = content_nodes(copy, propagate(copy, graph.inputs, weights))
     count = 0
     for node in list(copy.nodes):
@@ -52,20 +48,33 @@ def normalize_attention(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[Gr
     return build(graph.name, copy, dict(graph.inputs), list(graph.outputs), weights), count
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """The same graph, to be changed."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return copy
+
+
 def rewrite(graph: fx.Graph, product: fx.Node, content: set[fx.Node], weights: Mapping[str, Tensor]) -> bool:
     """Replaces the product by SDPA if it ends a written-out attention."""
     probabilities, values = product.args
     softmax = through(probabilities)
     if op_name(softmax) not in SOFTMAX or bind(softmax)["dim"] not in (-1, rank(softmax) - 1):
         return False
-    scores, found = through(softmax.args[0]), Found()
+    scores, found, steps = through(softmax.args[0]), Found(), []
     while op_name(scores) not in PRODUCTS:
+        steps.append(scores)
         step = peel(scores, found, content, weights)
         if step is None:
             return False
         scores, found = through(step[0]), step[1]
     operands: tuple[Any, ...] = scores.args
     query, keys = operands
+    if len(scores.users) > 1 or any(len(n.users) > 1 for n in steps):
+        return False  # the scores are used otherwise too, and SDPA keeps them to itself
     if not fits(query, keys, values, found):
         return False
     with graph.inserting_before(product):

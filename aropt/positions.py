@@ -25,6 +25,7 @@ SHAPE_ONLY = {
 }  # fmt: skip
 LIKE = {"aten::zeros_like", "aten::ones_like", "aten::full_like"}
 EMPTY = {"aten::empty", "aten::new_empty"}  # any values will do
+UNSTEADY = "use a fixed scaling; no cache is exact when the past is re-scaled"
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
@@ -171,9 +172,12 @@ class Positions:
         """
         if (node, axes) in self.tables:
             return self.tables[node, axes]
-        full = self.split(self.value(node, self.capacity), axes, self.capacity, 1)
-        for length in sorted({min(n, self.capacity) for n in (1, 5, 12, self.capacity - 1) if n > 0}):
-            self.check_stable(node, full, self.split(self.value(node, length, 2), axes, length, 2), axes)
+        full = self.steady(node, axes, self.capacity)
+        if full is None:
+            most = self.longest(node, axes)
+            why = "a position value changes with the total length (such as dynamic rotary scaling)"
+            hint = f"it is steady up to {most} tokens: use --capacity {most} or less" if most > 1 else UNSTEADY
+            raise refusal(node, why, hint)
         keys = [key for names in factor_keys(axes) for key in names]
         kept = [i for i, key in enumerate(keys) if key != "b" and not constant_along(full, i)]
         for i in reversed(range(full.dim())):
@@ -191,19 +195,33 @@ class Positions:
             sizes += full if whole else [1 if kind == "b" else n for (kind, _), n in zip(axis, full)]
         return value.reshape(sizes)
 
-    @staticmethod
-    def check_stable(node: fx.Node, full: Tensor, short: Tensor, axes: Axes) -> None:
-        """Raises Unsupported unless `short` is a prefix of `full` and the same for each sequence."""
-        expected = full
-        for i, (kind, n) in enumerate([f for axis in axes for f in axis]):
-            if kind in "rc" and n == 0:
-                expected = expected.narrow(i, 0, short.shape[i])
-            elif kind != "." and kind != "b":
-                raise refusal(node, "a position value has appended columns", "please report the model")
-        same_size = torch.broadcast_shapes(expected.shape, short.shape) == short.shape
-        if not same_size or not close(expected, short):
-            raise refusal(node, "a position value changes with the total length (such as dynamic rotary scaling)",
-                          "use a fixed scaling; no cache is exact when the past is re-scaled")  # fmt: skip
+    def steady(self, node: fx.Node, axes: Axes, length: int) -> Tensor | None:
+        """The value for so many tokens, one dim a factor of the axes; None unless those of fewer are parts of it."""
+        full = self.split(self.value(node, length), axes, length, 1)
+        for n in sorted({min(n, length) for n in (1, 5, 12, length - 1) if n > 0}):
+            if not begins(node, full, self.split(self.value(node, n, 2), axes, n, 2), axes):
+                return None
+        return full
+
+    def longest(self, node: fx.Node, axes: Axes) -> int:
+        """The most tokens for which the value is steady."""
+        low, high = 1, self.capacity
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.steady(node, axes, middle) is None else (middle, high)
+        return low
+
+
+def begins(node: fx.Node, full: Tensor, short: Tensor, axes: Axes) -> bool:
+    """Whether the value for fewer tokens is a prefix of the full one, and the same for each sequence."""
+    expected = full
+    for i, (kind, n) in enumerate([f for axis in axes for f in axis]):
+        if kind in "rc" and n == 0:
+            expected = expected.narrow(i, 0, short.shape[i])
+        elif kind != "." and kind != "b":
+            raise refusal(node, "a position value has appended columns", "please report the model")
+    same_size = torch.broadcast_shapes(expected.shape, short.shape) == short.shape
+    return same_size and close(expected, short)
 
 
 def factor_keys(axes: Axes) -> list[list[Any]]:

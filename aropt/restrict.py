@@ -48,6 +48,7 @@ from aropt.bounds import Hide
 from aropt.errors import Unsupported
 from aropt.naming import weight_name
 from aropt.positions import Table, classify, factor_keys, is_number, refusal
+from aropt.prepare import prepared
 from aropt.program import Graph, Spec, StateSpec
 from aropt.torch_compat import build, propagate
 
@@ -88,8 +89,10 @@ def restrict(
     Raises Unsupported where an append cache would not be exact, or where an op can't be classified.
     """
     try:
-        names = propagate(graph.fx, graph.inputs, weights)
-        analysis = Analysis(graph.fx, weights, names, capacity, canvas, never)
+        traced, names = (graph.fx, propagate(graph.fx, graph.inputs, weights))
+        if not canvas:
+            traced, names = prepared(graph, weights, names, capacity, never)
+        analysis = Analysis(traced, weights, names, capacity, canvas, never)
         return Restriction(analysis, weights, last=rows == "last").result(graph.name)
     except Unsupported:
         raise
@@ -154,15 +157,23 @@ class Restriction:
 
     def find_tail(self) -> set[fx.Node]:
         """Content nodes that no attention follows: their earlier rows are not needed."""
-        before: set[fx.Node] = set()
-        for node in reversed(self.analysis.graph.nodes):
-            info = self.info.get(node)
-            if info is not None and (info.role != "row" or any(u in before for u in node.users)):
-                before.add(node)
+        before = {n for n, info in self.info.items() if info.role != "row"}
+        size = -1
+        while len(before) > size:
+            size = len(before)
+            for node in reversed(self.info):
+                inputs = [n for n in node.all_input_nodes if n in before and self.flattened(n)]
+                if inputs or any(u in before for u in node.users):
+                    before.add(node)
         for node in self.info:
             if op_name(node) == "getitem" and node.args[0] in before:
                 before.add(node)
         return {n for n in self.info if n not in before and n.op != "placeholder"}
+
+    def flattened(self, node: fx.Node) -> bool:
+        """Whether rows are part of a wider axis, so that the last one can't be taken."""
+        axes = self.info[node].axes
+        return isinstance(axes, tuple) and find(axes, "r") is None and count(axes, "r") > 0
 
     # --- one node --------------------------------------------------------------------------------------------------
 
@@ -200,7 +211,7 @@ class Restriction:
         if name == "aten::repeat_interleave":
             x = bind(node)
             return self.call(node.target, lookup(x["self"]), x["repeats"], x["dim"], like=node)
-        if name == "aten::slice" and (extra := self.appended(node)):
+        if name == "aten::slice" and (extra := self.appended(node)) and bind(node)["start"] != -extra:
             return self.call(node.target, lookup(node.args[0]), node.args[1], 0, -extra, like=node)  # type: ignore[arg-type]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lookup)
         return self.call(node.target, *args, like=node, **kwargs)

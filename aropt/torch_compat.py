@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -73,7 +74,7 @@ def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str,
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             try:
-                with mode, torch.no_grad():
+                with mode, torch.no_grad(), enable_python_dispatcher():  # in C++ some ops fix symbolic sizes
                     values[node] = node.target(*args, **kwargs)
             except Exception as error:  # it goes on, with the node at which it was raised
                 error.aropt_node = node  # type: ignore[attr-defined]
@@ -214,3 +215,51 @@ def lift(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, d
     for node in graph.fx.nodes:
         values[node] = placed[str(node.target)] if node.op == "get_attr" else copy.node_copy(node, lambda n: values[n])
     return fx.GraphModule({}, copy), {n: w for w, n in names.items()}
+
+
+def size_conditions(exported: Any) -> list[Any]:
+    """What torch.export assumed of the sizes of a program's one input [B, T, ...], as expressions over them."""
+    known = {s.node.expr for s in input_sizes(exported)}
+    found = []
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten._assert_scalar.default and isinstance(node.args[0], fx.Node):
+            expr = getattr(getattr(node.args[0].meta.get("val"), "node", None), "expr", None)
+            if expr is not None and expr.free_symbols and expr.free_symbols <= known:
+                found.append(expr)
+    return found
+
+
+def input_sizes(exported: Any) -> list[Any]:
+    """The symbolic sizes B and T of a program's one input."""
+    (name,) = exported.graph_signature.user_inputs
+    node = next(n for n in exported.graph.nodes if n.name == name)
+    return [s for s in node.meta["val"].shape[:2] if isinstance(s, torch.SymInt)]
+
+
+def size_at(expr: Any, exported: Any, batch: int, length: int) -> Any:
+    """The value of an expression over the sizes, or of a condition on them, for a batch and a length."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    sizes = dict(zip((s.node.expr for s in input_sizes(exported)), (batch, length), strict=True))
+    return sympy_interp(PythonReferenceAnalysis, sizes, expr)
+
+
+def settled_size(node: fx.Node, exported: Any, capacity: int) -> int | fx.Node | None:
+    """What a size with min and max in it is at any length up to the capacity: a number, the length, or neither (None).
+
+    `node` is of the exported graph, and so is the length's.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols:
+        return None
+    if not value.node.expr.free_symbols <= {s.node.expr for s in input_sizes(exported)}:
+        return None
+    found = {n: size_at(value.node.expr, exported, 2, n) for n in range(1, capacity + 1)}
+    if len(set(found.values())) == 1 and size_at(value.node.expr, exported, 3, 1) == found[1]:
+        return int(found[1])
+    if all(size == n for n, size in found.items()) and size_at(value.node.expr, exported, 3, 1) == found[1]:
+        length = input_sizes(exported)[1].node.expr
+        sizes = (n for n in exported.graph.nodes if n.target is torch.ops.aten.sym_size.int)
+        return next((n for n in sizes if n.meta["val"].node.expr == length), None)
+    return None

@@ -6,11 +6,7 @@ batch are symbolic. Metadata checks, identity slices and repeated subexpressions
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +15,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from aropt.compute import HALVES, needless, single
-from aropt.decompositions import TABLE
 from aropt.errors import Unsupported, UsageError
+from aropt.exporting import batched_experts, export, export_forward, fixed_rotary, limited, torch_reason
 from aropt.forwards import HINT, Forward
 from aropt.naming import weight_name
 from aropt.program import Graph, Spec
-from aropt.torch_compat import build, example_sizes, examples
+from aropt.torch_compat import build, example_sizes, examples, settled_size
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -50,12 +46,22 @@ def capture_model(
     model = model.eval().requires_grad_(False)
     example = torch.randint(0, vocab, (3, min(7, capacity), *row), generator=torch.Generator().manual_seed(0))
     check_weights(model)
-    with batched_experts(model):
-        exported = export(Forward(model), (example,), ({0: Dim("B"), 1: Dim("T", max=capacity)},))
+    with batched_experts(model), fixed_rotary(model, capacity):
+        exported, unsure = export_forward(Forward(model), example, capacity)
     specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
-    graph, weights = from_exported("model", exported, specs, ["logits"])
+    graph, weights = from_exported("model", exported, specs, ["logits"], capacity=capacity)
     check_rows(graph, row)
+    for length in unsure:
+        check_length(graph, weights, model, torch.randint(0, vocab, (2, length, *row)))
     return graph, weights
+
+
+def check_length(graph: Graph, weights: dict[str, Tensor], model: nn.Module, ids: Tensor) -> None:
+    """Raises Unsupported unless the graph gives the model's logits for ids of a length that torch can't speak for."""
+    with torch.no_grad():
+        ours, theirs = graph.bind(weights)(ids)[0], Forward(model)(ids)
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+        raise limited(f"{ids.shape[1]} tokens are another case than fewer", ids.shape[1] - 1)
 
 
 def check_rows(graph: Graph, row: tuple[int, ...] = ()) -> None:
@@ -114,73 +120,6 @@ def dynamic(dim: str, known: dict[str, Any]) -> Any:
     return int(factor) * root if factor else root
 
 
-def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bool = True) -> ExportedProgram:
-    """torch.export, made functional (rules are so already), without decompositions but those of `decompositions`."""
-    try:
-        with torch.no_grad(), quiet():
-            exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-            return exported if not functional else exported.run_decompositions(TABLE)
-    except Exception as error:  # torch.export raises anything that a model's code does
-        raise export_failure(error) from error
-
-
-@contextlib.contextmanager
-def batched_experts(model: nn.Module) -> Iterator[None]:
-    """Makes transformers' mixtures of experts compute without data-dependent shapes, where the model has the choice."""
-    change = getattr(model, "set_experts_implementation", None)
-    if change is None:
-        yield
-        return
-    before = model.get_experts_implementation()  # type: ignore[operator]
-    change("batched_mm")
-    try:
-        yield
-    finally:
-        change(before)
-
-
-def export_failure(error: Exception) -> Unsupported:
-    """Names the user's line and the op of a failed export."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    where = user_frame(error) or "forward"
-    if "ConstraintViolation" in type(error).__name__ or "Constraints violated" in text or "specialized" in text:
-        return Unsupported(
-            what="the forward fixes the sequence length or the batch",
-            where=where,
-            why=lines[0][:300] if lines else type(error).__name__,
-            hint="avoid int(x.shape[1]), loops over the length and lengths stored in the module",
-        )
-    if "data-dependent" in text or "unbacked" in text.lower():
-        why = next((line for line in lines if "data-dependent" in line or "guard on" in line), lines[0])
-        return Unsupported(
-            what="the forward branches on the values of a tensor",
-            where=where,
-            why=why[:300],
-            hint="replace `if tensor:` and `.item()` by torch.where or torch.cond",
-        )
-    return Unsupported(
-        what="the forward can't be exported",
-        where=where,
-        why=f"{type(error).__name__}: {lines[0][:300] if lines else ''}",
-        hint="run torch.export.export(model, (ids,)) alone to see the whole trace, or -vv here",
-    )
-
-
-def user_frame(error: BaseException) -> str | None:
-    """file:line of the innermost frame outside torch and aropt, with the source line."""
-    import traceback
-    from pathlib import Path
-
-    own, torch_dir = str(Path(__file__).parent), str(Path(torch.__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith((own, torch_dir)) and "<" not in f.filename]
-    if not outside:
-        return None
-    frame = outside[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-
-
 def check_weights(model: nn.Module) -> None:
     """Raises Unsupported if a weight holds NaN or infinity."""
     for name, value in model.named_parameters():
@@ -195,21 +134,19 @@ def check_weights(model: nn.Module) -> None:
 
 
 def from_exported(
-    name: str, exported: ExportedProgram, inputs: dict[str, Spec], outputs: list[str], only: int | None = None
+    name: str,
+    exported: ExportedProgram,
+    inputs: dict[str, Spec],
+    outputs: list[str],
+    only: int | None = None,
+    capacity: int = 0,
 ) -> tuple[Graph, dict[str, Tensor]]:
     """An ExportedProgram as a Graph with weights lifted by name, in float32. Raises Unsupported for a mutation.
 
-    `only`: the one of its results that is kept.
+    `only`: the one of its results that is kept. `capacity`: the longest input, for sizes with min and max in them.
     """
     signature = exported.graph_signature
-    for spec in signature.output_specs:
-        if spec.kind not in (OutputKind.USER_OUTPUT,):
-            raise Unsupported(
-                what="the forward changes a buffer or an input",
-                where=str(spec.target or spec.arg),
-                why=f"torch.export reports {spec.kind.name}; state must be a value",
-                hint="make forward(ids) a pure function; aropt derives the caches itself",
-            )
+    results, needed = returned(exported, only)
     graph = fx.Graph()
     weights: dict[str, Tensor] = {}
     copied: dict[fx.Node, fx.Node] = {}
@@ -230,10 +167,12 @@ def from_exported(
                 seen[key] = weight_name(target, value, weights)
                 weights[seen[key]] = value.float() if value.dtype in HALVES else value
             copied[node] = graph.get_attr(seen[key])
-        elif node.op == "call_function":
-            copy_call(graph, node, copied)
-        elif node.op == "output":
-            graph.output(tuple(copied[n] for n in (node.args[0] if only is None else [node.args[0][only]])))
+        elif node.op == "call_function" and node in needed:
+            size = settled_size(node, exported, capacity) if is_limit(node) else None
+            copied[node] = copied[size] if isinstance(size, fx.Node) else size  # type: ignore[assignment]
+            if size is None:
+                copy_call(graph, node, copied)
+    graph.output(tuple(copied[n] for n in results))
     share(graph)
     try:
         result = build(name, graph, inputs, outputs, weights)
@@ -242,10 +181,51 @@ def from_exported(
         raise Unsupported(
             what="an op's shape rule fails for symbolic sizes",
             where=f"{node.meta.get('where')}, {node}" if node else "",
-            why=(str(error).splitlines() or [""])[0][:300],
+            why=torch_reason(str(error)),
             hint="please report the model",
         ) from error
     return result, {w: weights[w] for w in result.weights()}
+
+
+def returned(exported: ExportedProgram, only: int | None = None) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The nodes that the forward returns (`only` one of them), and all that these need.
+
+    Raises Unsupported where it changes an input, or a buffer that it reads: one that each call overwrites is no state.
+    """
+    specs = exported.graph_signature.output_specs
+    outputs: Any = next(n for n in reversed(exported.graph.nodes) if n.op == "output").args[0]
+    results = [n for n, s in zip(outputs, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+    results = results if only is None else [outputs[only]]
+    needed, todo = set(), list(results)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.args[1:2] if overwrites(node) else node.all_input_nodes
+    read = {s.target for s in exported.graph_signature.input_specs for n in needed if n.name == s.arg.name}
+    for spec in specs:
+        unread = spec.kind == OutputKind.BUFFER_MUTATION and spec.target not in read
+        if spec.kind != OutputKind.USER_OUTPUT and not unread:
+            raise Unsupported(
+                what="the forward changes a buffer or an input",
+                where=str(spec.target or spec.arg),
+                why=f"torch.export reports {spec.kind.name}; state must be a value",
+                hint="make forward(ids) a pure function; aropt derives the caches itself",
+            )
+    return results, needed
+
+
+def is_limit(node: fx.Node) -> bool:
+    """Whether it is the smaller or larger of two sizes."""
+    return node.target in (torch.sym_min, torch.sym_max)
+
+
+def overwrites(node: fx.Node) -> bool:
+    """Whether it is `a.copy_(b)` of one shape and type: b, whatever a was."""
+    if node.target is not aten.copy.default:
+        return False
+    old, new = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
+    return bool(old.shape == new.shape and old.dtype == new.dtype)
 
 
 def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
@@ -264,8 +244,8 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
             why=problem[1],
             hint="replace torch.cond by torch.where; remove dropout, noise and in-place changes",
         )
-    if base in PASS_THROUGH or is_identity_slice(node) or needless(node):
-        copied[node] = copied[node.args[0]]  # type: ignore[index]
+    if base in PASS_THROUGH or is_identity_slice(node) or needless(node) or overwrites(node):
+        copied[node] = copied[node.args[1 if overwrites(node) else 0]]  # type: ignore[index]
         return
     new = graph.node_copy(node, lambda n: copied[n])
     new.args, new.kwargs = fx.node.map_aggregate(new.args, single), fx.node.map_aggregate(new.kwargs, single)
@@ -309,21 +289,3 @@ def freeze(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple(sorted((k, freeze(v)) for k, v in value.items()))
     return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences torch's exporters: their warnings and dumps speak of internals."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from aropt import ops
 from aropt.errors import MissingTool, Unsupported
+from aropt.exporting import quiet
 from aropt.program import Graph
 from aropt.torch_compat import example_sizes, examples, onnx_node, onnx_registry, to_onnx
-from aropt.trace import dynamic, quiet
+from aropt.trace import dynamic
 
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given

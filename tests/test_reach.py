@@ -6,14 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aropt
+from aropt.errors import Unsupported
 from aropt.naming import WEIGHT
 from aropt.passmanager import make
-
-VOCAB = 40
+from tests.decoders import (
+    CACHED,
+    SHIFTS,
+    VOCAB,
+    AlibiFilled,
+    Attention,
+    Buffered,
+    Filled,
+    Gathered,
+    Given,
+    Leaking,
+    Memory,
+    MemoryGiven,
+    Shared,
+    Talking,
+)  # fmt: skip
 
 
 def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cache"), new: int = 8) -> dict[str, str]:
@@ -30,53 +44,31 @@ def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cac
     return {p["name"]: p["status"] for p in program.report["passes"]}
 
 
-class Attention(nn.Module):
-    """A decoder of one layer of written-out attention; subclasses change a part of it."""
-
-    capacity, heads, size = 32, 2, 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        width = self.heads * self.size
-        self.embed, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB)
-        self.qkv = nn.Linear(width, 3 * width)
-
-    def hidden(self, length: int) -> Tensor:
-        """What is added to the scores [.., T, T]."""
-        return torch.triu(torch.full((length, length), float("-inf")), 1)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-2, -1) / self.size**0.5 + self.hidden(q.shape[-2])).softmax(-1) @ v
-
-    def forward(self, ids: Tensor) -> Tensor:
-        b, t = ids.shape
-        x = self.embed(ids)
-        q, k, v = (y.view(b, t, self.heads, self.size).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        return self.head(x + self.attend(q, k, v).transpose(1, 2).reshape(b, t, -1))
+QUICK = {Given, Buffered, AlibiFilled, Gathered, Talking, Memory, MemoryGiven, Shared}  # both ways in one
+SPREAD = [pytest.param(k, id=k.__name__, marks=[pytest.mark.exhaustive] * (k not in QUICK)) for k in CACHED]
 
 
-class Filled(Attention):
-    """A mask of numbers that no name can hold."""
-
-    def hidden(self, length: int) -> Tensor:
-        return torch.triu(torch.full((length, length), -1e9), 1)
+@pytest.mark.parametrize("kind", SPREAD)
+def test_plain_modules_are_cached(kind: Any) -> None:
+    assert reached(kind())["kv-cache"] == "applied"
 
 
-class Given(Filled):
-    """The mask goes to SDPA."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.hidden(q.shape[-2]))
-
-
-MODULES = [Attention, Filled, Given]
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", CACHED, ids=lambda kind: kind.__name__)
+def test_plain_modules_are_cached_as_written(kind: Any) -> None:
+    assert reached(kind(), ("kv-cache",))["kv-cache"] == "applied"
 
 
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("passes", [("kv-cache",), ("canonicalize", "kv-cache")], ids=["alone", "both"])
-def test_plain_modules_are_cached(kind: Any, passes: tuple[str, ...]) -> None:
-    assert reached(kind(), passes)["kv-cache"] == "applied"
+@pytest.mark.parametrize("kind", SHIFTS[:1] + [pytest.param(k, marks=pytest.mark.exhaustive) for k in SHIFTS[1:]])
+def test_rows_that_move_are_refused_by_name(kind: Any) -> None:
+    with pytest.raises(Unsupported, match="along the sequence") as refusal:
+        reached(kind(), ("kv-cache",))
+    assert "recurrent state" in refusal.value.why
+
+
+def test_heads_that_talk_with_a_bias_leak() -> None:
+    with pytest.raises(Unsupported, match="no causal mask has zeroed"):
+        reached(Leaking())
 
 
 def test_weights_of_any_name_have_legal_ones() -> None:

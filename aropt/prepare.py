@@ -1,0 +1,31 @@
+"""A forward in the form that `restrict` takes: with steady biases (aropt.shift), memories apart (aropt.memory)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from aropt.memory import memories, part
+from aropt.normalize import copied
+from aropt.positions import Positions, content_nodes
+from aropt.program import Graph
+from aropt.shift import replace, unsteady
+from aropt.torch_compat import propagate
+
+
+def prepared(
+    graph: Graph, weights: Mapping[str, Tensor], names: dict[Any, str], capacity: int, never: Sequence[int]
+) -> tuple[fx.Graph, dict[Any, str]]:
+    """The forward to restrict, and the names of its sizes: itself where nothing is to be written anew."""
+    content, positions = content_nodes(graph.fx, names, never), Positions(weights, names, capacity, never)
+    if not unsteady(graph.fx, content, positions) and not memories(graph.fx, content, positions):
+        return graph.fx, names
+    traced = copied(graph.fx)
+    names = propagate(traced, graph.inputs, weights)
+    content, positions = content_nodes(traced, names, never), Positions(weights, names, capacity, never)
+    for user, bias, take in unsteady(traced, content, positions):
+        replace(traced, user, bias, take)
+    part(traced, content, positions)
+    return traced, propagate(traced, graph.inputs, weights)

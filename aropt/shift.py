@@ -1,0 +1,129 @@
+"""Position biases that change with the length by a number for each row of scores, which a softmax takes out.
+
+ALiBi counted from the last token adds slope * (j - T + 1) to the score of column j: with T all of a row's scores move
+alike, and their softmax stays. Such a bias is replaced by its difference to its first column, or to the row's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from aropt.axes import bind, op_name, tensor_inputs
+from aropt.bounds import HIDES
+from aropt.positions import Positions, close
+
+aten = torch.ops.aten
+SDPA = "aten::scaled_dot_product_attention"
+SOFTMAX = {"aten::softmax", "aten::_softmax"}
+LAYOUT = {
+    "aten::_to_copy",
+    "aten::to",
+    "aten::clone",
+    "aten::view",
+    "aten::reshape",
+    "aten::unsqueeze",
+    "aten::squeeze",
+}
+
+Taken = Callable[[Tensor], Tensor]  # what is subtracted of a bias
+
+
+def unsteady(graph: fx.Graph, content: set[fx.Node], positions: Positions) -> list[tuple[fx.Node, fx.Node, Taken]]:
+    """Biases that change with the length where a steady one gives the same: (user, bias, what to subtract)."""
+    found: list[tuple[fx.Node, fx.Node, Taken]] = []
+    for node in graph.nodes:
+        users = [user for user in node.users if node not in content and is_bias(node, user, content)]
+        if not users or steady(positions, node):
+            continue
+        take = next((t for t in TAKES if steady(positions, node, t)), None)
+        found += [(user, node, take) for user in users if take is not None]
+    return found
+
+
+def is_bias(node: fx.Node, user: fx.Node, content: set[fx.Node]) -> bool:
+    """Whether a float value with columns is added to scores that a softmax over the columns follows."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2 or user not in content:
+        return False
+    x, name = bind(user), op_name(user)
+    if isinstance(value.shape[-1], int):
+        return False
+    if name == SDPA:
+        return x["attn_mask"] is node
+    added = name == "aten::add" and x["alpha"] == 1 and sum(n in content for n in tensor_inputs(user)) == 1
+    return added and str(user.meta["val"].shape[-1]) == str(value.shape[-1]) and only_softmax(user)
+
+
+def only_softmax(node: fx.Node) -> bool:
+    """Whether a number added to each row of these scores changes nothing that follows."""
+    return bool(node.users) and all(carries(user, node) for user in node.users)
+
+
+def carries(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user is a softmax over the last axis, or passes a row's shift on to one."""
+    name, x = op_name(user), bind(user)
+    if name in SOFTMAX:
+        return x["self"] is node and x["dim"] in (-1, node.meta["val"].dim() - 1)
+    if name in ("aten::add", "aten::sub"):
+        passed = (x["self"] is node and x["other"] is not node) or (name == "aten::add" and x["other"] is node)
+    elif name in ("aten::mul", "aten::div"):
+        passed = x["self"] is node and not isinstance(x["other"], fx.Node)
+    elif name in ("aten::masked_fill", "aten::where"):
+        scores, low = (x["self"], x["value"]) if name == "aten::masked_fill" else (x["self"], x["other"])
+        passed = scores is node and hides(low)
+    else:
+        passed = name in LAYOUT
+    same = isinstance(user.meta["val"], Tensor) and str(user.meta["val"].shape[-1]) == str(node.meta["val"].shape[-1])
+    return passed and same and only_softmax(user)
+
+
+def hides(low: object) -> bool:
+    """Whether a fill value is so low that no shift brings it back."""
+    if isinstance(low, fx.Node) and op_name(low) in ("aten::full", "aten::scalar_tensor"):
+        low = low.args[1 if op_name(low) == "aten::full" else 0]
+    return isinstance(low, (int, float)) and low <= -100 * HIDES
+
+
+def first(bias: Tensor) -> Tensor:
+    """The first column."""
+    return bias[..., :1]
+
+
+def own(bias: Tensor) -> Tensor:
+    """Each row's entry for itself."""
+    return torch.diagonal(bias, 0, -2, -1).unsqueeze(-1)
+
+
+TAKES: tuple[Taken, ...] = (first, own)
+
+
+def steady(positions: Positions, node: fx.Node, take: Taken | None = None) -> bool:
+    """Whether the values for shorter sequences, less what `take` says, are parts of the one at full capacity."""
+
+    def value(n: int) -> Tensor:
+        bias: Tensor = positions.value(node, n)
+        return bias if take is None else bias - take(bias)
+
+    full = value(positions.capacity)
+    for n in sorted({min(n, positions.capacity) for n in (1, 5, 12, positions.capacity - 1) if n > 0}):
+        short = value(n)
+        part = full[tuple(slice(0, s) for s in short.shape)]
+        if part.shape != short.shape or part.isnan().any() or not close(part, short):
+            return False
+    return True
+
+
+def replace(graph: fx.Graph, user: fx.Node, bias: fx.Node, take: Taken) -> None:
+    """Gives `user` the shifted bias."""
+    with graph.inserting_before(user):
+        call = graph.call_function
+        if take is first:
+            column = call(aten.slice.Tensor, (bias, -1, 0, 1))
+        else:
+            column = call(aten.unsqueeze.default, (call(aten.diagonal.default, (bias, 0, -2, -1)), -1))
+        new = call(aten.sub.Tensor, (bias, column))
+    new.meta["where"] = bias.meta.get("where", "")
+    user.replace_input_with(bias, new)
