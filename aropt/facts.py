@@ -15,7 +15,11 @@ from aropt.faithful import check
 from aropt.forwards import HINT, Forward
 from aropt.program import Graph
 from aropt.pt2 import capture_exported
+<<<<<<< HEAD
 from aropt.texts import Texts
+=======
+from aropt.reach import most_tokens
+>>>>>>> 0423878 (The capacity ends where a model's tables of positions do; sixteen architectures in the quick suite, each with the passes that apply)
 from aropt.trace import capture_model
 from aropt.units import window
 
@@ -48,6 +52,10 @@ class Source:
             graph, weights = capture_exported(self.exported)
         else:
             graph, weights = capture_model(self.module, vocab, capacity, window(self.meta))
+        most = most_tokens(graph, weights, capacity)
+        if self.meta.pop("asked", True) and most < capacity:
+            raise too_long(capacity, most)
+        self.meta |= {"capacity": most}
         check(graph, weights, self.module, self.meta)
         return graph, weights
 
@@ -78,6 +86,7 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
         "vocab": vocab,
         "input_vocab": int(known),
         "capacity": capacity or min(longest or UNKNOWN, LONGEST),
+        "asked": capacity is not None,
         "prompts": [list(map(int, p)) for p in prompts],
     }
     return {**found, **said(module)}

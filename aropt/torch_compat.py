@@ -245,21 +245,17 @@ def size_at(expr: Any, exported: Any, batch: int, length: int) -> Any:
     return sympy_interp(PythonReferenceAnalysis, sizes, expr)
 
 
-def settled_size(node: fx.Node, exported: Any, capacity: int) -> int | fx.Node | None:
-    """What a size with min and max in it is at any length up to the capacity: a number, the length, or neither (None).
-
-    `node` is of the exported graph, and so is the length's.
-    """
+def settled_size(node: fx.Node, exported: Any, capacity: int) -> Any:
+    """Which argument of a min or max of sizes it is at any length up to the capacity; None where that changes."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols:
+    known = {s.node.expr for s in input_sizes(exported)}
+    if not isinstance(value, torch.SymInt) or not value.node.expr.free_symbols <= known:
         return None
-    if not value.node.expr.free_symbols <= {s.node.expr for s in input_sizes(exported)}:
-        return None
-    found = {n: size_at(value.node.expr, exported, 2, n) for n in range(1, capacity + 1)}
-    if len(set(found.values())) == 1 and size_at(value.node.expr, exported, 3, 1) == found[1]:
-        return int(found[1])
-    if all(size == n for n, size in found.items()) and size_at(value.node.expr, exported, 3, 1) == found[1]:
-        length = input_sizes(exported)[1].node.expr
-        sizes = (n for n in exported.graph.nodes if n.target is torch.ops.aten.sym_size.int)
-        return next((n for n in sizes if n.meta["val"].node.expr == length), None)
+    given = [(b, n) for b in (1, 2, 5) for n in range(1, capacity + 1)]
+    found = [size_at(value.node.expr, exported, *size) for size in given]
+    for argument in node.args:
+        expr = argument.meta["val"].node.expr if isinstance(argument, fx.Node) else argument
+        sizes = [expr if isinstance(expr, int) else size_at(expr, exported, *size) for size in given]
+        if sizes == found:
+            return argument
     return None

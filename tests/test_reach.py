@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import aropt
 from aropt.errors import Unsupported
 from aropt.naming import WEIGHT
-from aropt.passmanager import make
+from aropt.passmanager import Instruments, make
 from tests.decoders import (
     CACHED,
     SHIFTS,
@@ -33,7 +33,9 @@ from tests.decoders import (
 def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cache"), new: int = 8) -> dict[str, str]:
     """{pass: status} of a model, after holding its greedy tokens against a whole forward for each token."""
     program = aropt.capture(model)
-    program = aropt.optimize(program, target="eager", passes=[make(n) for n in passes], check=False)
+    program = aropt.optimize(
+        program, target="eager", passes=[make(n) for n in passes], check=False, instruments=Instruments(check=False)
+    )
     ids = prompts = torch.randint(4, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(new):
@@ -42,6 +44,50 @@ def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cac
     made = torch.as_tensor(program.generate(prompts.tolist(), new)).reshape(2, -1)[:, -new:]
     assert torch.equal(made, ids[:, -new:]), (made, ids[:, -new:])
     return {p["name"]: p["status"] for p in program.report["passes"]}
+
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, n_embd=32, d_model=32, num_hidden_layers=1, n_layer=1, n_layers=1, num_layers=1,
+    num_attention_heads=4, n_head=4, n_heads=4, attention_heads=4, num_key_value_heads=2, head_dim=8,
+    intermediate_size=32, ffn_dim=32, intermediate_size_mlp=32, max_position_embeddings=32, n_positions=32,
+    max_seq_len=32, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8,
+    qk_nope_head_dim=8, v_head_dim=16, sliding_window=4, rotary_dim=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    is_decoder=True, tie_word_embeddings=False,
+)  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {},  # learned positions
+    "openai-gpt": {},  # a mask as long as the capacity, multiplied and added
+    "bloom": {},  # ALiBi in an additive mask
+    "mpt": {},  # ALiBi counted from the end
+    "gemma2": {"num_hidden_layers": 2},  # soft caps, and windows in one of two layers
+    "gpt_oss": {"num_hidden_layers": 2},  # sinks, experts, windows
+    "granite_swa": {"num_hidden_layers": 2},  # sinks by a logsumexp
+    "mistral": {},  # a window
+    "mixtral": {},  # experts
+    "llama4_text": {"num_hidden_layers": 2},  # complex rotary, repeated rows, layers without positions
+    "falcon": {"multi_query": True, "parallel_attn": True},  # one key head, attention beside the MLP
+    "gptj": {},  # rotary of a part of the features, interleaved
+    "cohere": {},  # parallel blocks, interleaved rotary
+    "deepseek_v2": {"num_key_value_heads": 4},  # latent attention
+    "xglm": {},  # sinusoids after an offset
+    "roberta": {},  # positions that are counted from the tokens
+}
+
+
+def tiny(kind: str, changes: dict[str, Any]) -> nn.Module:
+    """A random model of an architecture of transformers."""
+    transformers = pytest.importorskip("transformers")
+    make_config = transformers.CONFIG_MAPPING[kind]
+    known = vars(make_config())
+    config = make_config(**{k: v for k, v in SMALL.items() if k in known or k in make_config.attribute_map} | changes)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_architectures_are_cached(kind: str) -> None:
+    assert reached(tiny(kind, KINDS[kind])) == {"canonicalize": "applied", "kv-cache": "applied"}
 
 
 QUICK = {Given, Buffered, AlibiFilled, Gathered, Talking, Memory, MemoryGiven, Shared}  # both ways in one
