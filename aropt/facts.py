@@ -15,11 +15,8 @@ from aropt.faithful import check
 from aropt.forwards import HINT, Forward
 from aropt.program import Graph
 from aropt.pt2 import capture_exported
-<<<<<<< HEAD
-from aropt.texts import Texts
-=======
 from aropt.reach import most_tokens
->>>>>>> 0423878 (The capacity ends where a model's tables of positions do; sixteen architectures in the quick suite, each with the passes that apply)
+from aropt.texts import Texts
 from aropt.trace import capture_model
 from aropt.units import window
 
