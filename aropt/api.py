@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt import __version__, excluded
+from aropt import __version__, commit, excluded
 from aropt.compute import owned
 from aropt.defaults import followed_rules, unfollowed, with_defaults
 from aropt.drift import Drift
@@ -27,10 +27,11 @@ from aropt.oracle import Oracles
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.program import Program
+from aropt.rules import chosen
 from aropt.slices import whole
 from aropt.sources import resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
-from aropt.targets import lower
+from aropt.targets import check_target, lower
 from aropt.targets.whole import pick
 from aropt.trial import trial
 from aropt.uncached import uncached
@@ -70,17 +71,11 @@ def capture(
     source.meta |= meta
     loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
     check_loop(loop, source.meta)
+    check_rules(loop, rules, guide is not None)
     graph, weights = source.captured()
     source.meta |= excluded.facts(graph, source.meta)
     if loop == "unmask":
         return unmasking(graph, weights, source.meta, tuple(rules or ()), guided(guide, source, trust_remote_code))
-    if guide is not None:
-        raise UsageError(
-            what="a guide judges the rounds of a canvas",
-            where="--guide",
-            why="this loop writes one token after the other",
-            hint="leave it out, or choose --loop unmask",
-        )
     program = autoregressive(
         graph, weights, source.meta, followed_rules(source.meta) if rules is None else tuple(rules)
     )
@@ -104,6 +99,21 @@ def guided(guide: str | nn.Module | Source | None, source: Source, trusted: bool
     graph, weights = found.captured()
     name = str(guide) if isinstance(guide, str) else str(found.meta["name"])
     return make_guide(name, graph, weights, int(found.meta["vocab"]), int(found.meta["capacity"]))
+
+
+def check_rules(loop: str, rules: Sequence[str] | None, guided: bool) -> None:
+    """Raises UsageError for rules and a guide that the loop can't have."""
+    if loop == "unmask":
+        commit.chosen(tuple(rules or ()))
+        return
+    chosen(tuple(rules or ()))
+    if guided:
+        raise UsageError(
+            what="a guide judges the rounds of a canvas",
+            where="--guide",
+            why="this loop writes one token after the other",
+            hint="leave it out, or choose --loop unmask",
+        )
 
 
 def check_loop(loop: str, meta: dict[str, Any]) -> None:
@@ -151,6 +161,7 @@ def optimize(
     Raises AroptError where a pass that was planned fails; with `keep_going` the rest goes on without it.
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
+    check_target(target)
     instruments = instruments or Instruments()
     if budget:
         instruments = replace(instruments, budget=dict(budget))

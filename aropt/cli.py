@@ -38,6 +38,7 @@ Remote = Annotated[
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SEEDS = 2**62 - 1  # the largest
 COMMAND_ERRORS: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click; this is its ClickException
 
 
@@ -123,10 +124,12 @@ def optimize(
         ),
     ] = None,
     capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the result and of the timing.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the validation's inputs.")] = 0,
-    runs: Annotated[int, typer.Option(help="Timed runs of each variant; 0 times nothing.")] = 5,
-    tokens: Annotated[int, typer.Option(help="New tokens of a timed run.")] = 200,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads of the result and of the timing.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the validation's inputs.")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="Timed runs of each variant; 0 times nothing.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens of a timed run.")] = 200,
     against: Annotated[list[str] | None, typer.Option(help=f"Time against: {', '.join(AGAINST)}.")] = None,
     loop: Annotated[
         str | None,
@@ -135,7 +138,9 @@ def optimize(
     guide: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model that judges what a canvas's rounds would write.")
     ] = None,
-    mask: Annotated[int | None, typer.Option(help="The mask id of a canvas, where the model does not say it.")] = None,
+    mask: Annotated[
+        int | None, typer.Option(min=0, help="The mask id of a canvas, where the model does not say it.")
+    ] = None,
     block: Annotated[
         int | None, typer.Option(min=0, help="Rows of a block, where rows see their block and those before it; 0: all.")
     ] = None,
@@ -284,16 +289,24 @@ def run(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text, or token ids parted by commas or blanks.")
     ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Sequences for an image model, new tokens for others.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=0, help="Sequences for an image model, new tokens for others.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 is off.")] = None,
     param: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the rule.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")] = 0,
     stop: Annotated[
-        list[int] | None, typer.Option(help="A token that ends a sequence (default: the model's own).")
+        list[str] | None, typer.Option(help="An id or a text of one that ends a sequence (default: the model's own).")
+    ] = None,
+    fill: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ANSWER", help="What a canvas's answer holds: [MASK] is an id to find, [MASK*8] are eight."
+        ),
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", "-o", help="Where the picture goes (image models).")] = None,
     grid: Annotated[str | None, typer.Option(metavar="COLUMNSxROWS", help="Rows of pictures, such as 8x5.")] = None,
@@ -314,7 +327,7 @@ def run(
             raise UsageError(
                 what=f"'{pair}' is not NAME=VALUE", where="--param", hint="e.g. --param min_p=0.05"
             ) from None
-    result = generation.run(out, prompt, n, params, seed, stop, image, target, grid, force)
+    result = generation.run(out, prompt, n, params, seed, stop, image, target, grid, force, fill)
     print(json.dumps(result) if as_json else generation.text(result))
 
 
@@ -322,9 +335,9 @@ def run(
 def bench_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact.")],
     against: Annotated[list[str] | None, typer.Option(help=f"{', '.join(AGAINST)}.")] = None,
-    runs: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
-    tokens: Annotated[int, typer.Option("-n", help="New tokens of a run.")] = 200,
-    threads: Annotated[int | None, typer.Option(help="Threads.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each variant.")] = 5,
+    tokens: Annotated[int, typer.Option("-n", min=1, help="New tokens of a run.")] = 200,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads.")] = None,
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="What OUT was made from, for variants that run the model itself.")
     ] = "",

@@ -14,6 +14,7 @@ import torch
 from aropt import artifact, bench, pictures, quality, store
 from aropt.api import capture, untrained
 from aropt.api import optimize as optimize_program
+from aropt.asked import check_names, check_paths
 from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.facts import Source
@@ -149,7 +150,9 @@ def inputs(request: Request) -> list[Path]:
 
 
 def find(request: Request) -> Source:
-    """The model that was asked for."""
+    """The model that was asked for, once the other options are checked."""
+    check_names(request.target, request.loop, request.rules or (), request.guide, request.print_after)
+    check_paths(request.examples, request.prompts, request.dump_dir)
     loop = request.loop or ("unmask" if request.mask is not None else None)
     source = resolve(request.model, request.capacity, request.trust_remote_code, loop)
     there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder

@@ -143,6 +143,7 @@ TESTS: dict[str, tuple[Callable[..., Tensor], dict[str, Input]]] = {
 }
 STEPS = {"steps": Input(Spec(I64), 0, "rounds in all, or of each of a model's own blocks; 0: one for a row", 0)}
 FLAGS = ("eoser", "credit", "smooth", "rcr", "remask")
+KNOWN = (*CONFIDENCES, *SCHEDULES, *TESTS, *JUDGES, *FLAGS)  # the names of rules
 SHIFT = {"shift": Input(Spec(F32), 0.33, "below 1: more rows in the first rounds", 0.0)}
 EOSER = {"eos_gamma": Input(Spec(F32), 0.4, "what an end token's confidence is multiplied by at first", 0.0, 1.0)}
 REMASK = {"remask_threshold": Input(Spec(F32), 0.4, "confidence below which a written row is masked again", 0.0)}
@@ -203,7 +204,6 @@ def chosen(names: tuple[str, ...]) -> Rule:
         "test": TESTS,
         "guide": JUDGES,
     }
-    known = [*CONFIDENCES, *SCHEDULES, *TESTS, *JUDGES, *FLAGS]
     found: dict[str, str] = {}
     for name in names:
         kind = next((k for k, members in kinds.items() if name in members), "")
@@ -211,7 +211,7 @@ def chosen(names: tuple[str, ...]) -> Rule:
             raise UsageError(
                 what=f"unknown rule '{name}'",
                 why="it is not in the list of commit rules",
-                hint="choose from " + ", ".join(known),
+                hint="choose from " + ", ".join(KNOWN),
             )
         if kind in found:
             raise UsageError(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt import artifact, pictures, store
+from aropt import artifact, infill, pictures, store
 from aropt.bench import Origin
 from aropt.errors import UsageError
+from aropt.given import check_parameters
 from aropt.manifest import listing
 from aropt.program import Program
 from aropt.runtime import fitted, room
@@ -24,26 +25,42 @@ def run(
     n: int | None,
     params: dict[str, Any],
     seed: int,
-    stop: Sequence[int] | None,
+    stop: Sequence[str] | None,
     image: Path | None,
     target: str | None,
     grid: str | None = None,
     force: bool = False,
+    fill: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Generates with an artifact: {tokens, text or image, prompts}. `force` overwrites whatever is at `image`."""
-    program = artifact.load(out, target)
+    """Generates with an artifact: {tokens, text or image, prompts}. `force` overwrites whatever is at `image`.
+
+    `stop`: ids, or texts of one id. `fill`: answers with blanks in them (see aropt.infill).
+    """
+    program, coder = artifact.load(out, target), tokenizer(out)
+    check_parameters(program, params)
+
+    def part(text: str) -> list[int]:
+        """Ids of a part of a text."""
+        if coder is None:
+            return encode(text, program, None) if text.strip() else []
+        return list(coder.encode(text, special=False)) if text else []
+
+    options: dict[str, Any] = {} if stop is None else {"stop": infill.stops(stop, part)}
     if program.meta["modality"] == "image":
         path = image or beside(out, ".png")
         pictures.check_free(path, force)
-        return run_images(program, n or 10, prompts, params, seed, path, grid, force)
+        given = {**params, **options, "seed": seed}
+        return run_images(program, 10 if n is None else n, prompts, given, path, grid, force)
     if grid or image:
         raise UsageError(
             what=f"'{out.name}' makes no pictures", where="--grid, --image", why="its tokens are no grey levels",
             hint="leave them out",
         )  # fmt: skip
-    coder = tokenizer(out)
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
-    tokens = program.generate(ids, n, seed=seed, stop=stop, **params)
+    if fill is not None:
+        options["fill"] = infill.answers(fill, n, program, part)
+        n = max(map(len, options["fill"]))
+    tokens = program.generate(ids, n, seed=seed, **options, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
         result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]
@@ -60,18 +77,19 @@ def run_images(
     program: Program,
     n: int,
     prompts: Sequence[str] | None,
-    params: dict[str, Any],
-    seed: int,
+    options: dict[str, Any],
     path: Path,
     columns_by_rows: str | None,
     force: bool,
 ) -> dict[str, Any]:
     """n pictures, classes in turn, side by side in one PNG."""
+    if n < 1 and not prompts:
+        raise UsageError(what=f"can't draw {n} pictures", where="-n", hint="give a number of 1 or more")
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
     columns, _ = pictures.layout(columns_by_rows, len(ids))
     most = min(room(program, p) for p in ids)
-    tokens = program.generate(ids, most, seed=seed, **{"temperature": 0.8, **params})
+    tokens = program.generate(ids, most, **{"temperature": 0.8, **options})
     made = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
     pictures.write(pictures.grid(made, columns, int(program.meta["vocab"])), path, force)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}

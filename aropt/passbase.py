@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from aropt.errors import UsageError
 from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls, symbols
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy", "retrained")
@@ -151,3 +153,15 @@ def donated(program: Program) -> dict[str, dict[str, str]]:
             if call.writes.get(output) != call.reads[source]:
                 del found[call.graph][output]
     return found
+
+
+def broken(name: str, file: str, error: Exception) -> UsageError:
+    """What to tell of a file in passes/ that holds no pass: the innermost line of it that failed."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return UsageError(
+        what=f"the pass '{name}' can't be loaded",
+        where=file + (f":{line}" if line else ""),
+        why=f"{type(error).__name__}: {error}",
+        hint=f"mend the file (docs/writing_passes.md says what it holds), or take '{name}' out of PASSES",
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from aropt.errors import AroptError, UsageError
 from aropt.oracle import Oracle, Oracles
-from aropt.passbase import Pass, Result, Skips
+from aropt.passbase import Pass, Result, Skips, broken
 from aropt.program import Entry, If, Program, calls
 from aropt.slices import after_pass
 from aropt.validate import Verdict, cases, validate, with_probe
@@ -70,10 +70,17 @@ class Instruments:
 
 
 def pass_class(name: str) -> Any:
-    """The pass of that name. Raises UsageError."""
+    """The pass of that name. Raises UsageError for an unknown one, and for a file that holds no pass."""
     if name not in PASSES:
         raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(PASSES))
-    return import_module(f"aropt.passes.{PASSES[name]}").PASS
+    try:
+        found = import_module(f"aropt.passes.{PASSES[name]}").PASS
+        lacking = [part for part in ("name", "contract", "plan", "run") if not hasattr(found, part)]
+        if lacking or not dataclasses.is_dataclass(found):
+            raise TypeError(f"PASS is no dataclass with {', '.join(lacking) or 'its options as fields'}")
+    except Exception as error:  # whatever its author wrote
+        raise broken(name, f"passes/{PASSES[name]}.py", error) from error
+    return found
 
 
 def make(name: str, options: dict[str, str] | None = None) -> Pass:

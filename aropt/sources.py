@@ -41,6 +41,13 @@ def resolve(
     raise no_model(model)
 
 
+def findable(model: str) -> bool:
+    """Whether there is anything by the name of a model."""
+    from aropt.models import REFERENCES
+
+    return model in REFERENCES or Path(model.rpartition(":")[0] if ".py:" in model else model).exists()
+
+
 def reference(name: str, capacity: int | None) -> Source:
     """A reference model with its trained weights."""
     from aropt.models import REFERENCES, load

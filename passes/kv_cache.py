@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aropt.errors import UsageError
 from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.passbase import Applies, Contract, Skips
 from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
@@ -32,6 +33,10 @@ class KvCache:
     rows: str = "last"
     name: ClassVar[str] = "kv-cache"
     contract: ClassVar[Contract] = Contract("rounding", ("full forward in a positions loop",), ("cached", "ragged"))
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("last", "all"):
+            raise UsageError(what=f"kv-cache:rows={self.rows}", why="it is last or all", hint="leave it out")
 
     def plan(self, program: Program, target: str) -> Applies | Skips:
         models = forwards(program)

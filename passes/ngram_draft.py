@@ -35,9 +35,11 @@ class NgramDraft:
     name: ClassVar[str] = "ngram-draft"
     contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("several ids a round",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def __post_init__(self) -> None:
         if self.drafts < 1:
             raise UsageError(what=f"ngram-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
+
+    def plan(self, program: Program, target: str) -> Applies | Skips:
         found = [loop for loop in loops(program.control, "positions") if greedy(loop)]
         if not found or loops(program.control, "speculate"):
             return Skips("no greedy loop over positions runs a cached step")

@@ -40,6 +40,15 @@ class TokenShuffle:
     name: ClassVar[str] = "token-shuffle"
     contract: ClassVar[Contract] = Contract("retrained", ("full forward in a positions loop",), ("rows of windows",))
 
+    def __post_init__(self) -> None:
+        for option, least in (("window", 1), ("blocks", 0), ("seed", 0)):
+            if getattr(self, option) < least:
+                raise UsageError(
+                    what=f"token-shuffle:{option}={getattr(self, option)}",
+                    why=f"it is {least} or more",
+                    hint="leave it out",
+                )
+
     def plan(self, program: Program, target: str) -> Applies | Skips:
         """Raises UsageError, Unsupported: skipping would hide from whoever asked for it that nothing was done."""
         side, vocab = program.meta.get("side"), int(program.meta["vocab"])

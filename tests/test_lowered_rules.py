@@ -23,7 +23,6 @@ VALUES = {
     "temperature": 0.9, "top_k": 6, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3, "bias": BIAS,
     "guidance": 1.7, "guidance_from": 1, "guidance_to": 4, "steps": 3, "threshold": 0.3,
 }  # fmt: skip
-EVERY = [*commit.CONFIDENCES, *commit.SCHEDULES, *commit.TESTS, *commit.JUDGES, *commit.FLAGS]
 TOGETHER = [
     ("cosine", "margin", "rcr", "credit"), ("shifted", "entropy", "eoser", "smooth"), ("threshold", "remask"),
 ]  # fmt: skip
@@ -97,6 +96,6 @@ def test_rules_of_a_canvas(rules: tuple[str, ...], target: str) -> None:
 
 @targets
 @exhaustive
-@pytest.mark.parametrize("rule", EVERY)
+@pytest.mark.parametrize("rule", commit.KNOWN)
 def test_each_rule_of_a_canvas(rule: str, target: str) -> None:
     lowered_is_the_reference(canvas((rule,)), target, VALUES)

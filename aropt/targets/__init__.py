@@ -22,8 +22,13 @@ def lower(
     threads: int | None = None,
 ) -> Executor:
     """An executor for the program. `folder` holds (or receives) the built files, under models/<graph>/<target>/."""
-    if target not in TARGETS:
-        raise UsageError(what=f"unknown target '{target}'", hint="choose from " + ", ".join(TARGETS))
+    check_target(target)
     module = import_module(f"aropt.targets.{target}")
     executor: Executor = module.build(program, folder, progress, threads)
     return executor
+
+
+def check_target(target: str) -> None:
+    """Raises UsageError for a target that there is not."""
+    if target not in TARGETS:
+        raise UsageError(what=f"unknown target '{target}'", where="--target", hint="choose from " + ", ".join(TARGETS))
