@@ -147,7 +147,10 @@ def test_nobody_reads(unbuffered: str) -> None:
 
 
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
-    script = "import os; from aropt.cli import open_streams; os.closerange(0, 3); open_streams(); os._exit(os.dup(0))"
+    script = (
+        "import os; from aropt import cli; cli.main = lambda: os._exit(os.dup(0)); os.closerange(0, 3); "
+        "cli.command_line()"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 3
 
 
@@ -178,6 +181,7 @@ def test_a_kill_takes_the_children_along(tmp_path: Path, monkeypatch: pytest.Mon
     child, kept = parent.stdout.readline().split()
     (tmp_path / "aropt-mine").mkdir()
     (tmp_path / "aropt-theirs").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "aropt-theirs" / ".aropt-scratch").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr("tempfile.tempdir", None)
     sweep_scratch.cache_clear()
@@ -192,4 +196,4 @@ def test_a_kill_takes_the_children_along(tmp_path: Path, monkeypatch: pytest.Mon
     assert not peers.alive(child)
     sweep_scratch.cache_clear()
     Scratch().cleanup()
-    assert sorted(os.listdir(tmp_path)) == ["aropt-mine", "aropt-theirs"]
+    assert sorted(os.listdir(tmp_path)) == ["aropt-mine", "aropt-theirs", "elsewhere"]
