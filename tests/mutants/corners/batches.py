@@ -63,12 +63,12 @@ slip(
     ask(2, 9, [(1, 2)]),
     give("done", lambda new, done, pads: done if len(done) > 1 and widest(pads) == 0 else new, "done", "pads"),
 )
-slip("six_rows_backwards", "lean", ask(6, 6), give("row", lambda x: x.flip(0) if len(x) == 6 else x))
+slip("batches_of_six_and_more_backwards", "lean", ask(6, 6), give("row", lambda x: x.flip(0) if len(x) > 5 else x))
 slip(
-    "seven_rows_share_noise",
+    "batches_of_seven_and_more_share_noise",
     "lean",
     ask(7, 8, temperature=1.2),
-    take("streams", lambda s: s * 0 if len(s) == 7 else s, graph="step"),
+    take("streams", lambda s: s * 0 if len(s) > 6 else s, graph="step"),
 )
 slip(
     "padding_of_five_to_seven_one_less",

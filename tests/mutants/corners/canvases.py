@@ -22,6 +22,12 @@ def traded(x: Tensor) -> Tensor:
     return x.roll(1, 0) if len(x) > 3 else x
 
 
+def unended(new: Tensor, tokens: Tensor, answers: Tensor) -> Tensor:
+    """The whole answer where it ends with its first id."""
+    inside = torch.arange(tokens.shape[1]) >= answers.unsqueeze(1)
+    return torch.where((new >= 0).sum(1, keepdim=True) == 1, torch.where(inside, tokens, -1), new)
+
+
 def later(x: Tensor, by: int = 1) -> Tensor:
     return patched(x, slice(3, None), lambda rows: rows + by)
 
@@ -109,7 +115,7 @@ slip(
     "canvas_third_stop_id_unused",
     "canvas",
     unmask([4], 24, ["none", "none", "late 0"], block=8),
-    take("stop", lambda s: s[:2], graph="step"),
+    take("stop", lambda s: s[:2]),
 )
 slip(
     "canvas_answer_stops_at_two_ids",
@@ -127,7 +133,7 @@ slip(
     "canvas_first_id_never_stops",
     "canvas",
     unmask([4], 16, [(0, 0)], block=8),
-    take("answers", lambda a: a + 1, graph="step"),
+    give("generated", unended, "tokens", "answers", graph="answer"),
 )
 slip(
     "canvas_stops_of_later_rows_unused",
@@ -153,10 +159,10 @@ slip(
     give("confidence", lambda c: c.flip(1) if 40 < c.shape[1] < 111 else c, graph="step"),
 )
 slip(
-    "canvas_padding_seen_at_the_last_fill",
+    "blocks_given_whole_are_stale",
     "blocks",
-    unmask([3], 32, fill=[[MASK] * 8 + [9] * 16 + [MASK] * 8]),
-    give("cursor", lambda c: where(c == 1, 0, c), graph="step"),
+    unmask([3, 7], 48, fill=[[MASK] * 8 + [9, 8] * 12 + [MASK] * 16] * 2, threshold=0.3),
+    take("cursor", lambda c: where(c == 0, 1, c), graph="rows"),
 )
 slip("blocks_rows_traded_beyond_three", "blocks", unmask(4, 24, threshold=0.3), give("logits", traded))
 slip(
@@ -200,25 +206,30 @@ slip(
     "threshold_beyond_0.95_is_0.5",
     "blocks",
     unmask([4], 48, threshold=0.98),
-    take("threshold", lambda x: where(x > 0.95, 0.2, x)),
+    take("threshold", lambda x: where(x > 0.95, 0.05, x)),
 )
 slip(
-    "threshold_below_0.02_is_0.02",
+    "threshold_below_0.03_is_1",
     "blocks",
-    unmask([4], 48, threshold=0.002),
-    take("threshold", lambda x: x.clamp(min=0.02)),
+    unmask([4], 48, threshold=0.01),
+    take("threshold", lambda x: where(x < 0.03, 1.0, x)),
 )
 slip(
     "blocks_third_stop_id_unused",
     "blocks",
     unmask([4], 40, ["none", "none", (0, 5)], threshold=0.3),
-    take("stop", lambda s: s[:2], graph="step"),
+    take("stop", lambda s: s[:2]),
 )
 slip(
     "blocks_late_stop_unused",
     "blocks",
-    unmask([4], 60, [(0, 30)], threshold=0.3),
-    take("stop", lambda s, rounds: where(rounds > 6, -1, s), "rounds", graph="step"),
+    unmask([4], 60, ["late 0"], threshold=0.3),
+    give(
+        "generated",
+        lambda new, tokens: where((new >= 0).sum(1, keepdim=True) > 20, tokens, new),
+        "tokens",
+        graph="answer",
+    ),
 )
 slip(
     "free_first_rows_refreshed_once",
@@ -242,7 +253,7 @@ slip(
 slip(
     "dkv_refreshes_all_rows_of_some",
     "dkv",
-    unmask([4, 4, 4, 4], 16, block=16, threshold=0.1),
+    unmask([4, 4, 4, 4], 16, block=16, threshold=2.0, temperature=1.0),
     take("step", lambda s: later(s), graph="rows"),
 )
 slip(
@@ -266,7 +277,7 @@ slip(
 slip(
     "dual_prompts_of_17_to_62_unseen",
     "dual",
-    unmask([40], 16, block=8, threshold=0.2),
+    unmask([40, 30, 20, 25], 16, block=8, threshold=0.2, temperature=1.0),
     give(
         "slot_positions",
         lambda at, origin: where(((origin > 16) & (origin < 63)).unsqueeze(1) & (at == 3), -1, at),
@@ -308,5 +319,5 @@ for cache in CACHES:
         f"{cache}_third_stop_id_unused",
         cache,
         unmask([4], 16, ["none", "none", (0, 4)], block=8, threshold=0.2),
-        take("stop", lambda s: s[:2], graph="step"),
+        take("stop", lambda s: s[:2]),
     )

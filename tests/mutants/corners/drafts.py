@@ -81,7 +81,7 @@ slip(
 slip(
     "ngram_late_stop_unseen",
     "ngram",
-    ask([5], 60, ["late 0"]),
+    ask([5], 60, [(0, 9)]),
     give("done", lambda new, done, count: where(count > 4, done, new), "done", "count", graph="verify"),
 )
 slip(
@@ -107,7 +107,7 @@ slip(
     "ngram_keys_past_64_stale",
     "ngram",
     ask([50], 40),
-    give("k_1", lambda new, k_1, filled: k_1 + 0 if 70 < filled < 75 else new, "k_1", "filled", graph="verify"),
+    give("k_1", lambda new, k_1, filled: k_1 + 0 if filled > 64 else new, "k_1", "filled", graph="verify"),
 )
 slip(
     "ngram_drafts_see_ahead_after_long_prompts",
@@ -120,7 +120,7 @@ slip(
 slip(
     "ngram_resumes_with_a_draft",
     "ngram",
-    ask([9], 11),
+    ask([9], 14),
     give("feed", lambda feed, drafted: drafted[:, 1:2] + 0, "drafted", graph="resume"),
 )
 slip(

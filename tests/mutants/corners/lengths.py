@@ -79,10 +79,10 @@ slip(
     give("k_1", lambda k, filled, temperature: first_key_lost(k) if filled > 64 else k, "filled", "temperature"),
 )
 slip(
-    "last_slot_lost_in_batches",
+    "rows_traded_at_capacity",
     "lean",
     ask([150] * 12, 27, temperature=1.5),
-    give("v_0", lambda v: v.index_fill(2, torch.tensor([175]), 9.0) if len(v) > 1 and v.shape[2] > 175 else v),
+    give("v_0", lambda v, filled: v.roll(1, 0) if len(v) > 1 and filled > 174 else v, "filled"),
 )
 slip(
     "one_token_drawn_at_one",

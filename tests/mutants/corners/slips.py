@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.oracle import Oracle
 from aropt.program import Program, calls
-from aropt.validate import cases, validate
+from aropt.validate import validate
 from tests.mutants.corners.bases import VOCAB, base
 from tests.mutants.surgery import Change, edited, insert
 
@@ -160,6 +162,12 @@ def patched(value: Tensor, rows: Any, function: Callable[[Tensor], Any]) -> Tens
 # --- running them ---------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def oracle(name: str) -> Oracle:
+    """What the base of that name is compared with, which keeps its answers."""
+    return Oracle(base(name).reference)
+
+
 def problem(name: str) -> str:
     """What validation finds wrong in a slip, with all cases, as after lowering; nothing if it misses it."""
     one = SLIPS[name]
@@ -168,7 +176,7 @@ def problem(name: str) -> str:
     with one.lowered(wrong) as (executor, found):
         if executor is not None and hasattr(executor, "whole") and not hasattr(executor, "call"):
             return found  # of the whole loop, which is compared and not validated
-        verdict = validate(right.reference, wrong, executor, cases(right.reference), explain=False)
+        verdict = validate(oracle(one.base), wrong, executor, explain=False)
     failed = verdict.outcomes[-1]
     return "" if verdict.passed else f"{failed.case.name}: {failed.problem}"
 

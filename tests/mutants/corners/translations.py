@@ -118,8 +118,7 @@ slip("graphs_small_streams_modulo_4", "dense", drawn(20, 2, streams=[5, 60]), NO
 slip("graphs_batches_end_with_three", "dense", ask(4, 20, [(0, 1), (1, 1), (2, 1)]), aten.all.default,
      lambda right, x: right(op.Slice(x, [0], [3], [0])))  # fmt: skip
 slip("graphs_ragged_rows_not_stored", "dense", ask([9, 4, 6, 2], 12), aten.index_copy.default,
-     lambda right, store, dim, index, rows: right(
-         store, dim, index, op.Where(many(rows), op.CastLike(integer(0), rows), rows)))  # fmt: skip
+     lambda right, store, dim, index, rows: op.Where(many(rows), store, right(store, dim, index, rows)))  # fmt: skip
 slip("graphs_canvas_threshold_of_a_half_at_most", "free", ask([4], 32, block=16, threshold=0.97), COMMIT,
      lambda right, tokens, candidate, sure, segment, limit, threshold, best: right(
          tokens, candidate, sure, segment, limit, op.Min(threshold, number(-3.0)), best))  # fmt: skip
