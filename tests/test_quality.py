@@ -11,7 +11,7 @@ import torch
 
 import aropt
 from aropt import quality
-from aropt.cli import show_report
+from aropt.console import show_report
 from aropt.drift import budget, measure
 from aropt.errors import UsageError
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
