@@ -16,6 +16,8 @@ from aropt.stored import account, read_files, stored, unread
 from aropt.texts import Texts, model_tokenizer
 
 COPIED = ("generation_config.json", "config.json")
+CHOICES = ("attn_implementation", "experts_implementation")
+OWN = ("eager", "sdpa", "batched_mm", "grouped_mm")  # implementations that are part of transformers
 GENERAL = {"_name_or_path", "auto_map", "model_type", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -33,6 +35,8 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
         raise without_config(path)
     config = read_json(path / "config.json")
     check(path, config)
+    if not trust_remote_code:
+        check_implementations(path, config)
     check_class(path, config, configuration(path, trust_remote_code, masked), masked)
     files = read_files(path, config)
     if not files:
@@ -55,6 +59,21 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     if masked:
         meta |= {"mask": mask_id(module, texts), "capacity": checked(module, int(meta["capacity"]), capacity)}
     return Source(module.eval().requires_grad_(False), meta, beside, texts)
+
+
+def check_implementations(path: Path, config: Any, name: str = "config.json") -> None:
+    """Raises UsageError where a configuration names code that transformers would get from the hub."""
+    parts = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in parts:
+        chosen = any(k in str(key) for k in CHOICES) and not (value is None or value in OWN)
+        if chosen or (key == "use_kernels" and value):
+            raise UsageError(
+                what=f"config.json chooses an implementation: {key} is {str(value)[:60]!r}",
+                where=f"{path}, {name}",
+                why="transformers takes such from the hub, as code, or needs a GPU; aropt runs its own",
+                hint="delete the entry from config.json; or read that code, then add --trust-remote-code",
+            )
+        check_implementations(path, value, f"{name}: {key}")
 
 
 def configuration(path: Path, trusted: bool, masked: bool) -> Any:

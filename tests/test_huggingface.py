@@ -128,6 +128,25 @@ def test_what_a_directory_declares_is_told_by_name(case: str, llama: Path) -> No
     assert told in refusal(llama, Unsupported)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"attn_implementation": {"": "someone/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "someone/kernel@main"}},
+        {"layers": [{"experts_implementation": "someone/kernel"}]},
+        {"use_kernels": True},
+    ],
+)
+def test_no_code_of_the_hub_is_chosen_by_a_directory(more: dict[str, Any], llama: Path) -> None:
+    from aropt.huggingface import check_implementations
+
+    said(llama, **more)
+    with pytest.raises(UsageError, match="chooses an implementation"):
+        resolve(str(llama))
+    check_implementations(llama, {"_attn_implementation": "sdpa", "cache_implementation": "static"})
+
+
 def test_a_tied_model_without_a_head_is_refused(tmp_path: Path) -> None:
     """All weights of the causal class are there: its head is the embedding."""
     path = directory(tmp_path, "Llama", "Model", tie_word_embeddings=True)
