@@ -215,8 +215,9 @@ def optimize(
             raise BudgetMissed(
                 what=f"the program lowered to {target} misses the budget", why=missed, hint="raise it, or --no-pass"
             )
-    undone = [r.name for r in results if r.level == "lossy" and r.status == "reverted"]
-    timed = f" It was timed with {', '.join(undone)}, which was reverted." if undone else ""
+    undone = [r for r in results if r.level == "lossy" and r.status == "reverted"]
+    timed = f" It was timed with {', '.join(r.name for r in undone)}, which was reverted." if undone else ""
+    finished.report["notes"] += [reverted_note(r, instruments.budget) for r in undone]
     finished.report["notes"] += [t.told() + timed for _, t in trials if t.kept]
     if calls:
         finished.report["calls"] = calls
@@ -240,6 +241,14 @@ def untrained(program: Program) -> VerificationFailed:
         why="the pass makes another model of it, and its new weights are random",
         hint=str(program.meta["needs_finetune"]),
     )
+
+
+def reverted_note(result: Result, budget: Mapping[str, float]) -> str:
+    """What became of a lossy pass that was asked for and is not in the result, for people."""
+    allowed = ",".join(f"{metric}={bound:g}" for metric, bound in budget.items())
+    over = f" It was reverted, as it does not keep to the budget {allowed}: give more, or leave it out."
+    reason = result.reason.splitlines()[0]
+    return f"{result.name} is not in the result: {reason}." + (over if result.drift else "")
 
 
 def nodes_note(graph: str, found: dict[str, int]) -> str:

@@ -42,8 +42,7 @@ class KvCache:
         models = forwards(program)
         if not models:
             return Skips("no loop runs a full forward over growing tokens")
-        model = next(iter(models.values()))
-        facts = self.restricted(program, model.graph).facts
+        facts = self.restricted(program, next(iter(models.values())).graph).facts
         return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
 
     def restricted(self, program: Program, model: str) -> Restricted:
@@ -128,8 +127,7 @@ def place(row: tuple[int, ...]) -> Graph:
 
     def function(feed: Tensor, filled: Tensor, pads: Tensor) -> tuple[Tensor, ...]:
         slots = filled + torch.arange(feed.shape[1])
-        positions = (slots - pads.unsqueeze(1)).clamp(min=-1)
-        return slots, positions, filled + feed.shape[1]
+        return slots, (slots - pads.unsqueeze(1)).clamp(min=-1), filled + feed.shape[1]
 
     inputs = {"feed": Spec(I64, ("B", "R", *row)), "filled": Spec(I64), "pads": Spec(I64, ("B",))}
     return capture_function("place", function, inputs, ["slots", "positions", "filled"])

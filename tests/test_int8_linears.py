@@ -193,6 +193,9 @@ def test_an_exact_program_does_not_drift() -> None:
 def test_over_the_budget_it_is_reverted_and_said() -> None:
     made = optimized(kl=0.0)
     assert entry(made)["status"] == "reverted" and "kl" in entry(made)["reason"]
+    assert any(
+        "int8-linears is not in the result: kl" in n and "budget kl=0: give more" in n for n in made.report["notes"]
+    )
     assert made.reference is None and made.generate([[1]], 6) == plain().generate([[1]], 6)
 
 
