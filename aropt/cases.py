@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.interpreter import Values
 from aropt.levels import CHEAP, LONGEST, PARAMETERS, Levels, excluded, levels, varied
@@ -17,6 +18,7 @@ from aropt.units import ids_of, rows_for
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 MANY = 4  # designs of a thorough validation, each with other rows
+MANY = 64  # ids that are suppressed at once, at most
 SHORT = 6  # rows of the design that are enough after a pass
 Value = float | tuple[float, ...]
 
@@ -41,7 +43,8 @@ class Case:
         """A line of Python that runs the case."""
         prompts, negative = [list(p) for p in self.prompts], [list(p) for p in self.negative] or None
         values = {
-            k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if isinstance(v, tuple) else repr(v) for k, v in self.params
+            k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if k == "bias" and isinstance(v, tuple) else repr(v)
+            for k, v in self.params
         }
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         params += f", streams={list(self.streams)}" if self.streams else ""
@@ -216,6 +219,9 @@ class Requests:
             found[name] = int(min(value, vocab) if name == "top_k" else value) if integer else float(value)
         if "bias" in found:
             found["bias"] = (PATTERN * vocab)[:vocab] if found["bias"] else 0.0
+        for first, name in enumerate(SUPPRESSED):  # ids that differ, so that some are left
+            if name in found:
+                found[name] = tuple(range(first, vocab, max(3, vocab // MANY))) if found[name] else -1
         return found
 
 

@@ -46,13 +46,13 @@ def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, maske
     left_out = [*account(path, module, held, info), *unread(path, files), *unknown(module.config, config)]
     left_out += others(module.config)
     meta = {"name": path.resolve().name, "source": str(path), **facts(module, capacity), "modality": "text"}
+    texts, why = model_tokenizer(path, trust_remote_code)
+    left_out += [f"Prompts are token ids: {why}."] if why else []
     own, notes = read_defaults(path, module.config, int(meta["vocab"]))
     meta |= own | {"left_out": left_out + notes}
     if masked:
         meta["defaults"] = {}  # these are of texts that are written one token after the other
     beside = [path / name for name in COPIED if (path / name).is_file()]
-    texts, why = model_tokenizer(path, trust_remote_code)
-    left_out += [f"Prompts are token ids: {why}."] if why else []
     if texts is None:
         meta["modality"] = "tokens"
     meta["prompts"] = first_prompts(module, meta, texts)
