@@ -71,7 +71,8 @@ def optimize(
         list[str] | None,
         typer.Option(
             help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance, "
-            "guidance-interval. Of a canvas, what a round writes: threshold, factor, segments, or uniform, cosine, "
+            "guidance-interval, suppress-tokens, begin-suppress-tokens, min-new-tokens. "
+            "Of a canvas, what a round writes: threshold, factor, segments, or uniform, cosine, "
             "shifted, doubling; probability, margin, entropy; eoser, credit, smooth, rcr, remask; and of a guide: "
             "guide-argmax, -top-k, -relative, -threshold."
         ),

@@ -22,6 +22,7 @@ BIAS = [0.3 * (i % 3) for i in range(VOCAB)]
 VALUES = {
     "temperature": 0.9, "top_k": 6, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3, "bias": BIAS,
     "guidance": 1.7, "guidance_from": 1, "guidance_to": 4, "steps": 3, "threshold": 0.3,
+    "suppress_tokens": [2, 7], "begin_suppress_tokens": [1, 3], "min_new_tokens": 4, "stop": [5, 6],
 }  # fmt: skip
 TOGETHER = [
     ("cosine", "margin", "rcr", "credit"), ("shifted", "entropy", "eoser", "smooth"), ("threshold", "remask"),

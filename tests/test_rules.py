@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from aropt import ops, rules
 from aropt.errors import UsageError
@@ -62,6 +70,22 @@ def test_repetition_penalty_is_transformers(x: torch.Tensor, penalty: float, ids
     seen[:, ids] = True
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids] * 3), x.clone())
     torch.testing.assert_close(rules.repetition_penalty(x, torch.tensor(penalty), seen), theirs)
+
+
+def test_suppressed_ids_are_transformers() -> None:
+    x, ids, ends = torch.randn(2, 9), torch.tensor([4, 0, 8]), torch.tensor([3, 7])
+    for length in (5, 6, 7):  # the prompt has five tokens
+        text, count = torch.zeros(2, length, dtype=torch.int64), torch.tensor(length - 5)
+        for theirs, ours in (
+            (SuppressTokensLogitsProcessor(ids.tolist()), rules.suppress_tokens(x, ids)),
+            (SuppressTokensAtBeginLogitsProcessor(ids.tolist(), 5), rules.begin_suppress_tokens(x, ids, count)),
+            (
+                MinNewTokensLengthLogitsProcessor(5, 2, ends.tolist()),
+                rules.min_new_tokens(x, torch.tensor(2), count, ends),
+            ),
+        ):
+            assert torch.equal(theirs(text, x.clone()), ours)
+    assert torch.equal(rules.suppress_tokens(x, torch.tensor([-1])), x)
 
 
 def test_off_means_off() -> None:
