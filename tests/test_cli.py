@@ -267,7 +267,7 @@ def test_usage_errors(folder: Path, artifact: Path, tmp_path: Path) -> None:
     refused(aropt("run", artifact, "--prompt", "1 99"), 2, "token 99 is not in the vocabulary")
     refused(aropt("run", artifact, "--prompt", "hello"), 2, "no tokenizer")
     refused(aropt("run", artifact, "--param", "min_p=0.1"), 2, "unknown sampling parameter 'min_p'")
-    refused(aropt("run", artifact, "--seed", "-1"), 2, "out of range")
+    refused(aropt("run", artifact, "--seed", "-1"), 2, "--seed", "greater than or equal to 0")
     refused(aropt("run", tmp_path), 2, "not an aropt artifact")
     refused(aropt("bench", artifact, "--against", "warp"), 2, "unknown variant")
 
