@@ -51,6 +51,13 @@ class Case:
         params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
         return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params})"
 
+    def options(self) -> dict[str, Any]:
+        """What `Program.generate` takes beside the prompts and how many new ids."""
+        given: dict[str, Any] = {"seed": self.seed, "stop": self.stop, **dict(self.params)}
+        given |= {"streams": list(self.streams)} if self.streams else {}
+        given |= {"negative": [list(p) for p in self.negative]} if self.negative else {}
+        return given | ({"fill": [list(self.fill)] * len(self.prompts)} if self.fill else {})
+
     def row(self, i: int) -> tuple[Any, ...]:
         """All that prompt `i` depends on."""
         stream, negative = self.streams[i] if self.streams else i, self.negative[i] if self.negative else ()

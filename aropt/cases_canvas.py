@@ -19,7 +19,6 @@ BLOCK: dict[str, Range] = {"2-8": (2, 8), "1": (1, 1), "9-16": (9, 16)}
 FILL: dict[str, Range] = {"masks": (0, 0), "with gaps": (1, 1), "ends given": (2, 2)}
 STEPS: dict[str, Range] = {"half": (2, 2), "one": (1, 1), "each row": (0, 0)}
 TEMPERATURE: dict[str, Range] = {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)}
-OTHER: dict[str, Range] = {"usual": (0, 0), "lower": (-1, -1), "higher": (1, 1)}
 
 
 class Canvases(Requests):
@@ -40,7 +39,22 @@ class Canvases(Requests):
             "streams": STREAMS,
         }
         found |= {"steps": STEPS} if "steps" in self.program.inputs else {}
-        return {**found, **{name: OTHER for name in self.usual()}}
+        return {**found, **{name: self.around(name, value) for name, value in self.usual().items()}}
+
+    def around(self, name: str, usual: float) -> dict[str, Range]:
+        """A parameter's usual value, and ranges below and above its default; shares stay below 1."""
+        given = self.program.inputs[name]
+        default, most = float(given.default or 0), float("inf") if given.maximum is None else given.maximum
+        above = (
+            (default + 0.3 * (1 - default), default + 0.9 * (1 - default))
+            if default < 1
+            else (1.3 * default, 3 * default)
+        )
+        ranges: list[Range] = [(usual, usual), (0.2 * default, 0.6 * default), above]
+        if not given.spec.dtype.is_floating_point:
+            ranges = [(int(usual), int(usual)), (1, 3), (4, 16)]
+        ranges = [(low, min(high, most)) for low, high in ranges if low <= most]
+        return {f"{low:.3g}" if low == high else f"{low:.2g}-{high:.2g}": (low, high) for low, high in ranges}
 
     def lengths(self) -> dict[str, Range]:
         """Lengths of prompts; those that leave room for little are a level of their own."""
@@ -99,13 +113,7 @@ class Canvases(Requests):
 
     def params(self, row: Row, rounds: float) -> dict[str, float]:
         """The rule's parameters, of `rounds` a block."""
-        found: dict[str, float] = {}
-        for name, value in self.usual().items():
-            given = self.program.inputs[name]
-            moved = value * (1 + self.levels[name][row[name]][0] / 2)
-            high = float("inf") if given.maximum is None else given.maximum
-            found[name] = min(max(moved, given.minimum or 0), high)
-            found[name] = found[name] if given.spec.dtype.is_floating_point else int(found[name])
+        found = {name: self.drawn(row, name) for name in self.usual()}
         return found | ({"steps": rounds} if "steps" in self.program.inputs and rounds else {})
 
     def request(

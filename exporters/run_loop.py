@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from aropt.ort_threads import options, share
 from aropt.program import Program
 from aropt.runtime import batches, make_inputs, room
 from aropt.units import flat, ids_of, window
+
+if TYPE_CHECKING:
+    from aropt.cases import Case
 
 NEEDS = {20: (1, 17)}  # the first onnxruntime that has an opset
 
@@ -56,6 +59,7 @@ def generate(
     stop: Sequence[int] | None = None,
     negative: Sequence[Sequence[int]] | None = None,
     fill: Sequence[Sequence[int]] | None = None,
+    streams: Sequence[int] | None = None,
     chunk: int | None = None,
     plain: bool = False,
     **params: Any,
@@ -65,7 +69,8 @@ def generate(
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):
         negatives, fills = (None if rows is None else [rows[i] for i in group] for rows in (negative, fill))
-        values = make_inputs(program, [prompts[i] for i in group], n, seed, stop, group, negatives, params, fills)
+        drawn = group if streams is None else [streams[i] for i in group]
+        values = make_inputs(program, [prompts[i] for i in group], n, seed, stop, drawn, negatives, params, fills)
         found = batch(session, program.outputs[0], values, chunk)
         results |= {i: row[:n] for i, row in zip(group, found, strict=True)}
     return [results[i] for i in range(len(prompts))]
@@ -88,34 +93,47 @@ def batch(session: Any, generated: str, values: Values, chunk: int | None) -> li
 
 
 def compare(path: Path, program: Program) -> dict[str, Any]:
-    """Checks an exported loop against the program's reference: greedy and sampled, one, several, ragged, in chunks.
+    """Checks an exported loop against the program's reference: in chunks, and what programs are validated on.
 
     Raises VerificationFailed if a token differs.
     """
+    from aropt.cases import cases
+    from aropt.exporters.whole_loop import ROUNDS
+    from aropt.stops import with_stops
+    from aropt.validate import Outcome, Verdict
+
+    made, verdict = session(path), Verdict()
+    for case in with_stops([*chunked(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
+        prompts = [list(p) for p in case.prompts]
+        want = program.generate(prompts, case.n, plain=True, **case.options())
+        verdict.outcomes.append(Outcome(case, tokens=sum(map(len, want)), generated=want))
+        for chunk in (None, ROUNDS + 1) if case.kind == "chunks" else (None,):
+            if generate(made, program, prompts, case.n, chunk=chunk, plain=True, **case.options()) != want:
+                raise VerificationFailed(
+                    what="the exported loop generates other tokens than its program",
+                    where=str(path),
+                    why=f"{case.repro(program.name)}, chunks of {chunk}",
+                    hint="please report it; aropt export without --whole-loop writes the graphs apart",
+                )
+    found = verdict.metrics()
+    return {"status": "pass", "cases": found["cases"], "tokens": found["tokens"], "level": "tokens equal"}
+
+
+def chunked(program: Program) -> list[Case]:
+    """One, several and ragged, greedy and drawn, for longer than a chunk."""
+    from aropt.cases import Case
     from aropt.exporters.whole_loop import ROUNDS
 
-    made = session(path)
     rows = example(program)
     n = min(2 * ROUNDS + 4, room(program, joined(rows)))
     others = rows[::-1], [rows[-1], *rows[:-1]][: max(1, len(rows) - 1)]
-    start, back, second = (joined(some) for some in (rows, *others))
-    tokens, cases = 0, 0
-    needs_negative = "negative" in program.inputs and program.meta.get("null") is None
-    choices: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "seed": 5})
-    for prompts in ([start], [start, back], [start, second]):
-        for choice in choices:
-            params = {**choice, "negative": [p[::-1] for p in prompts]} if needs_negative else choice
-            want = program.generate(prompts, n, plain=True, **params)
-            for chunk in (None, ROUNDS + 1):
-                cases, tokens = cases + 1, tokens + sum(map(len, want))
-                if generate(made, program, prompts, n, chunk=chunk, plain=True, **params) != want:
-                    raise VerificationFailed(
-                        what="the exported loop generates other tokens than its program",
-                        where=str(path),
-                        why=f"prompts {prompts}, {n} tokens, {params}, chunks of {chunk}",
-                        hint="please report it; aropt export without --whole-loop writes the graphs apart",
-                    )
-    return {"status": "pass", "cases": cases, "tokens": tokens, "level": "tokens equal"}
+    start, back, second = (tuple(joined(some)) for some in (rows, *others))
+    alone = "negative" in program.inputs and program.meta.get("null") is None
+    return [
+        Case("in chunks", "chunks", prompts, n, seed, params, (), (), tuple(p[::-1] for p in prompts) if alone else ())
+        for prompts in ((start,), (start, back), (start, second))
+        for seed, params in ((0, ()), (5, (("temperature", 0.9),)))
+    ]
 
 
 def joined(rows: list[list[int]]) -> list[int]:

@@ -123,20 +123,7 @@ def lengths(program: Program) -> list[Case]:
 
 def generated(program: Program, executor: Any, case: Case) -> list[list[int]]:
     """What a case generates."""
-    options: dict[str, Any] = dict(case.params)
-    if case.streams:
-        options["streams"] = list(case.streams)
-    if case.negative:
-        options["negative"] = case.negative
-    return program.generate(
-        [list(p) for p in case.prompts],
-        case.n,
-        seed=case.seed,
-        stop=case.stop,
-        executor=executor,
-        plain=True,
-        **options,
-    )
+    return program.generate([list(p) for p in case.prompts], case.n, executor=executor, plain=True, **case.options())
 
 
 def clean(folder: Path, used: dict[str, Path]) -> None:
