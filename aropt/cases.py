@@ -49,7 +49,7 @@ class Case:
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         params += f", streams={list(self.streams)}" if self.streams else ""
         params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
-        return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params})"
+        return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params}, plain=True)"
 
     def options(self) -> dict[str, Any]:
         """What `Program.generate` takes beside the prompts and how many new ids."""
