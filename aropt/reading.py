@@ -26,6 +26,7 @@ from aropt.program import Program
 
 NEEDED = ("program.json", "weights.safetensors")
 LARGEST = {MANIFEST: 2**24, "report.json": 2**26, "program.json": 2**29}  # bytes of what is parsed whole
+READ = (".json", ".model", ".txt", ".jinja", ".safetensors", ".py")  # kinds of files that tokenizers are read from too
 HASH = re.compile(r"[0-9a-f]{64}")
 AGAIN = "get the artifact again, or make it again: aropt optimize MODEL -o OUT"
 
@@ -98,7 +99,7 @@ def check_entry(file: Path, entry: Any) -> None:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], hashes: bool = True) -> None:
-    """Raises VerificationFailed where a listed file is missing or changed, or where models/ holds one unlisted."""
+    """Raises VerificationFailed where a listed file is missing or changed, or one is not listed that might be read."""
     listed = {entry["path"]: entry for entry in manifest["files"]}
     for name, entry in listed.items():
         if name in EDITABLE and not os.path.lexists(folder / name):
@@ -110,6 +111,9 @@ def check_files(folder: Path, manifest: dict[str, Any], hashes: bool = True) -> 
                 changed(folder / name, f"it has not the {entry['bytes']} bytes that the manifest says")
             if hashes and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 changed(folder / name, "its hash is not the manifest's")
+    for path in folder.iterdir():
+        if path.suffix in READ and path.name not in (MANIFEST, *EDITABLE) and path.name not in listed:
+            changed(path, "the manifest does not list it")
     for parent, folders, files in os.walk(folder / "models"):
         for one in [*files, *(f for f in folders if os.path.islink(os.path.join(parent, f)))]:
             path = Path(parent, one).relative_to(folder)

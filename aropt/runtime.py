@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,48 @@ from aropt.interpreter import Executor, OnRound, Values, run
 from aropt.program import Input, Program
 from aropt.units import flat, ids_of, rows, rows_for
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+@contextmanager
+def blaming(program: Program, on_round: OnRound | None) -> Iterator[OnRound | None]:
+    """Raises Unsupported where a program that was read fails as it runs; what `on_round` raises goes on."""
+    own: list[BaseException] = []
+
+    def watched(values: Values) -> bool | None:
+        try:
+            return on_round(values) if on_round is not None else None
+        except BaseException as error:
+            own.append(error)
+            raise
+
+    try:
+        yield watched if program.home and on_round is not None else on_round
+    except AroptError:
+        raise
+    except Exception as error:  # of torch or ONNX Runtime, which have many kinds
+        if not program.home or error in own:
+            raise
+        raise Unsupported(
+            what="the artifact's program fails as it runs",
+            where=program.home,
+            why=(str(error).splitlines() or [type(error).__name__])[0][:300],
+            hint="make the artifact again: aropt optimize MODEL -o OUT; report it if that fails too",
+        ) from error
+
+
+def blames(function: F) -> F:
+    """The function of a program, with `blaming`."""
+
+    @functools.wraps(function)
+    def wrapped(program: Program, *args: Any, on_round: OnRound | None = None, **options: Any) -> Any:
+        with blaming(program, on_round) as watched:
+            return function(program, *args, on_round=watched, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@blames
 def generate(
     program: Program,
     prompts: Any,
@@ -79,41 +120,14 @@ def generate(
             None if fill is None else [fill[i] for i in group],
         )
         whole = getattr(executor, "whole", None)
-        with host_threads(getattr(executor, "host_threads", None)), unfit(program, on_round) as watched:
+        with host_threads(getattr(executor, "host_threads", None)):
             if whole is not None and on_round is None:  # the target found one call to be faster
                 generated = whole.generate(inputs)
             else:
-                generated = run(program, inputs, slots(program, inputs), executor, watched)["generated"]
+                generated = run(program, inputs, slots(program, inputs), executor, on_round)["generated"]
             for i, row in zip(group, flat(generated), strict=True):
                 results[i] = [t for t in row if t >= 0][:n]
     return [results[i] for i in range(len(prompts))]
-
-
-@contextmanager
-def unfit(program: Program, on_round: OnRound | None) -> Iterator[OnRound | None]:
-    """Raises Unsupported where a program that was read fails as it runs; what `on_round` raises goes on."""
-    own: list[BaseException] = []
-
-    def watched(values: Values) -> bool | None:
-        try:
-            return on_round(values) if on_round is not None else None
-        except BaseException as error:
-            own.append(error)
-            raise
-
-    try:
-        yield watched if program.home and on_round is not None else on_round
-    except AroptError:
-        raise
-    except Exception as error:  # of torch or ONNX Runtime, which have many kinds
-        if not program.home or error in own:
-            raise
-        raise Unsupported(
-            what="the artifact's program fails as it runs",
-            where=program.home,
-            why=(str(error).splitlines() or [type(error).__name__])[0][:300],
-            hint="make the artifact again: aropt optimize MODEL -o OUT; report it if that fails too",
-        ) from error
 
 
 def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

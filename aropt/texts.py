@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aropt.errors import MissingTool
+from aropt.errors import MissingTool, UsageError
 
 FAST, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SLOW = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
@@ -45,10 +45,20 @@ class Texts:
 
 
 def stored_tokenizer(file: Path) -> Texts:
-    """The tokenizer of a tokenizer.json."""
+    """The tokenizer of a tokenizer.json. Raises UsageError for a file that is none."""
     from tokenizers import Tokenizer
 
-    return without_lengths(Tokenizer.from_file(str(file)))
+    try:
+        return without_lengths(Tokenizer.from_file(str(file)))
+    except BaseException as error:  # tokenizers has no kind of its own, and a panic is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UsageError(
+            what=f"'{file.name}' can't be read",
+            where=str(file),
+            why=(str(error).splitlines() or [type(error).__name__])[0][:300],
+            hint="get the file again, or give prompts as token ids without it",
+        ) from error
 
 
 def without_lengths(fast: Any, whole: Any = None) -> Texts:

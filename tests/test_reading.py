@@ -73,7 +73,7 @@ def test_reading_changes_nothing(kind: str, request: pytest.FixtureRequest, tiny
 def test_what_is_for_people_may_be_edited(eager: Path, copied: Callable[[Path], Path]) -> None:
     out = copied(eager)
     (out / "README.md").write_text("mine")
-    (out / "note.txt").write_text("mine too")
+    (out / "picture.png").write_text("mine too")
     aropt.load(out)
     (out / "README.md").unlink()
     assert aropt.load(out).report == {} and "README.md" in EDITABLE
@@ -207,6 +207,23 @@ def test_the_manifest_is_checked(
     relist(out, change)
     with pytest.raises(UsageError, match=r"'manifest.json' can't be read"):
         aropt.load(out)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "config.json", "chat_template.jinja"])
+def test_a_tokenizer_that_nobody_listed_is_not_read(name: str, eager: Path, copied: Callable[[Path], Path]) -> None:
+    out = copied(eager)
+    (out / name).write_text("{}")
+    with pytest.raises(VerificationFailed, match="does not list it"):
+        aropt.load(out)
+
+
+def test_a_tokenizer_that_is_none_is_told(tmp_path: Path) -> None:
+    from aropt.texts import stored_tokenizer
+
+    for text in ("{}", "\x00", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UsageError, match=r"'tokenizer.json' can't be read"):
+            stored_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"format": NaN}', "\x00", '{"format": 1}'])
