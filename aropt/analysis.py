@@ -56,7 +56,7 @@ from aropt.bounds import (
     use_of,
 )  # fmt: skip
 from aropt.errors import Unsupported
-from aropt.positions import Positions, content_nodes, is_number, refusal
+from aropt.positions import HINT, Positions, content_nodes, is_number, refusal
 
 SDPA = "aten::scaled_dot_product_attention"
 PRODUCTS = {"aten::matmul", "aten::bmm"}
@@ -64,7 +64,6 @@ REDUCTIONS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::max", "ate
 FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elementwise, but don't broadcast
 SOFTMAX = {"aten::softmax", "aten::_softmax"}
 SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
-HINT = "aropt needs ops that work on each position alone, or causal attention; --no-pass kv-cache goes without a cache"
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
 BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask"
 
@@ -343,5 +342,5 @@ def unsupported(error: Exception, what: str) -> Unsupported:
     node = getattr(error, "aropt_node", None)
     why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     if node is None:
-        return Unsupported(what=what, why=why, hint="please report the model")
-    return refusal(node, why, "please report the model", what)
+        return Unsupported(what=what, why=why, hint=HINT)
+    return refusal(node, why, HINT, what)

@@ -300,7 +300,11 @@ def describe_run(
     ]
     without = uncached(optimized, results)
     notes = ([without] if without else []) + [r.failed() for r in results if r.failed()]
-    notes += [*meta.get("left_out", []), *([] if verdict.outcomes else ["Nothing was validated: --no-check."])]
+    notes += [
+        *meta.get("left_out", []),
+        *([meta["limit"]] if "limit" in meta else []),
+        *([] if verdict.outcomes else ["Nothing was validated: --no-check."]),
+    ]
     checked = {
         "status": "pass" if verdict.passed and verdict.outcomes and "needs_finetune" not in optimized.meta else "fail",
         "metrics": verdict.metrics(),

@@ -115,14 +115,22 @@ def fixed_rotary(model: nn.Module, capacity: int) -> Iterator[None]:
                 setattr(module, name, table)
 
 
-def limited(why: str, most: int) -> Unsupported:
+class Limited(Unsupported):
+    """The forward is another function for long sequences; `most` tokens can be captured."""
+
+    most = 0
+
+
+def limited(why: str, most: int) -> Limited:
     """What to tell of a forward that is another function for long sequences."""
-    return Unsupported(
+    error = Limited(
         what="the forward computes something else for long sequences",
         where=f"sequences of more than {most} tokens",
         why=why,
         hint=f"use --capacity {most} or less" if most > 1 else "avoid branches on the length",
     )
+    error.most = most
+    return error
 
 
 def export_failure(error: Exception) -> Unsupported:

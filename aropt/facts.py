@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aropt.errors import Unsupported, UsageError
-from aropt.exporting import export_failure
+from aropt.exporting import Limited, export_failure
 from aropt.faithful import check
 from aropt.forwards import HINT, Forward
 from aropt.program import Graph
@@ -44,16 +44,28 @@ class Source:
 
     def captured(self) -> tuple[Graph, dict[str, Tensor]]:
         """The forward as a graph, and its weights. Raises Unsupported where they don't compute what the module does."""
-        vocab, capacity = int(self.meta["input_vocab"]), int(self.meta["capacity"])
-        if self.exported is not None:
-            graph, weights = capture_exported(self.exported)
-        else:
-            graph, weights = capture_model(self.module, vocab, capacity, window(self.meta))
-        most = most_tokens(graph, weights, capacity)
-        if self.meta.pop("asked", True) and most < capacity:
-            raise too_long(capacity, most)
-        self.meta |= {"capacity": most}
+        asked = self.meta.pop("asked", True)
+        graph, weights = self.traced(asked) if self.exported is None else capture_exported(self.exported)
         check(graph, weights, self.module, self.meta)
+        return graph, weights
+
+    def traced(self, asked: bool) -> tuple[Graph, dict[str, Tensor]]:
+        """The module's forward, for as many tokens as it takes where nobody `asked` for a number of them."""
+        capacity, why = int(self.meta["capacity"]), ""
+        vocab, row = int(self.meta["input_vocab"]), window(self.meta)
+        try:
+            graph, weights = capture_model(self.module, vocab, capacity, row)
+        except Limited as limit:
+            if asked or limit.most < 2:
+                raise
+            self.meta["capacity"], why = limit.most, limit.why
+            graph, weights = capture_model(self.module, vocab, limit.most, row)
+        most = most_tokens(graph, weights, int(self.meta["capacity"]))
+        if asked and most < capacity:
+            raise too_long(capacity, most)
+        self.meta["capacity"] = most
+        if most < capacity:
+            self.meta["limit"] = f"The capacity is {most} tokens: {why or 'its table of positions ends there'}."
         return graph, weights
 
 
@@ -70,7 +82,8 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     text = getattr(config, "get_text_config", None)
     config = text() if callable(text) else config  # of a model that takes texts beside pictures or sounds
     longest = next(
-        (int(v) for source in (module, config) for n in LENGTHS if isinstance(v := getattr(source, n, None), int)), None
+        (v for at in (module, config) for n in LENGTHS if type(v := getattr(at, n, None)) is int and v > 0),
+        None,  # -1: any
     )
     if capacity is not None and longest is not None and capacity > longest:
         raise too_long(capacity, longest)

@@ -25,6 +25,7 @@ SHAPE_ONLY = {
 }  # fmt: skip
 LIKE = {"aten::zeros_like", "aten::ones_like", "aten::full_like"}
 EMPTY = {"aten::empty", "aten::new_empty"}  # any values will do
+HINT = "write it with ops on each position alone, or as masked attention; or go without a cache: --no-pass kv-cache"
 UNSTEADY = "use a fixed scaling; no cache is exact when the past is re-scaled"
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
@@ -219,7 +220,7 @@ def begins(node: fx.Node, full: Tensor, short: Tensor, axes: Axes) -> bool:
         if kind in "rc" and n == 0:
             expected = expected.narrow(i, 0, short.shape[i])
         elif kind != "." and kind != "b":
-            raise refusal(node, "a position value has appended columns", "please report the model")
+            raise refusal(node, "a position value has appended columns", HINT)
     same_size = torch.broadcast_shapes(expected.shape, short.shape) == short.shape
     return same_size and close(expected, short)
 

@@ -47,7 +47,7 @@ from aropt.axes import (
 from aropt.bounds import Hide
 from aropt.errors import Unsupported
 from aropt.naming import weight_name
-from aropt.positions import Table, classify, factor_keys, is_number, refusal
+from aropt.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.prepare import prepared
 from aropt.program import Graph, Spec, StateSpec
 from aropt.torch_compat import build, propagate
@@ -139,7 +139,7 @@ class Restriction:
                 try:
                     self.new[node] = self.write(node)
                 except NotRowwise as reason:
-                    raise refusal(node, f"{op_name(node)} {reason}", "please report the model") from None
+                    raise refusal(node, f"{op_name(node)} {reason}", HINT) from None
         slots = ("B", "R") if self.canvas else ("R",)
         specs = {"ids": ("B", "R"), "slots": slots, "positions": ("B", "R"), "slot_positions": ("B", "S")}
         inputs = {n: Spec(torch.int64, dims) for n, dims in specs.items()}
@@ -239,7 +239,7 @@ class Restriction:
         if row is None:
             if isinstance(self.info[source].axes, tuple) and not count(self.info[source].axes, "r"):
                 return new
-            raise refusal(user, "the last row can't be taken of a flattened axis", "please report the model")
+            raise refusal(user, "the last row can't be taken of a flattened axis", HINT)
         return self.memoized(("last", source), lambda: self.call(aten.slice.Tensor, new, row, -1, MAXINT))
 
     def shape(self, axes: Axes, tail: bool, infer: bool) -> list[Any]:
@@ -337,7 +337,7 @@ class Restriction:
         axes = self.info[node].axes
         row = find(axes, "r")
         if row is None:
-            raise refusal(node, "the keys or values have rows flattened into another axis", "please report the model")
+            raise refusal(node, "the keys or values have rows flattened into another axis", HINT)
         dims = tuple("S" if i == row else text(a) for i, a in enumerate(axes))
         with self.out.inserting_after(self.last_input):
             store = self.last_input = self.out.placeholder(name)

@@ -182,7 +182,7 @@ def from_exported(
             what="an op's shape rule fails for symbolic sizes",
             where=f"{node.meta.get('where')}, {node}" if node else "",
             why=torch_reason(str(error)),
-            hint="please report the model",
+            hint="write it with sizes that follow from the inputs alone, or give another --capacity",
         ) from error
     return result, {w: weights[w] for w in result.weights()}
 
