@@ -22,11 +22,14 @@ from aropt.errors import Unsupported
 from aropt.torch_compat import size_at, size_conditions
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers then leaves groups of heads to SDPA
+BATCHES = (1, 3, 5)  # beside 2
 NOT_STATED = "the forward fixes the sequence length or the batch"
 
 
-def export_forward(module: nn.Module, example: torch.Tensor, capacity: int) -> tuple[ExportedProgram, list[int]]:
-    """The export of forward(ids[B, T]), and those lengths up to the capacity that torch can't speak for.
+def export_forward(
+    module: nn.Module, example: torch.Tensor, capacity: int
+) -> tuple[ExportedProgram, list[tuple[int, int]]]:
+    """The export of forward(ids[B, T]), and those batches and lengths up to the capacity that torch can't speak for.
 
     torch assumes of sizes what it can't prove ("min(64, 64 * T) is 64"); each assumption is held against all lengths.
     Raises Unsupported where one fails for more than two lengths, or torch refuses.
@@ -42,12 +45,12 @@ def export_forward(module: nn.Module, example: torch.Tensor, capacity: int) -> t
                 exported = deferring(module, (example,), shapes)
             except Exception:  # the first attempt's reason is the one that counts
                 raise export_failure(error) from error
-    failing: set[int] = set()
+    failing: set[tuple[int, int]] = set()
     for condition in size_conditions(exported):
-        wrong = [n for n in range(1, capacity + 1) if not size_at(condition, exported, 2, n)]
-        failing |= set(wrong)
-        if len(failing) > 2:
-            raise limited(f"{condition} is not true of them, which its graph would take for granted", wrong[0] - 1)
+        wrong = [(2, n) for n in range(1, capacity + 1) if not size_at(condition, exported, 2, n)]
+        failing |= {*wrong, *((b, 3) for b in BATCHES if not wrong and not size_at(condition, exported, b, 3))}
+        if sum(batch == 2 for batch, _ in failing) > 2:
+            raise limited(f"{condition} is not true of them, which its graph would take for granted", wrong[0][1] - 1)
     with torch.no_grad(), quiet():
         return exported.run_decompositions(TABLE), sorted(failing)
 

@@ -31,6 +31,11 @@ DROPPED = {
     "aten::sym_constrain_range",
     "aten::sym_constrain_range_for_size",
 }
+EMPTY = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+}
 PASS_THROUGH = {"aten::alias", "aten::detach", "aten::lift_fresh_copy", "aten::detach_", "aten::contiguous"}
 
 
@@ -51,17 +56,17 @@ def capture_model(
     specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
     graph, weights = from_exported("model", exported, specs, ["logits"], capacity=capacity)
     check_rows(graph, row)
-    for length in unsure:
-        check_length(graph, weights, model, torch.randint(0, vocab, (2, length, *row)))
+    for size in unsure:
+        check_size(graph, weights, model, torch.randint(0, vocab, (*size, *row)))
     return graph, weights
 
 
-def check_length(graph: Graph, weights: dict[str, Tensor], model: nn.Module, ids: Tensor) -> None:
-    """Raises Unsupported unless the graph gives the model's logits for ids of a length that torch can't speak for."""
+def check_size(graph: Graph, weights: dict[str, Tensor], model: nn.Module, ids: Tensor) -> None:
+    """Raises Unsupported unless the graph gives the model's logits for ids of a size that torch can't speak for."""
     with torch.no_grad():
         ours, theirs = graph.bind(weights)(ids)[0], Forward(model)(ids)
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
-        raise limited(f"{ids.shape[1]} tokens are another case than fewer", ids.shape[1] - 1)
+        raise limited(f"ids of size {list(ids.shape)} are a case of their own", ids.shape[1] - 1)
 
 
 def check_rows(graph: Graph, row: tuple[int, ...] = ()) -> None:
@@ -236,6 +241,9 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
         return
     from aropt.verifier import op_problem
 
+    if node.target in EMPTY:  # what was in memory is overwritten, or is no function of the ids
+        node.target = EMPTY[node.target]
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
     problem = op_problem(node.target, node.args, node.kwargs)
     if problem:
         raise Unsupported(

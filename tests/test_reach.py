@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import Unsupported
+from aropt.excluded import counted
+from aropt.loops import autoregressive
 from aropt.naming import WEIGHT
-from aropt.passmanager import Instruments, make
+from aropt.passmanager import Instruments, make, run_passes
+from aropt.trace import capture_model
 from tests.decoders import (
     CACHED,
     SHIFTS,
@@ -30,12 +33,13 @@ from tests.decoders import (
 )  # fmt: skip
 
 
-def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cache"), new: int = 8) -> dict[str, str]:
+def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cache"), new: int = 6) -> dict[str, str]:
     """{pass: status} of a model, after holding its greedy tokens against a whole forward for each token."""
-    program = aropt.capture(model)
-    program = aropt.optimize(
-        program, target="eager", passes=[make(n) for n in passes], check=False, instruments=Instruments(check=False)
-    )
+    capacity = getattr(model, "capacity", 24)
+    graph, weights = capture_model(model, VOCAB, capacity)
+    meta = {"name": "reach", "vocab": VOCAB, "input_vocab": VOCAB, "capacity": capacity, "never": counted(graph)}
+    program = autoregressive(graph, weights, meta)
+    program, results = run_passes(program, [make(n) for n in passes], "eager", Instruments(check=False))
     ids = prompts = torch.randint(4, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(new):
@@ -43,7 +47,7 @@ def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cac
             ids = torch.cat([ids, getattr(output, "logits", output)[:, -1:].argmax(-1)], 1)
     made = torch.as_tensor(program.generate(prompts.tolist(), new)).reshape(2, -1)[:, -new:]
     assert torch.equal(made, ids[:, -new:]), (made, ids[:, -new:])
-    return {p["name"]: p["status"] for p in program.report["passes"]}
+    return {r.name: r.status for r in results}
 
 
 SMALL: dict[str, Any] = dict(
@@ -60,9 +64,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "openai-gpt": {},  # a mask as long as the capacity, multiplied and added
     "bloom": {},  # ALiBi in an additive mask
     "mpt": {},  # ALiBi counted from the end
-    "gemma2": {"num_hidden_layers": 2},  # soft caps, and windows in one of two layers
-    "gpt_oss": {"num_hidden_layers": 2},  # sinks, experts, windows
-    "granite_swa": {"num_hidden_layers": 2},  # sinks by a logsumexp
+    "gemma2": {},  # soft caps, and a window
+    "gpt_oss": {},  # sinks, experts, windows
+    "granite_swa": {},  # sinks by a logsumexp
     "mistral": {},  # a window
     "mixtral": {},  # experts
     "llama4_text": {"num_hidden_layers": 2},  # complex rotary, repeated rows, layers without positions
@@ -73,6 +77,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "xglm": {},  # sinusoids after an offset
     "roberta": {},  # positions that are counted from the tokens
 }
+
+CANONICAL = {"gpt2", "openai-gpt", "bloom", "mpt", "falcon"}  # as they are
 
 
 def tiny(kind: str, changes: dict[str, Any]) -> nn.Module:
@@ -87,7 +93,8 @@ def tiny(kind: str, changes: dict[str, Any]) -> nn.Module:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_architectures_are_cached(kind: str) -> None:
-    assert reached(tiny(kind, KINDS[kind])) == {"canonicalize": "applied", "kv-cache": "applied"}
+    canonical = "skipped" if kind in CANONICAL else "applied"
+    assert reached(tiny(kind, KINDS[kind])) == {"canonicalize": canonical, "kv-cache": "applied"}
 
 
 QUICK = {Given, Buffered, AlibiFilled, Gathered, Talking, Memory, MemoryGiven, Shared}  # both ways in one
