@@ -46,6 +46,8 @@ def run(
         return list(coder.encode(text, special=False)) if text else []
 
     options: dict[str, Any] = {} if stop is None else {"stop": infill.stops(stop, part)}
+    if fill is not None:
+        options["fill"] = infill.answers(fill, n, program, part)
     if program.meta["modality"] == "image":
         path = image or beside(out, ".png")
         pictures.check_free(path, force)
@@ -58,7 +60,6 @@ def run(
         )  # fmt: skip
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
     if fill is not None:
-        options["fill"] = infill.answers(fill, n, program, part)
         n = max(map(len, options["fill"]))
     tokens = program.generate(ids, n, seed=seed, **options, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
@@ -203,6 +204,13 @@ def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, tru
     from aropt.serialize import to_json
 
     if (Path(model) / "manifest.json").is_file():
+        if capacity is not None:
+            raise UsageError(
+                what="an artifact's capacity is what it was made with",
+                where="--capacity",
+                why=f"'{model}' is an artifact, whose caches have that size",
+                hint="leave it out, or name the model",
+            )
         program = artifact.load(model, target="eager")
     else:
         from aropt.api import capture

@@ -101,6 +101,15 @@ def test_what_a_run_cannot_take_is_told(name: str, options: str, words: str, cal
     assert code == 2 and words in text and "internal error" not in text
 
 
+def test_options_that_would_do_nothing_are_refused(called: Any, folder: Path, tmp_path: Path) -> None:
+    code, text = called("inspect", folder / "tiny", "--capacity", "5")
+    assert code == 2 and "an artifact's capacity is what it was made with" in text
+    image = aropt.load(str(folder / "tiny"), "eager")
+    image.replace(meta={**image.meta, "modality": "image", "side": 4}).save(str(tmp_path / "image"))
+    code, text = called("run", tmp_path / "image", "-n", "1", "--fill", "[MASK]")
+    assert code == 2 and "no canvas to fill" in text and not list(tmp_path.glob("*.png"))
+
+
 def test_infilling_from_the_command_line(called: Any, folder: Path) -> None:
     code, text = called("run", folder / "canvas", "-p", "9 9", "--fill", "[MASK] 7 [MASK*2]", "--json")
     assert code == 0 and json.loads(text)["tokens"] == [[2, 7, 4, 5]]
