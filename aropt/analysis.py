@@ -56,6 +56,7 @@ from aropt.bounds import (
     use_of,
 )  # fmt: skip
 from aropt.errors import Unsupported
+from aropt.moves import moved
 from aropt.positions import HINT, Positions, content_nodes, is_number, refusal
 
 SDPA = "aten::scaled_dot_product_attention"
@@ -75,7 +76,8 @@ class Info:
     axes: Any  # Axes, or a list of them for an op with several results
     scores: Scores | None = None  # of a value with columns
     range: Range = CONTENT  # of a value without
-    role: str = "row"  # row | score (q k^T) | mix (p v) | sdpa
+    role: str = "row"  # row | score (q k^T) | mix (p v) | sdpa | moved
+    ahead: int = 0  # how many rows ahead it sees, where it is moved
     operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
     hides: dict[fx.Node, Hide] = field(default_factory=dict)  # those of them that hide entries
 
@@ -140,6 +142,10 @@ class Analysis:
             return Info(source.axes[which], source.scores, source.range)
         self.check_numbers(node, name)
         info = self.sdpa(node) if name == SDPA else self.product(node) if name in PRODUCTS else None
+        if info is None and self.canvas and (found := moved(node, self.info)) is not None:
+            return Info(
+                found[0], role="moved", ahead=found[1]
+            )  # its axes may be of a length that `check` does not know
         if info is None:
             rule = rule_for(node)
             if rule is None:

@@ -400,9 +400,8 @@ def pointwise_convolution(x: Args, dims: Dims) -> Axes:
     fixed((*x["weight"], *(x.get("bias") or ())), "has weights that depend on the tokens")
     if any(axis for axis in x["weight"][2:]):
         raise NotRowwise("moves rows along the sequence (a token shift or convolution), which takes recurrent state")
-    steps = (*x["stride"], *x["dilation"], x["groups"]), x["padding"]
-    if any(n != 1 for n in steps[0]) or any(n != 0 for n in steps[1]) or len(x["input"]) != len(x["weight"]):
-        raise NotRowwise("is a convolution with a stride, groups or padding")
+    if any(n != 1 for n in x["stride"]) or any(n != 0 for n in x["padding"]) or len(x["input"]) != len(x["weight"]):
+        raise NotRowwise("is a convolution with a stride or padding")
     only_plain(x["input"][1], "convolves")
     return replaced(x["input"], 1, plain(dims[1]))
 
@@ -526,7 +525,7 @@ RULES: dict[str, Rule] = {
     "aten::norm": reduce, "aten::any": reduce, "aten::all": reduce, "aten::cumsum": cumulative,
     "aten::cumprod": cumulative, "aten::glu": glu, "aten::layer_norm": normalize, "aten::rms_norm": normalize,
     "aten::group_norm": group_norm, "aten::linear": linear, "aten::mm": matmul, "aten::addmm": addmm,
-    "aten::matmul": matmul, "aten::bmm": matmul, "aten::embedding": embedding, "aten::index": index,
+        "aten::matmul": matmul, "aten::bmm": matmul, "aten::embedding": embedding, "aten::index": index,
     "aten::index_select": index_select, "aten::copy": copy, "aten::slice_scatter": slice_scatter,
     "aten::gather": gather, "aten::scatter": gather, "aten::scatter_add": gather, "aten::one_hot": one_hot,
     "aten::view_as_complex": as_complex, "aten::view_as_real": as_real, "aten::clone": same, "aten::type_as": same,

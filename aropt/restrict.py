@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
+from aropt import moves, ops
 from aropt.analysis import FULL_SIZE, Analysis, Info, unsupported
 from aropt.axes import (
     COLUMN,
@@ -189,6 +189,9 @@ class Restriction:
             return self.write_sdpa(node, info)
         if info.role in ("score", "mix"):
             return self.write_product(node, info)
+        if info.role == "moved":
+            self.seen = self.seen.maximum((torch.arange(len(self.seen)) + info.ahead).clamp(max=len(self.seen) - 1))
+            return moves.write(self, node)
         if node in info.hides:  # a softmax that no mask precedes
             (source,) = tensor_inputs(node)
             scores = self.opened(source, info.hides[node], torch.finfo(source.meta["val"].dtype).min)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.errors import UsageError
+from aropt.errors import Unsupported, UsageError
 from aropt.excluded import counted
 from aropt.forwards import Forward
 from aropt.normalize import normalize_attention
@@ -110,6 +110,46 @@ def test_a_bias_that_hides_nothing_keeps_its_value() -> None:
     found = rewritten(module)
     assert found.facts["masks"] == ["all"]
     assert difference(module, found) < 1e-4
+
+
+class Neighbours(nn.Module):
+    """Attention over rows that their neighbours were joined to: by slices and zeros, or by convolutions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.head = kind, nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.joined = nn.Linear(24, 8)
+        self.wide, self.single = nn.Conv1d(8, 8, 5, padding=2, groups=8), nn.Conv1d(8, 8, 1, groups=2)
+        self.over = nn.Conv2d(2, 2, (3, 1), padding=(1, 0), groups=2, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if self.kind == "slices":
+            after = nn.functional.pad(x[:, 1:], [0, 0, 0, 1])
+            x = self.joined(torch.cat([after, x, nn.functional.pad(x[:, :-1], [0, 0, 1, 0])], 2))
+        elif self.kind == "lost":
+            x = x + nn.functional.pad(x[:, 1:], [0, 0, 1, 0])
+        else:
+            x = self.single(self.wide(x.transpose(1, 2)).relu()).transpose(1, 2)
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        mixed = mixed + self.over(heads) if self.kind == "values" else mixed
+        return self.head(x + mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["slices", pytest.param("rows", marks=pytest.mark.exhaustive), "values"])
+def test_rows_see_their_neighbours(kind: str) -> None:
+    module = Neighbours(kind).eval()
+    found = rewritten(module)
+    assert difference(module, found) < 1e-5
+    assert any(name.startswith("rows_") for name in found.state)
+
+
+def test_rows_that_are_dropped_at_one_end_and_padded_there_are_refused() -> None:
+    """Rows before the first are empty slots: the first one itself would not be dropped."""
+    with pytest.raises(Unsupported, match="moves rows along the sequence in a way that is not known"):
+        rewritten(Neighbours("lost").eval())
 
 
 def test_a_mask_that_hides_nothing_is_no_mask() -> None:
