@@ -15,11 +15,11 @@ from torch import nn
 from aropt import __version__, commit, excluded
 from aropt.compute import owned
 from aropt.defaults import followed_rules, unfollowed, with_defaults
-from aropt.drift import Drift
+from aropt.drift import Drift, check_budget
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
 from aropt.facts import Source, facts
-from aropt.given import check_parameters
+from aropt.given import check_parameters, integer
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
 from aropt.loops import autoregressive
@@ -162,9 +162,11 @@ def optimize(
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
     check_target(target)
+    if threads is not None and integer(threads, "threads") < 1:
+        raise UsageError(what=f"can't run with {threads} threads", where="threads", hint="give a number of 1 or more")
     instruments = instruments or Instruments()
     if budget:
-        instruments = replace(instruments, budget=dict(budget))
+        instruments = replace(instruments, budget=check_budget(budget))
     if keep_going:
         instruments = replace(instruments, keep_going=True)
     chosen = pipeline() if passes is None else list(passes)

@@ -74,23 +74,28 @@ class Drift:
 
 def budget(text: str) -> dict[str, float]:
     """ "kl=0.05,top1=0.95" as {metric: bound}. Raises UsageError."""
+    pairs = [part.partition("=") for part in filter(None, text.split(","))]
+    return check_budget({name: value for name, _, value in pairs})
+
+
+def check_budget(given: Mapping[str, Any]) -> dict[str, float]:
+    """A budget, its bounds as numbers. Raises UsageError for a metric or a bound that there is not."""
     found: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+    for name, value in given.items():
         if name not in (*AT_MOST, *AT_LEAST):
             raise UsageError(
                 what=f"unknown metric '{name}'",
-                where="--budget",
+                where="--budget, budget= in Python",
                 hint=f"at most: {', '.join(AT_MOST)}; at least: {', '.join(AT_LEAST)}",
             )
         try:
             found[name] = float(value)
-        except ValueError:
+        except (TypeError, ValueError):
             found[name] = -1.0
         if not 0 <= found[name] <= (1 if name in SHARES else float("inf")):
             raise UsageError(
                 what=f"'{value}' is no bound for {name}",
-                where="--budget",
+                where="--budget, budget= in Python",
                 hint=f"write a share, as {name}=0.95" if name in AT_LEAST else f"write a loss, as {name}=0.05",
             )
     return found

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import aropt
 from aropt.errors import UsageError
 from aropt.program import Program
 
@@ -36,6 +37,19 @@ def test_forms_of_stops(tiny_program: Program) -> None:
     for stop in (end, (end,), {end}, np.int64(end), torch.tensor(end), torch.tensor([end]), np.array([end, end])):
         assert tiny_program.generate([[1, 2]], 3, stop=stop) == wanted
     assert len(tiny_program.generate([[1, 2]], 3, stop=None)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": {"loss": 0.1}}, "unknown metric 'loss'"), ({"budget": {"kl": -1}}, "'-1' is no bound for kl"),
+        ({"budget": {"top1": None}}, "'None' is no bound"), ({"target": "gpu"}, "unknown target 'gpu'"),
+        ({"threads": 0}, "can't run with 0 threads"), ({"threads": "two"}, "'two' is no whole number"),
+    ],
+)  # fmt: skip
+def test_what_optimize_cannot_take_is_told(tiny_program: Program, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        aropt.optimize(tiny_program, **options)
 
 
 @pytest.mark.parametrize(
