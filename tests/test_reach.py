@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import aropt
 from aropt.errors import Unsupported
 from aropt.excluded import counted
+from aropt.exporting import torch_reason
 from aropt.loops import autoregressive
 from aropt.naming import WEIGHT
 from aropt.passmanager import Instruments, make, run_passes
@@ -21,6 +22,7 @@ from tests.decoders import (
     VOCAB,
     AlibiFilled,
     Attention,
+    Branching,
     Buffered,
     Filled,
     Gathered,
@@ -150,3 +152,34 @@ def test_a_program_without_a_cache_says_so_first() -> None:
     assert without["notes"][0] == without["uncached"] and without["uncached"].startswith("NO CACHE")
     assert "kv-cache was left out" in without["uncached"]
     assert not aropt.optimize(aropt.capture(Filled()), target="eager", passes=passes, check=False).report["uncached"]
+
+
+def test_a_branch_on_the_length_bounds_the_capacity() -> None:
+    with pytest.raises(Unsupported, match="more than 20 tokens") as refusal:
+        aropt.capture(Branching(), capacity=32)
+    assert "--capacity 20" in refusal.value.hint
+    program = aropt.capture(Branching())
+    assert program.meta["capacity"] == 20 and "20 tokens" in program.meta["limit"]
+
+
+@pytest.mark.exhaustive
+def test_rotary_that_depends_on_the_length_is_taken_up_to_it() -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    assert reached(tiny("llama", {"rope_parameters": dynamic}))["kv-cache"] == "applied"
+    scaled = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
+    long = {"rope_type": "longrope", "rope_theta": 10000.0, **scaled}
+    model = tiny("phi3", {"rope_parameters": long, "original_max_position_embeddings": 16})
+    passes = [make("canonicalize"), make("kv-cache")]
+    with pytest.raises(Unsupported, match="use --capacity 16 or less"):
+        aropt.optimize(aropt.capture(model, capacity=32), target="eager", passes=passes)
+    program = aropt.optimize(aropt.capture(model, capacity=16), target="eager", passes=passes)
+    assert not program.report["uncached"]
+
+
+def test_torch_says_why_in_words() -> None:
+    text = "RuntimeError when making fake tensor call\n  failed on FakeTensor(..., device='meta', size=(s26, 4)) * 2"
+    assert torch_reason(text, "failed") == "failed on [s26, 4] * 2"
+    guard = (
+        "Constraints violated (T)!\n  - Not all values of T = L['ids'].size()[1] in the specified range satisfy 2 <= T"
+    )
+    assert torch_reason(guard, "- ") == "Not all values of T in the range satisfy 2 <= T"
