@@ -18,7 +18,16 @@ from aropt.texts import Texts, model_tokenizer
 COPIED = ("generation_config.json", "config.json")
 CHOICES = ("attn_implementation", "experts_implementation")
 OWN = ("eager", "sdpa", "batched_mm", "grouped_mm")  # implementations that are part of transformers
-GENERAL = {"_name_or_path", "auto_map", "model_type", "torch_dtype", "transformers_version", "use_cache"}
+GENERAL = {
+    "_name_or_path",
+    "auto_map",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "gradient_checkpointing",
+    "task_specific_params",
+}
 
 
 def huggingface(path: Path, capacity: int | None, trust_remote_code: bool, masked: bool = False) -> Source:
@@ -142,7 +151,8 @@ def unknown(config: Any, said: dict[str, Any]) -> list[str]:
     except Exception:  # a configuration that takes no defaults: what it knows can't be told from what it was given
         return []
     known = {*usual.to_dict(), *vars(usual), *usual.attribute_map, *GENERAL}
-    names = sorted(name for name, value in said.items() if name not in known and value not in (None, False))
+    kept = vars(config)  # an older name that became another's value, as rope_theta, is none of these
+    names = sorted(n for n, value in said.items() if n in kept and n not in known and value not in (None, False))
     return [f"config.json says what {type(config).__name__} does not know: {', '.join(names)}."] if names else []
 
 

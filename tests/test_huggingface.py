@@ -91,11 +91,14 @@ def test_no_stored_weight_is_lost(case: str, llama: Path) -> None:
 def test_what_transformers_ignores_is_listed(llama: Path) -> None:
     """Buffers that were stored once; a pooler and the head of another task; files and fields that nobody reads."""
     rewritten(llama, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    said(llama, rotary_style="no field of this name")
+    said(
+        llama, rotary_style="no field of this name", rope_theta=1e5, torch_dtype="float16", gradient_checkpointing=True
+    )
     (llama / "consolidated.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     notes = resolve(str(llama)).meta["left_out"]
     for told in ("rotary_emb.inv_freq", "rotary_style", "consolidated.safetensors"):
         assert any(told in note for note in notes), notes
+    assert not any("rope_theta" in note or "gradient_checkpointing" in note for note in notes)  # the one is used
     bert = directory(llama / "bert", "Bert", "ForPreTraining")
     notes = resolve(str(bert), loop="unmask").meta["left_out"]
     plain = resolve(str(directory(llama / "plain"))).meta["left_out"]
