@@ -78,8 +78,8 @@ def difference(module: nn.Module, found: Restricted, least: int = 4) -> float:
     [
         pytest.param("bert", marks=pytest.mark.exhaustive),
         "mpnet",  # written out, with a bias by buckets; rows numbered without padding
-        "yoso",  # weights that no softmax makes
-        pytest.param("deberta", marks=pytest.mark.exhaustive),
+        pytest.param("yoso", marks=pytest.mark.exhaustive),  # weights that no softmax makes
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("deberta", "mobilebert", "squeezebert")),
     ],
 )
 def test_chosen_rows_equal_the_whole_forward(kind: str) -> None:
@@ -152,6 +152,7 @@ def test_rows_that_are_dropped_at_one_end_and_padded_there_are_refused() -> None
         rewritten(Neighbours("lost").eval())
 
 
+@pytest.mark.exhaustive
 def test_a_mask_that_hides_nothing_is_no_mask() -> None:
     """BERT's caches are planned, applied and verified; its rows see which slots are written, and nothing else."""
     plain = aropt.capture(model("bert", num_hidden_layers=1), mask=MASK, capacity=CAPACITY)
