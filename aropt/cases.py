@@ -10,7 +10,7 @@ from typing import Any
 from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.interpreter import Values
-from aropt.levels import CHEAP, LONGEST, PARAMETERS, Levels, excluded, levels, varied
+from aropt.levels import CHEAP, LONG, LONGEST, PARAMETERS, Levels, excluded, levels, varied
 from aropt.program import Program
 from aropt.prompts import like, prompt
 from aropt.runtime import batches, make_inputs
@@ -112,11 +112,12 @@ class Requests:
         self.levels = {n: {k: r for k, r in v.items() if k in only.get(n, v)} for n, v in self.factors().items()}
         self.used: dict[tuple[str, str], int] = {}
         self.one: Requests | None = None
+        self.cheap = (*CHEAP, "length") if self.capacity > LONG else CHEAP
         varied = [] if only else self.varied()
         rows, found = [row for _, row in varied], {n: list(v) for n, v in self.levels.items()}
-        self.design = cover(found, self.excluded, seed, rows, 1000 if thorough else self.most, CHEAP)
+        self.design = cover(found, self.excluded, seed, rows, 1000 if thorough else self.most, self.cheap)
         for more in range(1, MANY if thorough else 1):
-            self.design.rows += cover(found, self.excluded, seed + more, cheap=CHEAP).rows
+            self.design.rows += cover(found, self.excluded, seed + more, cheap=self.cheap).rows
         self.single = [self.made(row, 8) for row in rows]
         self.singled = [name for name, _ in varied]  # the parameter that each of these varies
         self.pairs = [self.made(row) for row in self.design.rows]

@@ -11,13 +11,15 @@ from aropt.given import RESERVED
 from aropt.levels import LONG, SEED, SEQUENCES, STOP, STREAMS, TEXT, Levels, Range, drawing, first
 from aropt.prompts import prompt
 
-SHORT, WHOLE = 5, 18  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
+SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
 LENGTHS: tuple[Range, ...] = ((1, 8), (9, 24), (25, LONG))
 PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-24": (5, 24)}
 BLOCKS: dict[str, Range] = {"2": (2, 2), "1": (1, 1), "3-4": (3, 4)}
-BLOCK: dict[str, Range] = {"2-8": (2, 8), "1": (1, 1), "9-16": (9, 16)}
+BLOCK: dict[str, Range] = {"4-8": (4, 8), "1": (1, 1), "2-3": (2, 3), "9-15": (9, 15), "16-32": (16, 32)}
 FILL: dict[str, Range] = {"masks": (0, 0), "with gaps": (1, 1), "ends given": (2, 2)}
-STEPS: dict[str, Range] = {"half": (2, 2), "one": (1, 1), "each row": (0, 0)}
+STEPS: dict[str, Range] = {  # of a block, or shares of its rows
+    "half": (0.5, 0.5), "one": (1, 1), "each row": (0, 0), "2-3": (2, 3), "most": (0.7, 0.9), "more": (1.2, 1.5),
+}  # fmt: skip
 TEMPERATURE: dict[str, Range] = {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)}
 
 
@@ -28,7 +30,12 @@ class Canvases(Requests):
 
     def factors(self) -> Levels:
         self.mask, self.own = int(self.program.meta["mask"]), int(self.program.meta.get("block") or 0)
-        found = {"sequences": SEQUENCES, "length": self.lengths(), "padding": PADDING, "blocks": BLOCKS}
+        found = {
+            "sequences": {**SEQUENCES, "4-5": (5, 5)},
+            "length": self.lengths(),
+            "padding": PADDING,
+            "blocks": BLOCKS,
+        }
         found |= {} if self.own else {"block": BLOCK}
         found |= {
             "fill": FILL,
@@ -86,7 +93,7 @@ class Canvases(Requests):
             return "the capacity leaves no room"
         if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
             return "long prompts are kept to small batches, for time"
-        if low.get("blocks", 1) > 2 and low.get("block", 1) > 8:
+        if low.get("blocks", 1) > (1 if low.get("block", 1) > 15 else 2) and low.get("block", 1) > 8:
             return "large blocks are kept to few, for time"
         return ""
 
@@ -151,8 +158,8 @@ class Canvases(Requests):
         length = max(1, min(length, self.capacity - block * blocks))
         lengths = self.shape(count, length, pads)
         text, high = int(self.drawn(row, "text")), int(self.levels["streams"][row["streams"]][1])
-        share = self.levels["steps"][row["steps"]][0] if "steps" in row else 0
-        params = self.params(row, max(1, block // share) if share == 2 else share)
+        share = self.drawn(row, "steps") if "steps" in row else 0
+        params = self.params(row, share if isinstance(share, int) else max(1, round(share * block)))
         if row["temperature"] != "0":
             params["temperature"] = self.drawn(row, "temperature")
         made = self.request("", lengths, block * blocks, block, params, row["fill"])

@@ -8,7 +8,7 @@ from aropt.program import Program
 
 SHAPES = frozenset({"sequences", "length", "padding", "new", "blocks", "block", "fill"})
 LOOP = frozenset({"text", "stop", "steps"})  # what decides how often and on which rows a loop runs
-OVERHEAD = 4  # what a request costs beside its rounds, in rounds
+OVERHEAD, READ = 4, 50  # a request costs so many rounds beside its own, and one for so many ids of its prompts
 CHECKED = "speculate"  # loops that check drafts run for one sequence alone
 
 
@@ -49,7 +49,7 @@ def some(requests: Requests, factors: set[str], turn: int) -> list[Case]:
     seen: set[tuple[tuple[str, str], tuple[str, str]]] = set()
 
     def worth(i: int) -> float:
-        return len(pairs[i] - seen) / (OVERHEAD + made[i].n)
+        return len(pairs[i] - seen) / (OVERHEAD + made[i].n + sum(map(len, made[i].prompts)) / READ)
 
     while left and len(picked) < requests.short:
         best = max(left, key=worth) if picked else left[turn % len(left)]
