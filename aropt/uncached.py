@@ -13,12 +13,14 @@ STORED = ("append-kv", "canvas-kv")
 
 
 def uncached(program: Program, results: Sequence[Result]) -> str:
-    """Why a program stores no keys and values, in a sentence; "" if it does."""
+    """Why a program computes all rows in each round, in a sentence; "" if it does not."""
     if any(state.kind in STORED for state in program.state.values()):
         return ""
     canvas, found = program.meta.get("loop") == "unmask", {r.name: r for r in results}
     caches: dict[str, Any] = {n: c for n in PASSES if "cached" in (c := pass_class(n).contract).establishes}
     fitting = {n: c for n, c in caches.items() if canvas != ("full forward in a positions loop" in c.requires)}
+    if any(found[n].status == "applied" for n in fitting if n in found):
+        return ""  # new rows alone are computed: there is no attention, and nothing to store
     told = [f"{n} {said(found[n])}" for n in fitting if n in found]
     lossy = [n for n, c in fitting.items() if n not in found and c.level == "lossy"]
     if lossy:

@@ -14,6 +14,7 @@ import aropt
 from aropt.compute import owned
 from aropt.errors import Unsupported, UsageError
 from aropt.faithful import SHORT, lengths
+from aropt.passmanager import make
 from aropt.program import Program
 from aropt.targets import lower
 
@@ -146,6 +147,12 @@ def test_ranges_of_an_exported_program(tmp_path: Path) -> None:
 def test_lengths_that_an_exported_program_leaves_out(length: Any, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="does not take every length"):
         aropt.capture(saved(Words(), tmp_path, length=length))
+
+
+def test_without_attention_nothing_is_stored_and_nothing_missed(plain: Program) -> None:
+    fast = aropt.optimize(plain, target="eager", passes=[make("kv-cache")], check=False)
+    assert [p["status"] for p in fast.report["passes"]] == ["applied"] and not fast.report["uncached"]
+    assert aropt.optimize(plain, target="eager", passes=[], check=False).report["uncached"].startswith("NO CACHE")
 
 
 class Counting(Words):
