@@ -171,6 +171,8 @@ def run_passes(
         changed, problem = attempt(one, program, reference, result, instruments, oracles)
         dump(program, changed, number, one.name, instruments)
         if problem and not instruments.keep_going:
+            for later in passes[number + 1 :]:
+                later.plan(program, target)  # its refusal says more: what can't be cached can't be checked at once
             raise failure(one, program, problem)
         if problem:
             result.status, result.reason = "reverted", problem
