@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aropt.errors import UsageError, VerificationFailed, WrongMachine
+from aropt.errors import AroptError, UsageError, VerificationFailed, WrongMachine
 from aropt.manifest import EDITABLE, MANIFEST, SCHEMA
 from aropt.program import Program
 
@@ -44,10 +44,15 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, check)
-    data = read_json(folder / "program.json")
-    program = from_json(data, read_weights(folder / "weights.safetensors")).replace(home=str(folder))
+    data, weights = read_json(folder / "program.json"), read_weights(folder / "weights.safetensors")
     home = folder if target in (None, manifest["target"]) else None  # another target builds its files elsewhere
-    executor = lower(program, target or manifest["target"], home, threads=threads)
+    try:
+        program = from_json(data, weights).replace(home=str(folder))
+        executor = lower(program, target or manifest["target"], home, threads=threads)
+    except AroptError:
+        raise
+    except Exception as error:  # whatever a check or a target meets in what nobody foresaw
+        bad(folder / "program.json", f"{type(error).__name__}: {error}")
     return program.replace(executor=executor, report=read_report(folder, manifest))
 
 

@@ -235,6 +235,18 @@ def test_a_program_that_is_no_json(text: str, eager: Path, copied: Callable[[Pat
         aropt.load(out)
 
 
+def test_what_no_check_foresaw_is_told(eager: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the artifact's fault."""
+    from aropt import limits
+
+    def fails(*_: object) -> None:
+        raise KeyError("modality")
+
+    monkeypatch.setattr(limits, "check_nodes", fails)
+    with pytest.raises(UsageError, match=r"program\.json' can't be read"):
+        aropt.load(eager)
+
+
 def test_what_fails_as_it_runs_is_told(eager: Path) -> None:
     """And what the caller's own `on_round` raises is the caller's."""
     program = aropt.load(eager)
