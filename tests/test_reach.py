@@ -80,7 +80,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "roberta": {},  # positions that are counted from the tokens
 }
 
-CANONICAL = {"gpt2", "openai-gpt", "bloom", "mpt", "falcon"}  # as they are
+CANONICAL = {"gpt2", "openai-gpt", "bloom", "mpt", "falcon", "xglm", "roberta"}  # as they are
 
 
 def tiny(kind: str, changes: dict[str, Any]) -> nn.Module:
