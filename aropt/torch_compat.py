@@ -96,8 +96,15 @@ def dim_text(size: Any, names: Mapping[Any, str]) -> Dim:
 
 
 def elements(value: Tensor) -> int:
-    """How many a fake tensor has, at example sizes."""
-    return math.prod(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
+    """How many a fake tensor has, at example sizes; a size that only values tell is the largest of these."""
+    return math.prod(s if isinstance(s, int) else hinted(s) for s in value.shape)
+
+
+def hinted(size: Any) -> int:
+    """The size at example sizes."""
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, HINTS[-1])))
 
 
 def symbol_named(name: str) -> Any:

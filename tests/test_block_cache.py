@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from aropt.program import Call, Program, calls
 from aropt.restrict import restrict
 from aropt.rows import cached
 from aropt.runtime import make_inputs
+from aropt.serialize import from_json, to_json
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import capture, tiny
 
@@ -39,6 +41,12 @@ def fast(plain: Program) -> Program:
 
 def test_it_applies_to_models_with_blocks(plain: Program) -> None:
     assert isinstance(BlockCache().plan(plain, "eager"), Applies)
+
+
+def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
+    """How many rows a round computes follows from its canvas: a file with such a program is read again."""
+    again = from_json(json.loads(json.dumps(to_json(fast))), fast.weights)
+    assert again.generate([[1, 2, 3]], 8) == fast.generate([[1, 2, 3]], 8)
 
 
 def test_it_asks_the_mask(plain: Program) -> None:
