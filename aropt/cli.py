@@ -195,7 +195,8 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the noise.")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="An id or a text of one that ends a sequence (default: the model's own).")
+        list[str] | None,
+        typer.Option(help="An id or a text of one that ends a sequence (default: the model's own; '' is none)."),
     ] = None,
     fill: Annotated[
         list[str] | None,

@@ -44,9 +44,12 @@ def answers(texts: Sequence[str], n: int | None, program: Program, encode: Encod
 
 
 def stops(texts: Sequence[str], encode: Encode) -> list[int]:
-    """Ids that end a sequence, from ids and from texts of one id. Raises UsageError for a text of several."""
+    """Ids that end a sequence, from ids and from texts of one id; an empty one is none.
+
+    Raises UsageError for a text of several.
+    """
     found = []
-    for text in texts:
+    for text in filter(None, texts):
         ids = [int(text)] if re.fullmatch(r"-?\d+", text.strip()) else encode(text)
         if len(ids) != 1:
             raise UsageError(

@@ -164,7 +164,7 @@ def test_huggingface_directory_gives_transformers_tokens(llama: Path, tmp_path: 
 
     done = aropt("optimize", llama, "-o", tmp_path / "out", "--runs", "1", "--against", "hf", "--tokens", "20")
     assert done.returncode == 0, done.stderr
-    run = aropt("run", tmp_path / "out", "--prompt", "5 6 7", "-n", "200", "--json", "--stop", "-1")
+    run = aropt("run", tmp_path / "out", "--prompt", "5 6 7", "-n", "200", "--json", "--stop", "")
     tokens = json.loads(run.stdout)["tokens"][0]
     model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7]])

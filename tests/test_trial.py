@@ -171,7 +171,7 @@ def test_turns_alternate_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPat
 
         def generate(self, prompts: list[list[int]], n: int, **options: float) -> None:
             order.append(self.name)
-            assert options == {"temperature": 1.0}
+            assert options == {"temperature": 1.0, "plain": True}
 
     clock = iter(range(10_000))
     monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(clock)))

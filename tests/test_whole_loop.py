@@ -87,7 +87,8 @@ def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPa
             assert space["counts"].tolist() == [len(row) for row in want]
             shown: list[Any] = []
             exec(chunks, {**space, "print": shown.append})
-            assert len(shown) == 5 and np.concatenate(shown, 1).tolist() == want
+            assert len(shown) == -(-max(len(row) for row in want) // 8)
+            assert [row[row >= 0].tolist() for row in np.concatenate(shown, 1)] == want
 
 
 @functools.cache
@@ -279,13 +280,13 @@ def test_a_rule_defined_here_needs_no_change_in_the_exporter(tmp_path: Path, mon
 
 def test_a_rule_without_an_onnx_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def odd(logits: torch.Tensor) -> torch.Tensor:
-        return logits + torch.linalg.eigvalsh(logits.unsqueeze(1) * logits.unsqueeze(2)).sum(-1, keepdim=True)
+        return logits + torch.digamma(logits.abs() + 1)
 
     monkeypatch.setitem(rules.PROCESSORS, "odd", Processor({}, odd, draws=False))
     plain = aropt.capture(small_llama(tmp_path / "model"), capacity=64, rules=("odd",))
     with pytest.raises(Unsupported, match="'greedy' has no ONNX form") as error:
         export_program(plain, tmp_path / "m.onnx")
-    assert "eigh" in error.value.why or "eigvalsh" in error.value.why
+    assert "digamma" in error.value.why
     assert not (tmp_path / "m.onnx").exists()
 
 
