@@ -181,6 +181,7 @@ def test_fused_programs_generate_the_same(style: dict[str, Any]) -> None:
         assert verdict.passed, [(o.case.name, o.problem) for o in verdict.outcomes if o.problem]
 
 
+@pytest.mark.exhaustive
 def test_fused_caches_are_updated_in_place() -> None:
     fast, _ = run_passes(aropt.capture(Small()), pipeline(), "onnxruntime", Instruments(check=False))
     assert fast.graphs["step_greedy"].aliases == {"k_0": "k_0", "v_0": "v_0"}
@@ -219,6 +220,7 @@ def test_merged_linears_are_the_same(linears: list[tuple[int, bool]]) -> None:
     assert set(merged.weights) == {w for g in merged.graphs.values() for w in g.weights()}, "what was merged is gone"
 
 
+@pytest.mark.exhaustive
 def test_merging_keeps_to_its_limit() -> None:
     assert isinstance(MergeLinears(limit=0).plan(aropt.capture(Small()), "eager"), Skips)
     program = MergeLinears().run(KvCache().run(aropt.capture(Small())))

@@ -49,6 +49,7 @@ def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
     assert again.generate([[1, 2, 3]], 8) == fast.generate([[1, 2, 3]], 8)
 
 
+@pytest.mark.exhaustive
 def test_it_asks_the_mask(plain: Program) -> None:
     """The captured mask decides, not what the model says of itself."""
     found = BlockCache().plan(plain.replace(meta={**plain.meta, "block": 3}), "eager")

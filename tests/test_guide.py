@@ -190,6 +190,7 @@ def test_the_cached_guide_judges_alike(
     st.sampled_from([3, 12]),
     given_ids,
 )
+@pytest.mark.exhaustive
 def test_the_cached_guide_chooses_alike(
     both: Program, ids: list[list[int]], judge: tuple[float, float], temperature: float, block: int, fill: list[int]
 ) -> None:

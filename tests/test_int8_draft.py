@@ -80,6 +80,7 @@ def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
+@pytest.mark.exhaustive
 def test_windows_with_guidance(data: st.DataObject) -> None:
     n = data.draw(st.integers(0, 64), "n")
     stop = data.draw(st.lists(st.integers(0, LEVELS - 1), max_size=1), "stop")

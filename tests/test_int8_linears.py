@@ -234,6 +234,7 @@ def test_ways_in_and_out_of_windows_are_left_to_their_fusion(window: int) -> Non
     assert all(r.status != "reverted" for r in results)
 
 
+@pytest.mark.exhaustive
 def test_with_a_lossy_cache_on_a_canvas() -> None:
     """The second pass is measured against the first one's program, the lowered program against the model."""
     torch.manual_seed(0)

@@ -122,6 +122,7 @@ def test_what_a_model_cannot_take_is_refused_before_anything_runs(plain: Program
         run_passes(program, [make("dual-cache")], "eager", Instruments(budget={"quality": 1.0}))
 
 
+@pytest.mark.exhaustive
 def test_the_budget_bounds_the_loss(plain: Program) -> None:
     """Enough: as asked. Less: refreshed until as many ids are right; each bound is on exact minus lossy."""
     assert budget("quality=0.01") == {"quality": 0.01}

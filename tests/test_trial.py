@@ -46,6 +46,7 @@ def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> lis
 
 
 @pytest.mark.parametrize(("with_it", "kept"), [(50.0, True), (95.0, False), (130.0, False)])
+@pytest.mark.exhaustive
 def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, with_it: float, kept: bool) -> None:
     seen = told(monkeypatch, 100.0, with_it)
     program = texts()

@@ -199,6 +199,7 @@ def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cach
     assert not validate(program, probed, Wrong(), chosen, explain=False).passed
 
 
+@pytest.mark.exhaustive
 def test_the_whole_loop_runs_in_plain_onnxruntime(program: aropt.Program, tmp_path: Path) -> None:
     from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
