@@ -5,20 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import Any
 
 from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.interpreter import Values
-from aropt.levels import CHEAP, LONG, LONGEST, PARAMETERS, Levels, excluded, levels, varied
+from aropt.levels import CHEAP, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
 from aropt.program import Program
 from aropt.prompts import like, prompt
 from aropt.runtime import batches, make_inputs
 from aropt.units import ids_of, rows_for
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
-MANY = 4  # designs of a thorough validation, each with other rows
-MANY = 64  # ids that are suppressed at once, at most
+LIKELY = 6.0
+DESIGNS = 4  # of a thorough validation, each with other rows
+FORBIDDEN = 64  # ids that are suppressed at once, at most
 SHORT = 6  # rows of the design that are enough after a pass
 Value = float | tuple[float, ...]
 
@@ -42,10 +44,7 @@ class Case:
     def repro(self, name: str) -> str:
         """A line of Python that runs the case."""
         prompts, negative = [list(p) for p in self.prompts], [list(p) for p in self.negative] or None
-        values = {
-            k: f"({list(PATTERN)} * {len(v)})[:{len(v)}]" if k == "bias" and isinstance(v, tuple) else repr(v)
-            for k, v in self.params
-        }
+        values = {k: listed(v) if k == "bias" and isinstance(v, tuple) else repr(v) for k, v in self.params}
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         params += f", streams={list(self.streams)}" if self.streams else ""
         params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
@@ -74,6 +73,14 @@ class Case:
         fill = [self.fill] * len(group) if self.fill else None
         return make_inputs(program, [self.prompts[i] for i in group], self.n, self.seed, self.stop, streams, negative,
                            dict(self.params), fill)  # fmt: skip
+
+
+def listed(bias: tuple[float, ...]) -> str:
+    """A bias as Python, short for the two kinds that requests have."""
+    if bias == (PATTERN * len(bias))[: len(bias)]:
+        return f"({list(PATTERN)} * {len(bias)})[:{len(bias)}]"
+    given = ", ".join(f"{i}: " + (f"{v}" if isfinite(v) else f"float('{v}')") for i, v in enumerate(bias) if v)
+    return f"[{{{given}}}.get(i, 0.0) for i in range({len(bias)})]"
 
 
 def cases(program: Program, seed: int = 0, quick: bool = False) -> list[Case]:
@@ -116,9 +123,9 @@ class Requests:
         varied = [] if only else self.varied()
         rows, found = [row for _, row in varied], {n: list(v) for n, v in self.levels.items()}
         self.design = cover(found, self.excluded, seed, rows, 1000 if thorough else self.most, self.cheap)
-        for more in range(1, MANY if thorough else 1):
+        for more in range(1, DESIGNS if thorough else 1):
             self.design.rows += cover(found, self.excluded, seed + more, cheap=self.cheap).rows
-        self.single = [self.made(row, 8) for row in rows]
+        self.single = [self.made(row, 8 if row["new"] == first(self.levels, "new") else 0) for row in rows]
         self.singled = [name for name, _ in varied]  # the parameter that each of these varies
         self.pairs = [self.made(row) for row in self.design.rows]
 
@@ -160,12 +167,15 @@ class Requests:
     def bounds(self, quick: bool) -> list[Case]:
         """One token, none, prompts as long as a block of the cache or the capacity, long answers."""
         one, some = self.case("one token", [1], 6), self.case("no tokens", [min(2, self.capacity)], 0)
-        ends = {self.capacity - 1, self.capacity} | (set() if quick else {63, 64, 65})
+        ends = {self.capacity - 1, self.capacity} | (set() if quick else {32, 63, 64, 65})
         found = [self.case(f"prompt of {n}", [n], 3) for n in sorted(ends) if 1 < n <= self.capacity]
         if not quick:
             third = max(1, self.capacity // 3)
-            found.append(self.case("many", [min(16, third)], 40))
-            found.append(self.case("many, sampled", [min(3, third), 1], 44, (("temperature", 1.0),)))
+            marks: Params = (("repetition_penalty", 1.3),) if "repetition_penalty" in self.program.inputs else ()
+            many = self.case("many", [min(16, third)], 40, marks)
+            drawn = self.case("many, sampled", [min(3, third), 1], 44, (("temperature", 1.0), *marks))
+            late = [replace(c, name=f"{c.name}, stop late", kind="stop", ends="late") for c in (many, drawn)]
+            found += [many, drawn, *late]
             found.append(self.case("to capacity", [max(1, self.capacity - 100)], 101))
         return [one, some, *found]
 
@@ -197,6 +207,13 @@ class Requests:
         shortest = max(1, length - pads)
         return [length, shortest, *(self.chance.randint(shortest, length) for _ in range(count))][:count]
 
+    def streams(self, level: str, count: int) -> tuple[int, ...]:
+        """Numbers of streams of noise; none where they count up."""
+        low, high = (int(end) for end in self.levels["streams"][level])
+        if low == high:
+            return (low,) * count if high else ()
+        return tuple(self.chance.sample(range(low, high + 1), count))
+
     def made(self, row: Row, n: int = 0) -> Case:
         """The request that a row of the design stands for; with `n` new ids, if that is given."""
         count, new, pads = (int(self.drawn(row, name)) for name in ("sequences", "new", "padding"))
@@ -204,7 +221,7 @@ class Requests:
         room = self.capacity + 1 - rows_for(self.program.meta, n)
         length = max(1, min(max(int(self.drawn(row, "length")), pads + 1), room))
         lengths = self.shape(count, length, pads)
-        text, high = int(self.drawn(row, "text")), int(self.levels["streams"][row["streams"]][1])
+        text = int(self.drawn(row, "text"))
         prompts = tuple(prompt(self.program, size, text, self.chance) for size in lengths)
         params = {name: self.drawn(row, name) for name in PARAMETERS if name in row}
         kind = "ragged" if pads else "sampled" if params["temperature"] else "greedy"
@@ -214,7 +231,7 @@ class Requests:
         return Case(
             f"{count} of {length}, {n} new{told}" + (f", stop {row['stop']}" if kind == "stop" else ""),
             kind, prompts, self.fits(length, n), int(self.drawn(row, "seed")), given,
-            streams=tuple(self.chance.sample(range(high + 1), count)) if high else (),
+            streams=self.streams(row["streams"], count),
             negative=self.others(prompts, row.get("negative") == "given"), ends=row["stop"] if kind == "stop" else "",
         )  # fmt: skip
 
@@ -226,11 +243,18 @@ class Requests:
             integer = not self.program.inputs[name].spec.dtype.is_floating_point
             found[name] = int(min(value, vocab) if name == "top_k" else value) if integer else float(value)
         if "bias" in found:
-            found["bias"] = (PATTERN * vocab)[:vocab] if found["bias"] else 0.0
-        for first, name in enumerate(SUPPRESSED):  # ids that differ, so that some are left
+            found["bias"] = self.bias(int(params["bias"]), vocab)
+        for start, name in enumerate(SUPPRESSED):  # ids that differ, so that some are left
             if name in found:
-                found[name] = tuple(range(first, vocab, max(3, vocab // MANY))) if found[name] else -1
+                found[name] = tuple(range(start, vocab, max(3, vocab // FORBIDDEN))) if found[name] else -1
         return found
+
+    def bias(self, kind: int, vocab: int) -> Value:
+        """No bias, one on all ids, or on the first and the last id alone: one forbidden, one likely, in turn."""
+        if kind < 2:
+            return (PATTERN * vocab)[:vocab] if kind else 0.0
+        ends = (-inf, LIKELY)[:: -1 if self.used["bias", "two ids"] % 2 else 1]
+        return (ends[0], *[0.0] * (vocab - 2), ends[1])
 
 
 Params = tuple[tuple[str, Value], ...]

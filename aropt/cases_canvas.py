@@ -8,10 +8,11 @@ from dataclasses import replace
 from aropt.cases import Case, Requests, Value
 from aropt.design import Row
 from aropt.given import RESERVED
-from aropt.levels import LONG, SEED, SEQUENCES, STOP, STREAMS, TEXT, Levels, Range, drawing, first
+from aropt.levels import LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
 from aropt.prompts import prompt
 
 SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
+SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "5": (5, 5), "9": (9, 9)}
 LENGTHS: tuple[Range, ...] = ((1, 8), (9, 24), (25, LONG))
 PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-24": (5, 24)}
 BLOCKS: dict[str, Range] = {"2": (2, 2), "1": (1, 1), "3-4": (3, 4)}
@@ -20,7 +21,6 @@ FILL: dict[str, Range] = {"masks": (0, 0), "with gaps": (1, 1), "ends given": (2
 STEPS: dict[str, Range] = {  # of a block, or shares of its rows
     "half": (0.5, 0.5), "one": (1, 1), "each row": (0, 0), "2-3": (2, 3), "most": (0.7, 0.9), "more": (1.2, 1.5),
 }  # fmt: skip
-TEMPERATURE: dict[str, Range] = {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)}
 
 
 class Canvases(Requests):
@@ -31,7 +31,7 @@ class Canvases(Requests):
     def factors(self) -> Levels:
         self.mask, self.own = int(self.program.meta["mask"]), int(self.program.meta.get("block") or 0)
         found = {
-            "sequences": {**SEQUENCES, "4-5": (5, 5)},
+            "sequences": SEQUENCES,
             "length": self.lengths(),
             "padding": PADDING,
             "blocks": BLOCKS,
@@ -41,7 +41,7 @@ class Canvases(Requests):
             "fill": FILL,
             "text": TEXT,
             "stop": STOP,
-            "temperature": TEMPERATURE,
+            "temperature": PARAMETERS["temperature"],
             "seed": SEED,
             "streams": STREAMS,
         }
@@ -93,6 +93,8 @@ class Canvases(Requests):
             return "the capacity leaves no room"
         if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
             return "long prompts are kept to small batches, for time"
+        if low.get("sequences", 1) >= MANY and (low.get("length", 1) > 24 or least > max(8, self.own)):
+            return "large batches are kept short, for time"
         if low.get("blocks", 1) > (1 if low.get("block", 1) > 15 else 2) and low.get("block", 1) > 8:
             return "large blocks are kept to few, for time"
         return ""
@@ -157,7 +159,7 @@ class Canvases(Requests):
         length = max(int(self.drawn(row, "length")), pads + 1)
         length = max(1, min(length, self.capacity - block * blocks))
         lengths = self.shape(count, length, pads)
-        text, high = int(self.drawn(row, "text")), int(self.levels["streams"][row["streams"]][1])
+        text = int(self.drawn(row, "text"))
         share = self.drawn(row, "steps") if "steps" in row else 0
         params = self.params(row, share if isinstance(share, int) else max(1, round(share * block)))
         if row["temperature"] != "0":
@@ -169,5 +171,5 @@ class Canvases(Requests):
             made, name=f"{count} of {length}, {made.n} new, {row['fill']}{told}" + (f", stop {stop}" if stop else ""),
             kind="stop" if stop else made.kind, prompts=tuple(self.ids(size, text) for size in lengths), ends=stop,
             seed=int(self.drawn(row, "seed")),
-            streams=tuple(self.chance.sample(range(high + 1), count)) if high else (),
+            streams=self.streams(row["streams"], count),
         )  # fmt: skip

@@ -15,32 +15,42 @@ Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]
 LONGEST = 2048  # rows of a prompt; more would take minutes
 LONG = 200  # rows from which on a batch is kept small
-SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5)}
+SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5), "9-17": (9, 17)}
+MANY = 9  # sequences that make a batch a large one
 LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 62), (63, 65), (66, LONG))  # caches grow in blocks of 64 slots
-PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-24": (9, 24)}
+PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-60": (9, 60)}
 NEW: dict[str, Range] = {"3-8": (3, 8), "1": (1, 1), "9-15": (9, 15)}
 TEXT: dict[str, Range] = {"random": (0, 0), "repeating": (1, 1), "one id": (2, 2)}
-STOP: dict[str, Range] = {"none": (0, 0), "met by some": (1, 1), "the third": (2, 2)}
-SEED: dict[str, Range] = {"small": (0, 2**20), "31-40 bits": (2**31, 2**40), "62 bits": (2**61, 2**62 - 1)}
-STREAMS: dict[str, Range] = {"in order": (0, 0), "shuffled": (0, 99), "31-40 bits": (2**31, 2**40)}
+STOP: dict[str, Range] = {"none": (0, 0), "met by some": (1, 1), "late": (2, 2), "at once": (3, 3)}
+SEED: dict[str, Range] = {"0-99": (0, 99), "31-33 bits": (2**31, 2**33), "40-62 bits": (2**40, 2**62 - 1)}
+STREAMS: dict[str, Range] = {
+    "in order": (0, 0), "hundreds": (100, 9999), "31-40 bits": (2**31, 2**40), "equal": (7, 7),
+}  # fmt: skip
 NEGATIVE: dict[str, Range] = {"null class": (0, 0), "given": (1, 1)}
 PARAMETERS: dict[str, dict[str, Range]] = {
-    "temperature": {"0": (0, 0), "1": (1, 1), "0.2-0.7": (0.2, 0.7), "1.5-2.5": (1.5, 2.5)},
-    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-8": (4, 8), "9-64": (9, 64)},
-    "top_p": {"off": (1, 1), "0.1-0.4": (0.1, 0.4), "0.5-0.9": (0.5, 0.9), "0.93-0.99": (0.93, 0.99)},
-    "min_p": {"off": (0, 0), "0.01-0.1": (0.01, 0.1), "0.2-0.6": (0.2, 0.6)},
+    "temperature": {"0": (0, 0), "1-2.5": (1.0, 2.5), "0.1-0.7": (0.1, 0.7), "4-8": (4.0, 8.0)},
+    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-64": (4, 64), "most": (0, 0)},
+    "top_p": {"off": (1, 1), "0-0.1": (0.0, 0.1), "0.2-0.9": (0.2, 0.9), "0.93-0.99": (0.93, 0.99)},
+    "min_p": {"off": (0, 0), "0.01-0.1": (0.01, 0.1), "0.2-0.9": (0.2, 0.9)},
     "repetition_penalty": {"off": (1, 1), "1.02-1.1": (1.02, 1.1), "1.3-5": (1.3, 5.0), "0.1-0.7": (0.1, 0.7)},
-    "bias": {"off": (0, 0), "pattern": (1, 1)},
+    "bias": {"off": (0, 0), "pattern": (1, 1), "two ids": (2, 2)},
     "suppress_tokens": {"none": (0, 0), "a third": (1, 1)},
     "begin_suppress_tokens": {"none": (0, 0), "a third": (1, 1)},
     "min_new_tokens": {"off": (0, 0), "1-4": (1, 4)},
-    "guidance": {"off": (1, 1), "1.05-1.6": (1.05, 1.6), "2-5": (2.0, 5.0)},
-    "guidance_from": {"0": (0, 0), "1-2": (1, 2)},
-    "guidance_to": {"always": (2**62, 2**62), "2-4": (2, 4)},
+    "guidance": {"off": (1, 1), "1.05-1.6": (1.05, 1.6), "2-9": (2.0, 9.0)},
+    "guidance_from": {"0": (0, 0), "1-2": (1, 2), "7-12": (7, 12)},
+    "guidance_to": {"always": (2**62, 2**62), "2-4": (2, 4), "12-15": (12, 15)},
 }
 CHEAP = ("sequences", "padding", "new", "blocks", "block", "stop", "steps")  # where nothing is gained: the usual
 # What changes little is drawn at a low temperature, which magnifies it; what cuts off unlikely tokens at a high one.
-SLIGHT = {"repetition_penalty": "1.02-1.1", "guidance": "1.05-1.6"}
+HOT, SLIGHT, EVEN = ({"temperature": level} for level in ("1-2.5", "0.1-0.7", "4-8"))
+GUIDED = {"guidance": "2-9", "new": "9-15"}
+BESIDE: dict[tuple[str, str], Row] = {
+    ("repetition_penalty", "1.02-1.1"): SLIGHT, ("guidance", "1.05-1.6"): SLIGHT,
+    ("top_k", "4-64"): EVEN, ("top_k", "most"): EVEN, ("top_p", "0-0.1"): EVEN,
+    ("guidance_from", "1-2"): GUIDED, ("guidance_from", "7-12"): GUIDED,
+    ("guidance_to", "2-4"): GUIDED, ("guidance_to", "12-15"): GUIDED,
+}  # fmt: skip
 
 
 def levels(program: Program) -> Levels:
@@ -55,6 +65,8 @@ def levels(program: Program) -> Levels:
     for name, ranges in PARAMETERS.items():
         if name in program.inputs and not (name == "guidance" and program.meta.get("guidance_free")):
             found[name] = {k: r for k, r in ranges.items() if name != "top_k" or r[0] <= vocab}
+            if name == "top_k":
+                found[name]["most"] = (vocab // 2, vocab)
     return found
 
 
@@ -84,6 +96,8 @@ def excluded(found: Levels, capacity: int, one: tuple[str, str], other: tuple[st
         return "the capacity leaves no room"
     if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
         return "long prompts are kept to small batches, for time"
+    if low.get("sequences", 1) >= MANY and (low.get("length", 1) > LENGTHS[2][1] or low.get("new", 1) > NEW["3-8"][1]):
+        return "large batches are kept short, for time"
     if high.get("new", 2) == 1 and low.get("stop", 0):
         return "one token ends anyway"
     return ""
@@ -99,9 +113,8 @@ def varied(found: Levels) -> list[tuple[str, Row]]:
     usual = {name: first(found, name) for name in found}
     length = list(found["length"])[min(1, len(found["length"]) - 1)]
     rows = []
-    for name in [n for n in PARAMETERS if n in found and n not in ("temperature", "guidance_from", "guidance_to")]:
+    shape = {"sequences": "4-5", "length": length, "padding": "1-4"}
+    for name in [n for n in PARAMETERS if n in found and n != "temperature"]:
         for level in list(found[name])[1:]:
-            slight = SLIGHT.get(name) == level
-            shape = {"sequences": "4-5", "length": length, "padding": "1-4", "temperature": "1.5-2.5"}
-            rows.append((name, {**usual, **shape, **({"temperature": "0.2-0.7"} if slight else {}), name: level}))
+            rows.append((name, {**usual, **shape, **HOT, **BESIDE.get((name, level), {}), name: level}))
     return rows

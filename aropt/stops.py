@@ -12,32 +12,45 @@ if TYPE_CHECKING:
     from aropt.validate import Verdict
 
 Answers = MutableMapping[Case, list[list[int]]]
+UNMET = 4  # stop ids beside the one that is met, at most
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict, known: Answers, vocab: int) -> Iterator[Case]:
     """The cases in turn; before one that a stop id ends, what it generates without, unless that is known."""
     for case in chosen:
+        free, key = replace(case, ends=""), replace(case, name="", kind="", ends="")
         if not case.ends:
-            yield case
-            continue
-        free = replace(
-            case, name=f"{case.name}, without", ends="", kind="ragged" if len(case.prompts) > 1 else "greedy"
-        )
-        if free not in known:
             yield free
-            known[free] = verdict.outcomes[-1].generated
-        yield replace(case, ends="", stop=ids(case, known[free], vocab))
+        elif key not in known:
+            kind = "ragged" if len(case.prompts) > 1 else "greedy"
+            yield replace(free, name=f"{case.name}, without", kind=kind)
+        known[key] = known.get(key) or verdict.outcomes[-1].generated
+        if case.ends:
+            yield replace(free, stop=ids(case, known[key], vocab))
 
 
 def ids(case: Case, answers: list[list[int]], vocab: int) -> tuple[int, ...]:
-    """The stop ids of a case, given its answers without any."""
+    """The stop ids of a case, given its answers without any: one that is met, in each place among others in turn."""
     used = {t for answer in answers for t in answer}
-    unused = [t for t in range(min(vocab, len(used) + 3)) if t not in used]
+    unused = [t for t in (0, vocab - 1, *range(1, min(vocab - 1, len(used) + UNMET))) if t not in used]
+    unused = unused[: (case.n + len(case.prompts)) % (UNMET + 1)]
+    if not used:
+        return tuple(unused)
+    place = case.n % (len(unused) + 1)
+    return (*unused[:place], chosen(case, answers, vocab), *unused[place:])
+
+
+def chosen(case: Case, answers: list[list[int]], vocab: int) -> int:
+    """The id that ends a case as it asks for; the first or last of the vocabulary, or one of a prompt, where it may."""
+    at = {t: min(a.index(t) for a in answers if t in a) for answer in answers for t in answer}
+    if case.ends == "late":
+        return max(at, key=lambda t: (at[t] < case.n - 1, at[t]))
+    if case.ends == "at once":
+        return min(at, key=lambda t: (at[t], t))
     met = first_met(answers)
-    if case.ends == "met by some" or not met:
-        return tuple(met[:2] or unused[:2])
-    given = [t for t in met if any(t in p for p in case.prompts)]  # in a prompt too, where it ends nothing
-    return (*unused[:2], (given or met)[0])
+    prompts = {t for p in case.prompts for t in p}  # where it ends nothing
+    wanted = [t for t in met if (t in prompts if case.n % 2 else t in (0, vocab - 1))]
+    return (wanted or met)[0]
 
 
 def first_met(answers: list[list[int]]) -> list[int]:
