@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
+import torch
+
 from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.interpreter import Values
@@ -18,7 +20,12 @@ from aropt.runtime import batches, make_inputs
 from aropt.units import ids_of, rows_for
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
+aten = torch.ops.aten
+HELD_AGAINST = {
+    aten.sub.Tensor, aten.add.Tensor, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar,
+}  # fmt: skip
 LIKELY = 6.0
+MORE, ALONE = 60, 12  # new ids of long answers, and of those that vary one parameter
 DESIGNS = 4  # of a thorough validation, each with other rows
 FORBIDDEN = 64  # ids that are suppressed at once, at most
 SHORT = 6  # rows of the design that are enough after a pass
@@ -125,7 +132,7 @@ class Requests:
         self.design = cover(found, self.excluded, seed, rows, 1000 if thorough else self.most, self.cheap)
         for more in range(1, DESIGNS if thorough else 1):
             self.design.rows += cover(found, self.excluded, seed + more, cheap=self.cheap).rows
-        self.single = [self.made(row, 8 if row["new"] == first(self.levels, "new") else 0) for row in rows]
+        self.single = [self.made(row, ALONE if row["new"] == first(self.levels, "new") else 0) for row in rows]
         self.singled = [name for name, _ in varied]  # the parameter that each of these varies
         self.pairs = [self.made(row) for row in self.design.rows]
 
@@ -167,17 +174,33 @@ class Requests:
     def bounds(self, quick: bool) -> list[Case]:
         """One token, none, prompts as long as a block of the cache or the capacity, long answers."""
         one, some = self.case("one token", [1], 6), self.case("no tokens", [min(2, self.capacity)], 0)
-        ends = {self.capacity - 1, self.capacity} | (set() if quick else {32, 63, 64, 65})
+        ends = {self.capacity - 1, self.capacity} | (set() if quick else {32, 63, 64, 65, *self.named_lengths()})
         found = [self.case(f"prompt of {n}", [n], 3) for n in sorted(ends) if 1 < n <= self.capacity]
         if not quick:
-            third = max(1, self.capacity // 3)
-            marks: Params = (("repetition_penalty", 1.3),) if "repetition_penalty" in self.program.inputs else ()
-            many = self.case("many", [min(16, third)], 40, marks)
-            drawn = self.case("many, sampled", [min(3, third), 1], 44, (("temperature", 1.0), *marks))
-            late = [replace(c, name=f"{c.name}, stop late", kind="stop", ends="late") for c in (many, drawn)]
-            found += [many, drawn, *late]
+            found += self.long(1)
             found.append(self.case("to capacity", [max(1, self.capacity - 100)], 101))
+        if "guidance_to" in self.program.inputs:
+            empty: Params = (("guidance", 3.0), ("guidance_from", 3), ("guidance_to", 3))
+            found.append(self.case("an empty interval", [2], 5, empty))
         return [one, some, *found]
+
+    def named_lengths(self) -> list[int]:
+        """A few numbers that positions are held against, such as the length of an attention's window."""
+        nodes = [n for g in self.program.graphs.values() for n in g.fx.nodes if n.target in HELD_AGAINST]
+        found = {abs(a) for n in nodes for a in n.args if type(a) is int}
+        return sorted(n for n in found if 2 < n < self.capacity)[:4]
+
+    def long(self, more: int = 0) -> list[Case]:
+        """Long answers, greedy and drawn (for `more` sequences too), whole and with a stop id that comes up late."""
+        third = max(1, self.capacity // 3)
+        marks: Params = (("repetition_penalty", 1.3),) if "repetition_penalty" in self.program.inputs else ()
+        many = self.case("many", [min(16, third)], MORE, marks)
+        drawn = self.case("many, sampled", [min(40, third), *[1] * more], MORE, (("temperature", 1.5), *marks))
+        return [
+            many,
+            drawn,
+            *(replace(c, name=f"{c.name}, stop late", kind="stop", ends="late") for c in (many, drawn)),
+        ]
 
     def case(self, name: str, lengths: Sequence[int], n: int, params: Params = ()) -> Case:
         """Random prompts of these lengths."""
@@ -250,9 +273,10 @@ class Requests:
         return found
 
     def bias(self, kind: int, vocab: int) -> Value:
-        """No bias, one on all ids, or on the first and the last id alone: one forbidden, one likely, in turn."""
+        """No bias; one on all ids or the later half; on the two at the ends, one forbidden, one likely, in turn."""
         if kind < 2:
-            return (PATTERN * vocab)[:vocab] if kind else 0.0
+            none = vocab // 2 if kind and self.used["bias", "pattern"] % 2 else 0
+            return (*[0.0] * none, *PATTERN * vocab)[:vocab] if kind else 0.0
         ends = (-inf, LIKELY)[:: -1 if self.used["bias", "two ids"] % 2 else 1]
         return (ends[0], *[0.0] * (vocab - 2), ends[1])
 

@@ -57,7 +57,7 @@ class Canvases(Requests):
             if default < 1
             else (1.3 * default, 3 * default)
         )
-        ranges: list[Range] = [(usual, usual), (0.2 * default, 0.6 * default), above]
+        ranges: list[Range] = [(usual / 5, usual), (0.2 * default, 0.6 * default), above]
         if not given.spec.dtype.is_floating_point:
             ranges = [(int(usual), int(usual)), (1, 3), (4, 16)]
         ranges = [(low, min(high, most)) for low, high in ranges if low <= most]
@@ -116,8 +116,9 @@ class Canvases(Requests):
         ragged = [made[2], made[5], *([] if quick else [made[1]])]
         made += [replace(c, name=f"{c.name}, stop token", kind="stop", ends="met by some") for c in ragged]
         if not quick:
-            made.append(self.request("one token a round", [2], 24, 8, {}))
+            made.append(self.request("one token a round", [2], 40, 8, {}))
             made.append(self.request("blocks of two", [4, 2], 12, 2, {}))
+            made.append(self.request("large blocks", [4], 32, 16, usual))
         return made
 
     def params(self, row: Row, rounds: float) -> dict[str, float]:

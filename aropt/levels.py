@@ -21,15 +21,17 @@ LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 62), (63, 65), (66, LONG))  
 PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-60": (9, 60)}
 NEW: dict[str, Range] = {"3-8": (3, 8), "1": (1, 1), "9-15": (9, 15)}
 TEXT: dict[str, Range] = {"random": (0, 0), "repeating": (1, 1), "one id": (2, 2)}
-STOP: dict[str, Range] = {"none": (0, 0), "met by some": (1, 1), "late": (2, 2), "at once": (3, 3)}
+STOP: dict[str, Range] = {
+    "none": (0, 0), "met by some": (1, 1), "late": (2, 2), "at once": (3, 3), "by all but the last": (4, 4),
+}  # fmt: skip
 SEED: dict[str, Range] = {"0-99": (0, 99), "31-33 bits": (2**31, 2**33), "40-62 bits": (2**40, 2**62 - 1)}
 STREAMS: dict[str, Range] = {
     "in order": (0, 0), "hundreds": (100, 9999), "31-40 bits": (2**31, 2**40), "equal": (7, 7),
 }  # fmt: skip
 NEGATIVE: dict[str, Range] = {"null class": (0, 0), "given": (1, 1)}
 PARAMETERS: dict[str, dict[str, Range]] = {
-    "temperature": {"0": (0, 0), "1-2.5": (1.0, 2.5), "0.1-0.7": (0.1, 0.7), "4-8": (4.0, 8.0)},
-    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-64": (4, 64), "most": (0, 0)},
+    "temperature": {"0": (0, 0), "1": (1, 1), "1.5-2.5": (1.5, 2.5), "0.1-0.7": (0.1, 0.7), "4-8": (4.0, 8.0)},
+    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-16": (4, 16), "most": (0, 0)},
     "top_p": {"off": (1, 1), "0-0.1": (0.0, 0.1), "0.2-0.9": (0.2, 0.9), "0.93-0.99": (0.93, 0.99)},
     "min_p": {"off": (0, 0), "0.01-0.1": (0.01, 0.1), "0.2-0.9": (0.2, 0.9)},
     "repetition_penalty": {"off": (1, 1), "1.02-1.1": (1.02, 1.1), "1.3-5": (1.3, 5.0), "0.1-0.7": (0.1, 0.7)},
@@ -43,11 +45,11 @@ PARAMETERS: dict[str, dict[str, Range]] = {
 }
 CHEAP = ("sequences", "padding", "new", "blocks", "block", "stop", "steps")  # where nothing is gained: the usual
 # What changes little is drawn at a low temperature, which magnifies it; what cuts off unlikely tokens at a high one.
-HOT, SLIGHT, EVEN = ({"temperature": level} for level in ("1-2.5", "0.1-0.7", "4-8"))
+HOT, SLIGHT, EVEN = ({"temperature": level} for level in ("1.5-2.5", "0.1-0.7", "4-8"))
 GUIDED = {"guidance": "2-9", "new": "9-15"}
 BESIDE: dict[tuple[str, str], Row] = {
     ("repetition_penalty", "1.02-1.1"): SLIGHT, ("guidance", "1.05-1.6"): SLIGHT,
-    ("top_k", "4-64"): EVEN, ("top_k", "most"): EVEN, ("top_p", "0-0.1"): EVEN,
+    ("top_k", "4-16"): EVEN, ("top_k", "most"): EVEN, ("top_p", "0-0.1"): EVEN,
     ("guidance_from", "1-2"): GUIDED, ("guidance_from", "7-12"): GUIDED,
     ("guidance_to", "2-4"): GUIDED, ("guidance_to", "12-15"): GUIDED,
 }  # fmt: skip

@@ -38,7 +38,7 @@ def drafted(requests: Requests, candidate: Program, factors: set[str], turn: int
     if not loops(candidate.control, CHECKED):
         return []
     one = requests.alone()
-    return one.pairs if factors >= set(requests.levels) else some(one, factors, turn)
+    return [*one.pairs, *one.long()] if factors >= set(requests.levels) else some(one, factors, turn)
 
 
 def some(requests: Requests, factors: set[str], turn: int) -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,11 +13,28 @@ if TYPE_CHECKING:
     from aropt.validate import Verdict
 
 Answers = MutableMapping[Case, list[list[int]]]
-UNMET = 4  # stop ids beside the one that is met, at most
+PLACES = (
+    (5, 4),
+    (4, 0),
+    (3, 2),
+    (2, 1),
+    (3, 1),
+    (1, 0),
+    (5, 0),
+    (4, 3),
+    (2, 0),
+    (5, 2),
+    (4, 1),
+    (3, 0),
+    (5, 1),
+    (4, 2),
+    (5, 3),
+)
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict, known: Answers, vocab: int) -> Iterator[Case]:
     """The cases in turn; before one that a stop id ends, what it generates without, unless that is known."""
+    places = itertools.cycle(PLACES)
     for case in chosen:
         free, key = replace(case, ends=""), replace(case, name="", kind="", ends="")
         if not case.ends:
@@ -26,18 +44,23 @@ def with_stops(chosen: Sequence[Case], verdict: Verdict, known: Answers, vocab: 
             yield replace(free, name=f"{case.name}, without", kind=kind)
         known[key] = known.get(key) or verdict.outcomes[-1].generated
         if case.ends:
-            yield replace(free, stop=ids(case, known[key], vocab))
+            yield replace(free, stop=ids(case, known[key], vocab, *next(places)))
 
 
-def ids(case: Case, answers: list[list[int]], vocab: int) -> tuple[int, ...]:
-    """The stop ids of a case, given its answers without any: one that is met, in each place among others in turn."""
+def ids(case: Case, answers: list[list[int]], vocab: int, size: int, place: int) -> tuple[int, ...]:
+    """The stop ids of a case, given its answers without any: `size` ids, of which the one at `place` is met."""
     used = {t for answer in answers for t in answer}
-    unused = [t for t in (0, vocab - 1, *range(1, min(vocab - 1, len(used) + UNMET))) if t not in used]
-    unused = unused[: (case.n + len(case.prompts)) % (UNMET + 1)]
+    unused = [t for t in (0, vocab - 1, *range(1, min(vocab - 1, len(used) + size))) if t not in used][: size - 1]
     if not used:
         return tuple(unused)
-    place = case.n % (len(unused) + 1)
-    return (*unused[:place], chosen(case, answers, vocab), *unused[place:])
+    met = each_but_the_last(answers) if case.ends == "by all but the last" else []
+    return (*unused[:place], *(met or [chosen(case, answers, vocab)]), *unused[place:])
+
+
+def each_but_the_last(answers: list[list[int]]) -> list[int]:
+    """An id of each answer but the last one, that the last one has not; none where they have no other."""
+    own = [[t for t in answer if t not in answers[-1]] for answer in answers[:-1]]
+    return list(dict.fromkeys(found[0] for found in own if found))
 
 
 def chosen(case: Case, answers: list[list[int]], vocab: int) -> int:
@@ -49,8 +72,8 @@ def chosen(case: Case, answers: list[list[int]], vocab: int) -> int:
         return min(at, key=lambda t: (at[t], t))
     met = first_met(answers)
     prompts = {t for p in case.prompts for t in p}  # where it ends nothing
-    wanted = [t for t in met if (t in prompts if case.n % 2 else t in (0, vocab - 1))]
-    return (wanted or met)[0]
+    wanted = [t for t in met if t in (0, vocab - 1)] or [t for t in met if t in prompts]
+    return (wanted or met)[-1 if case.n % 2 and wanted else 0]
 
 
 def first_met(answers: list[list[int]]) -> list[int]:
