@@ -25,7 +25,7 @@ HELD_AGAINST = {
     aten.sub.Tensor, aten.add.Tensor, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar,
 }  # fmt: skip
 LIKELY = 6.0
-MORE, ALONE = 60, 12  # new ids of long answers, and of those that vary one parameter
+MORE, ALONE = 60, 10  # new ids of long answers, and of those that vary one parameter
 DESIGNS = 4  # of a thorough validation, each with other rows
 FORBIDDEN = 64  # ids that are suppressed at once, at most
 SHORT = 6  # rows of the design that are enough after a pass
@@ -126,6 +126,7 @@ class Requests:
         self.levels = {n: {k: r for k, r in v.items() if k in only.get(n, v)} for n, v in self.factors().items()}
         self.used: dict[tuple[str, str], int] = {}
         self.one: Requests | None = None
+        self.always: list[Case] = []
         self.cheap = (*CHEAP, "length") if self.capacity > LONG else CHEAP
         varied = [] if only else self.varied()
         rows, found = [row for _, row in varied], {n: list(v) for n, v in self.levels.items()}
@@ -172,17 +173,26 @@ class Requests:
         return self.one
 
     def bounds(self, quick: bool) -> list[Case]:
-        """One token, none, prompts as long as a block of the cache or the capacity, long answers."""
-        one, some = self.case("one token", [1], 6), self.case("no tokens", [min(2, self.capacity)], 0)
-        ends = {self.capacity - 1, self.capacity} | (set() if quick else {32, 63, 64, 65, *self.named_lengths()})
-        found = [self.case(f"prompt of {n}", [n], 3) for n in sorted(ends) if 1 < n <= self.capacity]
-        if not quick:
-            found += self.long(1)
-            found.append(self.case("to capacity", [max(1, self.capacity - 100)], 101))
+        """Boundaries; `quick`: those that come after each pass, always the same, as the reference has answered them."""
+        self.always = self.always or self.boundaries()
+        return self.always if quick else [*self.always, *self.more_boundaries()]
+
+    def boundaries(self) -> list[Case]:
+        """One token, none, prompts as long as the capacity, an interval without rounds."""
+        found = [self.case("one token", [1], 6), self.case("no tokens", [min(2, self.capacity)], 0)]
+        found += [self.case(f"prompt of {n}", [n], 3) for n in (self.capacity - 1, self.capacity) if n > 1]
         if "guidance_to" in self.program.inputs:
             empty: Params = (("guidance", 3.0), ("guidance_from", 3), ("guidance_to", 3))
             found.append(self.case("an empty interval", [2], 5, empty))
-        return [one, some, *found]
+        return found
+
+    def more_boundaries(self) -> list[Case]:
+        """Prompts as long as a block of the cache, or as what the forward compares positions with; long answers."""
+        ends = sorted({32, 63, 64, 65, *self.named_lengths()})
+        prompts = [self.case(f"prompt of {n}", [n], 3) for n in ends if n < self.capacity - 1]
+        crowd = [1 + (5 * i) % min(7, self.capacity) for i in range(17)]
+        many = self.case("17 sequences", crowd, 5, (("temperature", 1.5),))
+        return [*prompts, many, *self.long(1), self.case("to capacity", [max(1, self.capacity - 100)], 101)]
 
     def named_lengths(self) -> list[int]:
         """A few numbers that positions are held against, such as the length of an attention's window."""

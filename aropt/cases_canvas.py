@@ -102,8 +102,13 @@ class Canvases(Requests):
     def varied(self) -> list[tuple[str, Row]]:
         return []
 
-    def bounds(self, quick: bool) -> list[Case]:
-        usual = self.params({n: first(self.levels, n) for n in self.levels}, max(2, self.own // 2) if self.own else 4)
+    def often(self) -> dict[str, float]:
+        """The rule's usual parameters."""
+        return self.params({n: first(self.levels, n) for n in self.levels}, max(2, self.own // 2) if self.own else 4)
+
+    def boundaries(self) -> list[Case]:
+        """One token, one block, ragged batches, what is given already, all up to the capacity, an end in a batch."""
+        usual = self.often()
         third = max(1, min(9, self.capacity // 3))
         made = [
             self.request("one token", [1], 1, 8, {}), self.request("one block", [3], 8, 8, usual),
@@ -113,13 +118,15 @@ class Canvases(Requests):
             self.request("ragged sampled", [1, third], 16, 8, {"temperature": 0.8, **usual}),
             self.request("to capacity", [max(1, self.capacity - 8)], 8, 8, usual),
         ]  # fmt: skip
-        ragged = [made[2], made[5], *([] if quick else [made[1]])]
-        made += [replace(c, name=f"{c.name}, stop token", kind="stop", ends="met by some") for c in ragged]
-        if not quick:
-            made.append(self.request("one token a round", [2], 40, 8, {}))
-            made.append(self.request("blocks of two", [4, 2], 12, 2, {}))
-            made.append(self.request("large blocks", [4], 32, 16, usual))
-        return made
+        return made + [ended(made[2]), ended(made[5])]
+
+    def more_boundaries(self) -> list[Case]:
+        """Blocks of all sizes, many rounds, an end."""
+        return [
+            ended(self.request("one block again", [3], 8, 8, self.often())),
+            self.request("one token a round", [2], 40, 8, {}), self.request("blocks of two", [4, 2], 12, 2, {}),
+            self.request("large blocks", [4], 32, 16, self.often()),
+        ]  # fmt: skip
 
     def params(self, row: Row, rounds: float) -> dict[str, float]:
         """The rule's parameters, of `rounds` a block."""
@@ -174,3 +181,8 @@ class Canvases(Requests):
             seed=int(self.drawn(row, "seed")),
             streams=self.streams(row["streams"], count),
         )  # fmt: skip
+
+
+def ended(case: Case) -> Case:
+    """The case with a stop id that some of its answers hold."""
+    return replace(case, name=f"{case.name}, stop token", kind="stop", ends="met by some")

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]
 LONGEST = 2048  # rows of a prompt; more would take minutes
 LONG = 200  # rows from which on a batch is kept small
-SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5), "9-17": (9, 17)}
+SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5), "9": (9, 9)}
 MANY = 9  # sequences that make a batch a large one
 LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 62), (63, 65), (66, LONG))  # caches grow in blocks of 64 slots
 PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-60": (9, 60)}
@@ -98,7 +98,10 @@ def excluded(found: Levels, capacity: int, one: tuple[str, str], other: tuple[st
         return "the capacity leaves no room"
     if low.get("length", 1) > LONG and low.get("sequences", 1) > 3:
         return "long prompts are kept to small batches, for time"
-    if low.get("sequences", 1) >= MANY and (low.get("length", 1) > LENGTHS[2][1] or low.get("new", 1) > NEW["3-8"][1]):
+    if low.get("length", 1) > LONG and low.get("stop", 0) > 1:
+        return "long prompts meet a few kinds of stops, for time"
+    lengths, padded = low.get("length", 1) > LENGTHS[1][1], low.get("padding", 0) > PADDING["5-8"][1]
+    if low.get("sequences", 1) >= MANY and (lengths or padded or low.get("new", 1) > NEW["3-8"][1]):
         return "large batches are kept short, for time"
     if high.get("new", 2) == 1 and low.get("stop", 0):
         return "one token ends anyway"

@@ -28,6 +28,7 @@ NUDGED = "nudge."  # before the names of factors
 EPS = torch.finfo(torch.float32).eps
 KEPT = 2**28  # bytes of logits
 AT_ONCE = 2**22  # logits of one forward for several prompts
+Ids = tuple[int, ...]
 
 
 class Mismatch(Exception):
@@ -64,7 +65,8 @@ class Oracle:
         self.model, self.branches = found[0], len(found)
         self.known: dict[Any, Any] = {}
         self.kept = 0  # bytes
-        self.ahead: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # logits that will be asked for next
+        self.ahead: dict[Ids, tuple[Tensor, Tensor]] = {}  # logits of the case that is looked at
+        self.before: dict[Ids, tuple[Tensor, Tensor]] = {}  # and of the one before: a stop id only ends it earlier
         self.answers: dict[Case, list[list[int]]] = {}  # without stop ids, as programs that passed gave them
         self.double: fx.GraphModule | None = None
 
@@ -84,18 +86,27 @@ class Oracle:
     def rest(self) -> None:
         """Gives the memory of the weights in fp64 back until the forward is asked again."""
         self.double = None
+        self.ahead, self.before = {}, {}
 
     def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] in fp32 and in fp64."""
         key = tuple(ids.flatten().tolist())
-        if key in self.ahead:
-            return self.ahead.pop(key)
-        single, double = self.forward({"ids": ids})
-        return single["logits"], double["logits"]
+        if not self.begun(key, ids.shape[1]):
+            single, double = self.forward({"ids": ids})
+            self.ahead[key] = single["logits"], double["logits"]
+        return self.ahead[key]
+
+    def begun(self, key: Ids, rows: int) -> bool:
+        """Whether the logits of these ids are known, or were as the beginning of longer ones."""
+        longer = next((k for k in self.before if k[: len(key)] == key), None) if key not in self.ahead else None
+        if longer is not None:
+            single, double = self.before[longer]
+            self.ahead[key] = single[:, :rows], double[:, :rows]
+        return key in self.ahead
 
     def look_ahead(self, case: Case, tokens: list[list[int]]) -> None:
         """Runs the forward once for all prompts of a case that are new, the shorter ones padded after their ends."""
-        self.ahead.clear()
+        self.ahead, self.before = {}, self.ahead
         known, vocab = self.known, int(self.program.meta["vocab"])
         right = [i for i, ids in enumerate(tokens) if ids and 0 <= min(ids) <= max(ids) < vocab]
         fresh = [i for i in right if (*case.row(i), tuple(tokens[i])) not in known]
@@ -103,6 +114,7 @@ class Oracle:
         for i in fresh:
             inputs = case.inputs(self.program, [i])
             found += [forced(self, inputs[n], tokens[i]) for n in names]
+        found = [ids for ids in found if not self.begun(tuple(ids.flatten().tolist()), ids.shape[1])]
         longest = max((ids.shape[1] for ids in found), default=0)
         if len(found) < 2 or len(found) * longest * vocab > AT_ONCE:
             return
@@ -117,7 +129,7 @@ class Oracle:
         """The forward's results in fp32, and in fp64 from the fp64 values of its state (otherwise from fp32's)."""
         graph = self.program.graphs[self.model.graph]
         wide = [(state or {}).get(n, inputs[n]) for n in graph.inputs]
-        with torch.no_grad():
+        with torch.inference_mode():
             single = self.eager.call(self.model.graph, inputs)
             doubles = self.nudged([v.double() if v.is_floating_point() else v for v in wide])
             found = [
