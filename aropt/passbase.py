@@ -33,12 +33,14 @@ class Contract:
 class Applies:
     """The pass will change the program. `matches`: where; `rejected`: (where, why not).
 
-    `level`: where the program allows a stricter one than the contract's.
+    `level`: where the program allows a stricter one than the contract's. `make`: the changed program, of what planning
+    worked out already; without it, `Pass.run` begins anew.
     """
 
     matches: tuple[str, ...]
     rejected: tuple[tuple[str, str], ...] = ()
     level: str = ""
+    make: Callable[[], Program] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

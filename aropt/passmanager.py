@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -168,7 +169,8 @@ def run_passes(
             program = spend(one, program, result, instruments, oracles)
             result.seconds = time.perf_counter() - start
             continue
-        changed, problem = attempt(one, program, reference, result, instruments, oracles)
+        make = plan.make or functools.partial(one.run, program)
+        changed, problem = attempt(one, make, program, reference, result, instruments, oracles)
         dump(program, changed, number, one.name, instruments)
         if problem and not instruments.keep_going:
             for later in passes[number + 1 :]:
@@ -185,12 +187,18 @@ def run_passes(
 
 
 def attempt(
-    one: Pass, program: Program, reference: Program, result: Result, instruments: Instruments, oracles: Oracles
+    one: Pass,
+    make: Callable[[], Program],
+    program: Program,
+    reference: Program,
+    result: Result,
+    instruments: Instruments,
+    oracles: Oracles,
 ) -> tuple[Program, str]:
     """The program after a pass that loses nothing, and what is wrong with it. Raises AroptError where it raises."""
     start = time.perf_counter()
     try:
-        changed = one.run(program)
+        changed = make()
     except AroptError:
         raise
     except Exception as error:  # a defect of the pass, on a program that it said it applies to

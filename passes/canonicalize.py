@@ -43,9 +43,11 @@ class Canonicalize:
             for rms, heads in [self.matches(graph)]
             if rms or heads
         ]
-        counts = {name: self.normalized(program, name)[1] for name in program.graphs}
-        found += [f"{count} written-out attentions of {name}" for name, count in counts.items() if count]
-        return Applies(tuple(found)) if found else Skips("no written-out norm or attention, and no repeated heads")
+        normal = {name: self.normalized(program, name) for name in program.graphs}
+        found += [f"{count} written-out attentions of {name}" for name, (_, count) in normal.items() if count]
+        if not found:
+            return Skips("no written-out norm or attention, and no repeated heads")
+        return Applies(tuple(found), make=lambda: self.rewritten(program, {n: g for n, (g, _) in normal.items()}))
 
     def normalized(self, program: Program, name: str) -> tuple[Graph, int]:
         """The graph with written-out attention as SDPA, and how many; only forwards hold attention."""
@@ -60,9 +62,12 @@ class Canonicalize:
         return rms, [group for n in nodes if self.heads and (group := match_heads(n))]
 
     def run(self, program: Program) -> Program:
+        return self.rewritten(program, {name: self.normalized(program, name)[0] for name in program.graphs})
+
+    def rewritten(self, program: Program, normal: dict[str, Graph]) -> Program:
+        """The program, its attention written as SDPA already, with norms as ops and heads in groups."""
         graphs = {}
-        for name in program.graphs:
-            graph, _ = self.normalized(program, name)
+        for name, graph in normal.items():
             copy = replace(graph, fx=copied(graph.fx))
             rms, heads = self.matches(copy)
             for match in rms:

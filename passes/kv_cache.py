@@ -42,8 +42,9 @@ class KvCache:
         models = forwards(program)
         if not models:
             return Skips("no loop runs a full forward over growing tokens")
-        facts = self.restricted(program, next(iter(models.values())).graph).facts
-        return Applies((f"{facts['attentions']} attentions, mask {', '.join(facts['masks'])}",))
+        found = self.restricted(program, next(iter(models.values())).graph)
+        matches = f"{found.facts['attentions']} attentions, mask {', '.join(found.facts['masks'])}"
+        return Applies((matches,), make=lambda: self.cached(program, found))
 
     def restricted(self, program: Program, model: str) -> Restricted:
         """The forward for new rows. Raises Unsupported."""
@@ -51,9 +52,12 @@ class KvCache:
         return restrict(program.graphs[model], program.weights, capacity, self.rows, never=never)
 
     def run(self, program: Program) -> Program:
+        return self.cached(program, self.restricted(program, next(iter(forwards(program).values())).graph))
+
+    def cached(self, program: Program, found: Restricted) -> Program:
+        """The program with the restricted forward in place of the full one."""
         models = forwards(program)
         model, row = next(iter(models.values())).graph, window(program.meta)
-        found = self.restricted(program, model)
         batches = {ids.removesuffix("tokens"): str(program.state[ids].spec.dims[0]) for ids in models}
         step, guided = replace(found.graph, name="step"), batches[""] != "B"
         made = [step, enter(guided, row), place(row), feed("feed", guided, row)]

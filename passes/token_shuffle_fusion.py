@@ -35,10 +35,10 @@ class TokenShuffleFusion:
     def plan(self, program: Program, target: str) -> Applies | Skips:
         if not window(program.meta):
             return Skips("a row is one id")
-        matches, rejected = self.fused(program)[1:]
+        changed, matches, rejected = self.fused(program)
         if not matches:
             return Skips("; ".join(dict.fromkeys(why for _, why in rejected)) or "no forward reads ids", rejected)
-        return Applies(matches, rejected)
+        return Applies(matches, rejected, make=lambda: changed)
 
     def run(self, program: Program) -> Program:
         return self.fused(program)[0]

@@ -38,7 +38,7 @@ def ops(program: Program) -> list[str]:
 
 @pytest.mark.parametrize(
     ("block", "cache"),
-    [(4, "block-cache"), pytest.param(0, "dual-cache", marks=pytest.mark.exhaustive), (0, "free-cache")],
+    [(4, "block-cache"), *(pytest.param(0, n, marks=pytest.mark.exhaustive) for n in ("dual-cache", "free-cache"))],
 )
 def test_it_is_one_op_and_computes_the_same(block: int, cache: str) -> None:
     plain = capture(model(block))

@@ -119,7 +119,7 @@ def spoiled(p: Program) -> Program:
     return p.replace(weights=broken)
 
 
-@pytest.mark.parametrize("of", [plain, images])
+@pytest.mark.parametrize("of", [pytest.param(plain, marks=pytest.mark.exhaustive), images])
 def test_whatever_is_drafted_the_ids_are_the_same(of: Callable[[], Program]) -> None:
     verdict = validate(of(), spoiled(with_probe(drafted(of))))
     assert verdict.passed, verdict.outcomes[-1].problem
@@ -127,14 +127,20 @@ def test_whatever_is_drafted_the_ids_are_the_same(of: Callable[[], Program]) -> 
     assert after > before, "these drafts should be wrong"
 
 
-@pytest.mark.parametrize("contrib", [False, True])
-@pytest.mark.parametrize("of", [plain, images])
+@pytest.mark.parametrize(
+    ("of", "contrib"),
+    [
+        (plain, False),
+        (images, True),
+        *(pytest.param(*both, marks=pytest.mark.exhaustive) for both in ((plain, True), (images, False))),
+    ],
+)
 def test_whole_loop_in_one_call_and_in_chunks(of: Callable[[], Program], contrib: bool, tmp_path: Path) -> None:
     export_program(drafted(of), tmp_path / "model.onnx", contrib)
     assert run_loop.compare(tmp_path / "model.onnx", of())["status"] == "pass"
 
 
-@pytest.mark.parametrize("of", [plain, unguided])
+@pytest.mark.parametrize("of", [pytest.param(plain, marks=pytest.mark.exhaustive), unguided])
 def test_onnxruntime_steps_with_drafts(of: Callable[[], Program]) -> None:
     program = aropt.optimize(of(), "onnxruntime", pipeline([ASKED]), instruments=Instruments(check=False), threads=1)
     assert program.report["verify"]["status"] == "pass"

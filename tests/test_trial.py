@@ -127,7 +127,7 @@ def large(**meta: Any) -> Program:
     return program.replace(meta={**program.meta, **meta})
 
 
-@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize("modality", ["text", pytest.param("image", marks=pytest.mark.exhaustive)])
 def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modality: str) -> None:
     """Images are drawn, and only the half of the program that draws is lowered."""
     seen = told(monkeypatch, 100.0, 50.0)
