@@ -163,7 +163,7 @@ def test_a_file_that_comes_with_the_exchange_comes_back(
 
 
 def test_places_that_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "work" / "model"
+    model = tmp_path / "kept" / "model"
     make(model)
     make(tmp_path / "there")
     (tmp_path / "link").symlink_to("there")
@@ -171,9 +171,9 @@ def test_places_that_are_refused_before_any_work(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path / "there")
-    monkeypatch.setenv("HOME", str(tmp_path / "work" / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "kept" / "home"))
     for name in (".", "..", "/", "~", "../link", "../dangling", "../link/x/..", "../file", "../file/x", "../pipe",
-                 "../work", "../work/model", "../work/model/../../there", "x" * 300):  # fmt: skip
+                 "../kept", "../kept/model", "../kept/model/../../there", "x" * 300):  # fmt: skip
         with pytest.raises(UsageError):
             store.check_free(Path(os.path.expanduser(name)), True, [model / "config.json", model])
     with pytest.raises(UsageError, match="holds"):
