@@ -77,12 +77,11 @@ def grouped() -> Iterator[None]:
         os.environ.pop(GROUPED) if before is None else os.environ.update({GROUPED: before})
 
 
-def export(module: nn.Module, args: tuple[Any, ...], shapes: Any, functional: bool = True) -> ExportedProgram:
-    """torch.export, made functional (rules are so already), without decompositions but those of `decompositions`."""
+def export(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """torch.export, made functional, without decompositions but those of `decompositions`."""
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
-            return exported if not functional else exported.run_decompositions(TABLE)
+            return torch.export.export(module, args, dynamic_shapes=shapes, strict=False).run_decompositions(TABLE)
     except Exception as error:  # torch.export raises anything that a model's code does
         raise export_failure(error) from error
 

@@ -16,11 +16,20 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from aropt.compute import HALVES, needless, single
 from aropt.errors import Unsupported, UsageError
-from aropt.exporting import batched_experts, export, export_forward, fixed_rotary, limited, torch_reason
+from aropt.exporting import (
+    batched_experts,
+    export,
+    export_failure,
+    export_forward,
+    fixed_rotary,
+    limited,
+    quiet,
+    torch_reason,
+)
 from aropt.forwards import HINT, Forward
 from aropt.naming import weight_name
 from aropt.program import Graph, Spec
-from aropt.torch_compat import build, example_sizes, examples, settled_size
+from aropt.torch_compat import build, example_sizes, examples, settled_size, trace_function
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -83,26 +92,37 @@ def check_rows(graph: Graph, row: tuple[int, ...] = ()) -> None:
 
 def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
     """Captures a tensor function (a rule): keyword arguments named as `inputs`, a tensor or tuple out."""
-
-    class Wrapped(nn.Module):
-        def forward(self, *values: Tensor) -> Any:
-            result = function(**dict(zip(inputs, values, strict=True)))
-            return result if isinstance(result, tuple) else (result,)
-
-    known = {s: Dim(s) for s in example_sizes(inputs)}
-    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values())
-    exported = export(Wrapped(), tuple(examples(inputs).values()), (shapes,), functional=False)
-    graph, weights = from_exported(name, exported, inputs, outputs)
-    if weights:
+    try:
+        with quiet():
+            made, granted = trace_function(function, inputs)
+    except Exception as error:  # a rule of the user's raises anything
+        raise export_failure(error) from error
+    if granted:
+        raise Unsupported(
+            what=f"the rule '{name}' is not the same for all sizes",
+            where=name,
+            why=f"it takes {granted} for granted",
+            hint="branch on no sizes",
+        )
+    held = [str(n.target) for n in made.nodes if n.op == "get_attr"]
+    if held:
         raise UsageError(
             what=f"the rule '{name}' holds tensors",
-            where=", ".join(weights),
+            where=", ".join(held),
             why="rules have no weights",
             hint="pass the tensor as an input of the rule",
         )
-    for node in graph.fx.nodes:
+    graph, copied, names = fx.Graph(), dict[fx.Node, fx.Node](), iter(inputs)
+    for node in made.nodes:
+        if node.op == "placeholder":
+            copied[node] = graph.placeholder(next(names))
+        elif node.op == "call_function":
+            copy_call(graph, node, copied)
+    graph.output(tuple(copied[n] for n in next(n for n in reversed(made.nodes) if n.op == "output").args[0]))
+    for node in graph.nodes:
         node.meta.pop("origin", None)  # only nodes of the model are compared with the captured forward
-    return graph
+    share(graph)
+    return build(name, graph, inputs, outputs, {})
 
 
 def capture_module(
