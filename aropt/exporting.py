@@ -81,7 +81,9 @@ def export(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedPro
     """torch.export, made functional, without decompositions but those of `decompositions`."""
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(module, args, dynamic_shapes=shapes, strict=False).run_decompositions(TABLE)
+            exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            made: ExportedProgram = exported.run_decompositions(TABLE)
+            return made
     except Exception as error:  # torch.export raises anything that a model's code does
         raise export_failure(error) from error
 

@@ -15,8 +15,10 @@ from aropt.compute import owned
 from aropt.errors import Unsupported, UsageError
 from aropt.faithful import SHORT, lengths
 from aropt.passmanager import make
-from aropt.program import Program
+from aropt.program import Program, Spec
 from aropt.targets import lower
+from aropt.torch_compat import propagate
+from aropt.trace import capture_function
 
 VOCAB = 20
 exhaustive = pytest.mark.exhaustive
@@ -197,3 +199,41 @@ def test_lengths_that_are_compared() -> None:
     assert set(range(1, SHORT + 1)) < set(lengths(200, 10**5)) and 200 in lengths(200, 10**5)
     assert len(lengths(2000, 10**10)) == 3, "of a large model three short ones"
     assert lengths(2, 10) == [1, 2]
+
+
+HELD = torch.ones(2)
+WIDE = {"x": Spec(torch.float32, ("N", 2)), "y": Spec(torch.float32, ("2*N", 2))}
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "why"),
+    [
+        (lambda x, y: x * 2 if x.shape[0] > 2 else x, Unsupported, "it takes N > 2 for granted"),
+        (lambda x, y: x[: int(x.shape[0])] * len(y), Unsupported, "for granted"),
+        (lambda x, y: x + HELD, UsageError, "holds tensors"),
+        (lambda x, y: x * 2 if x.sum() > 0 else x, Unsupported, "branches on the values of a tensor"),
+    ],
+)
+def test_rules_that_are_none_for_all_inputs(rule: Any, kind: type[Exception], why: str) -> None:
+    with pytest.raises(kind, match=why):
+        capture_function("rule", rule, WIDE, ["z"])
+
+
+def test_sizes_of_a_rule_stay_symbols() -> None:
+    made = capture_function("rule", lambda x, y: torch.cat([x, y[: x.shape[0]]]) + x.shape[0], WIDE, ["z"])
+    assert made.outputs["z"].dims == ("2*N", 2)
+    x, y = torch.randn(1, 2), torch.randn(2, 2)
+    assert torch.equal(made.bind({})(x, y)[0], torch.cat([x, y[:1]]) + 1)
+
+
+def test_shapes_are_propagated_again_where_a_graph_changed() -> None:
+    made = capture_function("rule", lambda x, y: (x * 2).unsqueeze(1), WIDE, ["z"])
+    before = [n.meta["val"] for n in made.fx.nodes if n.op != "output"]
+    propagate(made.fx, made.inputs, {})
+    assert all(n.meta["val"] is v for n, v in zip(made.fx.nodes, before)), "nobody changed it"
+    node = next(n for n in made.fx.nodes if n.target is torch.ops.aten.unsqueeze.default)
+    node.args = (node.args[0], 0)
+    propagate(made.fx, made.inputs, {})
+    assert node.meta["val"].shape[0] == 1
+    propagate(made.fx, {"x": Spec(torch.float64, ("N", 2)), "y": WIDE["y"]}, {})
+    assert node.meta["val"].dtype == torch.float64
