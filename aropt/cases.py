@@ -13,7 +13,7 @@ import torch
 from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.interpreter import Values
-from aropt.levels import CHEAP, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
+from aropt.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
 from aropt.program import Program
 from aropt.prompts import like, prompt
 from aropt.runtime import batches, make_inputs
@@ -25,7 +25,8 @@ HELD_AGAINST = {
     aten.sub.Tensor, aten.add.Tensor, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar,
 }  # fmt: skip
 LIKELY = 6.0
-MORE, ALONE = 60, 10  # new ids of long answers, and of those that vary one parameter
+GROWS = (63, 64, 65)  # caches grow in blocks of 64 slots
+MORE, ALONE = 60, 8  # new ids of long answers, and of those that vary one parameter
 DESIGNS = 4  # of a thorough validation, each with other rows
 FORBIDDEN = 64  # ids that are suppressed at once, at most
 SHORT = 6  # rows of the design that are enough after a pass
@@ -188,8 +189,8 @@ class Requests:
 
     def more_boundaries(self) -> list[Case]:
         """Prompts as long as a block of the cache, or as what the forward compares positions with; long answers."""
-        ends = sorted({32, 63, 64, 65, *self.named_lengths()})
-        prompts = [self.case(f"prompt of {n}", [n], 3) for n in ends if n < self.capacity - 1]
+        ends = sorted(n for n in {32, *GROWS, *self.named_lengths()} if n < self.capacity - 1)
+        prompts = [self.case(f"prompts up to {n}", [n, max(1, n - 3), (n + 1) // 2], 3) for n in ends]
         crowd = [1 + (5 * i) % min(7, self.capacity) for i in range(17)]
         many = self.case("17 sequences", crowd, 5, (("temperature", 1.5),))
         return [*prompts, many, *self.long(1), self.case("to capacity", [max(1, self.capacity - 100)], 101)]
@@ -258,14 +259,15 @@ class Requests:
         prompts = tuple(prompt(self.program, size, text, self.chance) for size in lengths)
         params = {name: self.drawn(row, name) for name in PARAMETERS if name in row}
         kind = "ragged" if pads else "sampled" if params["temperature"] else "greedy"
-        kind = kind if row["stop"] == "none" else "stop"
+        ends = ENDS[int(self.drawn(row, "stop"))]
+        kind = "stop" if ends else kind
         given = tuple((n, v) for n, v in self.values(params).items() if v != self.program.inputs[n].default)
         told = "".join(f", {n} {f'{v:.3g}' if isinstance(v, float) else 'given'}" for n, v in given)
         return Case(
-            f"{count} of {length}, {n} new{told}" + (f", stop {row['stop']}" if kind == "stop" else ""),
+            f"{count} of {length}, {n} new{told}" + (f", stop {ends}" if ends else ""),
             kind, prompts, self.fits(length, n), int(self.drawn(row, "seed")), given,
             streams=self.streams(row["streams"], count),
-            negative=self.others(prompts, row.get("negative") == "given"), ends=row["stop"] if kind == "stop" else "",
+            negative=self.others(prompts, row.get("negative") == "given"), ends=ends,
         )  # fmt: skip
 
     def values(self, params: dict[str, float]) -> dict[str, Value]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from aropt.cases import Case, Requests, Value
 from aropt.design import Row
 from aropt.given import RESERVED
-from aropt.levels import LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
+from aropt.levels import ENDS, LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
 from aropt.prompts import prompt
 
 SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
@@ -122,11 +122,14 @@ class Canvases(Requests):
 
     def more_boundaries(self) -> list[Case]:
         """Blocks of all sizes, many rounds, an end."""
+        large = {**self.often(), **({"steps": 12} if "steps" in self.program.inputs else {})}
         return [
             ended(self.request("one block again", [3], 8, 8, self.often())),
-            self.request("one token a round", [2], 40, 8, {}), self.request("blocks of two", [4, 2], 12, 2, {}),
+            self.request("one token a round", [2], 40, 8, {"temperature": 1.0}),
+            self.request("blocks of two", [4, 2], 12, 2, {}),
             self.request("large blocks", [4], 32, 16, self.often()),
-        ]  # fmt: skip
+            self.request("one large block", [4], 32, 32, large),
+        ]
 
     def params(self, row: Row, rounds: float) -> dict[str, float]:
         """The rule's parameters, of `rounds` a block."""
@@ -174,7 +177,7 @@ class Canvases(Requests):
             params["temperature"] = self.drawn(row, "temperature")
         made = self.request("", lengths, block * blocks, block, params, row["fill"])
         told = "".join(f", {n} {v:.3g}" for n, v in made.params if isinstance(v, float | int))
-        stop = row["stop"] if row["stop"] != "none" else ""
+        stop = ENDS[int(self.drawn(row, "stop"))]
         return replace(
             made, name=f"{count} of {length}, {made.n} new, {row['fill']}{told}" + (f", stop {stop}" if stop else ""),
             kind="stop" if stop else made.kind, prompts=tuple(self.ids(size, text) for size in lengths), ends=stop,

@@ -17,13 +17,14 @@ LONGEST = 2048  # rows of a prompt; more would take minutes
 LONG = 200  # rows from which on a batch is kept small
 SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "4-5": (4, 5), "9": (9, 9)}
 MANY = 9  # sequences that make a batch a large one
-LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 62), (63, 65), (66, LONG))  # caches grow in blocks of 64 slots
+LENGTHS: tuple[Range, ...] = ((1, 8), (9, 16), (17, 65), (66, LONG))
 PADDING: dict[str, Range] = {"0": (0, 0), "1-4": (1, 4), "5-8": (5, 8), "9-60": (9, 60)}
 NEW: dict[str, Range] = {"3-8": (3, 8), "1": (1, 1), "9-15": (9, 15)}
 TEXT: dict[str, Range] = {"random": (0, 0), "repeating": (1, 1), "one id": (2, 2)}
 STOP: dict[str, Range] = {
-    "none": (0, 0), "met by some": (1, 1), "late": (2, 2), "at once": (3, 3), "by all but the last": (4, 4),
+    "none": (0, 0), "met by some": (1, 1), "late or at once": (2, 3), "by all but the last": (4, 4),
 }  # fmt: skip
+ENDS = ("", "met by some", "late", "at once", "by all but the last")  # by these numbers
 SEED: dict[str, Range] = {"0-99": (0, 99), "31-33 bits": (2**31, 2**33), "40-62 bits": (2**40, 2**62 - 1)}
 STREAMS: dict[str, Range] = {
     "in order": (0, 0), "hundreds": (100, 9999), "31-40 bits": (2**31, 2**40), "equal": (7, 7),
@@ -120,6 +121,6 @@ def varied(found: Levels) -> list[tuple[str, Row]]:
     rows = []
     shape = {"sequences": "4-5", "length": length, "padding": "1-4"}
     for name in [n for n in PARAMETERS if n in found and n != "temperature"]:
-        for level in list(found[name])[1:]:
+        for level in 2 * list(found[name])[1:]:  # each at both ends
             rows.append((name, {**usual, **shape, **HOT, **BESIDE.get((name, level), {}), name: level}))
     return rows
