@@ -26,10 +26,10 @@ HELD_AGAINST = {
 }  # fmt: skip
 LIKELY = 6.0
 GROWS = (63, 64, 65)  # caches grow in blocks of 64 slots
-MORE, ALONE = 60, 8  # new ids of long answers, and of those that vary one parameter
+MORE, ALONE = 60, 9  # new ids of long answers, and of those that vary one parameter
 DESIGNS = 4  # of a thorough validation, each with other rows
 FORBIDDEN = 64  # ids that are suppressed at once, at most
-SHORT = 6  # rows of the design that are enough after a pass
+SHORT = 4  # rows of the design that are enough after a pass
 Value = float | tuple[float, ...]
 
 
@@ -128,6 +128,7 @@ class Requests:
         self.used: dict[tuple[str, str], int] = {}
         self.one: Requests | None = None
         self.always: list[Case] = []
+        self.last: list[Case] = []
         self.cheap = (*CHEAP, "length") if self.capacity > LONG else CHEAP
         varied = [] if only else self.varied()
         rows, found = [row for _, row in varied], {n: list(v) for n, v in self.levels.items()}
@@ -176,7 +177,10 @@ class Requests:
     def bounds(self, quick: bool) -> list[Case]:
         """Boundaries; `quick`: those that come after each pass, always the same, as the reference has answered them."""
         self.always = self.always or self.boundaries()
-        return self.always if quick else [*self.always, *self.more_boundaries()]
+        if quick:
+            return self.always
+        self.last = self.last or self.more_boundaries()
+        return [*self.always, *self.last]
 
     def boundaries(self) -> list[Case]:
         """One token, none, prompts as long as the capacity, an interval without rounds."""
@@ -192,7 +196,7 @@ class Requests:
         ends = sorted(n for n in {32, *GROWS, *self.named_lengths()} if n < self.capacity - 1)
         prompts = [self.case(f"prompts up to {n}", [n, max(1, n - 3), (n + 1) // 2], 3) for n in ends]
         crowd = [1 + (5 * i) % min(7, self.capacity) for i in range(17)]
-        many = self.case("17 sequences", crowd, 5, (("temperature", 1.5),))
+        many = self.case("17 sequences", crowd, 4, (("temperature", 1.5),))
         return [*prompts, many, *self.long(1), self.case("to capacity", [max(1, self.capacity - 100)], 101)]
 
     def named_lengths(self) -> list[int]:
