@@ -50,7 +50,8 @@ def optimized(model: Any, **options: Any) -> Program:
 
 
 @pytest.fixture(
-    scope="module", params=["digits-ar", "directory", pytest.param("text-ar", marks=pytest.mark.exhaustive)]
+    scope="module",
+    params=["digits-ar", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("directory", "text-ar"))],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     folder = tmp_path_factory.mktemp("loop")
