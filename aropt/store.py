@@ -43,21 +43,12 @@ def staged(out: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path
         sweep(out)
         folder = partial(out, os.getpid())
         folder.mkdir()
-        sealed = False
-        try:
-            yield folder
-            seal(folder)
-            with held():
-                sealed = True
-                record(lock, sealed)
-                put_in_place(folder, out, force)
-                remove_failed(failed(out))  # it is of an earlier run
-        finally:
-            with held():
-                if sealed:  # it may be what was in the other's place
-                    remove(folder)
-                else:
-                    shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        seal(folder)
+        with held():
+            record(lock, sealed=True)
+            put_in_place(folder, out, force)
+            remove_failed(failed(out))  # it is of an earlier run
 
 
 @contextlib.contextmanager
@@ -218,7 +209,8 @@ def lock_file(out: Path) -> Path:
 def locked(out: Path, tries: int = 10) -> Iterator[int]:
     """Holds the lock on `out`, and removes what a process left that died with it. Raises UsageError if it is taken.
 
-    The value is the descriptor of the lock's file.
+    The value is the descriptor of the lock's file. What this process leaves is removed as a dead one's is, at the end:
+    a signal may come between any two steps, and what it interrupts here, the next process finds by the lock's file.
     """
     file = lock_file(out)
     while True:
@@ -234,7 +226,9 @@ def locked(out: Path, tries: int = 10) -> Iterator[int]:
                 try:
                     yield lock
                 finally:
-                    file.unlink(missing_ok=True)
+                    with held():
+                        recover(out, journal(lock))
+                        file.unlink(missing_ok=True)
                 return
         finally:
             os.close(lock)

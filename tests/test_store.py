@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -251,6 +253,7 @@ def test_what_is_left_beside_others_goes_too(tmp_path: Path, sealed: bool) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from aropt import manifest, store
 out, where, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "old"
 if old:
@@ -394,3 +397,35 @@ def test_signals_wait_for_what_must_not_stop_halfway() -> None:
     assert done == ["block"]
     with interrupts.listening():
         assert not interrupts.caught()
+
+
+@pytest.mark.parametrize("when", ["the folder was made", "the block ended", "it is put in its place"])
+def test_an_interrupt_between_two_steps_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    out, mkdir, held = tmp_path / "out", Path.mkdir, store.held
+    make(out)
+    before = holds(out)
+
+    def made(self: Path, *given: Any, **more: Any) -> None:
+        mkdir(self, *given, **more)
+        if self.name.endswith(".partial") and when == "the folder was made":
+            raise KeyboardInterrupt
+
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        calls.append(when)
+        if when == "it is put in its place" and len(calls) == 1:
+            raise KeyboardInterrupt
+        with held():
+            yield
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    monkeypatch.setattr(store, "held", interrupted)
+    with pytest.raises(KeyboardInterrupt), store.staged(out, True) as folder:
+        make(folder)
+        if when == "the block ended":
+            raise KeyboardInterrupt
+    assert holds(out) == before and os.listdir(tmp_path) == ["out"]
