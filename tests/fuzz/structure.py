@@ -132,12 +132,10 @@ def in_json(data: Any, chosen: random.Random) -> str:
     elif way == "near" and isinstance(inner, (int, float)):
         place[key] = chosen.choice([inner + 1, inner - 1, inner * 2, -inner, inner * 1000, 0])
     elif way == "near" and isinstance(inner, str):
+        graphs = data.get("graphs")  # which a change before this one may have made anything
+        nodes = [g.get("nodes") for g in graphs.values() if isinstance(g, dict)] if isinstance(graphs, dict) else []
         names = [
-            n["name"]
-            for g in data.get("graphs", {}).values()
-            if isinstance(g, dict)
-            for n in g.get("nodes", [])
-            if isinstance(n, dict) and "name" in n
+            n["name"] for part in nodes if isinstance(part, list) for n in part if isinstance(n, dict) and "name" in n
         ]
         place[key] = chosen.choice(
             [*(OPS if inner.startswith(("aten", "operator", "aropt")) else names or [""]), inner[:-1]]
