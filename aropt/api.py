@@ -22,11 +22,11 @@ from aropt.facts import Source, facts
 from aropt.given import check_parameters, integer
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
+from aropt.ir.program import Program
 from aropt.loops import autoregressive
 from aropt.oracle import Oracles
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
-from aropt.program import Program
 from aropt.rules import chosen
 from aropt.slices import whole
 from aropt.sources import resolve

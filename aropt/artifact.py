@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from aropt import __version__
+from aropt.ir.program import Program
 from aropt.manifest import listing, write_manifest
-from aropt.program import Program
 from aropt.reading import load as load  # what is written here is read there
 from aropt.runtime import fitted, room
 from aropt.store import staged
@@ -31,8 +31,8 @@ def write(
     program: Program, folder: Path, report: dict[str, Any] | None = None, extra: list[Path] | None = None
 ) -> None:
     """All files of an artifact into `folder`; those under models/ may be there already."""
-    from aropt.printer import text
-    from aropt.serialize import to_json
+    from aropt.ir.printer import text
+    from aropt.ir.serialize import to_json
 
     report = report if report is not None else program.report
     built = getattr(program.executor, "folder", None)

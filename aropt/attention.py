@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
 from aropt.errors import Unsupported
+from aropt.ir import ops
+from aropt.ir.program import Graph
 from aropt.kernels import canvas_attention
 from aropt.kernels.cached_attention import rotated, unsupported
-from aropt.program import Graph
 
 aten = torch.ops.aten
 LAYOUT = {

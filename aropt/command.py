@@ -19,15 +19,15 @@ from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.facts import Source
 from aropt.given import check_ids
+from aropt.ir.program import Program, calls
+from aropt.ir.units import rows, rows_for
 from aropt.models import REFERENCES
 from aropt.passbase import Skips, loops
 from aropt.passmanager import Instruments, bisect, pipeline, untold
-from aropt.program import Program, calls
 from aropt.runtime import fitted, room
 from aropt.sources import resolve
 from aropt.texts import decoder
 from aropt.twins import curve
-from aropt.units import rows, rows_for
 
 Say = Callable[[str], None]
 SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread

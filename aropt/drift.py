@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import quality, units, validate
+from aropt import quality, validate
 from aropt.cases import Case
 from aropt.errors import UsageError
-from aropt.interpreter import Eager, Executor, run
+from aropt.ir import units
+from aropt.ir.interpreter import Eager, Executor, run
+from aropt.ir.program import Program
 from aropt.oracle import Forced, Oracle
-from aropt.program import Program
 from aropt.runtime import workload as own_prompts
 from aropt.smooth import forward
 from aropt.unmask import current_block

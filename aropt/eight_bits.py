@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
 from aropt.errors import UsageError
+from aropt.ir import ops
+from aropt.ir.program import Graph
+from aropt.ir.torch_compat import build
 from aropt.kernels.linear_int8 import SIZES, packed
 from aropt.layers import product
 from aropt.passes.canonicalize import copied
-from aropt.program import Graph
-from aropt.torch_compat import build
 
 aten = torch.ops.aten
 

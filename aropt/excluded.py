@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import bind, op_name, tensor_inputs
-from aropt.program import Graph
+from aropt.ir.program import Graph
 
 COMPARES = {"aten::ne", "aten::eq"}
 COUNTS = {"aten::cumsum", "aten::sum", "aten::any", "aten::all", "aten::argmax", "aten::argmin", "aten::mean"}

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from aropt.decompositions import TABLE
 from aropt.errors import Unsupported
-from aropt.torch_compat import size_at, size_conditions
+from aropt.ir.torch_compat import size_at, size_conditions
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers then leaves groups of heads to SDPA
 BATCHES = (1, 3, 5)  # beside 2

@@ -13,12 +13,12 @@ from aropt.errors import Unsupported, UsageError
 from aropt.exporting import Limited, export_failure
 from aropt.faithful import check
 from aropt.forwards import HINT, Forward
-from aropt.program import Graph
+from aropt.ir.program import Graph
+from aropt.ir.units import window
 from aropt.pt2 import capture_exported
 from aropt.reach import most_tokens
 from aropt.texts import Texts
 from aropt.trace import capture_model
-from aropt.units import window
 
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
@@ -74,7 +74,7 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
 
     Where it has no prompts, generation begins with the id that config says a text does.
     A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
-    of rows of several ids `unit`, `single` (see aropt.units); of images `side`, `window` (see aropt.pictures);
+    of rows of several ids `unit`, `single` (see aropt.ir.units); of images `side`, `window` (see aropt.pictures);
     `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate).
     """
     check_capacity(capacity)

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aropt.compute import HALVES
 from aropt.errors import Unsupported
 from aropt.forwards import Forward
-from aropt.program import Graph
-from aropt.units import window
+from aropt.ir.program import Graph
+from aropt.ir.units import window
 
 SHORT = 16  # every length up to it is compared
 WORK = 4e9  # multiplications that the comparison may take, about: a second

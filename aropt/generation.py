@@ -12,11 +12,11 @@ from aropt import artifact, infill, pictures, store
 from aropt.bench import Origin
 from aropt.errors import UsageError
 from aropt.given import check_parameters
+from aropt.ir.program import Program
+from aropt.ir.units import rows
 from aropt.manifest import listing
-from aropt.program import Program
 from aropt.runtime import fitted, room
 from aropt.texts import read_texts
-from aropt.units import rows
 
 
 def run(
@@ -173,7 +173,7 @@ def export(
     if to != "onnx":
         raise UsageError(what=f"can't export to '{to}'", where="--to", hint="this version exports to onnx")
     from aropt.exporters.onnx import export as export_graph
-    from aropt.serialize import to_json
+    from aropt.ir.serialize import to_json
 
     program = artifact.load(out, target="eager")
     verify: dict[str, Any] = {}
@@ -199,9 +199,9 @@ def export(
 
 def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, trusted: bool, as_json: bool) -> str:
     """The program's text, or its JSON form."""
-    from aropt.printer import graph_text
-    from aropt.printer import text as program_text
-    from aropt.serialize import to_json
+    from aropt.ir.printer import graph_text
+    from aropt.ir.printer import text as program_text
+    from aropt.ir.serialize import to_json
 
     if (Path(model) / "manifest.json").is_file():
         if capacity is not None:

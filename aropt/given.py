@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aropt.errors import UsageError
-from aropt.program import Program
-from aropt.units import rows, window
+from aropt.ir.program import Program
+from aropt.ir.units import rows, window
 
 INTERVAL = ("guidance_from", "guidance_to")
 RESERVED = {

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.compose import inline
 from aropt.errors import UsageError
-from aropt.program import Call, Control, Graph, Input, Spec
-from aropt.program import calls as every
-from aropt.torch_compat import build
+from aropt.ir.edit import inline
+from aropt.ir.program import Call, Control, Graph, Input, Spec
+from aropt.ir.program import calls as every
+from aropt.ir.torch_compat import build
 from aropt.trace import capture_function
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from aropt.errors import UsageError
-from aropt.program import Program
+from aropt.ir.program import Program
 
 BLANK = re.compile(r"\[MASK(?:\*(\d{1,6}))?\]")
 Encode = Callable[[str], list[int]]

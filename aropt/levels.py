@@ -7,9 +7,9 @@ included, and what is drawn from one begins with its ends, where faults are most
 from __future__ import annotations
 
 from aropt.design import Row
-from aropt.program import Program
+from aropt.ir.program import Program
+from aropt.ir.units import window
 from aropt.rules import PROCESSORS
-from aropt.units import window
 
 Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import op_name
-from aropt.interpreter import Eager, Executor, Values, run
-from aropt.program import Graph, Program, dict_root
+from aropt.ir.interpreter import Eager, Executor, Values, run
+from aropt.ir.program import Graph, Program, dict_root
+from aropt.ir.units import rows, rows_for
 from aropt.runtime import slots
-from aropt.units import rows, rows_for
 
 if TYPE_CHECKING:
     from aropt.cases import Case

@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from aropt.axes import op_name
 from aropt.cases import Case
-from aropt.interpreter import Values, run
+from aropt.ir.interpreter import Values, run
+from aropt.ir.program import Program, calls
 from aropt.localize import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.oracle import Mismatch, Oracle
-from aropt.program import Program, calls
 from aropt.validate import TOLERANCE
 from aropt.validate_canvas import Forced, Step, Trace
 

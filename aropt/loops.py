@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import ops
-from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir import ops
+from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.units import window
 from aropt.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
 from aropt.trace import capture_function
-from aropt.units import window
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -77,7 +77,7 @@ def branches(guided: bool) -> dict[str, str]:
 def program_inputs(
     processors: dict[str, Processor], vocab: int, guided: bool, row: tuple[int, ...], free: bool = False
 ) -> dict[str, Input]:
-    """What the caller of a generation gives; `row`: the axes of one, () or (W,) (see aropt.units).
+    """What the caller of a generation gives; `row`: the axes of one, () or (W,) (see aropt.ir.units).
 
     `free`: the model was trained to need no guidance, so that 1 is usual.
     """

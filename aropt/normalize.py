@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import bind, draws, op_name
+from aropt.ir.program import Graph
+from aropt.ir.torch_compat import build, propagate
 from aropt.positions import content_nodes
-from aropt.program import Graph
-from aropt.torch_compat import build, propagate
 
 aten = torch.ops.aten
 PRODUCTS = {"aten::matmul", "aten::bmm"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from aropt.errors import UsageError
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls, symbols
+from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls, symbols
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy", "retrained")
 

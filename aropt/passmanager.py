@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import AroptError, UsageError
+from aropt.ir.program import Entry, If, Program, calls
 from aropt.oracle import Oracle, Oracles
 from aropt.passbase import Pass, Result, Skips, broken
-from aropt.program import Entry, If, Program, calls
 from aropt.slices import after_pass
 from aropt.validate import Verdict, cases, validate, with_probe
 
@@ -225,7 +225,7 @@ def failure(one: Pass, program: Program, problem: str) -> AroptError:
 
 def check(oracle: Oracle, before: Program, changed: Program, result: Result, instruments: Instruments) -> str:
     """What is wrong with the program that a pass changed, or nothing."""
-    from aropt.verifier import verify
+    from aropt.ir.verify import verify
 
     try:
         verify(changed)
@@ -327,7 +327,7 @@ def dump(before: Program, after: Program, number: int, name: str, instruments: I
     """Prints or writes the program after a pass."""
     if not (instruments.print_after or instruments.print_diff or instruments.dump_dir):
         return
-    from aropt.printer import diff, text
+    from aropt.ir.printer import diff, text
 
     if {"all", name} & instruments.print_after:
         instruments.show(f"// after {name}\n{text(after)}")

@@ -1,4 +1,4 @@
-"""Pictures of generated image tokens: grey levels in raster order, or in windows (see aropt.units)."""
+"""Pictures of generated image tokens: grey levels in raster order, or in windows (see aropt.ir.units)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from aropt.axes import Axes, Dims, NotRowwise, draws, op_name
 from aropt.errors import Unsupported
 from aropt.excluded import settled
-from aropt.torch_compat import named_expression, symbol_named
+from aropt.ir.torch_compat import named_expression, symbol_named
 
 SHAPE_ONLY = {
     "aten::sym_size", "aten::sym_numel", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",

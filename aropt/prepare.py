@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from aropt.ir.program import Graph
+from aropt.ir.torch_compat import propagate
 from aropt.memory import memories, part
 from aropt.normalize import copied
 from aropt.positions import Positions, content_nodes
-from aropt.program import Graph
 from aropt.shift import replace, unsteady
-from aropt.torch_compat import propagate
 
 
 def prepared(

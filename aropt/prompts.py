@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from aropt.program import Program
-from aropt.units import window
+from aropt.ir.program import Program
+from aropt.ir.units import window
 
 PHRASE = (3, 5)  # rows of what repeats
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import UsageError
-from aropt.interpreter import Eager, Executor
-from aropt.program import Program
+from aropt.ir.interpreter import Eager, Executor
+from aropt.ir.program import Program
 from aropt.runtime import generate
 
 Example = dict[str, Any]

@@ -12,9 +12,9 @@ from torch import Tensor
 from aropt.axes import op_name
 from aropt.errors import Unsupported
 from aropt.excluded import counted
+from aropt.ir.printer import symbol_names
+from aropt.ir.program import Graph
 from aropt.positions import Positions, content_nodes
-from aropt.printer import symbol_names
-from aropt.program import Graph
 
 LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aropt.errors import AroptError, UsageError, VerificationFailed, WrongMachine
+from aropt.ir.program import Program
 from aropt.manifest import EDITABLE, MANIFEST, SCHEMA
-from aropt.program import Program
 
 NEEDED = ("program.json", "weights.safetensors")
 LARGEST = {MANIFEST: 2**24, "report.json": 2**26, "program.json": 2**29}  # bytes of what is parsed whole
@@ -38,7 +38,7 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     Raises UsageError for what is no artifact, VerificationFailed where a file is not the one that was written,
     Unsupported for a program that aropt does not run, WrongMachine for a newer format.
     """
-    from aropt.serialize import from_json
+    from aropt.ir.serialize import from_json
     from aropt.targets import lower
 
     folder = Path(path)

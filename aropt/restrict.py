@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import moves, ops
+from aropt import moves
 from aropt.analysis import FULL_SIZE, Analysis, Info, unsupported
 from aropt.axes import (
     COLUMN,
@@ -46,11 +46,12 @@ from aropt.axes import (
 )  # fmt: skip
 from aropt.bounds import Hide
 from aropt.errors import Unsupported
-from aropt.naming import weight_name
+from aropt.ir import ops
+from aropt.ir.naming import weight_name
+from aropt.ir.program import Graph, Spec, StateSpec
+from aropt.ir.torch_compat import build, propagate
 from aropt.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.prepare import prepared
-from aropt.program import Graph, Spec, StateSpec
-from aropt.torch_compat import build, propagate
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aropt.errors import UsageError
 from aropt.excluded import without
-from aropt.program import Input, Spec
+from aropt.ir.program import Input, Spec
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
 

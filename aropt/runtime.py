@@ -14,9 +14,9 @@ from torch import Tensor
 from aropt.defaults import usual_length, with_defaults
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.given import check, id_list, id_lists, integer
-from aropt.interpreter import Executor, OnRound, Values, run
-from aropt.program import Input, Program
-from aropt.units import flat, ids_of, rows, rows_for
+from aropt.ir.interpreter import Executor, OnRound, Values, run
+from aropt.ir.program import Input, Program
+from aropt.ir.units import flat, ids_of, rows, rows_for
 
 F = TypeVar("F", bound=Callable[..., Any])
 

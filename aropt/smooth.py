@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import op_name
-from aropt.compose import inline
 from aropt.errors import Unsupported
-from aropt.interpreter import Executor, Values
+from aropt.ir.edit import inline
+from aropt.ir.interpreter import Executor, Values
+from aropt.ir.program import Graph, Spec, StateSpec
+from aropt.ir.torch_compat import build
 from aropt.positions import LIKE, SHAPE_ONLY
-from aropt.program import Graph, Spec, StateSpec
-from aropt.torch_compat import build
 from aropt.trace import capture_function
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@
     every     the logits of all rows                        accept    which rows count; what the next round reads
     resume    what a plain round reads                      together  the rows of all rounds, in order
 
-There is one sequence, B = 1; a row is an id, or a window of W (`row`, see aropt.units). All values have the same sizes
+There is one sequence, B = 1; a row is an id, or a window of W (`row`, see aropt.ir.units). All values have the same sizes
 in every round: `window` int64 [B, J, (W)] holds a round's new rows, -1 after them; `history` int64 [B, C] the latest C
 ids, the newest first, -1 after them. A round is short, so the number of nodes counts: a first row that does not hold is
 found by `argmin`, not by sums.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt.program import Control, Graph, If, Loop, Seq, Spec, calls
+from aropt.ir.program import Control, Graph, If, Loop, Seq, Spec, calls
 from aropt.trace import capture_function
 from aropt.unmask import same
 

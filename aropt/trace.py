@@ -27,9 +27,9 @@ from aropt.exporting import (
     torch_reason,
 )
 from aropt.forwards import HINT, Forward
-from aropt.naming import weight_name
-from aropt.program import Graph, Spec
-from aropt.torch_compat import build, example_sizes, examples, settled_size, trace_function
+from aropt.ir.naming import weight_name
+from aropt.ir.program import Graph, Spec
+from aropt.ir.torch_compat import build, example_sizes, examples, settled_size, trace_function
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -54,7 +54,7 @@ def capture_model(
     """Captures `forward(ids int64[B, T]) -> logits float[B, T, V]` with B and T symbolic (1 <= T <= capacity).
 
     `vocab` bounds the example ids; `row` is (W,) for ids [B, T, W] -> logits [B, T, W, V] (see
-    aropt.units). Returns the graph (input "ids", output "logits") and the weights by name.
+    aropt.ir.units). Returns the graph (input "ids", output "logits") and the weights by name.
     Raises Unsupported when torch can't export the forward, or exports it with a fixed length.
     """
     model = model.eval().requires_grad_(False)
@@ -259,7 +259,7 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
     base = kind.split(".")[0]
     if base in DROPPED:
         return
-    from aropt.verifier import op_problem
+    from aropt.ir.verify import op_problem
 
     if node.target in EMPTY:  # what was in memory is overwritten, or is no function of the ids
         node.target = EMPTY[node.target]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import Unsupported
+from aropt.ir.program import Control, If, Program, Seq, calls
 from aropt.passbase import Pass, Skips
 from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
-from aropt.program import Control, If, Program, Seq, calls
 from aropt.runtime import workload
 from aropt.scratch import Scratch
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from aropt.api import capture, optimize
+from aropt.ir.program import Program
 from aropt.passmanager import Instruments, pipeline
-from aropt.program import Program
 from aropt.runtime import room
 
 MOST = 8  # windows: larger ones leave a handful of rounds

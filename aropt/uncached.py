@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from aropt.ir.program import Program
 from aropt.passbase import Result
 from aropt.passmanager import PASSES, pass_class
-from aropt.program import Program
 
 STORED = ("append-kv", "canvas-kv")
 

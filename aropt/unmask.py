@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from aropt import guide as guides
-from aropt import ops, smooth
+from aropt import smooth
 from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.excluded import without
-from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir import ops
+from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.rules import BOOL, F32, I64, gumbel_noise
 from aropt.trace import capture_function
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from aropt.cases import Case, cases
 from aropt.errors import AroptError, UsageError
-from aropt.interpreter import Eager, Executor, Values, run
+from aropt.ir.interpreter import Eager, Executor, Values, run
+from aropt.ir.program import Call, Program, calls
+from aropt.ir.units import flat, ids_of, rows_for
 from aropt.oracle import Mismatch, Oracle, Reply
-from aropt.program import Call, Program, calls
 from aropt.runtime import slots
 from aropt.shrink import shrink
 from aropt.slices import whole
 from aropt.stops import with_stops
-from aropt.units import flat, ids_of, rows_for
 
 __all__ = [
     "TOLERANCE", "Case", "Mismatch", "Oracle", "Outcome", "Trace", "Verdict", "cases", "compare", "fails", "probe",
@@ -236,7 +236,7 @@ def probe(program: Program) -> str:
 
 def with_probe(program: Program) -> Program:
     """The program with the logits that each round's rule sees as the value `probe(program)`, for validation only."""
-    from aropt.compose import expose
+    from aropt.ir.edit import expose
 
     name_of = probe(program)
     if any(name_of in c.writes.values() for c in calls(program.control)):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from aropt.cases import Case
-from aropt.interpreter import Executor, Values, run
+from aropt.ir.interpreter import Executor, Values, run
+from aropt.ir.program import Program, calls
 from aropt.oracle import AT_ONCE, Mismatch, Oracle, noise_floor
 from aropt.passbase import loops
-from aropt.program import Program, calls
 from aropt.runtime import slots
 from aropt.validate import TOLERANCE, Outcome
 

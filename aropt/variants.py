@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aropt.errors import UsageError
+from aropt.ir.units import flat, rows, rows_for
 from aropt.peers import PEERS, Generate
 from aropt.scratch import Scratch
-from aropt.units import flat, rows, rows_for
 
 if TYPE_CHECKING:
     from aropt.bench import Spec

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import ops
 from aropt.errors import MissingTool, Unsupported
 from aropt.exporting import quiet
-from aropt.program import Graph
-from aropt.torch_compat import example_sizes, examples, onnx_node, onnx_registry, to_onnx
+from aropt.ir import ops
+from aropt.ir.program import Graph
+from aropt.ir.torch_compat import example_sizes, examples, onnx_node, onnx_registry, to_onnx
 from aropt.trace import dynamic
 
 OPSET = 20

@@ -10,11 +10,11 @@ import torch
 
 from aropt.defaults import with_defaults
 from aropt.errors import MissingTool, VerificationFailed
-from aropt.interpreter import Values
+from aropt.ir.interpreter import Values
+from aropt.ir.program import Program
+from aropt.ir.units import flat, ids_of, window
 from aropt.ort_threads import options, share
-from aropt.program import Program
 from aropt.runtime import batches, make_inputs, room
-from aropt.units import flat, ids_of, window
 
 if TYPE_CHECKING:
     from aropt.cases import Case

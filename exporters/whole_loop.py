@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import ops
 from aropt.defaults import exported_defaults
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
+from aropt.ir import ops
+from aropt.ir.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
 from aropt.passbase import loops
-from aropt.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
 from aropt.trace import capture_function
 
 I64 = torch.int64

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.opdef import Aot, Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 
 try:
     import triton

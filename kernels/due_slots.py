@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, library
 
-from aropt.opdef import Cost, OpDef
+from aropt.ir.opdef import Cost, OpDef
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import noise
-from aropt.opdef import Aot, Cost, OpDef
 
 try:
     import triton

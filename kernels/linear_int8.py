@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aropt.opdef import Aot, Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 
 try:
     import triton
@@ -110,7 +110,7 @@ def onnx(x, weight, scales):  # type: ignore[no-untyped-def]
 
 def contrib(x, weight, scales):  # type: ignore[no-untyped-def]
     """The same as ONNX Runtime's MatMulNBits."""
-    from aropt.torch_compat import onnx_node
+    from aropt.ir.torch_compat import onnx_node
 
     columns, groups, size = weight.shape
     given = {"K": groups * size, "N": columns, "bits": 8, "block_size": size, "accuracy_level": 4}

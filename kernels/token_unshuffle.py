@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aropt.opdef import Aot, Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 
 try:
     import triton

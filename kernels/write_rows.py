@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.opdef import Cost, OpDef
+from aropt.ir.opdef import Cost, OpDef
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

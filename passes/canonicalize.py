@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from aropt.ir.program import Graph, Program
+from aropt.ir.torch_compat import build
 from aropt.normalize import normalize_attention
 from aropt.passbase import Applies, Contract, Skips
-from aropt.program import Graph, Program
-from aropt.torch_compat import build
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default)

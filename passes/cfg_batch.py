@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aropt.compose import compose, trim
 from aropt.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
+from aropt.ir.edit import compose, trim
+from aropt.ir.program import Call, Control, Graph, Program, Spec
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.program import Call, Control, Graph, Program, Spec
 from aropt.trace import capture_function
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from aropt.compose import trim
 from aropt.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
+from aropt.ir.edit import trim
+from aropt.ir.program import Call, Control, Program
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.program import Call, Control, Program
 from aropt.rules import GUIDED
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"

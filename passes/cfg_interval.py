@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from aropt.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
+from aropt.ir.program import Call, Control, Graph, If, Program, Seq, Spec, StateSpec
 from aropt.passbase import Applies, Contract, Skips, rewrite
 from aropt.passes.cfg_batch import append
-from aropt.program import Call, Control, Graph, If, Program, Seq, Spec, StateSpec
 from aropt.rules import inside
 from aropt.trace import capture_function
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from aropt.ir.program import Program
 from aropt.passbase import Applies, Contract, Skips
-from aropt.program import Program
 from aropt.rows import Look, cached, check_least, plan_cache
 
 

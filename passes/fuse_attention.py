@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
 from aropt.attention import PLACES, Match, NotThis, Source, matches
 from aropt.guidance import joining, named, parting
+from aropt.ir import ops
+from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.ir.torch_compat import build
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.passes.canonicalize import copied
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
-from aropt.torch_compat import build
 from aropt.trace import capture_function
 
 aten = torch.ops.aten

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
 from aropt.attention import PLACES, Match, NotThis, matches
+from aropt.ir import ops
+from aropt.ir.program import Graph, Program, calls
+from aropt.ir.torch_compat import build
 from aropt.passbase import Applies, Contract, Skips, loops
 from aropt.passes.canonicalize import copied
 from aropt.passes.fuse_attention import features, table_weights
-from aropt.program import Graph, Program, calls
-from aropt.torch_compat import build
 
 aten = torch.ops.aten
 

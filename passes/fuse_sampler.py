@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
-from aropt.compose import compose
+from aropt.ir.edit import compose
+from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 from aropt.passbase import Applies, Contract, Skips, growing, own_sizes, reads
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 
 RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 

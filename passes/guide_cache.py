@@ -16,8 +16,8 @@ from torch import Tensor
 from aropt.errors import Unsupported
 from aropt.guide import OFFERED, renamed, whole
 from aropt.guide import PREFIX as WEIGHTS
+from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.restrict import Restricted, restrict
 from aropt.rows import sized
 from aropt.trace import capture_function

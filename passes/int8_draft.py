@@ -21,10 +21,10 @@ import torch
 
 from aropt.eight_bits import EightBits, by_name
 from aropt.errors import UsageError
+from aropt.ir.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.units import window
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
 from aropt.speculate import STEP, Draft, beside, from_model, steps
-from aropt.units import window
 from aropt.unmask import same
 from aropt.widen import wide
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 from torch import fx
 
 from aropt.eight_bits import EightBits, by_name
+from aropt.ir.program import Graph, Program, calls
+from aropt.ir.units import window
 from aropt.layers import product
 from aropt.passbase import Applies, Contract, Skips, loops
-from aropt.program import Graph, Program, calls
 from aropt.sides import NotThis, joint, source
-from aropt.units import window
 
 
 @dataclass(frozen=True)

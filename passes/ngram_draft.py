@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
+from aropt.ir.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.units import window
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
-from aropt.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
 from aropt.speculate import STEP, Draft, beside, from_text, steps
-from aropt.units import window
 from aropt.unmask import same
 from aropt.widen import wide
 

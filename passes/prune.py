@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt.compose import inline, trim
+from aropt.ir.edit import inline, trim
+from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
+from aropt.ir.torch_compat import build
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, calls
-from aropt.torch_compat import build
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from aropt.axes import op_name
-from aropt.compose import inline
 from aropt.errors import Unsupported, UsageError
+from aropt.ir.edit import inline
+from aropt.ir.program import Graph, Program, Spec
+from aropt.ir.torch_compat import build
 from aropt.loops import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.passbase import Applies, Contract, Skips
-from aropt.program import Graph, Program, Spec
-from aropt.torch_compat import build
 from aropt.trace import capture_module
 
 aten = torch.ops.aten

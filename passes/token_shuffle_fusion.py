@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from aropt import ops
+from aropt.ir import ops
+from aropt.ir.program import Graph, Program
+from aropt.ir.torch_compat import build
+from aropt.ir.units import window
 from aropt.passbase import Applies, Contract, Skips
 from aropt.passes.canonicalize import copied
-from aropt.program import Graph, Program
 from aropt.sides import NotThis, joint, multiplied, place, source, spent, tables, unshuffle, ways, written
-from aropt.torch_compat import build
-from aropt.units import window
 
 
 @dataclass(frozen=True)

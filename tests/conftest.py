@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aropt.interpreter import Values
-from aropt.program import Program
+from aropt.ir.interpreter import Values
+from aropt.ir.program import Program
 
 gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
 VOCAB, CAPACITY, WIDTH = 11, 16, 4

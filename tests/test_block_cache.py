@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import Unsupported
-from aropt.interpreter import Eager, run
+from aropt.ir.interpreter import Eager, run
+from aropt.ir.program import Call, Program, calls
+from aropt.ir.serialize import from_json, to_json
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passbase import Applies, Skips, rewrite
 from aropt.passes.block_cache import BlockCache
-from aropt.program import Call, Program, calls
 from aropt.restrict import restrict
 from aropt.rows import cached
 from aropt.runtime import make_inputs
-from aropt.serialize import from_json, to_json
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import capture, tiny
 

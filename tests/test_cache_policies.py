@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import aropt
 from aropt.drift import budget, ledger, measure
 from aropt.errors import BudgetMissed, UsageError
-from aropt.interpreter import Eager, run
+from aropt.ir.interpreter import Eager, run
+from aropt.ir.program import Program
 from aropt.models.canvas import MASK
 from aropt.passbase import Applies, Result, Skips
 from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
-from aropt.program import Program
 from aropt.rows import cached
 from aropt.runtime import make_inputs
 from aropt.validate import Case, cases, validate, with_probe

@@ -10,8 +10,8 @@ import pytest
 
 import aropt
 from aropt.errors import UsageError
+from aropt.ir.program import Program
 from aropt.models.canvas import MASK
-from aropt.program import Program
 from tests.conftest import make_program
 from tests.test_unmask import capture, rounds, tiny
 
@@ -133,7 +133,7 @@ def test_a_canvas_takes_whole_steps_and_blocks(free: Program) -> None:
 
 def test_ranges_are_kept(guided: Program) -> None:
     """In the program of all rules, and in its file; one without them, of an older version, can be read."""
-    from aropt.serialize import from_json, to_json
+    from aropt.ir.serialize import from_json, to_json
 
     assert (guided.inputs["top_p"].minimum, guided.inputs["top_p"].maximum) == (0, 1)
     data = to_json(guided)

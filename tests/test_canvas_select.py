@@ -12,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from aropt import ops
 from aropt.commit import CONFIDENCES
+from aropt.ir import ops
+from aropt.ir.program import Spec
 from aropt.kernels import canvas_commit, canvas_select
-from aropt.program import Spec
 from aropt.trace import capture_function
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

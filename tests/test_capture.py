@@ -14,10 +14,10 @@ import aropt
 from aropt.compute import owned
 from aropt.errors import Unsupported, UsageError
 from aropt.faithful import SHORT, lengths
+from aropt.ir.program import Program, Spec
+from aropt.ir.torch_compat import propagate
 from aropt.passmanager import make
-from aropt.program import Program, Spec
 from aropt.targets import lower
-from aropt.torch_compat import propagate
 from aropt.trace import capture_function
 
 VOCAB = 20

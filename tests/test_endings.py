@@ -17,8 +17,8 @@ from PIL import Image
 import aropt as package
 from aropt import artifact, peers
 from aropt.generation import beside
+from aropt.ir.program import Program
 from aropt.manifest import foreign
-from aropt.program import Program
 from aropt.scratch import Scratch, sweep_scratch
 from tests.test_cli import MODEL, QUICK, aropt, refused
 from tests.test_report import demo

@@ -12,8 +12,8 @@ from aropt import bench, command
 from aropt.errors import MissingTool, UsageError
 from aropt.exporters import run_loop
 from aropt.facts import Source
-from aropt.interpreter import Eager
-from aropt.program import Program
+from aropt.ir.interpreter import Eager
+from aropt.ir.program import Program
 from aropt.runtime import fitted, room
 from aropt.targets import whole
 from tests.conftest import Tiny, make_program

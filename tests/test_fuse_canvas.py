@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 import aropt
+from aropt.ir.program import Program
+from aropt.ir.verify import verify
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passbase import Applies, Skips
 from aropt.passes.fuse_canvas import FuseCanvas
 from aropt.passmanager import make
-from aropt.program import Program
 from aropt.validate import cases, validate, with_probe
-from aropt.verifier import verify
 
 
 def model(block: int, heads: int = 2, width: int = 64) -> CanvasLM:

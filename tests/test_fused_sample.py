@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aropt import ops, rules
+from aropt import rules
+from aropt.ir import ops
+from aropt.ir.program import Spec
 from aropt.kernels import fused_sample
 from aropt.kernels.fused_sample import NAMES
-from aropt.program import Spec
 from aropt.trace import capture_function
 
 ops.load_all()

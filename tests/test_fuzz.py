@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aropt.program import Program
+from aropt.ir.program import Program
 from tests.fuzz import ALLOWED, artifacts, read
 from tests.fuzz.structure import mutant, written
 

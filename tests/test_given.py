@@ -11,7 +11,7 @@ import torch
 
 import aropt
 from aropt.errors import UsageError
-from aropt.program import Program
+from aropt.ir.program import Program
 
 Make = Callable[[list[Any]], Any]
 FORMS: list[Make] = [

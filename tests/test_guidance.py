@@ -15,13 +15,13 @@ import aropt
 from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
-from aropt.interpreter import Eager, Values
+from aropt.ir.interpreter import Eager, Values
+from aropt.ir.program import Program
+from aropt.ir.serialize import from_json, to_json
 from aropt.passbase import Skips
 from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.passmanager import Instruments, make, pipeline, run_passes
-from aropt.program import Program
 from aropt.rules import ALWAYS
-from aropt.serialize import from_json, to_json
 from aropt.targets import lower
 from aropt.validate import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program

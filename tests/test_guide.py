@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import aropt
 from aropt.errors import UsageError
 from aropt.guide import OFFERS, PRODUCT
+from aropt.ir.program import Program
+from aropt.ir.verify import verify
 from aropt.models.canvas import MASK, VOCAB
 from aropt.passbase import Applies, Skips
 from aropt.passes.guide_cache import GuideCache
 from aropt.passmanager import make
-from aropt.program import Program
 from aropt.validate import cases, validate, with_probe
-from aropt.verifier import verify
 from tests.test_unmask import rounds, tiny
 
 

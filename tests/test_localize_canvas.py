@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import fx
 
-from aropt.interpreter import Eager
+from aropt.ir.interpreter import Eager
+from aropt.ir.program import Program
 from aropt.localize import localize
 from aropt.localize_canvas import first_in_canvas
 from aropt.passmanager import Instruments, describe, make, pipeline, run_passes
-from aropt.program import Program
 from aropt.validate import Case, Oracle, cases, fails, shrink, validate, with_probe
 from tests.test_unmask import capture, tiny
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import aropt
 from aropt import api, commit
-from aropt.interpreter import Eager
-from aropt.program import Program
+from aropt.ir.interpreter import Eager
+from aropt.ir.program import Program
 from aropt.rules import PROCESSORS
 from aropt.sources import Source
 from aropt.targets import lower

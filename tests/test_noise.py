@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from aropt import ops
+from aropt.ir import ops
 from aropt.kernels import noise
 
 P = noise.P

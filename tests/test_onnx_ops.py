@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aropt.exporters.onnx import export
-from aropt.program import Spec, resolve
+from aropt.ir.program import Spec, resolve
 from aropt.trace import capture_function
 
 HEADS, GROUPS, SIZE = 6, 3, 8

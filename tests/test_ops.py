@@ -1,4 +1,4 @@
-"""What holds for every op of aropt. An op listed in `aropt.ops.NAMES` gets all of these tests."""
+"""What holds for every op of aropt. An op listed in `aropt.ir.ops.NAMES` gets all of these tests."""
 
 import os
 import re
@@ -18,8 +18,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from aropt import opdef, ops
-from aropt.opdef import OpDef
+from aropt.ir import opdef, ops
+from aropt.ir.opdef import OpDef
 
 ROOT = Path(__file__).parent.parent
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

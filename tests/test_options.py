@@ -16,7 +16,7 @@ import aropt
 from aropt import cli, command, passbase, passmanager
 from aropt.errors import UsageError
 from aropt.infill import answers, stops
-from aropt.program import Program
+from aropt.ir.program import Program
 
 MASK = 11
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import fx
 
-from aropt.folding import folded
+from aropt.ir.fold_text import folded
+from aropt.ir.printer import diff, digest, graph_text, text
+from aropt.ir.program import Graph, Program, Spec
+from aropt.ir.torch_compat import build
 from aropt.passmanager import PIPELINE
-from aropt.printer import diff, digest, graph_text, text
-from aropt.program import Graph, Program, Spec
-from aropt.torch_compat import build
 from tests.conftest import make_program, make_stages
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def test_twice(tiny_stages: dict[str, Program]) -> None:
 def test_other_process(tiny_stages: dict[str, Program]) -> None:
     """The same text from a fresh interpreter with another hash seed."""
     script = (
-        "import hashlib\nfrom aropt.printer import text, digest\nfrom tests.conftest import make_program, make_stages\n"
+        "import hashlib\nfrom aropt.ir.printer import text, digest\nfrom tests.conftest import make_program, make_stages\n"
         "for p in make_stages(make_program()).values(): print(hashlib.sha256(text(p).encode()).hexdigest(), digest(p))"
     )
     env = {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

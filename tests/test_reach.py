@@ -12,8 +12,8 @@ import aropt
 from aropt.errors import Unsupported
 from aropt.excluded import counted
 from aropt.exporting import torch_reason
+from aropt.ir.naming import WEIGHT
 from aropt.loops import autoregressive
-from aropt.naming import WEIGHT
 from aropt.passmanager import Instruments, make, run_passes
 from aropt.trace import capture_model
 from tests.decoders import (

@@ -12,8 +12,8 @@ import aropt
 from aropt.errors import Unsupported, UsageError
 from aropt.excluded import counted
 from aropt.forwards import Forward
+from aropt.ir.ops import load_all
 from aropt.normalize import normalize_attention
-from aropt.ops import load_all
 from aropt.passmanager import make
 from aropt.restrict import Restricted, restrict
 from aropt.trace import capture_model

@@ -15,9 +15,9 @@ import pytest
 import aropt
 from aropt.artifact import write
 from aropt.errors import AroptError, Unsupported, UsageError, VerificationFailed
-from aropt.interpreter import most_rounds, run
+from aropt.ir.interpreter import most_rounds, run
+from aropt.ir.program import Program
 from aropt.manifest import EDITABLE, MANIFEST
-from aropt.program import Program
 from aropt.runtime import make_inputs
 from aropt.targets import lower
 
@@ -237,7 +237,7 @@ def test_a_program_that_is_no_json(text: str, eager: Path, copied: Callable[[Pat
 
 def test_what_no_check_foresaw_is_told(eager: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the artifact's fault."""
-    from aropt import limits
+    from aropt.ir import limits
 
     def fails(*_: object) -> None:
         raise KeyError("modality")
@@ -272,7 +272,7 @@ def test_a_loop_that_does_not_end_is_told(kind: str, request: pytest.FixtureRequ
     inputs = make_inputs(program, [[1, 2]], 5, 0, [], [0], None, {})
     most = most_rounds(inputs)
     assert 5 < most < 10_000
-    for module in ("aropt.interpreter", "aropt.targets.onnxruntime"):
+    for module in ("aropt.ir.interpreter", "aropt.targets.onnxruntime"):
         monkeypatch.setattr(f"{module}.most_rounds", lambda _: 3)
     with pytest.raises(AroptError, match="does not end"):
         run(program, inputs, 16, program.executor)

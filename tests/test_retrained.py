@@ -9,12 +9,12 @@ from torch import Tensor
 
 import aropt
 from aropt.errors import Unsupported, UsageError, VerificationFailed
-from aropt.interpreter import Eager
+from aropt.ir.interpreter import Eager
+from aropt.ir.verify import verify
 from aropt.models import load
 from aropt.passbase import Skips
 from aropt.passes.token_shuffle import TokenShuffle
 from aropt.passmanager import Instruments, pipeline, run_passes
-from aropt.verifier import verify
 
 
 @pytest.fixture(scope="module")

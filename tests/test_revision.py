@@ -16,9 +16,9 @@ from aropt.drift import measure
 from aropt.errors import Unsupported, UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
+from aropt.ir.program import Program
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import Instruments, make, pipeline, run_passes
-from aropt.program import Program
 from aropt.targets import lower
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import capture, rounds, tiny

@@ -17,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from aropt import ops, rules
+from aropt import rules
 from aropt.errors import UsageError
+from aropt.ir import ops
 
 ops.load_all()
 FINITE = st.floats(-8, 8, width=32)

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from aropt.allowed import ATEN
-from aropt.encoding import CONSTANTS, decode, encode
 from aropt.errors import UsageError
-from aropt.printer import diff, digest, text
-from aropt.program import Entry, Program
-from aropt.serialize import from_json, to_json
-from aropt.verifier import op_problem
+from aropt.ir.allowed import ATEN
+from aropt.ir.encode_args import CONSTANTS, decode, encode
+from aropt.ir.printer import diff, digest, text
+from aropt.ir.program import Entry, Program
+from aropt.ir.serialize import from_json, to_json
+from aropt.ir.verify import op_problem
 
 
 def through_json(program: Program) -> Program:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import aropt
-from aropt.interpreter import Eager, Executor
+from aropt.ir.interpreter import Eager, Executor
+from aropt.ir.program import Program
 from aropt.passmanager import Instruments, pipeline, run_passes
-from aropt.program import Program
 from aropt.targets import lower
 from aropt.validate import cases, validate, with_probe
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import aropt
-from aropt.interpreter import Eager
+from aropt.ir.interpreter import Eager
 from aropt.models.shuffle import Layout, Shape, ShuffleAR
 from aropt.oracle import Oracle, noise_floor
 from aropt.passbase import Applies, Skips

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import aropt
-from aropt import units
 from aropt.errors import Unsupported, UsageError
-from aropt.interpreter import run
+from aropt.ir import units
+from aropt.ir.interpreter import run
 from aropt.models.digits import Block, RMSNorm
 from aropt.runtime import make_inputs, room, slots
 from aropt.targets import lower

@@ -16,10 +16,10 @@ from aropt import api
 from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
 from aropt.facts import Source
-from aropt.interpreter import Eager
+from aropt.ir.interpreter import Eager
+from aropt.ir.program import Program
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
-from aropt.program import Program
 from aropt.unmask import filled
 from aropt.validate import cases, validate, with_probe
 
@@ -331,8 +331,8 @@ def test_validation_catches(quota: Program, wrong: str) -> None:
 
 
 def test_passes_fuse_the_round(quota: Program) -> None:
+    from aropt.ir.program import calls
     from aropt.passmanager import pipeline
-    from aropt.program import calls
 
     fast, results = run_passes(quota, pipeline(), "eager")
     assert {r.name for r in results if r.status == "applied"} >= {"merge-linears", "fuse-sampler", "prune"}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import aropt
 from aropt.errors import Unsupported
 from aropt.exporters.unroll import in_order, unroll
-from aropt.interpreter import run
+from aropt.ir.interpreter import run
+from aropt.ir.program import Call, Program, Seq
 from aropt.passbase import loops
 from aropt.passmanager import Instruments, pipeline, run_passes
-from aropt.program import Call, Program, Seq
 from aropt.runtime import make_inputs, slots
 from aropt.targets import lower, rounds
 from aropt.targets.onnxruntime import OnnxRuntime

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from aropt.errors import MissingTool
-from aropt.interpreter import Eager, Values
+from aropt.ir.interpreter import Eager, Values
+from aropt.ir.program import Program
 from aropt.loops import autoregressive
-from aropt.program import Program
 from aropt.shrink import simpler
 from aropt.trace import capture_model
 from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate

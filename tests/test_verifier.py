@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from aropt.errors import VerificationFailed
-from aropt.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
-from aropt.torch_compat import build
-from aropt.verifier import VERIFIED, verify
+from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.torch_compat import build
+from aropt.ir.verify import VERIFIED, verify
 
 aten = torch.ops.aten
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool

@@ -1,4 +1,4 @@
-"""Targets: what executes a program's graphs. Each is an Executor (see `aropt.interpreter`)."""
+"""Targets: what executes a program's graphs. Each is an Executor (see `aropt.ir.interpreter`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 from aropt.errors import UsageError
-from aropt.interpreter import Executor
-from aropt.program import Program
+from aropt.ir.interpreter import Executor
+from aropt.ir.program import Program
 
 TARGETS = ("eager", "inductor", "onnxruntime")
 DEFAULT = "onnxruntime"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from aropt import ops
-from aropt.interpreter import Executor, Values
+from aropt.ir import ops
+from aropt.ir.interpreter import Executor, Values
+from aropt.ir.program import Graph, Program
 from aropt.passbase import donated
-from aropt.program import Graph, Program
 
 aten = torch.ops.aten
 

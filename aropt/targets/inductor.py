@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
-from aropt.interpreter import Executor, Values
+from aropt.ir import ops
+from aropt.ir.interpreter import Executor, Values
+from aropt.ir.program import Program, calls
 from aropt.passbase import loops, own_sizes
-from aropt.program import Program, calls
 from aropt.targets.eager import InPlace, in_place
 
 

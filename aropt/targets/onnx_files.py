@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from aropt.errors import UsageError
-from aropt.program import Program, Spec
+from aropt.ir.program import Program, Spec
 
 RUNTIME = {  # ONNX Runtime's own operators that exporters write; of ONNX's all are taken: none reads files or runs code
     "": ("SimplifiedLayerNormalization",),

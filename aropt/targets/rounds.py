@@ -16,12 +16,12 @@ import torch
 
 from aropt.cases import Case, cases
 from aropt.errors import Unsupported, VerificationFailed
-from aropt.interpreter import Values
+from aropt.ir.interpreter import Values
+from aropt.ir.program import Call, Control, If, Loop, Program, Seq
+from aropt.ir.units import ids_of
 from aropt.passbase import loops, own_sizes, reads
-from aropt.program import Call, Control, If, Loop, Program, Seq
 from aropt.runtime import room
 from aropt.stops import with_stops
-from aropt.units import ids_of
 from aropt.validate import Outcome, Verdict
 
 ROUNDS = 4  # a call, of which each round then pays a quarter

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.interpreter import Values, most_rounds
-from aropt.program import Program
+from aropt.ir.interpreter import Values, most_rounds
+from aropt.ir.program import Program
 from aropt.runtime import fitted, room
 from aropt.targets import rounds
 

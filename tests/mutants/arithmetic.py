@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aropt.program import Program
+from aropt.ir.program import Program
 from tests.mutants.surgery import (
     BOTH,
     aten,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from aropt.program import Program
+from aropt.ir.program import Program
 from tests.mutants.surgery import (
     BOTH,
     aten,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt.ir.program import Call, Program
 from aropt.passbase import rewrite
-from aropt.program import Call, Program
 from tests.mutants.surgery import (
     aten,
     follows,

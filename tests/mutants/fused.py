@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import ops
-from aropt.program import Program
+from aropt.ir import ops
+from aropt.ir.program import Program
 from tests.mutants.surgery import mutant, reweigh, swap, then
 
 OP = ops.load("cached_attention")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from aropt.program import Program
+from aropt.ir.program import Program
 from tests.mutants.surgery import aten, mutant, reads, recall, swap
 
 

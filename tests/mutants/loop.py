@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from aropt.program import If, Program, Seq
+from aropt.ir.program import If, Program, Seq
 from tests.mutants.surgery import (
     BOTH,
     aten,

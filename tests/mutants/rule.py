@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from aropt.program import Program
+from aropt.ir.program import Program
 from tests.mutants.surgery import (
     BOTH,
     CAPACITY,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from aropt.compose import inline
+from aropt.ir.edit import inline
+from aropt.ir.program import Call, Program, calls
 from aropt.loops import autoregressive
 from aropt.passbase import Pass, loops, rewrite
 from aropt.passes.canonicalize import Canonicalize
@@ -22,7 +23,6 @@ from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
-from aropt.program import Call, Program, calls
 from aropt.trace import capture_model
 from aropt.validate import Verdict, cases, validate, with_probe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aropt import ops
+from aropt.ir import ops
 from tests.mutants.corners.bases import VOCAB
 from tests.mutants.corners.slips import Change, ask, family, take, where
 from tests.mutants.rule import noise

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.program import Program, calls
 from aropt.oracle import Oracle
-from aropt.program import Program, calls
 from aropt.validate import validate
 from tests.mutants.corners.bases import VOCAB, base
 from tests.mutants.surgery import Change, edited, insert

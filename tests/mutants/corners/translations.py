@@ -14,12 +14,12 @@ from unittest import mock
 import torch
 from onnxscript import opset20 as op
 
-from aropt import ops
 from aropt.errors import VerificationFailed
 from aropt.exporters import onnx as exporter
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
-from aropt.program import Program
+from aropt.ir import ops
+from aropt.ir.program import Program
 from aropt.targets import lower
 from aropt.targets.whole import Whole
 from tests.mutants.corners import slips

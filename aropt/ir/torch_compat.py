@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from aropt.program import Dim, Graph, Spec, resolve, symbols
+from aropt.ir.program import Dim, Graph, Spec, resolve, symbols
 
 HINTS = (
     3,
@@ -198,7 +198,7 @@ def build(
 
 def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
     """Outputs that are a row update of an input which nothing else reads: {output: input}."""
-    from aropt.ops import updated
+    from aropt.ir.ops import updated
 
     found = {}
     results = list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])

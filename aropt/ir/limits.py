@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aropt.encoding import refuse
 from aropt.facts import SAID
-from aropt.program import Graph, Input, Spec, StateSpec, resolve, symbols
-from aropt.torch_compat import HINTS, elements, example_sizes
+from aropt.ir.encode_args import refuse
+from aropt.ir.program import Graph, Input, Spec, StateSpec, resolve, symbols
+from aropt.ir.torch_compat import HINTS, elements, example_sizes
 
 MOST = 2**24  # elements of a value beside a tiny model: 64 MiB of float32
 TIMES = 16  # as many of a value as the weights have

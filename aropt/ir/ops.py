@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
-    from aropt.opdef import OpDef
+    from aropt.ir.opdef import OpDef
 
 NAMES: tuple[str, ...] = (
     "noise",
@@ -29,7 +29,7 @@ NAMES: tuple[str, ...] = (
 
 def load(name: str) -> OpDef:
     """The definition in `kernels/<name>.py`; registers the op as `torch.ops.aropt.<name>`."""
-    from aropt.opdef import register
+    from aropt.ir.opdef import register
 
     op: OpDef = import_module(f"aropt.kernels.{name}").OP
     register(op)

@@ -217,7 +217,7 @@ class Program:
         save(self, path, force)
 
     def __str__(self) -> str:
-        from aropt.printer import text
+        from aropt.ir.printer import text
 
         return text(self)
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from aropt.errors import UsageError
-from aropt.verifier import OPERATORS
+from aropt.ir.verify import OPERATORS
 
 DEPTH = 32  # of nested values
 KINDS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}

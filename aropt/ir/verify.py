@@ -1,6 +1,6 @@
 """The verifier: whether a program is well-formed, checked after each pass.
 
-Graphs have pure, known ops, and shapes that fake propagation reproduces; `aropt.flow` has the rules for the control.
+Graphs have pure, known ops, and shapes that fake propagation reproduces; `aropt.ir.verify_control` has the rules for the control.
 Each rule has an id, which the error names.
 """
 
@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from aropt.allowed import ATEN
-from aropt.flow import check_control, fail
-from aropt.naming import WEIGHT
-from aropt.printer import node_lines, symbol_names, value_text
-from aropt.program import Graph, Program, output_node
-from aropt.torch_compat import aliases, propagate, spec_of
+from aropt.ir.allowed import ATEN
+from aropt.ir.naming import WEIGHT
+from aropt.ir.printer import node_lines, symbol_names, value_text
+from aropt.ir.program import Graph, Program, output_node
+from aropt.ir.torch_compat import aliases, propagate, spec_of
+from aropt.ir.verify_control import check_control, fail
 from aropt.trace import freeze
 
 ARITHMETIC = (
@@ -68,7 +68,7 @@ def op_problem(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         if given.get("dropout_p") != 0 and given.get("train") is not False:
             return "op-random", f"{target} draws from a hidden generator; noise is aropt.noise"
     if target.namespace == "aten" and schema.name.removeprefix("aten::") not in ATEN:
-        return "op-kind", f"{target} is none of the ops that programs may hold (aropt.allowed)"
+        return "op-kind", f"{target} is none of the ops that programs may hold (aropt.ir.allowed)"
     return None
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from aropt.program import Call, Graph, Spec
-from aropt.torch_compat import build, spec_of
+from aropt.ir.program import Call, Graph, Spec
+from aropt.ir.torch_compat import build, spec_of
 from aropt.trace import share
 
 

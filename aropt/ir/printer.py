@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.folding import folded
-from aropt.program import Call, Control, Graph, If, Loop, Program, Seq, Spec
-from aropt.torch_compat import dim_text
+from aropt.ir.fold_text import folded
+from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec
+from aropt.ir.torch_compat import dim_text
 
 WIDTH = 120
 # other entries of `meta` are about files and examples

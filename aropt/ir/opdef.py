@@ -1,7 +1,7 @@
 """One op, one definition: everything aropt knows about an op of its own, in a frozen `OpDef`.
 
 The eager reference is the meaning of the op. The rest (fake, Triton launcher, ONNX translation) is compared with it
-by one parametrized test that every op gets by being listed in `aropt.ops`.
+by one parametrized test that every op gets by being listed in `aropt.ir.ops`.
 """
 
 from __future__ import annotations

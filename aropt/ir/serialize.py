@@ -15,15 +15,26 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, fx
 
-from aropt import limits, ops
-from aropt.encoding import DEPTH, constant_name, decode, encode, field, find_target, identifier, refuse, typed, written
 from aropt.errors import AroptError
-from aropt.flow import check_control
-from aropt.naming import WEIGHT
+from aropt.ir import limits, ops
+from aropt.ir.encode_args import (
+    DEPTH,
+    constant_name,
+    decode,
+    encode,
+    field,
+    find_target,
+    identifier,
+    refuse,
+    typed,
+    written,
+)
+from aropt.ir.naming import WEIGHT
+from aropt.ir.program import Call, Control, Dim, Entry, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.ir.torch_compat import build
+from aropt.ir.verify import op_problem
+from aropt.ir.verify_control import check_control
 from aropt.passbase import loops
-from aropt.program import Call, Control, Dim, Entry, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec, calls
-from aropt.torch_compat import build
-from aropt.verifier import op_problem
 
 FORMAT = 1
 NODE_META = ("where", "origin", "value")

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from aropt import ops
 from aropt.errors import Unsupported
-from aropt.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
+from aropt.ir import ops
+from aropt.ir.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
 
 Values = dict[str, Tensor]
 DRAFT = "draft"  # a loop whose rounds are none of the generation
