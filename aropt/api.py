@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from aropt import __version__, commit, excluded
-from aropt.compute import owned
 from aropt.defaults import followed_rules, unfollowed, with_defaults
 from aropt.drift import Drift, check_budget
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
-from aropt.facts import Source, facts
+from aropt.frontend.compute import owned
+from aropt.frontend.facts import Source, facts
+from aropt.frontend.sources import resolve
 from aropt.given import check_parameters, integer
 from aropt.guide import Guide
 from aropt.guide import make as make_guide
@@ -29,7 +30,6 @@ from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.rules import chosen
 from aropt.slices import whole
-from aropt.sources import resolve
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import check_target, lower
 from aropt.targets.whole import pick

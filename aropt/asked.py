@@ -7,11 +7,11 @@ from pathlib import Path
 
 from aropt import commit
 from aropt.api import LOOPS
-from aropt.directory import no_model
 from aropt.errors import UsageError
+from aropt.frontend.directory import no_model
+from aropt.frontend.sources import findable
 from aropt.passmanager import pass_class
 from aropt.rules import PROCESSORS
-from aropt.sources import findable
 from aropt.targets import check_target
 
 

@@ -17,7 +17,9 @@ from aropt.api import optimize as optimize_program
 from aropt.asked import check_names, check_paths
 from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
-from aropt.facts import Source
+from aropt.frontend.facts import Source
+from aropt.frontend.sources import resolve
+from aropt.frontend.texts import decoder
 from aropt.given import check_ids
 from aropt.ir.program import Program, calls
 from aropt.ir.units import rows, rows_for
@@ -25,8 +27,6 @@ from aropt.models import REFERENCES
 from aropt.passbase import Skips, loops
 from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.runtime import fitted, room
-from aropt.sources import resolve
-from aropt.texts import decoder
 from aropt.twins import curve
 
 Say = Callable[[str], None]

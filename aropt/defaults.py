@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aropt.directory import read_json
 from aropt.errors import UsageError
+from aropt.frontend.directory import read_json
 from aropt.rules import DEFAULT, PROCESSORS
 
 LENGTHY = ("max_new_tokens", "max_length")

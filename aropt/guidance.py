@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aropt.frontend.trace import capture_function
 from aropt.ir.edit import trim
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, calls
 from aropt.ir.units import window
 from aropt.passbase import loops
 from aropt.rules import GUIDED, chosen, rule
-from aropt.trace import capture_function
 
 NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
 TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, fx
 
 from aropt.errors import UsageError
+from aropt.frontend.trace import capture_function
 from aropt.ir.edit import inline
 from aropt.ir.program import Call, Control, Graph, Input, Spec
 from aropt.ir.program import calls as every
 from aropt.ir.torch_compat import build
-from aropt.trace import capture_function
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, PICKED = Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
-from aropt.trace import capture_function
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))

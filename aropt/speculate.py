@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt.frontend.trace import capture_function
 from aropt.ir.program import Control, Graph, If, Loop, Seq, Spec, calls
-from aropt.trace import capture_function
 from aropt.unmask import same
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64

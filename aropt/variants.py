@@ -134,8 +134,8 @@ def one_call(program: Any, spec: Spec) -> Generate:
 
 def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The model that the command line names, as the artifact's program takes it, and that program's meta."""
+    from aropt.frontend.sources import resolve
     from aropt.reading import load
-    from aropt.sources import resolve
 
     meta = load(spec.artifact, target="eager").meta
     if not spec.origin.model:
@@ -157,7 +157,7 @@ def eager(spec: Spec) -> Generate:
     import torch
 
     from aropt.api import capture
-    from aropt.forwards import Forward
+    from aropt.frontend.forwards import Forward
 
     source, meta = model(spec)
     if meta.get("loop") == "unmask":

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
-from aropt.exporting import quiet
+from aropt.frontend.export import quiet
+from aropt.frontend.trace import dynamic
 from aropt.ir import ops
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import example_sizes, examples, onnx_node, onnx_registry, to_onnx
-from aropt.trace import dynamic
 
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given

@@ -28,10 +28,10 @@ from aropt.defaults import exported_defaults
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
+from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
 from aropt.passbase import loops
-from aropt.trace import capture_function
 
 I64 = torch.int64
 FOREVER = 2**62

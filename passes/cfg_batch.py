@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aropt.frontend.trace import capture_function
 from aropt.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.ir.edit import compose, trim
 from aropt.ir.program import Call, Control, Graph, Program, Spec
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.trace import capture_function
 
 
 @dataclass(frozen=True)

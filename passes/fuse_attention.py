@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from aropt.attention import PLACES, Match, NotThis, Source, matches
+from aropt.frontend.trace import capture_function
 from aropt.guidance import joining, named, parting
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.ir.torch_compat import build
 from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.passes.canonicalize import copied
-from aropt.trace import capture_function
 
 aten = torch.ops.aten
 I32, I64 = torch.int32, torch.int64

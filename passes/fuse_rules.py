@@ -13,13 +13,13 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
+from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
 from aropt.passbase import Applies, Contract, Skips
 from aropt.rules import SHIPPED, rule
-from aropt.trace import capture_function
 
 KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}
 SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether they draw

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from aropt.errors import Unsupported
+from aropt.frontend.trace import capture_function
 from aropt.guide import OFFERED, renamed, whole
 from aropt.guide import PREFIX as WEIGHTS
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.passbase import Applies, Contract, Skips, rewrite
 from aropt.restrict import Restricted, restrict
 from aropt.rows import sized
-from aropt.trace import capture_function
 from aropt.unmask import FAR, current_block, places, same
 
 I64 = torch.int64

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
+from aropt.frontend.trace import capture_function
 from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.passbase import Applies, Contract, Skips
 from aropt.restrict import Restricted, restrict
-from aropt.trace import capture_function
 
 I64 = torch.int64
 

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 
 from aropt.axes import op_name
 from aropt.errors import Unsupported, UsageError
+from aropt.frontend.trace import capture_module
 from aropt.ir.edit import inline
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.passbase import Applies, Contract, Skips
-from aropt.trace import capture_module
 
 aten = torch.ops.aten
 I64, F32 = torch.int64, torch.float32

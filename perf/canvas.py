@@ -136,7 +136,7 @@ def environment(threads: int) -> dict[str, Any]:
 def prompts(model: str) -> list[list[int]]:
     """Three prompts: the reference model's, or those of perf.llada."""
     if "text" in model:
-        from aropt.sources import resolve
+        from aropt.frontend.sources import resolve
 
         name = Path(model).name.removeprefix("llada-")
         return [[int(t) for t in p] for p in resolve(name, None, False).meta["prompts"][:3]]

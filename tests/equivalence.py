@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aropt.exporting import batched_experts
+from aropt.frontend.export import batched_experts
+from aropt.frontend.trace import capture_model
 from aropt.restrict import Restricted, restrict
-from aropt.trace import capture_model
 
 # The floor is one sample of the rounding error of one order of summation. The restricted forward sums in another
 # order, over all slots, so its error may be a few times that: 16 leaves room (the sweep's largest is 1.1). A wrong row,

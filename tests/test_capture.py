@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import aropt
-from aropt.compute import owned
 from aropt.errors import Unsupported, UsageError
-from aropt.faithful import SHORT, lengths
+from aropt.frontend.compute import owned
+from aropt.frontend.faithful import SHORT, lengths
+from aropt.frontend.trace import capture_function
 from aropt.ir.program import Program, Spec
 from aropt.ir.torch_compat import propagate
 from aropt.passmanager import make
 from aropt.targets import lower
-from aropt.trace import capture_function
 
 VOCAB = 20
 exhaustive = pytest.mark.exhaustive

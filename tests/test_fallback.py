@@ -11,7 +11,7 @@ import aropt
 from aropt import bench, command
 from aropt.errors import MissingTool, UsageError
 from aropt.exporters import run_loop
-from aropt.facts import Source
+from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.runtime import fitted, room

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aropt import rules
+from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Spec
 from aropt.kernels import fused_sample
 from aropt.kernels.fused_sample import NAMES
-from aropt.trace import capture_function
 
 ops.load_all()
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import aropt
 from aropt.errors import AroptError, Unsupported, UsageError
-from aropt.sources import resolve
+from aropt.frontend.sources import resolve
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -144,7 +144,7 @@ def test_what_a_directory_declares_is_told_by_name(case: str, llama: Path) -> No
     ],
 )
 def test_no_code_of_the_hub_is_chosen_by_a_directory(more: dict[str, Any], llama: Path) -> None:
-    from aropt.huggingface import check_implementations
+    from aropt.frontend.huggingface import check_implementations
 
     said(llama, **more)
     with pytest.raises(UsageError, match="chooses an implementation"):

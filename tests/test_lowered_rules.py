@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import aropt
 from aropt import api, commit
+from aropt.frontend.sources import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.rules import PROCESSORS
-from aropt.sources import Source
 from aropt.targets import lower
 
 VOCAB, MASK, CAPACITY = 12, 11, 16

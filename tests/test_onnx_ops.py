@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aropt.exporters.onnx import export
+from aropt.frontend.trace import capture_function
 from aropt.ir.program import Spec, resolve
-from aropt.trace import capture_function
 
 HEADS, GROUPS, SIZE = 6, 3, 8
 MASKS: list[tuple[Any, ...]] = [

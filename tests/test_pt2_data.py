@@ -17,8 +17,8 @@ from torch import nn
 
 import aropt
 from aropt.errors import UsageError
-from aropt.pt2_data import vetted
-from aropt.sources import resolve
+from aropt.frontend.pt2_data import vetted
+from aropt.frontend.sources import resolve
 
 
 class Small(nn.Module):

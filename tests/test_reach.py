@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import aropt
 from aropt.errors import Unsupported
 from aropt.excluded import counted
-from aropt.exporting import torch_reason
+from aropt.frontend.export import torch_reason
+from aropt.frontend.trace import capture_model
 from aropt.ir.naming import WEIGHT
 from aropt.loops import autoregressive
 from aropt.passmanager import Instruments, make, run_passes
-from aropt.trace import capture_model
 from tests.decoders import (
     CACHED,
     SHIFTS,

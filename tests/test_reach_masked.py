@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import aropt
 from aropt.errors import Unsupported, UsageError
 from aropt.excluded import counted
-from aropt.forwards import Forward
+from aropt.frontend.forwards import Forward
+from aropt.frontend.trace import capture_model
 from aropt.ir.ops import load_all
 from aropt.normalize import normalize_attention
 from aropt.passmanager import make
 from aropt.restrict import Restricted, restrict
-from aropt.trace import capture_model
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 VOCAB, CAPACITY, MASK, LONGEST = 40, 24, 3, 48

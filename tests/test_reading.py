@@ -218,7 +218,7 @@ def test_a_tokenizer_that_nobody_listed_is_not_read(name: str, eager: Path, copi
 
 
 def test_a_tokenizer_that_is_none_is_told(tmp_path: Path) -> None:
-    from aropt.texts import stored_tokenizer
+    from aropt.frontend.texts import stored_tokenizer
 
     for text in ("{}", "\x00", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'):
         (tmp_path / "tokenizer.json").write_text(text)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import aropt
 from aropt.command import Request, find
 from aropt.errors import Unsupported, UsageError
-from aropt.facts import facts
-from aropt.huggingface import longest
+from aropt.frontend.facts import facts
+from aropt.frontend.huggingface import longest
+from aropt.frontend.sources import resolve
 from aropt.models.canvas import MASK
-from aropt.sources import resolve
 from tests.conftest import Tiny
 from tests.test_unmask import tiny
 

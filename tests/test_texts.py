@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from aropt.frontend.sources import resolve
+from aropt.frontend.texts import model_tokenizer, read_texts
 from aropt.generation import encode, tokenizer
 from aropt.models import CHECKPOINTS
-from aropt.sources import resolve
-from aropt.texts import model_tokenizer, read_texts
 from tests.test_huggingface import directory, said
 
 transformers = pytest.importorskip("transformers", reason="needs aropt[hf]")

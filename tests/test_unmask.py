@@ -15,7 +15,7 @@ import aropt
 from aropt import api
 from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
-from aropt.facts import Source
+from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
@@ -363,7 +363,7 @@ def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     getattr(transformers, f"{kind}ForMaskedLM")(config).eval().save_pretrained(tmp_path)
-    from aropt.sources import resolve
+    from aropt.frontend.sources import resolve
 
     source = resolve(str(tmp_path), loop="unmask")
     source.meta["mask"] = 4

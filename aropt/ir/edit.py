@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from aropt.frontend.trace import share
 from aropt.ir.program import Call, Graph, Spec
 from aropt.ir.torch_compat import build, spec_of
-from aropt.trace import share
 
 
 def compose(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aropt.facts import SAID
+from aropt.frontend.facts import SAID
 from aropt.ir.encode_args import refuse
 from aropt.ir.program import Graph, Input, Spec, StateSpec, resolve, symbols
 from aropt.ir.torch_compat import HINTS, elements, example_sizes

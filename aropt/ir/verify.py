@@ -14,13 +14,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from aropt.frontend.trace import freeze
 from aropt.ir.allowed import ATEN
 from aropt.ir.naming import WEIGHT
 from aropt.ir.printer import node_lines, symbol_names, value_text
 from aropt.ir.program import Graph, Program, output_node
 from aropt.ir.torch_compat import aliases, propagate, spec_of
 from aropt.ir.verify_control import check_control, fail
-from aropt.trace import freeze
 
 ARITHMETIC = (
     "getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from aropt.frontend.trace import capture_model
 from aropt.ir.edit import inline
 from aropt.ir.program import Call, Program, calls
 from aropt.loops import autoregressive
@@ -23,7 +24,6 @@ from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
-from aropt.trace import capture_model
 from aropt.validate import Verdict, cases, validate, with_probe
 
 aten = torch.ops.aten

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import aropt
+from aropt.frontend.trace import capture_model
 from aropt.ir.program import Program
 from aropt.loops import autoregressive
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rules import DEFAULT
-from aropt.trace import capture_model
 from aropt.validate import with_probe
 from tests.mutants.surgery import Tiny
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from aropt.compute import HALVES, needless, single
 from aropt.errors import Unsupported, UsageError
-from aropt.exporting import (
+from aropt.frontend.compute import HALVES, needless, single
+from aropt.frontend.export import (
     batched_experts,
     export,
     export_failure,
@@ -26,7 +26,7 @@ from aropt.exporting import (
     quiet,
     torch_reason,
 )
-from aropt.forwards import HINT, Forward
+from aropt.frontend.forwards import HINT, Forward
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import build, example_sizes, examples, settled_size, trace_function

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aropt.compute import HALVES
 from aropt.errors import Unsupported
-from aropt.forwards import Forward
+from aropt.frontend.compute import HALVES
+from aropt.frontend.forwards import Forward
 from aropt.ir.program import Graph
 from aropt.ir.units import window
 

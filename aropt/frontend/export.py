@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from aropt.decompositions import TABLE
 from aropt.errors import Unsupported
+from aropt.frontend.decompositions import TABLE
 from aropt.ir.torch_compat import size_at, size_conditions
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers then leaves groups of heads to SDPA
@@ -177,7 +177,7 @@ def torch_reason(text: str, *marks: str) -> str:
 
 def user_frame(error: BaseException) -> str | None:
     """file:line of the innermost frame outside torch and aropt, with the source line."""
-    own, torch_dir = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+    own, torch_dir = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if not f.filename.startswith((own, torch_dir)) and "<" not in f.filename]
     if not outside:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt.directory import MERGE, PICKLED, WHOLE, read_json
 from aropt.errors import Unsupported, UsageError
+from aropt.frontend.directory import MERGE, PICKLED, WHOLE, read_json
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 INDEX = "model.safetensors.index.json"

@@ -10,10 +10,10 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree
 
 from aropt.errors import Unsupported
-from aropt.exporting import quiet
-from aropt.forwards import logits_in
+from aropt.frontend.export import quiet
+from aropt.frontend.forwards import logits_in
+from aropt.frontend.trace import check_rows, from_exported
 from aropt.ir.program import Graph, Spec
-from aropt.trace import check_rows, from_exported
 
 SHORTEST = 2  # torch tells 0 and 1 from no other size: a range from 2 on holds for 1 too
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt.directory import no_model
 from aropt.errors import UsageError
-from aropt.exporting import quiet
-from aropt.facts import LONGEST, UNKNOWN, Source, check_capacity, facts, said, too_long
-from aropt.huggingface import COPIED, huggingface
-from aropt.pt2 import most
-from aropt.pt2_data import vetted
-from aropt.texts import CONFIG, FAST, stored_tokenizer
+from aropt.frontend.directory import no_model
+from aropt.frontend.export import quiet
+from aropt.frontend.facts import LONGEST, UNKNOWN, Source, check_capacity, facts, said, too_long
+from aropt.frontend.huggingface import COPIED, huggingface
+from aropt.frontend.pt2 import most
+from aropt.frontend.pt2_data import vetted
+from aropt.frontend.texts import CONFIG, FAST, stored_tokenizer
 
 
 def resolve(

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from aropt.errors import Unsupported, UsageError
-from aropt.exporting import Limited, export_failure
-from aropt.faithful import check
-from aropt.forwards import HINT, Forward
+from aropt.frontend.export import Limited, export_failure
+from aropt.frontend.faithful import check
+from aropt.frontend.forwards import HINT, Forward
+from aropt.frontend.pt2 import capture_exported
+from aropt.frontend.texts import Texts
+from aropt.frontend.trace import capture_model
 from aropt.ir.program import Graph
 from aropt.ir.units import window
-from aropt.pt2 import capture_exported
 from aropt.reach import most_tokens
-from aropt.texts import Texts
-from aropt.trace import capture_model
 
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
