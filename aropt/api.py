@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt import __version__, commit, excluded
+from aropt import __version__, commit
 from aropt.defaults import followed_rules, unfollowed, with_defaults
 from aropt.drift import Drift, check_budget
 from aropt.drift import measure as drift_of
@@ -28,6 +28,7 @@ from aropt.loops import autoregressive
 from aropt.oracle import Oracles
 from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
+from aropt.restrict import excluded
 from aropt.rules import chosen
 from aropt.slices import whole
 from aropt.targets import DEFAULT as DEFAULT_TARGET

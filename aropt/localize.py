@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import op_name
 from aropt.ir.interpreter import Eager, Executor, Values, run
 from aropt.ir.program import Graph, Program, dict_root
 from aropt.ir.units import rows, rows_for
+from aropt.restrict.axes import op_name
 from aropt.runtime import slots
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from aropt.axes import op_name
 from aropt.cases import Case
 from aropt.ir.interpreter import Values, run
 from aropt.ir.program import Program, calls
 from aropt.localize import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.oracle import Mismatch, Oracle
+from aropt.restrict.axes import op_name
 from aropt.validate import TOLERANCE
 from aropt.validate_canvas import Forced, Step, Trace
 

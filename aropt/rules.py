@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
-from aropt.excluded import without
 from aropt.ir.program import Input, Spec
+from aropt.restrict.excluded import without
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
 
@@ -192,7 +192,7 @@ def rule(
     """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B].
 
     `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own. `never`: ids that are
-    not picked (see aropt.excluded).
+    not picked (see aropt.restrict.excluded).
     """
     used = {n: p for n, p in processors.items() if sampled or not p.draws}
     rows = "2*B" if set(GUIDED) & set(used) else "B"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from aropt.affine import affine, between, constant, dominates, evaluate, floating, rank
-from aropt.axes import op_name
 from aropt.ir import ops
 from aropt.ir.torch_compat import elements
+from aropt.restrict.axes import op_name
 
 NEAR = 1e-5  # of the largest value: what sums in another order may differ by
 PRODUCTS = 4  # multiplications that take as long as reading a weight

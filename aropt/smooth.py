@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import op_name
 from aropt.errors import Unsupported
 from aropt.frontend.trace import capture_function
 from aropt.ir.edit import inline
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
-from aropt.positions import LIKE, SHAPE_ONLY
+from aropt.restrict.axes import op_name
+from aropt.restrict.positions import LIKE, SHAPE_ONLY
 
 aten = torch.ops.aten
 F32, I64 = torch.float32, torch.int64

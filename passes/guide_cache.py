@@ -19,7 +19,7 @@ from aropt.guide import OFFERED, renamed, whole
 from aropt.guide import PREFIX as WEIGHTS
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.passbase import Applies, Contract, Skips, rewrite
-from aropt.restrict import Restricted, restrict
+from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rows import sized
 from aropt.unmask import FAR, current_block, places, same
 

@@ -18,7 +18,7 @@ from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting,
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.passbase import Applies, Contract, Skips
-from aropt.restrict import Restricted, restrict
+from aropt.restrict.rewrite import Restricted, restrict
 
 I64 = torch.int64
 

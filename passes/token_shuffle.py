@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import op_name
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_module
 from aropt.ir.edit import inline
@@ -23,6 +22,7 @@ from aropt.ir.torch_compat import build
 from aropt.loops import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.passbase import Applies, Contract, Skips
+from aropt.restrict.axes import op_name
 
 aten = torch.ops.aten
 I64, F32 = torch.int64, torch.float32

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aropt.frontend.export import batched_experts
 from aropt.frontend.trace import capture_model
-from aropt.restrict import Restricted, restrict
+from aropt.restrict.rewrite import Restricted, restrict
 
 # The floor is one sample of the rounding error of one order of summation. The restricted forward sums in another
 # order, over all slots, so its error may be a few times that: 16 leaves room (the sweep's largest is 1.1). A wrong row,

@@ -20,7 +20,7 @@ from aropt.ir.serialize import from_json, to_json
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passbase import Applies, Skips, rewrite
 from aropt.passes.block_cache import BlockCache
-from aropt.restrict import restrict
+from aropt.restrict.rewrite import restrict
 from aropt.rows import cached
 from aropt.runtime import make_inputs
 from aropt.validate import cases, validate, with_probe

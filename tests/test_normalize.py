@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 
-from aropt.axes import op_name
 from aropt.frontend.trace import capture_model
-from aropt.normalize import normalize_attention
-from aropt.restrict import restrict
+from aropt.restrict.axes import op_name
+from aropt.restrict.normalize import normalize_attention
+from aropt.restrict.rewrite import restrict
 from tests import grammar
 from tests.equivalence import MULTIPLE
 from tests.sneaky import LOW, Tiny, attention, bias, causal, written

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import Unsupported
-from aropt.excluded import counted
 from aropt.frontend.export import torch_reason
 from aropt.frontend.trace import capture_model
 from aropt.ir.naming import WEIGHT
 from aropt.loops import autoregressive
 from aropt.passmanager import Instruments, make, run_passes
+from aropt.restrict.excluded import counted
 from tests.decoders import (
     CACHED,
     SHIFTS,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import Unsupported, UsageError
-from aropt.excluded import counted
 from aropt.frontend.forwards import Forward
 from aropt.frontend.trace import capture_model
 from aropt.ir.ops import load_all
-from aropt.normalize import normalize_attention
 from aropt.passmanager import make
-from aropt.restrict import Restricted, restrict
+from aropt.restrict.excluded import counted
+from aropt.restrict.normalize import normalize_attention
+from aropt.restrict.rewrite import Restricted, restrict
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 VOCAB, CAPACITY, MASK, LONGEST = 40, 24, 3, 48

@@ -18,7 +18,7 @@ from aropt.frontend.texts import Texts
 from aropt.frontend.trace import capture_model
 from aropt.ir.program import Graph
 from aropt.ir.units import window
-from aropt.reach import most_tokens
+from aropt.restrict.reach import most_tokens
 
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import NotRowwise, bind, op_name, tensor_inputs
-from aropt.positions import hides_future
+from aropt.restrict.axes import NotRowwise, bind, op_name, tensor_inputs
+from aropt.restrict.positions import hides_future
 
 Range = tuple[float, float]
 LIMIT = 1500.0

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import bind, op_name, tensor_inputs
-from aropt.bounds import HIDES
-from aropt.positions import Positions, close
+from aropt.restrict.axes import bind, op_name, tensor_inputs
+from aropt.restrict.bounds import HIDES
+from aropt.restrict.positions import Positions, close
 
 aten = torch.ops.aten
 SDPA = "aten::scaled_dot_product_attention"

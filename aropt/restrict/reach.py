@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from aropt.axes import op_name
 from aropt.errors import Unsupported
-from aropt.excluded import counted
 from aropt.ir.printer import symbol_names
 from aropt.ir.program import Graph
-from aropt.positions import Positions, content_nodes
+from aropt.restrict.axes import op_name
+from aropt.restrict.excluded import counted
+from aropt.restrict.positions import Positions, content_nodes
 
 LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 

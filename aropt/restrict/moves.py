@@ -14,11 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from aropt.axes import ROW, Axes, Axis, NotRowwise, bind, find, has, op_name, plain, positive, replaced, tensor_inputs
+from aropt.restrict.axes import (
+    ROW,
+    Axes,
+    Axis,
+    NotRowwise,
+    bind,
+    find,
+    has,
+    op_name,
+    plain,
+    positive,
+    replaced,
+    tensor_inputs,
+)
 
 if TYPE_CHECKING:
-    from aropt.analysis import Info
-    from aropt.restrict import Restriction
+    from aropt.restrict.analysis import Info
+    from aropt.restrict.rewrite import Restriction
 
 aten = torch.ops.aten
 DROPPED, PADDED = "d", "p"  # kinds of factors: so many rows fewer or more at the front, or at the back (negative)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import (
+from aropt.errors import Unsupported
+from aropt.restrict.axes import (
     COLUMN,
     RESHAPES,
     ROW,
@@ -39,7 +40,7 @@ from aropt.axes import (
     tensor_inputs,
     without,
 )  # fmt: skip
-from aropt.bounds import (
+from aropt.restrict.bounds import (
     CONTENT,
     FRESH,
     UNDERFLOW,
@@ -55,9 +56,8 @@ from aropt.bounds import (
     transfer,
     use_of,
 )  # fmt: skip
-from aropt.errors import Unsupported
-from aropt.moves import moved
-from aropt.positions import HINT, Positions, content_nodes, is_number, refusal
+from aropt.restrict.moves import moved
+from aropt.restrict.positions import HINT, Positions, content_nodes, is_number, refusal
 
 SDPA = "aten::scaled_dot_product_attention"
 PRODUCTS = {"aten::matmul", "aten::bmm"}

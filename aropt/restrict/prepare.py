@@ -1,4 +1,4 @@
-"""A forward in the form that `restrict` takes: with steady biases (aropt.shift), memories apart (aropt.memory)."""
+"""A forward in the form that `restrict` takes: with steady biases (aropt.restrict.shift), memories apart (aropt.restrict.memory)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import propagate
-from aropt.memory import memories, part
-from aropt.normalize import copied
-from aropt.positions import Positions, content_nodes
-from aropt.shift import replace, unsteady
+from aropt.restrict.memory import memories, part
+from aropt.restrict.normalize import copied
+from aropt.restrict.positions import Positions, content_nodes
+from aropt.restrict.shift import replace, unsteady
 
 
 def prepared(

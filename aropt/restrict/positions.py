@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import Axes, Dims, NotRowwise, draws, op_name
 from aropt.errors import Unsupported
-from aropt.excluded import settled
 from aropt.ir.torch_compat import named_expression, symbol_named
+from aropt.restrict.axes import Axes, Dims, NotRowwise, draws, op_name
+from aropt.restrict.excluded import settled
 
 SHAPE_ONLY = {
     "aten::sym_size", "aten::sym_numel", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.axes import bind, op_name, tensor_inputs
-from aropt.positions import Positions
+from aropt.restrict.axes import bind, op_name, tensor_inputs
+from aropt.restrict.positions import Positions
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1

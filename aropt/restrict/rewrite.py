@@ -24,9 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt import moves
-from aropt.analysis import FULL_SIZE, Analysis, Info, unsupported
-from aropt.axes import (
+from aropt.errors import Unsupported
+from aropt.ir import ops
+from aropt.ir.naming import weight_name
+from aropt.ir.program import Graph, Spec, StateSpec
+from aropt.ir.torch_compat import build, propagate
+from aropt.restrict import moves
+from aropt.restrict.analysis import FULL_SIZE, Analysis, Info, unsupported
+from aropt.restrict.axes import (
     COLUMN,
     RESHAPES,
     Axes,
@@ -44,14 +49,9 @@ from aropt.axes import (
     replaced,
     tensor_inputs,
 )  # fmt: skip
-from aropt.bounds import Hide
-from aropt.errors import Unsupported
-from aropt.ir import ops
-from aropt.ir.naming import weight_name
-from aropt.ir.program import Graph, Spec, StateSpec
-from aropt.ir.torch_compat import build, propagate
-from aropt.positions import HINT, Table, classify, factor_keys, is_number, refusal
-from aropt.prepare import prepared
+from aropt.restrict.bounds import Hide
+from aropt.restrict.positions import HINT, Table, classify, factor_keys, is_number, refusal
+from aropt.restrict.prepare import prepared
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -86,7 +86,7 @@ def restrict(
     """Restricts `graph` (input ids[B, T], output logits) to rows, with an append cache or with that of a canvas.
 
     `rows="last"` computes what follows the last attention for the last row only. Positions run from 0 to capacity - 1.
-    `never`: ids that no text holds (see aropt.excluded).
+    `never`: ids that no text holds (see aropt.restrict.excluded).
     Raises Unsupported where an append cache would not be exact, or where an op can't be classified.
     """
     try:
