@@ -26,9 +26,9 @@ from aropt.guide import make as make_guide
 from aropt.ir.program import Program
 from aropt.loops import autoregressive
 from aropt.oracle import Oracles
-from aropt.passbase import Pass, Result
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.restrict import excluded
+from aropt.rewriting.contract import Pass, Result
 from aropt.rules import chosen
 from aropt.slices import whole
 from aropt.targets import DEFAULT as DEFAULT_TARGET

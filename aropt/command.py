@@ -24,8 +24,8 @@ from aropt.given import check_ids
 from aropt.ir.program import Program, calls
 from aropt.ir.units import rows, rows_for
 from aropt.models import REFERENCES
-from aropt.passbase import Skips, loops
 from aropt.passmanager import Instruments, bisect, pipeline, untold
+from aropt.rewriting.contract import Skips, loops
 from aropt.runtime import fitted, room
 from aropt.twins import curve
 

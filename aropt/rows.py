@@ -24,8 +24,8 @@ from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_function
 from aropt.guide import whole
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec, calls
-from aropt.passbase import Applies, Skips, loops, rewrite
 from aropt.restrict.rewrite import Restricted, restrict
+from aropt.rewriting.contract import Applies, Skips, loops, rewrite
 from aropt.unmask import FAR, block_of, current_block, places, same
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64

@@ -18,8 +18,8 @@ from typing import Any
 
 from aropt.errors import Unsupported
 from aropt.ir.program import Control, If, Program, Seq, calls
-from aropt.passbase import Pass, Skips
 from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
+from aropt.rewriting.contract import Pass, Skips
 from aropt.runtime import workload
 from aropt.scratch import Scratch
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aropt.ir.program import Program
-from aropt.passbase import Result
 from aropt.passmanager import PASSES, pass_class
+from aropt.rewriting.contract import Result
 
 STORED = ("append-kv", "canvas-kv")
 

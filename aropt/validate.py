@@ -246,7 +246,7 @@ def with_probe(program: Program) -> Program:
         node = next((n for n in graph.fx.nodes if n.meta.get("value") == name_of), None)
         if node is not None:
             graphs[name] = expose(graph, {name_of: node})
-    from aropt.passbase import rewrite
+    from aropt.rewriting.contract import rewrite
 
     control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, name_of: name_of})
                                                   if name_of in graphs[c.graph].outputs else c])  # fmt: skip

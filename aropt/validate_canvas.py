@@ -18,7 +18,7 @@ from aropt.cases import Case
 from aropt.ir.interpreter import Executor, Values, run
 from aropt.ir.program import Program, calls
 from aropt.oracle import AT_ONCE, Mismatch, Oracle, noise_floor
-from aropt.passbase import loops
+from aropt.rewriting.contract import loops
 from aropt.runtime import slots
 from aropt.validate import TOLERANCE, Outcome
 

@@ -191,8 +191,8 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any
     artifact's.
     """
     from aropt.api import capture, optimize
-    from aropt.passbase import loops
     from aropt.passmanager import Instruments, pipeline
+    from aropt.rewriting.contract import loops
 
     source, meta = model(spec)
     program = capture(source, rules=meta.get("rules"))

@@ -31,7 +31,7 @@ from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
-from aropt.passbase import loops
+from aropt.rewriting.contract import loops
 
 I64 = torch.int64
 FOREVER = 2**62

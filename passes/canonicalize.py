@@ -19,8 +19,8 @@ from torch import fx
 
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
-from aropt.passbase import Applies, Contract, Skips
 from aropt.restrict.normalize import normalize_attention
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default)

@@ -16,7 +16,7 @@ from aropt.frontend.trace import capture_function
 from aropt.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.ir.edit import compose, trim
 from aropt.ir.program import Call, Control, Graph, Program, Spec
-from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from aropt.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
 from aropt.ir.edit import trim
 from aropt.ir.program import Call, Control, Program
-from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
 from aropt.rules import GUIDED
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"

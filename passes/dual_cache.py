@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.passbase import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rows import Look, cached, check_least, plan_cache, refreshed
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.passbase import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rows import Look, cached, check_least, plan_cache, refreshed
 from aropt.unmask import FAR
 

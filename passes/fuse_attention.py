@@ -3,7 +3,7 @@
 `aropt::cached_attention` is what ONNX Runtime has a kernel for (GroupQueryAttention, with caches updated in place). It
 wants rows of a batch to fill the same slots, without padding before them. So the program gets two loops behind an
 `If`: prompts of one length run the fused step, ragged batches the general one. Attention is recognised by what it
-computes (`aropt/attention.py`); a step with an attention that is anything else stays as it is.
+computes (`aropt/rewriting/attention.py`); a step with an attention that is anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt.attention import PLACES, Match, NotThis, Source, matches
 from aropt.frontend.trace import capture_function
 from aropt.guidance import joining, named, parting
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.ir.torch_compat import build
-from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.passes.canonicalize import copied
+from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
+from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite
 
 aten = torch.ops.aten
 I32, I64 = torch.int32, torch.int64

@@ -1,7 +1,7 @@
 """fuse-canvas: rotary embedding, cache update and attention of chosen rows of a canvas become one op.
 
 `aropt::canvas_attention` is what ONNX Runtime has kernels for (RotaryEmbedding, MultiHeadAttention). Attention is
-recognised by what it computes (`aropt/attention.py`); a graph with an attention that is anything else stays as it is.
+recognised by what it computes (`aropt/rewriting/attention.py`); a graph with an attention that is anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from aropt.attention import PLACES, Match, NotThis, matches
 from aropt.ir import ops
 from aropt.ir.program import Graph, Program, calls
 from aropt.ir.torch_compat import build
-from aropt.passbase import Applies, Contract, Skips, loops
 from aropt.passes.canonicalize import copied
 from aropt.passes.fuse_attention import features, table_weights
+from aropt.rewriting.attention import PLACES, Match, NotThis, matches
+from aropt.rewriting.contract import Applies, Contract, Skips, loops
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
-from aropt.passbase import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rules import SHIPPED, rule
 
 KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from aropt.ir.edit import compose
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
-from aropt.passbase import Applies, Contract, Skips, growing, own_sizes, reads
+from aropt.rewriting.contract import Applies, Contract, Skips, growing, own_sizes, reads
 
 RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 

@@ -18,8 +18,8 @@ from aropt.frontend.trace import capture_function
 from aropt.guide import OFFERED, renamed, whole
 from aropt.guide import PREFIX as WEIGHTS
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
-from aropt.passbase import Applies, Contract, Skips, rewrite
 from aropt.restrict.rewrite import Restricted, restrict
+from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
 from aropt.rows import sized
 from aropt.unmask import FAR, current_block, places, same
 

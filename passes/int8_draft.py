@@ -19,12 +19,12 @@ from typing import ClassVar
 
 import torch
 
-from aropt.eight_bits import EightBits, by_name
 from aropt.errors import UsageError
 from aropt.ir.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
 from aropt.ir.units import window
-from aropt.passbase import Applies, Contract, Skips, loops, rewrite
 from aropt.restrict.all_rows import wide
+from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite
+from aropt.rewriting.int8 import EightBits, by_name
 from aropt.speculate import STEP, Draft, beside, from_model, steps
 from aropt.unmask import same
 

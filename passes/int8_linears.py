@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from aropt.eight_bits import EightBits, by_name
 from aropt.ir.program import Graph, Program, calls
 from aropt.ir.units import window
-from aropt.layers import product
-from aropt.passbase import Applies, Contract, Skips, loops
-from aropt.sides import NotThis, joint, source
+from aropt.rewriting.contract import Applies, Contract, Skips, loops
+from aropt.rewriting.int8 import EightBits, by_name
+from aropt.rewriting.linears import product
+from aropt.rewriting.patch_projections import NotThis, joint, source
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from aropt.frontend.trace import capture_function
 from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
-from aropt.passbase import Applies, Contract, Skips
 from aropt.restrict.rewrite import Restricted, restrict
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 I64 = torch.int64
 

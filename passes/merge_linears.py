@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
-from aropt.passbase import Applies, Contract, Skips
 from aropt.passes.canonicalize import copied
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten
 LINEAR = (aten.linear.default, ops.load("linear_int8").overload)  # each stacks its weights along the first axis

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from aropt.ir.edit import inline, trim
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
 from aropt.ir.torch_compat import build
-from aropt.passbase import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
 
 
 @dataclass(frozen=True)

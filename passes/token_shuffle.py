@@ -21,8 +21,8 @@ from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
-from aropt.passbase import Applies, Contract, Skips
 from aropt.restrict.axes import op_name
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten
 I64, F32 = torch.int64, torch.float32

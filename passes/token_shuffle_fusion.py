@@ -18,9 +18,20 @@ from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.ir.units import window
-from aropt.passbase import Applies, Contract, Skips
 from aropt.passes.canonicalize import copied
-from aropt.sides import NotThis, joint, multiplied, place, source, spent, tables, unshuffle, ways, written
+from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.patch_projections import (
+    NotThis,
+    joint,
+    multiplied,
+    place,
+    source,
+    spent,
+    tables,
+    unshuffle,
+    ways,
+    written,
+)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> 
 
 def make_stages(program: Program) -> dict[str, Program]:
     """The program as captured, and after each pass of the pipeline."""
-    from aropt.passbase import Applies
     from aropt.passmanager import PIPELINE, make
+    from aropt.rewriting.contract import Applies
 
     stages = {"captured": program}
     for name in PIPELINE:

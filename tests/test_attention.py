@@ -14,15 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import aropt
-from aropt.attention import NotThis, matches
 from aropt.ir.printer import diff
 from aropt.ir.program import Program
 from aropt.kernels.cached_attention import rotated
-from aropt.passbase import Applies, Skips
 from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passmanager import PIPELINE, Instruments, pipeline, run_passes
+from aropt.rewriting.attention import NotThis, matches
+from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower
 from aropt.validate import cases, validate, with_probe
 from tests.conftest import make_stages

@@ -17,8 +17,8 @@ from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK
-from aropt.passbase import Applies, Result, Skips
 from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
+from aropt.rewriting.contract import Applies, Result, Skips
 from aropt.rows import cached
 from aropt.runtime import make_inputs
 from aropt.validate import Case, cases, validate, with_probe

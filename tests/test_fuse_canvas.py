@@ -13,9 +13,9 @@ import aropt
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.models.canvas import MASK, CanvasLM
-from aropt.passbase import Applies, Skips
 from aropt.passes.fuse_canvas import FuseCanvas
 from aropt.passmanager import make
+from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import cases, validate, with_probe
 
 

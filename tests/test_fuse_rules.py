@@ -16,9 +16,9 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Graph, Program, calls
 from aropt.models.shuffle import Shape, ShuffleAR
-from aropt.passbase import Applies, Skips, loops
 from aropt.passes.fuse_rules import FuseRules, reason
 from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.rewriting.contract import Applies, Skips, loops
 from aropt.validate import cases, validate, with_probe
 from tests.conftest import make_program
 

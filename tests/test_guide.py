@@ -18,9 +18,9 @@ from aropt.guide import OFFERS, PRODUCT
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.models.canvas import MASK, VOCAB
-from aropt.passbase import Applies, Skips
 from aropt.passes.guide_cache import GuideCache
 from aropt.passmanager import make
+from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import rounds, tiny
 

@@ -18,10 +18,10 @@ from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
 from aropt.models.shuffle import Shape, ShuffleAR
-from aropt.passbase import Skips, loops
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
 from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds
 from aropt.validate import validate, with_probe
 from tests.conftest import make_program, rounds_of

@@ -21,10 +21,10 @@ from aropt.ir.program import Program
 from aropt.kernels import linear_int8 as op
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.oracle import Oracle, noise_floor
-from aropt.passbase import Applies, Skips
 from aropt.passes.int8_linears import Int8Linears
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import validate, with_probe
 
 WIDTH, VOCAB, CAPACITY = 64, 19, 24

@@ -20,10 +20,10 @@ from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
-from aropt.passbase import Skips, loops
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds
 from aropt.validate import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt import cli, command, passbase, passmanager
+from aropt import cli, command, passmanager
 from aropt.errors import UsageError
 from aropt.infill import answers, stops
 from aropt.ir.program import Program
+from aropt.rewriting import contract as passbase
 
 MASK = 11
 

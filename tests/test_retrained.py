@@ -12,9 +12,9 @@ from aropt.errors import Unsupported, UsageError, VerificationFailed
 from aropt.ir.interpreter import Eager
 from aropt.ir.verify import verify
 from aropt.models import load
-from aropt.passbase import Skips
 from aropt.passes.token_shuffle import TokenShuffle
 from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.rewriting.contract import Skips
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from aropt import api, trial
 from aropt.command import prompts
 from aropt.errors import UsageError
 from aropt.ir.program import Program
-from aropt.passbase import loops
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import TRIED, Instruments, pipeline, untold
+from aropt.rewriting.contract import loops
 from tests.conftest import make_program
 
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]

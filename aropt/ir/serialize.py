@@ -34,7 +34,7 @@ from aropt.ir.program import Call, Control, Dim, Entry, Graph, If, Input, Loop, 
 from aropt.ir.torch_compat import build
 from aropt.ir.verify import op_problem
 from aropt.ir.verify_control import check_control
-from aropt.passbase import loops
+from aropt.rewriting.contract import loops
 
 FORMAT = 1
 NODE_META = ("where", "origin", "value")

@@ -11,7 +11,7 @@ from torch import fx
 from aropt.ir import ops
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Graph, Program
-from aropt.passbase import donated
+from aropt.rewriting.contract import donated
 
 aten = torch.ops.aten
 

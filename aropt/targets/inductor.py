@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from aropt.ir import ops
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Program, calls
-from aropt.passbase import loops, own_sizes
+from aropt.rewriting.contract import loops, own_sizes
 from aropt.targets.eager import InPlace, in_place
 
 

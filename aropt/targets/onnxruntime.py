@@ -21,7 +21,7 @@ from aropt.errors import MissingTool, Unsupported
 from aropt.ir.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
 from aropt.ir.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
 from aropt.ort_threads import options, share
-from aropt.passbase import donated, growing, loops, own_sizes, rewrite
+from aropt.rewriting.contract import donated, growing, loops, own_sizes, rewrite
 from aropt.scratch import Scratch
 from aropt.targets import onnx_files, rounds, whole
 from aropt.targets.whole import Whole

@@ -19,7 +19,7 @@ from aropt.errors import Unsupported, VerificationFailed
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq
 from aropt.ir.units import ids_of
-from aropt.passbase import loops, own_sizes, reads
+from aropt.rewriting.contract import loops, own_sizes, reads
 from aropt.runtime import room
 from aropt.stops import with_stops
 from aropt.validate import Outcome, Verdict

@@ -15,8 +15,8 @@ from typing import Any
 import aropt
 from aropt.artifact import write
 from aropt.ir.program import Program
-from aropt.passbase import Applies
 from aropt.passmanager import PIPELINE, make
+from aropt.rewriting.contract import Applies
 from aropt.targets import lower, whole
 from tests.conftest import make_program, make_stages
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.program import Call, Program
-from aropt.passbase import rewrite
+from aropt.rewriting.contract import rewrite
 from tests.mutants.surgery import (
     aten,
     follows,

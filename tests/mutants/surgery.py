@@ -15,7 +15,6 @@ from aropt.frontend.trace import capture_model
 from aropt.ir.edit import inline
 from aropt.ir.program import Call, Program, calls
 from aropt.loops import autoregressive
-from aropt.passbase import Pass, loops, rewrite
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.cfg_batch import CfgBatch
 from aropt.passes.cfg_interval import CfgInterval
@@ -24,6 +23,7 @@ from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
+from aropt.rewriting.contract import Pass, loops, rewrite
 from aropt.validate import Verdict, cases, validate, with_probe
 
 aten = torch.ops.aten

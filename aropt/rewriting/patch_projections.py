@@ -1,4 +1,4 @@
-"""What the two sides of a model of windows compute, found in its graph on a basis (see aropt.affine).
+"""What the two sides of a model of windows compute, found in its graph on a basis (see aropt.rewriting.affine).
 
 In: tables t with row = sum over places j of t[j, id of place j]. Out: matrices from a row to the logits of its ids.
 """
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.affine import affine, between, constant, dominates, evaluate, floating, rank
 from aropt.ir import ops
 from aropt.ir.torch_compat import elements
 from aropt.restrict.axes import op_name
+from aropt.rewriting.affine import affine, between, constant, dominates, evaluate, floating, rank
 
 NEAR = 1e-5  # of the largest value: what sums in another order may differ by
 PRODUCTS = 4  # multiplications that take as long as reading a weight

@@ -14,8 +14,8 @@ from aropt.ir import ops
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import build
 from aropt.kernels.linear_int8 import SIZES, packed
-from aropt.layers import product
 from aropt.passes.canonicalize import copied
+from aropt.rewriting.linears import product
 
 aten = torch.ops.aten
 
