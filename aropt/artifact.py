@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from aropt import __version__
 from aropt.ir.program import Program
+from aropt.loops.runtime import fitted, room
 from aropt.manifest import listing, write_manifest
 from aropt.reading import load as load  # what is written here is read there
-from aropt.runtime import fitted, room
 from aropt.store import staged
 
 

@@ -10,8 +10,8 @@ from aropt.api import LOOPS
 from aropt.errors import UsageError
 from aropt.frontend.directory import no_model
 from aropt.frontend.sources import findable
+from aropt.loops.rules import PROCESSORS
 from aropt.passmanager import pass_class
-from aropt.rules import PROCESSORS
 from aropt.targets import check_target
 
 

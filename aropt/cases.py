@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from aropt.defaults import SUPPRESSED
 from aropt.design import Row, cover
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
 from aropt.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
+from aropt.loops.defaults import SUPPRESSED
+from aropt.loops.runtime import batches, make_inputs
 from aropt.prompts import like, prompt
-from aropt.runtime import batches, make_inputs
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 aten = torch.ops.aten

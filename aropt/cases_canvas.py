@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from aropt.cases import Case, Requests, Value
 from aropt.design import Row
-from aropt.given import RESERVED
 from aropt.levels import ENDS, LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
+from aropt.loops.given import RESERVED
 from aropt.prompts import prompt
 
 SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence

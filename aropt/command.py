@@ -20,13 +20,13 @@ from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFail
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import decoder
-from aropt.given import check_ids
 from aropt.ir.program import Program, calls
 from aropt.ir.units import rows, rows_for
+from aropt.loops.given import check_ids
+from aropt.loops.runtime import fitted, room
 from aropt.models import REFERENCES
 from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.rewriting.contract import Skips, loops
-from aropt.runtime import fitted, room
 from aropt.twins import curve
 
 Say = Callable[[str], None]

@@ -21,8 +21,8 @@ from aropt.errors import UsageError
 from aropt.ir import units
 from aropt.ir.interpreter import Eager, Executor, run
 from aropt.ir.program import Program
+from aropt.loops.runtime import workload as own_prompts
 from aropt.oracle import Forced, Oracle
-from aropt.runtime import workload as own_prompts
 from aropt.smooth import forward
 from aropt.unmask import current_block
 from aropt.validate_canvas import Step, Trace

@@ -12,11 +12,11 @@ from aropt import artifact, infill, pictures, store
 from aropt.bench import Origin
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
-from aropt.given import check_parameters
 from aropt.ir.program import Program
 from aropt.ir.units import rows
+from aropt.loops.given import check_parameters
+from aropt.loops.runtime import fitted, room
 from aropt.manifest import listing
-from aropt.runtime import fitted, room
 
 
 def run(

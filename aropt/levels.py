@@ -9,7 +9,7 @@ from __future__ import annotations
 from aropt.design import Row
 from aropt.ir.program import Program
 from aropt.ir.units import window
-from aropt.rules import PROCESSORS
+from aropt.loops.rules import PROCESSORS
 
 Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from aropt.ir.interpreter import Eager, Executor, Values, run
 from aropt.ir.program import Graph, Program, dict_root
 from aropt.ir.units import rows, rows_for
+from aropt.loops.runtime import slots
 from aropt.restrict.axes import op_name
-from aropt.runtime import slots
 
 if TYPE_CHECKING:
     from aropt.cases import Case

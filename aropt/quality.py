@@ -15,7 +15,7 @@ from typing import Any
 from aropt.errors import UsageError
 from aropt.ir.interpreter import Eager, Executor
 from aropt.ir.program import Program
-from aropt.runtime import generate
+from aropt.loops.runtime import generate
 
 Example = dict[str, Any]
 AT_ONCE = 16  # canvases of one batch

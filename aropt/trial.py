@@ -18,9 +18,9 @@ from typing import Any
 
 from aropt.errors import Unsupported
 from aropt.ir.program import Control, If, Program, Seq, calls
+from aropt.loops.runtime import workload
 from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
 from aropt.rewriting.contract import Pass, Skips
-from aropt.runtime import workload
 from aropt.scratch import Scratch
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens

@@ -15,8 +15,8 @@ from torch import nn
 
 from aropt.api import capture, optimize
 from aropt.ir.program import Program
+from aropt.loops.runtime import room
 from aropt.passmanager import Instruments, pipeline
-from aropt.runtime import room
 
 MOST = 8  # windows: larger ones leave a handful of rounds
 

@@ -21,8 +21,8 @@ from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
 from aropt.restrict.excluded import without
-from aropt.rules import BOOL, F32, I64, gumbel_noise
 
 SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
 FAR = 2**20  # a block that no canvas reaches

@@ -22,8 +22,8 @@ from aropt.errors import AroptError, UsageError
 from aropt.ir.interpreter import Eager, Executor, Values, run
 from aropt.ir.program import Call, Program, calls
 from aropt.ir.units import flat, ids_of, rows_for
+from aropt.loops.runtime import slots
 from aropt.oracle import Mismatch, Oracle, Reply
-from aropt.runtime import slots
 from aropt.shrink import shrink
 from aropt.slices import whole
 from aropt.stops import with_stops

@@ -17,9 +17,9 @@ from torch import Tensor
 from aropt.cases import Case
 from aropt.ir.interpreter import Executor, Values, run
 from aropt.ir.program import Program, calls
+from aropt.loops.runtime import slots
 from aropt.oracle import AT_ONCE, Mismatch, Oracle, noise_floor
 from aropt.rewriting.contract import loops
-from aropt.runtime import slots
 from aropt.validate import TOLERANCE, Outcome
 
 RULES = ("greedy", "sample")

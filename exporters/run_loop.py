@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aropt.defaults import with_defaults
 from aropt.errors import MissingTool, VerificationFailed
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, window
+from aropt.loops.defaults import with_defaults
+from aropt.loops.runtime import batches, make_inputs, room
 from aropt.ort_threads import options, share
-from aropt.runtime import batches, make_inputs, room
 
 if TYPE_CHECKING:
     from aropt.cases import Case
@@ -64,7 +64,7 @@ def generate(
     plain: bool = False,
     **params: Any,
 ) -> list[list[int]]:
-    """The tokens, as `aropt.runtime.generate` returns them, in the same batches; `chunk`: rounds of one call."""
+    """The tokens, as `aropt.loops.runtime.generate` returns them, in the same batches; `chunk`: rounds of one call."""
     params, stop = with_defaults(program.meta, params, stop, plain)
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt.defaults import exported_defaults
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
+from aropt.loops.defaults import exported_defaults
 from aropt.rewriting.contract import loops
 
 I64 = torch.int64

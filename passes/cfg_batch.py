@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.ir.edit import compose, trim
 from aropt.ir.program import Call, Control, Graph, Program, Spec
+from aropt.loops.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from aropt.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
 from aropt.ir.edit import trim
 from aropt.ir.program import Call, Control, Program
+from aropt.loops.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
+from aropt.loops.rules import GUIDED
 from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
-from aropt.rules import GUIDED
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"
 

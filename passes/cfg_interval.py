@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
 from aropt.ir.program import Call, Control, Graph, If, Program, Seq, Spec, StateSpec
+from aropt.loops.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
+from aropt.loops.rules import inside
 from aropt.passes.cfg_batch import append
 from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
-from aropt.rules import inside
 
 BOOL, I64 = torch.bool, torch.int64
 RULE = "guidance-interval"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from aropt.frontend.trace import capture_function
-from aropt.guidance import joining, named, parting
 from aropt.ir import ops
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
 from aropt.ir.torch_compat import build
+from aropt.loops.guidance import joining, named, parting
 from aropt.passes.canonicalize import copied
 from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
 from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite

@@ -2,7 +2,7 @@
 
 `aropt::fused_sample` has a kernel for GPUs, which reads the logits once and sorts nothing; other targets run its
 definition, so that the pass gains nothing there and has to be asked for. A rule's graph is replaced where it is node by
-node what `aropt.rules` as shipped makes of the program's rules: one that is redefined, registered or moved to another
+node what `aropt.loops.rules` as shipped makes of the program's rules: one that is redefined, registered or moved to another
 place in their order is left alone.
 """
 
@@ -18,8 +18,8 @@ from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
+from aropt.loops.rules import SHIPPED, rule
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rules import SHIPPED, rule
 
 KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}
 SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether they draw

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
-from aropt.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
+from aropt.loops.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Contract, Skips
 

@@ -19,7 +19,7 @@ from aropt.frontend.trace import capture_module
 from aropt.ir.edit import inline
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
-from aropt.loops import autoregressive
+from aropt.loops.positions import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.restrict.axes import op_name
 from aropt.rewriting.contract import Applies, Contract, Skips

@@ -82,7 +82,7 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
     from aropt import artifact, bench
     from aropt.api import environment
-    from aropt.runtime import room
+    from aropt.loops.runtime import room
 
     variants, ratios = WORKS[work]
     outs = {model: built(model, threads) for model in dict.fromkeys(m for m, _ in variants)}

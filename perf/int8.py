@@ -59,7 +59,7 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     """{rows: {variant: {ms, first, agreement, version}}, drift}."""
     from aropt import artifact, bench
     from aropt.api import environment
-    from aropt.runtime import fitted, room
+    from aropt.loops.runtime import fitted, room
 
     folder = ROOT / "build" / "bench"
     outs = {FLOAT: built(model, folder / f"{model}-float32", threads)}

@@ -103,7 +103,7 @@ def whole_loop(artifact: Path, threads: int) -> dict[str, Any]:
     """The same of a round in one call: the loop's subgraph."""
     from aropt import load
     from aropt.exporters.whole_loop import export_program
-    from aropt.runtime import make_inputs
+    from aropt.loops.runtime import make_inputs
 
     program = load(artifact)
     prompt = [int(t) for t in program.meta["prompts"][0]][:1]

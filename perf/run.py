@@ -72,7 +72,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt import artifact, bench
     from aropt.command import Request, add_roofline, add_timings, optimize, step_bytes
-    from aropt.runtime import fitted, room
+    from aropt.loops.runtime import fitted, room
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     drawn = model in models.SHAPES

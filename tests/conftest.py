@@ -54,7 +54,7 @@ class Tiny(nn.Module):
 def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> Program:
     """The plain generation loop of a `Tiny` with seeded weights."""
     from aropt.frontend.trace import capture_model
-    from aropt.loops import autoregressive
+    from aropt.loops.positions import autoregressive
 
     torch.manual_seed(0)
     graph, weights = capture_model(Tiny(layers), VOCAB, CAPACITY)

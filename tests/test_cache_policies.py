@@ -16,11 +16,11 @@ from aropt.drift import budget, ledger, measure
 from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
+from aropt.loops.runtime import make_inputs
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Result, Skips
 from aropt.rows import cached
-from aropt.runtime import make_inputs
 from aropt.validate import Case, cases, validate, with_probe
 from aropt.validate_canvas import Step, Trace
 from tests.test_unmask import capture, tiny

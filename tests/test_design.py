@@ -10,8 +10,8 @@ from aropt import cli
 from aropt.cases import Requests, requests
 from aropt.design import cover
 from aropt.exporters import onnx
-from aropt.given import check
-from aropt.runtime import room
+from aropt.loops.given import check
+from aropt.loops.runtime import room
 from aropt.slices import after_pass, touched
 from tests.mutants import optimized, reference
 from tests.test_cli import MODEL

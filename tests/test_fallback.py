@@ -14,7 +14,7 @@ from aropt.exporters import run_loop
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.runtime import fitted, room
+from aropt.loops.runtime import fitted, room
 from aropt.targets import whole
 from tests.conftest import Tiny, make_program
 from tests.test_unmask import tiny

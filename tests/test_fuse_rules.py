@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt import rules
 from aropt.frontend.trace import capture_function
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Graph, Program, calls
+from aropt.loops import rules
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.fuse_rules import FuseRules, reason
 from aropt.passmanager import Instruments, pipeline, run_passes

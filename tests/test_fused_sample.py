@@ -1,4 +1,4 @@
-"""`aropt::fused_sample` is the rules of aropt/rules.py for a whole window, corners included."""
+"""`aropt::fused_sample` is the rules of aropt/loops/rules.py for a whole window, corners included."""
 
 import functools
 import math
@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aropt import rules
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Spec
 from aropt.kernels import fused_sample
 from aropt.kernels.fused_sample import NAMES
+from aropt.loops import rules
 
 ops.load_all()
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -18,10 +18,10 @@ from aropt.exporters.whole_loop import export_program
 from aropt.ir.interpreter import Eager, Values
 from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
+from aropt.loops.rules import ALWAYS
 from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Skips
-from aropt.rules import ALWAYS
 from aropt.targets import lower
 from aropt.validate import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program

@@ -14,7 +14,7 @@ from aropt import api, commit
 from aropt.frontend.sources import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.rules import PROCESSORS
+from aropt.loops.rules import PROCESSORS
 from aropt.targets import lower
 
 VOCAB, MASK, CAPACITY = 12, 11, 16

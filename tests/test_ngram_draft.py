@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aropt
-from aropt import bench, speculate
+from aropt import bench
 from aropt.command import add_roofline
 from aropt.errors import UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
+from aropt.loops import speculate
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import Instruments, pipeline, run_passes

@@ -13,7 +13,7 @@ from aropt.errors import Unsupported
 from aropt.frontend.export import torch_reason
 from aropt.frontend.trace import capture_model
 from aropt.ir.naming import WEIGHT
-from aropt.loops import autoregressive
+from aropt.loops.positions import autoregressive
 from aropt.passmanager import Instruments, make, run_passes
 from aropt.restrict.excluded import counted
 from tests.decoders import (

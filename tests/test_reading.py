@@ -17,8 +17,8 @@ from aropt.artifact import write
 from aropt.errors import AroptError, Unsupported, UsageError, VerificationFailed
 from aropt.ir.interpreter import most_rounds, run
 from aropt.ir.program import Program
+from aropt.loops.runtime import make_inputs
 from aropt.manifest import EDITABLE, MANIFEST
-from aropt.runtime import make_inputs
 from aropt.targets import lower
 
 

@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from aropt import rules
 from aropt.errors import UsageError
 from aropt.ir import ops
+from aropt.loops import rules
 
 ops.load_all()
 FINITE = st.floats(-8, 8, width=32)

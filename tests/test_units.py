@@ -14,8 +14,8 @@ import aropt
 from aropt.errors import Unsupported, UsageError
 from aropt.ir import units
 from aropt.ir.interpreter import run
+from aropt.loops.runtime import make_inputs, room, slots
 from aropt.models.digits import Block, RMSNorm
-from aropt.runtime import make_inputs, room, slots
 from aropt.targets import lower
 from aropt.validate import cases, validate, with_probe
 

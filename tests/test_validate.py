@@ -10,7 +10,7 @@ from aropt.errors import MissingTool
 from aropt.frontend.trace import capture_model
 from aropt.ir.interpreter import Eager, Values
 from aropt.ir.program import Program
-from aropt.loops import autoregressive
+from aropt.loops.positions import autoregressive
 from aropt.shrink import simpler
 from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate
 from tests.mutants import MUTANTS, check, optimized, reference

@@ -15,16 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt import rules
 from aropt.errors import MissingTool, Unsupported
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import ROUNDS, STATUS, export_program
 from aropt.frontend.trace import capture_function
 from aropt.ir.interpreter import run
 from aropt.ir.program import Call, Control, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.loops import rules
+from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, pipeline, run_passes
-from aropt.rules import Processor, scalar
 from tests.test_unmask import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -205,8 +205,8 @@ class Program:
         return dataclasses.replace(self, **changes)
 
     def generate(self, prompts: Any, n: int | None = None, **options: Any) -> list[list[int]]:
-        """Up to `n` new token ids for each prompt; see `aropt.runtime.generate` for the options."""
-        from aropt.runtime import generate
+        """Up to `n` new token ids for each prompt; see `aropt.loops.runtime.generate` for the options."""
+        from aropt.loops.runtime import generate
 
         return generate(self, prompts, n, **options)
 

@@ -19,8 +19,8 @@ from aropt.errors import Unsupported, VerificationFailed
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq
 from aropt.ir.units import ids_of
+from aropt.loops.runtime import room
 from aropt.rewriting.contract import loops, own_sizes, reads
-from aropt.runtime import room
 from aropt.stops import with_stops
 from aropt.validate import Outcome, Verdict
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aropt.ir.interpreter import Values, most_rounds
 from aropt.ir.program import Program
-from aropt.runtime import fitted, room
+from aropt.loops.runtime import fitted, room
 from aropt.targets import rounds
 
 ROUNDS = 15

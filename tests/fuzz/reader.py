@@ -17,7 +17,7 @@ import torch
 
 import aropt
 from aropt.errors import AroptError
-from aropt.runtime import fitted
+from aropt.loops.runtime import fitted
 
 ALLOWED = ("refused", "same", "changed")
 SECONDS = 30.0

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from aropt.frontend.trace import capture_model
 from aropt.ir.edit import inline
 from aropt.ir.program import Call, Program, calls
-from aropt.loops import autoregressive
+from aropt.loops.positions import autoregressive
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.cfg_batch import CfgBatch
 from aropt.passes.cfg_interval import CfgInterval

@@ -12,10 +12,10 @@ import torch
 import aropt
 from aropt.frontend.trace import capture_model
 from aropt.ir.program import Program
-from aropt.loops import autoregressive
+from aropt.loops.positions import autoregressive
+from aropt.loops.rules import DEFAULT
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passmanager import Instruments, pipeline, run_passes
-from aropt.rules import DEFAULT
 from aropt.validate import with_probe
 from tests.mutants.surgery import Tiny
 

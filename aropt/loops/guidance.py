@@ -17,8 +17,8 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.edit import trim
 from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, calls
 from aropt.ir.units import window
+from aropt.loops.rules import GUIDED, chosen, rule
 from aropt.rewriting.contract import loops
-from aropt.rules import GUIDED, chosen, rule
 
 NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
 TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"

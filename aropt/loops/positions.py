@@ -12,7 +12,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.ir.units import window
-from aropt.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
+from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.defaults import usual_length, with_defaults
 from aropt.errors import AroptError, Unsupported, UsageError
-from aropt.given import check, id_list, id_lists, integer
 from aropt.ir.interpreter import Executor, OnRound, Values, run
 from aropt.ir.program import Input, Program
 from aropt.ir.units import flat, ids_of, rows, rows_for
+from aropt.loops.defaults import usual_length, with_defaults
+from aropt.loops.given import check, id_list, id_lists, integer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,7 +79,7 @@ def generate(
 
     Ids are lists, arrays or tensors; a flat one is one prompt, and `stop` may be one id.
     `params` are the program's sampling parameters (temperature, top_k, ...): greedy unless temperature > 0. What is
-    left out, `n` and `stop` too, is as the model's own defaults say (see aropt.defaults), unless `plain` is set.
+    left out, `n` and `stop` too, is as the model's own defaults say (see aropt.loops.defaults), unless `plain` is set.
     `steps` of a program that unmasks: its rounds in all, the same number for each block; of a model with blocks of
     its own, the rounds of each block, as their papers count (how many blocks there are differs by prompt).
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,

@@ -13,7 +13,7 @@ from typing import Any
 
 from aropt.errors import UsageError
 from aropt.frontend.directory import read_json
-from aropt.rules import DEFAULT, PROCESSORS
+from aropt.loops.rules import DEFAULT, PROCESSORS
 
 LENGTHY = ("max_new_tokens", "max_length")
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
