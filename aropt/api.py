@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from aropt import __version__, commit
+from aropt import __version__
 from aropt.drift import Drift, check_budget
 from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
 from aropt.frontend.compute import owned
 from aropt.frontend.facts import Source, facts
 from aropt.frontend.sources import resolve
-from aropt.guide import Guide
-from aropt.guide import make as make_guide
 from aropt.ir.program import Program
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters, integer
 from aropt.loops.positions import autoregressive
 from aropt.loops.rules import chosen
+from aropt.loops.unmask import commit
+from aropt.loops.unmask.ar_verifier import Guide
+from aropt.loops.unmask.ar_verifier import make as make_guide
+from aropt.loops.unmask.build import unmasking
 from aropt.oracle import Oracles
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.restrict import excluded
@@ -36,7 +38,6 @@ from aropt.targets import check_target, lower
 from aropt.targets.whole import pick
 from aropt.trial import trial
 from aropt.uncached import uncached
-from aropt.unmask import unmasking
 from aropt.validate import Verdict, probe, validate, with_probe
 
 Say = Callable[[str], None]
@@ -58,9 +59,9 @@ def capture(
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
     forward(ids int64[B, T]) -> logits[B, T, V] (alone, first in a tuple, or as "logits"). A module is copied and
     computes in float32, so that the program owns its weights. `loop`: "positions" (one token after the other) or
-    "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.loops.rules, or from aropt.commit
+    "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.loops.rules, or from aropt.loops.unmask.commit
     for a canvas. `guide`: a model of one token after the other that judges what a canvas's rounds would write (see
-    aropt.guide). `meta` overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts,
+    aropt.loops.unmask.ar_verifier). `meta` overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts,
     examples (see aropt.quality), name).
     Raises Unsupported, UsageError.
     """

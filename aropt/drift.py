@@ -22,9 +22,9 @@ from aropt.ir import units
 from aropt.ir.interpreter import Eager, Executor, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload as own_prompts
+from aropt.loops.unmask.build import current_block
+from aropt.loops.unmask.smoothing import forward
 from aropt.oracle import Forced, Oracle
-from aropt.smooth import forward
-from aropt.unmask import current_block
 from aropt.validate_canvas import Step, Trace
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")

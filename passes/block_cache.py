@@ -14,8 +14,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
+from aropt.loops.unmask.cache_policy import Look, cached, plan_cache
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rows import Look, cached, plan_cache
 
 
 @dataclass(frozen=True)

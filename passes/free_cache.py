@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from aropt.ir.program import Program
+from aropt.loops.unmask.build import FAR
+from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rows import Look, cached, check_least, plan_cache, refreshed
-from aropt.unmask import FAR
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from aropt.errors import UsageError
 from aropt.ir.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.speculate import STEP, Draft, beside, from_model, steps
+from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite
 from aropt.rewriting.int8 import EightBits, by_name
-from aropt.unmask import same
 
 RULES = ("greedy", "sample")
 SKETCH = "sketch"  # the step that drafts

@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
+from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rows import Look, cached, check_least, plan_cache, refreshed
 
 
 @dataclass(frozen=True)

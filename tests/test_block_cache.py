@@ -18,11 +18,11 @@ from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Call, Program, calls
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.runtime import make_inputs
+from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.block_cache import BlockCache
 from aropt.restrict.rewrite import restrict
 from aropt.rewriting.contract import Applies, Skips, rewrite
-from aropt.rows import cached
 from aropt.validate import cases, validate, with_probe
 from tests.test_unmask import capture, tiny
 

@@ -17,10 +17,10 @@ from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs
+from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Result, Skips
-from aropt.rows import cached
 from aropt.validate import Case, cases, validate, with_probe
 from aropt.validate_canvas import Step, Trace
 from tests.test_unmask import capture, tiny

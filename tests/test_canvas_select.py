@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from aropt.commit import CONFIDENCES
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Spec
 from aropt.kernels import canvas_commit, canvas_select
+from aropt.loops.unmask.commit import CONFIDENCES
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 INF, NAN = math.inf, math.nan

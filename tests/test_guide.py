@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import UsageError
-from aropt.guide import OFFERS, PRODUCT
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
+from aropt.loops.unmask.ar_verifier import OFFERS, PRODUCT
 from aropt.models.canvas import MASK, VOCAB
 from aropt.passes.guide_cache import GuideCache
 from aropt.passmanager import make

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.commit import chosen
 from aropt.drift import measure
 from aropt.errors import Unsupported, UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
+from aropt.loops.unmask.commit import chosen
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.targets import lower

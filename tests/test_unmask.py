@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt import api
-from aropt.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.errors import UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
+from aropt.loops.unmask.build import filled
+from aropt.loops.unmask.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
-from aropt.unmask import filled
 from aropt.validate import cases, validate, with_probe
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])

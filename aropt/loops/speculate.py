@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir.program import Control, Graph, If, Loop, Seq, Spec, calls
-from aropt.unmask import same
+from aropt.loops.unmask.build import same
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64
 STEP = "step"  # the cached step of a loop over positions

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import guide as guides
-from aropt import smooth
-from aropt.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
 from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
+from aropt.loops.unmask import ar_verifier as guides
+from aropt.loops.unmask import smoothing as smooth
+from aropt.loops.unmask.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.restrict.excluded import without
 
 SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))

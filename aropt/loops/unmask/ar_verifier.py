@@ -182,7 +182,7 @@ def completed(rules: tuple[str, ...], guide: Guide | None) -> tuple[str, ...]:
 
 def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
     """The graphs of a guided round."""
-    from aropt.unmask import current_block
+    from aropt.loops.unmask.build import current_block
 
     both = OFFERED if judge == PRODUCT else {}
 
@@ -225,7 +225,7 @@ def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
 
 def calls(made: dict[str, Graph]) -> list[Call]:
     """The calls of a guided round, between the candidates and the commit."""
-    from aropt.unmask import same
+    from aropt.loops.unmask.build import same
 
     forward = Call("guide", {"ids": "drafted"}, {"guide_logits": "guide_logits"})
     return [same(made["draft"]), forward, same(made["judge"]), same(made["agree"])]

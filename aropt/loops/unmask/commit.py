@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
-from aropt.guide import JUDGES
 from aropt.ir.program import Input, Spec
+from aropt.loops.unmask.ar_verifier import JUDGES
 
 F32, I64 = torch.float32, torch.int64
 
@@ -167,10 +167,10 @@ class Rule:
     schedule: str = "uniform"  # used where there is no test
     test: str = ""
     eoser: bool = False
-    credit: bool = False  # logits are fused with what earlier rounds found (see aropt.unmask.credited)
-    smooth: bool = False  # masked rows are embedded as what was expected of them (see aropt.smooth)
-    rcr: bool = False  # rows of the block at hand may be masked again (see aropt.unmask.revised)
-    remask: bool = False  # those of low confidence are (see aropt.unmask.doubted)
+    credit: bool = False  # logits are fused with what earlier rounds found (see aropt.loops.unmask.build.credited)
+    smooth: bool = False  # masked rows are embedded as what was expected of them (see aropt.loops.unmask.smoothing)
+    rcr: bool = False  # rows of the block at hand may be masked again (see aropt.loops.unmask.build.revised)
+    remask: bool = False  # those of low confidence are (see aropt.loops.unmask.build.doubted)
     guide: str = ""  # how a guide's agreement is tested; then there is neither a schedule nor a test
     params: dict[str, Input] = field(default_factory=dict)
 

@@ -82,7 +82,7 @@ def blend(mask: int, table: Tensor, own: bool) -> Graph:
     `own`: the model has blocks of its own, whose rows see no later ones; there only the block at hand is smoothed, from
     its second round on, so that it is enough to compute it.
     """
-    from aropt.unmask import current_block
+    from aropt.loops.unmask.build import current_block
 
     def function(
         tokens: Tensor,
