@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from aropt import __version__
-from aropt.drift import Drift, check_budget
-from aropt.drift import measure as drift_of
 from aropt.errors import BudgetMissed, UsageError, VerificationFailed
 from aropt.frontend.compute import owned
 from aropt.frontend.facts import Source, facts
@@ -28,17 +26,19 @@ from aropt.loops.unmask import commit
 from aropt.loops.unmask.ar_verifier import Guide
 from aropt.loops.unmask.ar_verifier import make as make_guide
 from aropt.loops.unmask.build import unmasking
-from aropt.oracle import Oracles
 from aropt.passmanager import Instruments, describe, pipeline, run_passes
 from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result
-from aropt.slices import whole
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import check_target, lower
 from aropt.targets.whole import pick
 from aropt.trial import trial
 from aropt.uncached import uncached
-from aropt.validate import Verdict, probe, validate, with_probe
+from aropt.validate.compare import Verdict, probe, validate, with_probe
+from aropt.validate.drift import Drift, check_budget
+from aropt.validate.drift import measure as drift_of
+from aropt.validate.oracle import Oracles
+from aropt.validate.slices import whole
 
 Say = Callable[[str], None]
 LOOPS = ("positions", "unmask")
@@ -62,7 +62,7 @@ def capture(
     "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.loops.rules, or from aropt.loops.unmask.commit
     for a canvas. `guide`: a model of one token after the other that judges what a canvas's rounds would write (see
     aropt.loops.unmask.ar_verifier). `meta` overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts,
-    examples (see aropt.quality), name).
+    examples (see aropt.validate.quality), name).
     Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):
@@ -152,7 +152,7 @@ def optimize(
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
-    Lossy passes spend from `budget` ({metric: bound}, see `aropt.drift`), measured against `program`; the result
+    Lossy passes spend from `budget` ({metric: bound}, see `aropt.validate.drift`), measured against `program`; the result
     is then validated against the reference interpreter's run of what they made.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing

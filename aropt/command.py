@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from aropt import artifact, bench, pictures, quality, store
+from aropt import artifact, bench, pictures, store
 from aropt.api import capture, untrained
 from aropt.api import optimize as optimize_program
 from aropt.asked import check_names, check_paths
-from aropt.drift import budget
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
@@ -28,6 +27,8 @@ from aropt.models import REFERENCES
 from aropt.passmanager import Instruments, bisect, pipeline, untold
 from aropt.rewriting.contract import Skips, loops
 from aropt.twins import curve
+from aropt.validate import quality
+from aropt.validate.drift import budget
 
 Say = Callable[[str], None]
 SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread

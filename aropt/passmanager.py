@@ -13,10 +13,10 @@ from typing import Any
 
 from aropt.errors import AroptError, UsageError
 from aropt.ir.program import Entry, If, Program, calls
-from aropt.oracle import Oracle, Oracles
 from aropt.rewriting.contract import Pass, Result, Skips, broken
-from aropt.slices import after_pass
-from aropt.validate import Verdict, cases, validate, with_probe
+from aropt.validate.compare import Verdict, cases, validate, with_probe
+from aropt.validate.oracle import Oracle, Oracles
+from aropt.validate.slices import after_pass
 
 PASSES = {
     "token-shuffle": "token_shuffle",
@@ -246,8 +246,8 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
     program: then what it loses is stale rows alone.
     """
-    from aropt import quality
-    from aropt.drift import measure
+    from aropt.validate import quality
+    from aropt.validate.drift import measure
 
     refreshes = "refresh" in result.options
     if not instruments.budget:

@@ -17,7 +17,7 @@ from aropt.loops.runtime import batches, make_inputs, room
 from aropt.ort_threads import options, share
 
 if TYPE_CHECKING:
-    from aropt.cases import Case
+    from aropt.validate.cases import Case
 
 NEEDS = {20: (1, 17)}  # the first onnxruntime that has an opset
 
@@ -97,10 +97,10 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
 
     Raises VerificationFailed if a token differs.
     """
-    from aropt.cases import cases
     from aropt.exporters.whole_loop import ROUNDS
-    from aropt.stops import with_stops
-    from aropt.validate import Outcome, Verdict
+    from aropt.validate.cases import cases
+    from aropt.validate.compare import Outcome, Verdict
+    from aropt.validate.stops import with_stops
 
     made, verdict = session(path), Verdict()
     for case in with_stops([*chunked(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
@@ -121,8 +121,8 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
 
 def chunked(program: Program) -> list[Case]:
     """One, several and ragged, greedy and drawn, for longer than a chunk."""
-    from aropt.cases import Case
     from aropt.exporters.whole_loop import ROUNDS
+    from aropt.validate.cases import Case
 
     rows = example(program)
     n = min(2 * ROUNDS + 4, room(program, joined(rows)))

@@ -24,7 +24,7 @@ from aropt.passmanager import PIPELINE, Instruments, pipeline, run_passes
 from aropt.rewriting.attention import NotThis, matches
 from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_stages
 
 CAPACITY = 20

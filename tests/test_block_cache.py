@@ -23,7 +23,7 @@ from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.block_cache import BlockCache
 from aropt.restrict.rewrite import restrict
 from aropt.rewriting.contract import Applies, Skips, rewrite
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 from tests.test_unmask import capture, tiny
 
 BLOCK = 4

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt.drift import budget, ledger, measure
 from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
@@ -21,8 +20,9 @@ from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, parse, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Result, Skips
-from aropt.validate import Case, cases, validate, with_probe
-from aropt.validate_canvas import Step, Trace
+from aropt.validate.compare import Case, cases, validate, with_probe
+from aropt.validate.compare_canvas import Step, Trace
+from aropt.validate.drift import budget, ledger, measure
 from tests.test_unmask import capture, tiny
 
 BLOCK = 4

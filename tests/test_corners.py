@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from aropt.validate import validate
+from aropt.validate.compare import validate
 from tests.mutants.corners import SLIPS, answers, problem
 from tests.mutants.corners.bases import base
 from tests.mutants.corners.misses import MISSED

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from aropt import cli
-from aropt.cases import Requests, requests
-from aropt.design import cover
 from aropt.exporters import onnx
 from aropt.loops.given import check
 from aropt.loops.runtime import room
-from aropt.slices import after_pass, touched
+from aropt.validate.cases import Requests, requests
+from aropt.validate.design import cover
+from aropt.validate.slices import after_pass, touched
 from tests.mutants import optimized, reference
 from tests.test_cli import MODEL
 from tests.test_unmask import capture, tiny

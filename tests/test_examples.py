@@ -18,10 +18,10 @@ from torch import nn
 
 from aropt import cli
 from aropt.command import check_names
-from aropt.drift import budget
 from aropt.frontend.sources import findable
 from aropt.models import CHECKPOINTS
 from aropt.passmanager import pipeline
+from aropt.validate.drift import budget
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

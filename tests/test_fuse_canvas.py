@@ -16,7 +16,7 @@ from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.fuse_canvas import FuseCanvas
 from aropt.passmanager import make
 from aropt.rewriting.contract import Applies, Skips
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 
 
 def model(block: int, heads: int = 2, width: int = 64) -> CanvasLM:

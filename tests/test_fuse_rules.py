@@ -19,7 +19,7 @@ from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.fuse_rules import FuseRules, reason
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Skips, loops
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program
 
 ALL = ("guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p")

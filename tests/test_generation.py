@@ -10,7 +10,7 @@ from torch import nn
 import aropt
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.targets import lower
-from aropt.validate import Case, validate, with_probe
+from aropt.validate.compare import Case, validate, with_probe
 from tests.grammar import models
 
 SLOW = settings(

@@ -23,7 +23,7 @@ from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Skips
 from aropt.targets import lower
-from aropt.validate import validate, with_probe
+from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.mutants.surgery import Tiny as Rotary
 from tests.test_units import Windows

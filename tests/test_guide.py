@@ -21,7 +21,7 @@ from aropt.models.canvas import MASK, VOCAB
 from aropt.passes.guide_cache import GuideCache
 from aropt.passmanager import make
 from aropt.rewriting.contract import Applies, Skips
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 from tests.test_unmask import rounds, tiny
 
 

@@ -23,7 +23,7 @@ from aropt.passes.kv_cache import KvCache
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds
-from aropt.validate import validate, with_probe
+from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.test_int8_linears import CAPACITY, VOCAB, Model

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aropt
-from aropt import drift
 from aropt.errors import UsageError
 from aropt.ir import ops
 from aropt.ir.program import Program
 from aropt.kernels import linear_int8 as op
 from aropt.models.shuffle import Shape, ShuffleAR
-from aropt.oracle import Oracle, noise_floor
 from aropt.passes.int8_linears import Int8Linears
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Skips
-from aropt.validate import validate, with_probe
+from aropt.validate import drift
+from aropt.validate.compare import validate, with_probe
+from aropt.validate.oracle import Oracle, noise_floor
 
 WIDTH, VOCAB, CAPACITY = 64, 19, 24
 SEEDS = st.integers(0, 2**31)

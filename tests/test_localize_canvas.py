@@ -12,10 +12,10 @@ from torch import fx
 
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.localize import localize
-from aropt.localize_canvas import first_in_canvas
 from aropt.passmanager import Instruments, describe, make, pipeline, run_passes
-from aropt.validate import Case, Oracle, cases, fails, shrink, validate, with_probe
+from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
+from aropt.validate.localize import localize
+from aropt.validate.localize_canvas import first_in_canvas
 from tests.test_unmask import capture, tiny
 
 aten = torch.ops.aten

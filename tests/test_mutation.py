@@ -2,7 +2,7 @@
 
 import pytest
 
-from aropt.validate import cases, validate
+from aropt.validate.compare import cases, validate
 from tests.mutants import EQUIVALENT, MUTANTS, check, optimized, reference
 
 BASES = sorted({base for one in MUTANTS.values() for base in one.bases})

@@ -26,7 +26,7 @@ from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds
-from aropt.validate import validate, with_probe
+from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.mutants.surgery import reference as rotary

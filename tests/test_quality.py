@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import aropt
-from aropt import quality
 from aropt.console import show_report
-from aropt.drift import budget, measure
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.report import html
-from aropt.validate import with_probe
+from aropt.validate import quality
+from aropt.validate.compare import with_probe
+from aropt.validate.drift import budget, measure
 from tests.test_unmask import capture, tiny
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.drift import measure
 from aropt.errors import Unsupported, UsageError
 from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
@@ -20,7 +19,8 @@ from aropt.loops.unmask.commit import chosen
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.targets import lower
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
+from aropt.validate.drift import measure
 from tests.test_unmask import capture, rounds, tiny
 
 PROMPTS = [[4, 5, 6], [7], [8, 9, 1, 2]]

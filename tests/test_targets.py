@@ -12,7 +12,7 @@ from aropt.ir.interpreter import Eager, Executor
 from aropt.ir.program import Program
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.targets import lower
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 
 
 @dataclass

@@ -17,11 +17,11 @@ import aropt
 from aropt.frontend.trace import capture_model
 from aropt.ir.interpreter import Eager
 from aropt.models.shuffle import Layout, Shape, ShuffleAR
-from aropt.oracle import Oracle, noise_floor
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.token_shuffle_fusion import TokenShuffleFusion
 from aropt.rewriting.contract import Applies, Skips
-from aropt.validate import TOLERANCE, cases, validate, with_probe
+from aropt.validate.compare import TOLERANCE, cases, validate, with_probe
+from aropt.validate.oracle import Oracle, noise_floor
 
 W, LEVELS, CLASSES, WIDTH, ROWS = 4, 5, 3, 8, 4
 KNOWN = LEVELS + CLASSES + 1

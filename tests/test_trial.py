@@ -87,7 +87,7 @@ def test_a_pass_that_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = told(monkeypatch, 100.0, 50.0)
-    monkeypatch.setattr("aropt.drift.measure", None)
+    monkeypatch.setattr("aropt.validate.drift.measure", None)
     lossy = ["int8-linears:least=1"]
     budget = Instruments(budget={"kl": 1.0})
     passes, found = trial.trial(wide(), pipeline(lossy), [NgramDraft()], "onnxruntime", 1, budget)

@@ -17,7 +17,7 @@ from aropt.ir.interpreter import run
 from aropt.loops.runtime import make_inputs, room, slots
 from aropt.models.digits import Block, RMSNorm
 from aropt.targets import lower
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 
 W, LEVELS, ROWS = 4, 5, 6
 

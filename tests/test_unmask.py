@@ -21,7 +21,7 @@ from aropt.loops.unmask.build import filled
 from aropt.loops.unmask.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.passmanager import run_passes
-from aropt.validate import cases, validate, with_probe
+from aropt.validate.compare import cases, validate, with_probe
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 lists = st.integers(1, 6)

@@ -11,8 +11,8 @@ from aropt.frontend.trace import capture_model
 from aropt.ir.interpreter import Eager, Values
 from aropt.ir.program import Program
 from aropt.loops.positions import autoregressive
-from aropt.shrink import simpler
-from aropt.validate import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate
+from aropt.validate.compare import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate
+from aropt.validate.shrink import simpler
 from tests.mutants import MUTANTS, check, optimized, reference
 from tests.mutants.surgery import CAPACITY, swap
 

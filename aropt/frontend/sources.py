@@ -78,7 +78,7 @@ def reference(name: str, capacity: int | None) -> Source:
 def infilling() -> list[dict[str, Any]]:
     """Held-out text with spans to be found, in bytes (written by aropt.models.train_canvas)."""
     from aropt.models import CHECKPOINTS
-    from aropt.quality import read
+    from aropt.validate.quality import read
 
     def encode(text: str) -> list[int]:
         return list(text.encode())

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from aropt.cases import Case, cases
 from aropt.errors import Unsupported, VerificationFailed
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Call, Control, If, Loop, Program, Seq
 from aropt.ir.units import ids_of
 from aropt.loops.runtime import room
 from aropt.rewriting.contract import loops, own_sizes, reads
-from aropt.stops import with_stops
-from aropt.validate import Outcome, Verdict
+from aropt.validate.cases import Case, cases
+from aropt.validate.compare import Outcome, Verdict
+from aropt.validate.stops import with_stops
 
 ROUNDS = 4  # a call, of which each round then pays a quarter
 LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it

@@ -24,7 +24,7 @@ from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
 from aropt.rewriting.contract import Pass, loops, rewrite
-from aropt.validate import Verdict, cases, validate, with_probe
+from aropt.validate.compare import Verdict, cases, validate, with_probe
 
 aten = torch.ops.aten
 VOCAB, CAPACITY, NULL = 23, 32, 5

@@ -16,7 +16,7 @@ from aropt.loops.positions import autoregressive
 from aropt.loops.rules import DEFAULT
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passmanager import Instruments, pipeline, run_passes
-from aropt.validate import with_probe
+from aropt.validate.compare import with_probe
 from tests.mutants.surgery import Tiny
 
 VOCAB, CAPACITY, NULL, BLOCK = 48, 176, 5, 16

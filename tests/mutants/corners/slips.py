@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir.program import Program, calls
-from aropt.oracle import Oracle
-from aropt.validate import validate
+from aropt.validate.compare import validate
+from aropt.validate.oracle import Oracle
 from tests.mutants.corners.bases import VOCAB, base
 from tests.mutants.surgery import Change, edited, insert
 

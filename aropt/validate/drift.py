@@ -3,7 +3,7 @@
 The candidate generates. On the very canvases that it came by, the exact forward says what each masked row of the block
 at hand should have predicted; of a loop over positions, what each new row should have after the candidate's own ids
 (teacher forcing: an early difference does not hide later ones). Then whole generations are compared, which says what a
-user sees. Where the model has examples of a task, both do it (`aropt.quality`).
+user sees. Where the model has examples of a task, both do it (`aropt.validate.quality`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt import quality, validate
-from aropt.cases import Case
 from aropt.errors import UsageError
 from aropt.ir import units
 from aropt.ir.interpreter import Eager, Executor, run
@@ -24,8 +22,11 @@ from aropt.ir.program import Program
 from aropt.loops.runtime import workload as own_prompts
 from aropt.loops.unmask.build import current_block
 from aropt.loops.unmask.smoothing import forward
-from aropt.oracle import Forced, Oracle
-from aropt.validate_canvas import Step, Trace
+from aropt.validate import compare as validate
+from aropt.validate import quality
+from aropt.validate.cases import Case
+from aropt.validate.compare_canvas import Step, Trace
+from aropt.validate.oracle import Forced, Oracle
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
 TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exact forward

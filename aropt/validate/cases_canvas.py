@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from aropt.cases import Case, Requests, Value
-from aropt.design import Row
-from aropt.levels import ENDS, LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
 from aropt.loops.given import RESERVED
-from aropt.prompts import prompt
+from aropt.validate.cases import Case, Requests, Value
+from aropt.validate.design import Row
+from aropt.validate.levels import ENDS, LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
+from aropt.validate.prompts import prompt
 
 SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
 SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "5": (5, 5), "9": (9, 9)}

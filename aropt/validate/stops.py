@@ -7,10 +7,10 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aropt.cases import Case
+from aropt.validate.cases import Case
 
 if TYPE_CHECKING:
-    from aropt.validate import Verdict
+    from aropt.validate.compare import Verdict
 
 Answers = MutableMapping[Case, list[list[int]]]
 PLACES = (

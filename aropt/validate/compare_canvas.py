@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aropt.cases import Case
 from aropt.ir.interpreter import Executor, Values, run
 from aropt.ir.program import Program, calls
 from aropt.loops.runtime import slots
-from aropt.oracle import AT_ONCE, Mismatch, Oracle, noise_floor
 from aropt.rewriting.contract import loops
-from aropt.validate import TOLERANCE, Outcome
+from aropt.validate.cases import Case
+from aropt.validate.compare import TOLERANCE, Outcome
+from aropt.validate.oracle import AT_ONCE, Mismatch, Oracle, noise_floor
 
 RULES = ("greedy", "sample")
 

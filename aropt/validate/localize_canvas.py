@@ -1,4 +1,4 @@
-"""Localisation in unmasking programs: the first op of the forward that differs, round by round (see aropt.localize).
+"""Localisation in unmasking programs: the first op of the forward that differs, round by round (see aropt.validate.localize).
 
 The candidate generates, run eagerly. The reference's control runs on the same canvases (`validate_canvas.Forced`), and
 nodes with the same origin are compared in the rows that the round computed. Other rows are left out: what is stored of
@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from aropt.cases import Case
 from aropt.ir.interpreter import Values, run
 from aropt.ir.program import Program, calls
-from aropt.localize import Enough, Recorder, distance, exact_values, node_values, own
-from aropt.oracle import Mismatch, Oracle
 from aropt.restrict.axes import op_name
-from aropt.validate import TOLERANCE
-from aropt.validate_canvas import Forced, Step, Trace
+from aropt.validate.cases import Case
+from aropt.validate.compare import TOLERANCE
+from aropt.validate.compare_canvas import Forced, Step, Trace
+from aropt.validate.localize import Enough, Recorder, distance, exact_values, node_values, own
+from aropt.validate.oracle import Mismatch, Oracle
 
 
 @dataclass

@@ -21,8 +21,8 @@ from aropt.loops.runtime import slots
 from aropt.restrict.axes import op_name
 
 if TYPE_CHECKING:
-    from aropt.cases import Case
-    from aropt.oracle import Oracle
+    from aropt.validate.cases import Case
+    from aropt.validate.oracle import Oracle
 
 
 class Recorder(Eager):
@@ -70,7 +70,7 @@ def localize(oracle: Oracle, candidate: Program, executor: Executor, case: Case,
     """The first op that differs for prompt `row`: {module, node, op, error, round, repro}, or no node and `where`."""
     first = first_in_program
     if oracle.program.meta.get("loop") == "unmask":
-        from aropt.localize_canvas import first_in_canvas as first
+        from aropt.validate.localize_canvas import first_in_canvas as first
     found = first(oracle, candidate, case, row)
     if found is None:
         found = first_in_target(candidate, executor, case, row)

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt.cases import Case, cases
 from aropt.errors import AroptError, UsageError
 from aropt.ir.interpreter import Eager, Executor, Values, run
 from aropt.ir.program import Call, Program, calls
 from aropt.ir.units import flat, ids_of, rows_for
 from aropt.loops.runtime import slots
-from aropt.oracle import Mismatch, Oracle, Reply
-from aropt.shrink import shrink
-from aropt.slices import whole
-from aropt.stops import with_stops
+from aropt.validate.cases import Case, cases
+from aropt.validate.oracle import Mismatch, Oracle, Reply
+from aropt.validate.shrink import shrink
+from aropt.validate.slices import whole
+from aropt.validate.stops import with_stops
 
 __all__ = [
     "TOLERANCE", "Case", "Mismatch", "Oracle", "Outcome", "Trace", "Verdict", "cases", "compare", "fails", "probe",
@@ -97,7 +97,7 @@ def validate(
         outcome = compare(oracle, candidate, executor, case)
         verdict.outcomes.append(outcome)
         if outcome.problem and explain:
-            from aropt.localize import localize
+            from aropt.validate.localize import localize
 
             small = shrink(lambda c: fails(oracle, candidate, executor, c), case)
             verdict.outcomes[-1] = outcome = compare(oracle, candidate, executor, small)
@@ -154,7 +154,7 @@ def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) 
     outcome = Outcome(case)
     measure = compare_rows
     if oracle.program.meta.get("loop") == "unmask":
-        from aropt.validate_canvas import compare_rows as measure
+        from aropt.validate.compare_canvas import compare_rows as measure
     try:
         measure(oracle, candidate, executor, outcome)
     except Mismatch as mismatch:

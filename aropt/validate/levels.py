@@ -6,10 +6,10 @@ included, and what is drawn from one begins with its ends, where faults are most
 
 from __future__ import annotations
 
-from aropt.design import Row
 from aropt.ir.program import Program
 from aropt.ir.units import window
 from aropt.loops.rules import PROCESSORS
+from aropt.validate.design import Row
 
 Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]

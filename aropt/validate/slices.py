@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from aropt.cases import Case, Requests, named
 from aropt.ir.program import Program
 from aropt.rewriting.contract import loops
+from aropt.validate.cases import Case, Requests, named
 
 SHAPES = frozenset({"sequences", "length", "padding", "new", "blocks", "block", "fill"})
 LOOP = frozenset({"text", "stop", "steps"})  # what decides how often and on which rows a loop runs

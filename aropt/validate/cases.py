@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from aropt.design import Row, cover
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
-from aropt.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
 from aropt.loops.defaults import SUPPRESSED
 from aropt.loops.runtime import batches, make_inputs
-from aropt.prompts import like, prompt
+from aropt.validate.design import Row, cover
+from aropt.validate.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
+from aropt.validate.prompts import like, prompt
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ class Case:
     stop: tuple[int, ...] = ()
     streams: tuple[int, ...] = ()  # empty: 0, 1, ...
     negative: tuple[tuple[int, ...], ...] = ()  # empty: the program's null class
-    ends: str = ""  # how stop ids are met, where these are yet to be found (see aropt.stops)
+    ends: str = ""  # how stop ids are met, where these are yet to be found (see aropt.validate.stops)
     fill: tuple[int, ...] = ()  # of a canvas: what the answers hold already, the same for all
 
     def repro(self, name: str) -> str:
@@ -107,7 +107,7 @@ def named(found: Sequence[Case]) -> list[Case]:
 def requests(program: Program, seed: int = 0, thorough: bool = False) -> Requests:
     """What a program is compared on, and the design behind it; `thorough`: several designs, each of all pairs."""
     if program.meta.get("loop") == "unmask":
-        from aropt.cases_canvas import Canvases
+        from aropt.validate.cases_canvas import Canvases
 
         return Canvases(program, seed, thorough)
     return Requests(program, seed, thorough)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from aropt.cases import Case, Requests, requests
 from aropt.ir import ops
 from aropt.ir.interpreter import Eager, Values, run
 from aropt.ir.program import Program, calls, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
 from aropt.loops.rules import inside
 from aropt.rewriting.contract import loops
+from aropt.validate.cases import Case, Requests, requests
 
 NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
 NUDGED = "nudge."  # before the names of factors
