@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aropt.api import capture, optimize
     from aropt.ir.program import Program
-    from aropt.ort_threads import own_process
     from aropt.reading import load
+    from aropt.targets.ort_threads import own_process
 
 __version__ = "0.1.0"
 __all__ = ["Program", "capture", "load", "optimize", "own_process"]
 
 _HOMES = {
     "capture": "aropt.api", "optimize": "aropt.api", "load": "aropt.reading", "Program": "aropt.ir.program",
-    "own_process": "aropt.ort_threads",
+    "own_process": "aropt.targets.ort_threads",
 }  # fmt: skip
 
 

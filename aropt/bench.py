@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt import ort_threads, peers
+from aropt import peers
 from aropt.errors import UsageError
-from aropt.scratch import PLACE, Scratch
+from aropt.targets import ort_threads
+from aropt.targets.scratch import PLACE, Scratch
 from aropt.variants import NEED_MODEL, variant
 
 AGAINST = {

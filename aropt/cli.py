@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from aropt import interrupts, ort_threads
+from aropt import interrupts
 from aropt.bench import AGAINST
 from aropt.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
+from aropt.targets import ort_threads
 
 app = typer.Typer(
     name="aropt",

@@ -21,7 +21,7 @@ from aropt.ir.program import Control, If, Program, Seq, calls
 from aropt.loops.runtime import workload
 from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
 from aropt.rewriting.contract import Pass, Skips
-from aropt.scratch import Scratch
+from aropt.targets.scratch import Scratch
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all

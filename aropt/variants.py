@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
 from aropt.peers import PEERS, Generate
-from aropt.scratch import Scratch
+from aropt.targets.scratch import Scratch
 
 if TYPE_CHECKING:
     from aropt.bench import Spec
@@ -56,8 +56,8 @@ def variant(spec: Spec) -> Generate:
 
 def whole_loop(program: Any) -> Any:
     """The program as one model, in a folder that lives as long as its session; checked against stepping."""
-    from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
+    from aropt.targets import run_loop
     from aropt.targets.whole import Whole
 
     kept = Scratch()

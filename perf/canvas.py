@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt.ort_threads import own_process
-from aropt.scratch import Scratch
+from aropt.targets.ort_threads import own_process
+from aropt.targets.scratch import Scratch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "canvas.json"

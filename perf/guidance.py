@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from aropt.bench import IN_A_ROW, PAUSE
-from aropt.ort_threads import own_process
-from aropt.scratch import Scratch
+from aropt.targets.ort_threads import own_process
+from aropt.targets.scratch import Scratch
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "guidance.json"

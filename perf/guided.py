@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aropt.ort_threads import own_process
-from aropt.scratch import Scratch
+from aropt.targets.ort_threads import own_process
+from aropt.targets.scratch import Scratch
 from perf.canvas import BLOCK, NEW, ROOT, TAU, environment
 
 RESULTS = ROOT / "perf" / "results" / "guided.json"

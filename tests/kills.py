@@ -23,7 +23,7 @@ from aropt import cli, store
 from aropt.errors import AroptError
 from aropt.manifest import foreign, proven
 from aropt.passmanager import PASSES
-from aropt.scratch import Scratch
+from aropt.targets.scratch import Scratch
 from tests.test_cli import MODEL
 
 SIGNALS = {signal.SIGKILL: "KILL", signal.SIGINT: "INT", signal.SIGTERM: "TERM"}
@@ -39,7 +39,7 @@ COMMANDS = {
 }
 IMPORTED = [
     *("aropt.command", "aropt.generation", "aropt.report", "aropt.targets.eager", "aropt.targets.onnxruntime"),
-    *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.exporters.run_loop", "onnxruntime", "onnxscript"),
+    *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.run_loop", "onnxruntime", "onnxscript"),
     *(f"aropt.passes.{module}" for module in set(PASSES.values())),
 ]
 PATIENCE = 300.0  # seconds that a command may take

@@ -19,7 +19,7 @@ from aropt import artifact, peers
 from aropt.generation import beside
 from aropt.ir.program import Program
 from aropt.manifest import foreign
-from aropt.scratch import Scratch, sweep_scratch
+from aropt.targets.scratch import Scratch, sweep_scratch
 from tests.test_cli import MODEL, QUICK, aropt, refused
 from tests.test_report import demo
 
@@ -164,7 +164,7 @@ def test_without_any_stream(model: str, tmp_path: Path) -> None:
 CHILD = "import time; from aropt import peers; peers.die_with_parent(); print('ready', flush=True); time.sleep(100)"
 PARENT = f"""
 import subprocess, sys, time
-from aropt.scratch import Scratch
+from aropt.targets.scratch import Scratch
 kept = Scratch()
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE)
 child.stdout.readline()

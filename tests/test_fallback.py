@@ -10,12 +10,11 @@ import pytest
 import aropt
 from aropt import bench, command
 from aropt.errors import MissingTool, UsageError
-from aropt.exporters import run_loop
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
-from aropt.targets import whole
+from aropt.targets import run_loop, whole
 from tests.conftest import Tiny, make_program
 from tests.test_unmask import tiny
 

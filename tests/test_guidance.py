@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import UsageError
-from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.interpreter import Eager, Values
 from aropt.ir.program import Program
@@ -22,7 +21,7 @@ from aropt.loops.rules import ALWAYS
 from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.passmanager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Skips
-from aropt.targets import lower
+from aropt.targets import lower, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.mutants.surgery import Tiny as Rotary

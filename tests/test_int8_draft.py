@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import UsageError
-from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
 from aropt.models.shuffle import Shape, ShuffleAR
@@ -22,7 +21,7 @@ from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
-from aropt.targets import rounds
+from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap

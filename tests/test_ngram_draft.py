@@ -17,7 +17,6 @@ import aropt
 from aropt import bench
 from aropt.command import add_roofline
 from aropt.errors import UsageError
-from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
 from aropt.loops import speculate
@@ -25,7 +24,7 @@ from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passmanager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
-from aropt.targets import rounds
+from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap

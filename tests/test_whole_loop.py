@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import MissingTool, Unsupported
-from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import ROUNDS, STATUS, export_program
 from aropt.frontend.trace import capture_function
 from aropt.ir.interpreter import run
@@ -25,6 +24,7 @@ from aropt.loops import rules
 from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
 from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.targets import run_loop
 from tests.test_unmask import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -20,10 +20,10 @@ from torch import Tensor
 from aropt.errors import MissingTool, Unsupported
 from aropt.ir.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
 from aropt.ir.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
-from aropt.ort_threads import options, share
 from aropt.rewriting.contract import donated, growing, loops, own_sizes, rewrite
-from aropt.scratch import Scratch
 from aropt.targets import onnx_files, rounds, whole
+from aropt.targets.ort_threads import options, share
+from aropt.targets.scratch import Scratch
 from aropt.targets.whole import Whole
 
 KEPT = 64  # bindings kept a graph
@@ -34,7 +34,7 @@ class Session:
     """One graph's session and its bindings.
 
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
-    `turns`: other sessions run between its calls (see `aropt.ort_threads`).
+    `turns`: other sessions run between its calls (see `aropt.targets.ort_threads`).
     """
 
     def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int, turns: bool = False) -> None:

@@ -43,7 +43,7 @@ class Whole:
 
     def generate(self, inputs: Values) -> Tensor:
         """The generated rows, int64 [B, N] or [B, N, W], -1 after a sequence's end."""
-        from aropt.exporters.run_loop import session
+        from aropt.targets.run_loop import session
 
         if self.session is None:
             self.session = session(self.path, self.threads)
@@ -101,8 +101,8 @@ def several(program: Program, stepping: Any) -> Any:
 
 def one_call(program: Program, stepping: Any) -> Any:
     """An executor of the whole loop, and what comparing it found."""
-    from aropt.exporters import run_loop
     from aropt.exporters.whole_loop import export_program
+    from aropt.targets import run_loop
 
     path = file(stepping.folder)
     export_program(program, path, contrib=True, graphs=stepping.translated)

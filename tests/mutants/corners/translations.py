@@ -16,11 +16,10 @@ from onnxscript import opset20 as op
 
 from aropt.errors import VerificationFailed
 from aropt.exporters import onnx as exporter
-from aropt.exporters import run_loop
 from aropt.exporters.whole_loop import export_program
 from aropt.ir import ops
 from aropt.ir.program import Program
-from aropt.targets import lower
+from aropt.targets import lower, run_loop
 from aropt.targets.whole import Whole
 from tests.mutants.corners import slips
 from tests.mutants.corners.slips import Request, ask
