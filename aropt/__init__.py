@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aropt.api import capture, optimize
     from aropt.ir.program import Program
-    from aropt.reading import load
+    from aropt.pipeline.api import capture, optimize
+    from aropt.pipeline.reading import load
     from aropt.targets.ort_threads import own_process
 
 __version__ = "0.1.0"
 __all__ = ["Program", "capture", "load", "optimize", "own_process"]
 
 _HOMES = {
-    "capture": "aropt.api", "optimize": "aropt.api", "load": "aropt.reading", "Program": "aropt.ir.program",
+    "capture": "aropt.pipeline.api", "optimize": "aropt.pipeline.api", "load": "aropt.pipeline.reading", "Program": "aropt.ir.program",
     "own_process": "aropt.targets.ort_threads",
 }  # fmt: skip
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from aropt.api import LOOPS
 from aropt.errors import UsageError
 from aropt.frontend.directory import no_model
 from aropt.frontend.sources import findable
 from aropt.loops.rules import PROCESSORS
 from aropt.loops.unmask import commit
-from aropt.passmanager import pass_class
+from aropt.pipeline.api import LOOPS
+from aropt.pipeline.manager import pass_class
 from aropt.targets import check_target
 
 

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from aropt import interrupts
 from aropt.bench import AGAINST
 from aropt.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
+from aropt.pipeline import interrupts
 from aropt.targets import ort_threads
 
 app = typer.Typer(
@@ -245,7 +245,7 @@ def bench_command(
 ) -> None:
     """Time an artifact against others, taking turns, each in a process of its own."""
     from aropt import bench, generation
-    from aropt.report import table
+    from aropt.pipeline.report import table
 
     origin = bench.Origin(model, trust_remote_code, guide)
     with Progress() as progress:
@@ -337,7 +337,7 @@ def passes(as_json: Json = False, verbose: Verbose = 0) -> None:
     """List the passes with their level and options."""
     import dataclasses
 
-    from aropt.passmanager import PASSES, pass_class
+    from aropt.pipeline.manager import PASSES, pass_class
 
     found = []
     for name in PASSES:

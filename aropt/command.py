@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from aropt import artifact, bench, pictures, store
-from aropt.api import capture, untrained
-from aropt.api import optimize as optimize_program
+from aropt import bench, pictures
 from aropt.asked import check_names, check_paths
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.facts import Source
@@ -24,7 +22,10 @@ from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
 from aropt.loops.runtime import fitted, room
 from aropt.models import REFERENCES
-from aropt.passmanager import Instruments, bisect, pipeline, untold
+from aropt.pipeline import artifact, store
+from aropt.pipeline.api import capture, untrained
+from aropt.pipeline.api import optimize as optimize_program
+from aropt.pipeline.manager import Instruments, bisect, pipeline, untold
 from aropt.rewriting.contract import Skips, loops
 from aropt.twins import curve
 from aropt.validate import quality

@@ -14,8 +14,8 @@ from typing import Any
 
 import typer
 
-from aropt import interrupts
 from aropt.errors import AroptError, UsageError
+from aropt.pipeline import interrupts
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMAND_ERRORS: Any = typer.BadParameter.__mro__[2]  # typer brings its own copy of click; this is its ClickException
@@ -78,7 +78,7 @@ def show_plan(plans: list[dict[str, Any]], as_json: bool, explain: bool) -> None
 
 def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float) -> None:
     """The result table and where the report lies."""
-    from aropt.report import table
+    from aropt.pipeline.report import table
 
     if report.get("uncached"):
         print(report["uncached"] + "\n")

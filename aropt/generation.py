@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt import artifact, infill, pictures, store
+from aropt import infill, pictures
 from aropt.bench import Origin
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
@@ -16,7 +16,8 @@ from aropt.ir.program import Program
 from aropt.ir.units import rows
 from aropt.loops.given import check_parameters
 from aropt.loops.runtime import fitted, room
-from aropt.manifest import listing
+from aropt.pipeline import artifact, store
+from aropt.pipeline.manifest import listing
 
 
 def run(
@@ -137,8 +138,8 @@ def bench(
     import torch
 
     from aropt import bench as timing
-    from aropt.api import environment
     from aropt.command import add_roofline, add_timings
+    from aropt.pipeline.api import environment
     from aropt.variants import NEED_MODEL
 
     timing.check(against, origin)
@@ -213,7 +214,7 @@ def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, tru
             )
         program = artifact.load(model, target="eager")
     else:
-        from aropt.api import capture
+        from aropt.pipeline.api import capture
 
         program = capture(model, capacity=capacity, trust_remote_code=trusted)
     if graph is not None and graph not in program.graphs:
@@ -232,7 +233,7 @@ def doctor() -> dict[str, str]:
     from importlib.util import find_spec
 
     from aropt import __version__
-    from aropt.api import environment
+    from aropt.pipeline.api import environment
 
     found = environment(None)
     result = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aropt.errors import UsageError
-from aropt.interrupts import held
+from aropt.pipeline.interrupts import held
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from aropt.api import capture, optimize
 from aropt.ir.program import Program
 from aropt.loops.runtime import room
-from aropt.passmanager import Instruments, pipeline
+from aropt.pipeline.api import capture, optimize
+from aropt.pipeline.manager import Instruments, pipeline
 
 MOST = 8  # windows: larger ones leave a handful of rounds
 

@@ -37,7 +37,7 @@ def variant(spec: Spec) -> Generate:
     if spec.variant in ("ngram-draft", "no-draft"):
         drafts = ["ngram-draft"] if spec.variant == "ngram-draft" else []
         return stepping(again(spec, [*lossy(spec), *drafts]), spec)
-    from aropt.reading import load
+    from aropt.pipeline.reading import load
 
     target = TARGETS.get(spec.variant)
     program = load(spec.artifact, target=target, threads=spec.threads)
@@ -135,7 +135,7 @@ def one_call(program: Any, spec: Spec) -> Generate:
 def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The model that the command line names, as the artifact's program takes it, and that program's meta."""
     from aropt.frontend.sources import resolve
-    from aropt.reading import load
+    from aropt.pipeline.reading import load
 
     meta = load(spec.artifact, target="eager").meta
     if not spec.origin.model:
@@ -156,8 +156,8 @@ def eager(spec: Spec) -> Generate:
     """The model as its owner runs it without a cache: forward over all tokens, argmax, append; or the plain canvas."""
     import torch
 
-    from aropt.api import capture
     from aropt.frontend.forwards import Forward
+    from aropt.pipeline.api import capture
 
     source, meta = model(spec)
     if meta.get("loop") == "unmask":
@@ -180,7 +180,7 @@ def eager(spec: Spec) -> Generate:
 
 def lossy(spec: Spec) -> list[str]:
     """The lossy passes of an artifact, as the command line has them."""
-    from aropt.reading import load
+    from aropt.pipeline.reading import load
 
     found = [e for e in load(spec.artifact, target="eager", threads=spec.threads).ledger if e.level == "lossy"]
     return [f"{e.name}:" + ",".join(f"{k}={v}" for k, v in e.options.items()) for e in found]
@@ -190,8 +190,8 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any
     """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
     artifact's.
     """
-    from aropt.api import capture, optimize
-    from aropt.passmanager import Instruments, pipeline
+    from aropt.pipeline.api import capture, optimize
+    from aropt.pipeline.manager import Instruments, pipeline
     from aropt.rewriting.contract import loops
 
     source, meta = model(spec)

@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    from aropt.api import environment as machine
+    from aropt.pipeline.api import environment as machine
 
     return machine(threads)
 
@@ -274,7 +274,7 @@ def serve(job: dict[str, Any]) -> None:
 def built(job: dict[str, Any], folder: Path) -> Any:
     """The program of a variant, lowered."""
     import aropt
-    from aropt.passmanager import Instruments, pipeline
+    from aropt.pipeline.manager import Instruments, pipeline
 
     if Path(job["model"]).is_dir():
         from perf.llada import load_folder

@@ -152,7 +152,7 @@ def examples(ids: list[int], count: int, seed: int) -> list[list[int]]:
 
 def measured(name: str, texts: list[list[int]], judge: NGram, folder: Path, threads: int) -> Measured:
     import aropt
-    from aropt.passmanager import Instruments, pipeline
+    from aropt.pipeline.manager import Instruments, pipeline
 
     rule, params = VARIANTS[name]
     params = {"block": BLOCK, **params}

@@ -80,9 +80,10 @@ def main() -> None:
 
 def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
-    from aropt import artifact, bench
-    from aropt.api import environment
+    from aropt import bench
     from aropt.loops.runtime import room
+    from aropt.pipeline import artifact
+    from aropt.pipeline.api import environment
 
     variants, ratios = WORKS[work]
     outs = {model: built(model, threads) for model in dict.fromkeys(m for m, _ in variants)}

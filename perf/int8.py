@@ -57,9 +57,10 @@ def built(model: str, out: Path, threads: int, **lossy: Any) -> Path:
 
 def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     """{rows: {variant: {ms, first, agreement, version}}, drift}."""
-    from aropt import artifact, bench
-    from aropt.api import environment
+    from aropt import bench
     from aropt.loops.runtime import fitted, room
+    from aropt.pipeline import artifact
+    from aropt.pipeline.api import environment
 
     folder = ROOT / "build" / "bench"
     outs = {FLOAT: built(model, folder / f"{model}-float32", threads)}

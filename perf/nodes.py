@@ -149,7 +149,7 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     from aropt.peers import directory
-    from aropt.reading import load
+    from aropt.pipeline.reading import load
 
     model = (sys.argv[1:] or ["text-ar"])[0]
     artifact, threads = ROOT / "build" / "bench" / model, 2

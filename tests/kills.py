@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from aropt import cli, store
+from aropt import cli
 from aropt.errors import AroptError
-from aropt.manifest import foreign, proven
-from aropt.passmanager import PASSES
+from aropt.pipeline import store
+from aropt.pipeline.manager import PASSES
+from aropt.pipeline.manifest import foreign, proven
 from aropt.targets.scratch import Scratch
 from tests.test_cli import MODEL
 
@@ -38,7 +39,7 @@ COMMANDS = {
     "export --force": ["export", "{artifact}", "-o", "{out}", "--whole-loop", "--force"],
 }
 IMPORTED = [
-    *("aropt.command", "aropt.generation", "aropt.report", "aropt.targets.eager", "aropt.targets.onnxruntime"),
+    *("aropt.command", "aropt.generation", "aropt.pipeline.report", "aropt.targets.eager", "aropt.targets.onnxruntime"),
     *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.run_loop", "onnxruntime", "onnxscript"),
     *(f"aropt.passes.{module}" for module in set(PASSES.values())),
 ]

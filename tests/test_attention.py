@@ -20,7 +20,7 @@ from aropt.kernels.cached_attention import rotated
 from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
-from aropt.passmanager import PIPELINE, Instruments, pipeline, run_passes
+from aropt.pipeline.manager import PIPELINE, Instruments, pipeline, run_passes
 from aropt.rewriting.attention import NotThis, matches
 from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower

@@ -11,7 +11,7 @@ import pytest
 from aropt.exporters.whole_loop import STATUS, export_program
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.targets import run_loop
 from tests.conftest import make_program
 from tests.test_unmask import capture, tiny

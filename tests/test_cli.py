@@ -276,7 +276,7 @@ def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
     good = f"{folder}/model.py:good"
     refused(aropt("optimize", good, "-o", "/proc/aropt-out", *QUICK), 2, "can't write")
     script = (
-        "import errno, aropt.artifact as a, aropt.cli as c, sys\n"
+        "import errno, aropt.pipeline.artifact as a, aropt.cli as c, sys\n"
         "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "a.save_file = full\n"
         f"sys.argv = {['aropt', 'optimize', good, '-o', str(tmp_path / 'out'), *QUICK]!r}\n"

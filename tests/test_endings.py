@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 import aropt as package
-from aropt import artifact, peers
+from aropt import peers
 from aropt.generation import beside
 from aropt.ir.program import Program
-from aropt.manifest import foreign
+from aropt.pipeline import artifact
+from aropt.pipeline.manifest import foreign
 from aropt.targets.scratch import Scratch, sweep_scratch
 from tests.test_cli import MODEL, QUICK, aropt, refused
 from tests.test_report import demo

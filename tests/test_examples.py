@@ -20,7 +20,7 @@ from aropt import cli
 from aropt.command import check_names
 from aropt.frontend.sources import findable
 from aropt.models import CHECKPOINTS
-from aropt.passmanager import pipeline
+from aropt.pipeline.manager import pipeline
 from aropt.validate.drift import budget
 
 ROOT = Path(__file__).parent.parent

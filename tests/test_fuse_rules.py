@@ -17,7 +17,7 @@ from aropt.ir.program import Graph, Program, calls
 from aropt.loops import rules
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.fuse_rules import FuseRules, reason
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Skips, loops
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program

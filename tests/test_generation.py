@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import aropt
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.targets import lower
 from aropt.validate.compare import Case, validate, with_probe
 from tests.grammar import models

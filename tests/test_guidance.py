@@ -19,7 +19,7 @@ from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.rules import ALWAYS
 from aropt.passes.cfg_eliminate import CfgEliminate
-from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Skips
 from aropt.targets import lower, run_loop
 from aropt.validate.compare import validate, with_probe

@@ -19,7 +19,7 @@ from aropt.ir.program import Program
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe

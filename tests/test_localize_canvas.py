@@ -12,7 +12,7 @@ from torch import fx
 
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.passmanager import Instruments, describe, make, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, describe, make, pipeline, run_passes
 from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
 from aropt.validate.localize import localize
 from aropt.validate.localize_canvas import first_in_canvas

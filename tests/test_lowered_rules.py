@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt import api
 from aropt.frontend.sources import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.rules import PROCESSORS
 from aropt.loops.unmask import commit
+from aropt.pipeline import api
 from aropt.targets import lower
 
 VOCAB, MASK, CAPACITY = 12, 11, 16

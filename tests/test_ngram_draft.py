@@ -22,7 +22,7 @@ from aropt.ir.program import Program
 from aropt.loops import speculate
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips, loops
 from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt import cli, command, passmanager
+from aropt import cli, command
 from aropt.errors import UsageError
 from aropt.infill import answers, stops
 from aropt.ir.program import Program
+from aropt.pipeline import manager as passmanager
 from aropt.rewriting import contract as passbase
 
 MASK = 11

@@ -17,7 +17,7 @@ from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.prune import Prune, outputs_needed
-from aropt.passmanager import PIPELINE, Instruments, make, parse, pipeline, run_passes
+from aropt.pipeline.manager import PIPELINE, Instruments, make, parse, pipeline, run_passes
 from aropt.rewriting.contract import Applies, Contract, Skips, loops
 
 
@@ -161,7 +161,7 @@ def test_a_wrong_pass_is_reverted_and_explained(plain: Program) -> None:
 
 
 def test_bisect_names_the_pass(plain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aropt import passmanager
+    from aropt.pipeline import manager as passmanager
 
     chosen: list[Any] = [Canonicalize(), KvCache(), Sabotage(), FuseSampler()]
     assert passmanager.bisect(plain, chosen, "eager", lambda _: None) == "sabotage"

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from aropt import bench, generation, peers, variants
-from aropt.artifact import write
 from aropt.bench import Timing
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS
+from aropt.pipeline.artifact import write
 from perf.run import table
 from tests.test_cli import aropt, refused
 

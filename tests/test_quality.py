@@ -15,8 +15,8 @@ from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
 from aropt.models.canvas import MASK
-from aropt.passmanager import Instruments, make, pipeline, run_passes
-from aropt.report import html
+from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.report import html
 from aropt.validate import quality
 from aropt.validate.compare import with_probe
 from aropt.validate.drift import budget, measure

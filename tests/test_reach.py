@@ -14,7 +14,7 @@ from aropt.frontend.export import torch_reason
 from aropt.frontend.trace import capture_model
 from aropt.ir.naming import WEIGHT
 from aropt.loops.positions import autoregressive
-from aropt.passmanager import Instruments, make, run_passes
+from aropt.pipeline.manager import Instruments, make, run_passes
 from aropt.restrict.excluded import counted
 from tests.decoders import (
     CACHED,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import aropt
-from aropt.artifact import write
 from aropt.errors import AroptError, Unsupported, UsageError, VerificationFailed
 from aropt.ir.interpreter import most_rounds, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs
-from aropt.manifest import EDITABLE, MANIFEST
+from aropt.pipeline.artifact import write
+from aropt.pipeline.manifest import EDITABLE, MANIFEST
 from aropt.targets import lower
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from aropt import report
+from aropt.pipeline import report
 
 # Three images of scikit-learn's digits: 0, 3 and 8. A character is a grey level, base 17.
 DIGITS = [

@@ -13,7 +13,7 @@ from aropt.ir.interpreter import Eager
 from aropt.ir.verify import verify
 from aropt.models import load
 from aropt.passes.token_shuffle import TokenShuffle
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips
 
 

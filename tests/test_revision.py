@@ -16,7 +16,7 @@ from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
 from aropt.loops.unmask.commit import chosen
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
-from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
 from aropt.targets import lower, run_loop
 from aropt.validate.compare import cases, validate, with_probe
 from aropt.validate.drift import measure

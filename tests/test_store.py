@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aropt import interrupts, manifest, store
 from aropt.errors import UsageError
-from aropt.manifest import foreign, remove, write_manifest
+from aropt.pipeline import interrupts, manifest, store
+from aropt.pipeline.manifest import foreign, remove, write_manifest
 
 
 def make(folder: Path, text: str = "one") -> Path:

@@ -10,7 +10,7 @@ import torch
 import aropt
 from aropt.ir.interpreter import Eager, Executor
 from aropt.ir.program import Program
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aropt
-from aropt import api, trial
 from aropt.command import prompts
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
-from aropt.passmanager import TRIED, Instruments, pipeline, untold
+from aropt.pipeline import api
+from aropt.pipeline import autotune as trial
+from aropt.pipeline.manager import TRIED, Instruments, pipeline, untold
 from aropt.rewriting.contract import loops
 from tests.conftest import make_program
 

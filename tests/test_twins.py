@@ -7,7 +7,7 @@ import torch
 
 import aropt
 from aropt.models.shuffle import Shape, ShuffleAR
-from aropt.report import html
+from aropt.pipeline.report import html
 from aropt.twins import curve, windows
 
 

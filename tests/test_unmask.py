@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt import api
 from aropt.errors import UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
@@ -20,7 +19,8 @@ from aropt.ir.program import Program
 from aropt.loops.unmask.build import filled
 from aropt.loops.unmask.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
-from aropt.passmanager import run_passes
+from aropt.pipeline import api
+from aropt.pipeline.manager import run_passes
 from aropt.validate.compare import cases, validate, with_probe
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -332,7 +332,7 @@ def test_validation_catches(quota: Program, wrong: str) -> None:
 
 def test_passes_fuse_the_round(quota: Program) -> None:
     from aropt.ir.program import calls
-    from aropt.passmanager import pipeline
+    from aropt.pipeline.manager import pipeline
 
     fast, results = run_passes(quota, pipeline(), "eager")
     assert {r.name for r in results if r.status == "applied"} >= {"merge-linears", "fuse-sampler", "prune"}

@@ -15,7 +15,7 @@ from aropt.exporters.unroll import in_order, unroll
 from aropt.ir.interpreter import run
 from aropt.ir.program import Call, Program, Seq
 from aropt.loops.runtime import make_inputs, slots
-from aropt.passmanager import Instruments, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import loops
 from aropt.targets import lower, rounds
 from aropt.targets.onnxruntime import OnnxRuntime

@@ -23,7 +23,7 @@ from aropt.ir.program import Call, Control, If, Input, Loop, Program, Seq, Spec,
 from aropt.loops import rules
 from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
-from aropt.passmanager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
 from aropt.targets import run_loop
 from tests.test_unmask import tiny
 

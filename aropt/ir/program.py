@@ -211,8 +211,8 @@ class Program:
         return generate(self, prompts, n, **options)
 
     def save(self, path: str, force: bool = False) -> None:
-        """Writes the artifact folder; see `aropt.artifact.save`."""
-        from aropt.artifact import save
+        """Writes the artifact folder; see `aropt.pipeline.artifact.save`."""
+        from aropt.pipeline.artifact import save
 
         save(self, path, force)
 

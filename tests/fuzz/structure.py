@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import aropt
-from aropt.artifact import write
 from aropt.ir.program import Program
-from aropt.passmanager import PIPELINE, make
+from aropt.pipeline.artifact import write
+from aropt.pipeline.manager import PIPELINE, make
 from aropt.rewriting.contract import Applies
 from aropt.targets import lower, whole
 from tests.conftest import make_program, make_stages

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import UsageError
-from aropt.interrupts import held
-from aropt.manifest import contents, mark_failed, refuse_foreign, remove, remove_failed, write_manifest
+from aropt.pipeline.interrupts import held
+from aropt.pipeline.manifest import contents, mark_failed, refuse_foreign, remove, remove_failed, write_manifest
 
 DISK = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "ENAMETOOLONG", "ELOOP", "ENOLCK", "EIO")
 NO_REPLACE, EXCHANGE = 1, 2  # of renameat2

@@ -49,7 +49,7 @@ ASKED = (
     "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft",
     "int8-draft", "fuse-rules",
 )  # fmt: skip
-# Of these, applied too where that is found to be faster (aropt.trial), in one of these ways.
+# Of these, applied too where that is found to be faster (aropt.pipeline.autotune), in one of these ways.
 TRIED: dict[str, list[dict[str, str]]] = {"int8-draft": [{"drafts": "8"}, {"drafts": "16"}], "ngram-draft": [{}]}
 REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
 PIPELINE = tuple(name for name in PASSES if name not in ASKED)

@@ -26,14 +26,14 @@ from aropt.loops.unmask import commit
 from aropt.loops.unmask.ar_verifier import Guide
 from aropt.loops.unmask.ar_verifier import make as make_guide
 from aropt.loops.unmask.build import unmasking
-from aropt.passmanager import Instruments, describe, pipeline, run_passes
+from aropt.pipeline.autotune import trial
+from aropt.pipeline.manager import Instruments, describe, pipeline, run_passes
+from aropt.pipeline.uncached import uncached
 from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import check_target, lower
 from aropt.targets.whole import pick
-from aropt.trial import trial
-from aropt.uncached import uncached
 from aropt.validate.compare import Verdict, probe, validate, with_probe
 from aropt.validate.drift import Drift, check_budget
 from aropt.validate.drift import measure as drift_of
@@ -273,7 +273,7 @@ def calls_note(calls: dict[str, Any]) -> str:
 def describe_run(
     program: Program, optimized: Program, target: str, results: list[Result], verdict: Verdict, threads: int | None
 ) -> dict[str, Any]:
-    """The report without benchmarks, samples and artifacts (see aropt.report for the schema)."""
+    """The report without benchmarks, samples and artifacts (see aropt.pipeline.report for the schema)."""
     meta = program.meta
     passes = []
     for r in results:

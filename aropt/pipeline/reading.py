@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aropt.errors import AroptError, UsageError, VerificationFailed, WrongMachine
 from aropt.ir.program import Program
-from aropt.manifest import EDITABLE, MANIFEST, SCHEMA
+from aropt.pipeline.manifest import EDITABLE, MANIFEST, SCHEMA
 
 NEEDED = ("program.json", "weights.safetensors")
 LARGEST = {MANIFEST: 2**24, "report.json": 2**26, "program.json": 2**29}  # bytes of what is parsed whole

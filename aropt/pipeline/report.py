@@ -345,7 +345,9 @@ def html(report: Mapping[str, Any]) -> str:
     for units in merged(r).values():
         row = units.get(False) or units[True]
         charts.setdefault((row.phase, row.unit), []).append((row, units.get(True)))
-    env = Environment(loader=PackageLoader("aropt"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    env = Environment(
+        loader=PackageLoader("aropt.pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     env.globals.update(number=number, amount=amount, marked=marked, log10=math.log10)
     page, claim = env.get_template("report.html.j2"), verdict(r)
     return page.render(r=r, verdict=claim, summary=summary(r), deltas=deltas(r), charts=charts, own=own(r), shown=SHOWN)

@@ -19,7 +19,7 @@ from typing import Any
 from aropt.errors import Unsupported
 from aropt.ir.program import Control, If, Program, Seq, calls
 from aropt.loops.runtime import workload
-from aropt.passmanager import PASSES, TRIED, Instruments, unpaid
+from aropt.pipeline.manager import PASSES, TRIED, Instruments, unpaid
 from aropt.rewriting.contract import Pass, Skips
 from aropt.targets.scratch import Scratch
 

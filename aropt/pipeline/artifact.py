@@ -1,6 +1,6 @@
 """The artifact: a folder with the program, its weights, what the target built, and the evidence (design section 9).
 
-Hashes of all files are in manifest.json. No pickle. How it gets to OUT is in aropt.store.
+Hashes of all files are in manifest.json. No pickle. How it gets to OUT is in aropt.pipeline.store.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from aropt import __version__
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
-from aropt.manifest import listing, write_manifest
-from aropt.reading import load as load  # what is written here is read there
-from aropt.store import staged
+from aropt.pipeline.manifest import listing, write_manifest
+from aropt.pipeline.reading import load as load  # what is written here is read there
+from aropt.pipeline.store import staged
 
 
 def save(program: Program, path: str | Path, force: bool = False) -> None:
@@ -44,7 +44,7 @@ def write(
     for file in extra or []:
         shutil.copy(file, folder / file.name)
     if report:
-        from aropt.report import html, validate
+        from aropt.pipeline.report import html, validate
 
         whole = validate({**report, "artifacts": listing(folder)}).model_dump(mode="json")
         (folder / "report.json").write_text(json.dumps(whole, indent=1))
