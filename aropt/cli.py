@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from aropt.bench import AGAINST
+from aropt.bench.timing import AGAINST
 from aropt.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
 from aropt.pipeline import interrupts
@@ -125,7 +125,8 @@ def optimize(
     verbose: Verbose = 0,
 ) -> None:
     """Optimize a model: derive its cache, fuse, lower, prove equal to eager, time, and write OUT."""
-    from aropt import bench, command
+    from aropt import command
+    from aropt.bench import timing as bench
 
     with Progress() as progress:
         request = command.Request(
@@ -244,7 +245,8 @@ def bench_command(
     verbose: Verbose = 0,
 ) -> None:
     """Time an artifact against others, taking turns, each in a process of its own."""
-    from aropt import bench, generation
+    from aropt import generation
+    from aropt.bench import timing as bench
     from aropt.pipeline.report import table
 
     origin = bench.Origin(model, trust_remote_code, guide)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from aropt import bench, pictures
+from aropt import pictures
 from aropt.asked import check_names, check_paths
+from aropt.bench import timing as bench
+from aropt.bench.window_sweep import curve
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
@@ -27,7 +29,6 @@ from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.manager import Instruments, bisect, pipeline, untold
 from aropt.rewriting.contract import Skips, loops
-from aropt.twins import curve
 from aropt.validate import quality
 from aropt.validate.drift import budget
 

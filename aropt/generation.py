@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aropt import infill, pictures
-from aropt.bench import Origin
+from aropt.bench.timing import Origin
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
 from aropt.ir.program import Program
@@ -137,10 +137,10 @@ def bench(
     """Times an artifact again, against what can be had by default; returns the new measurements as a report's."""
     import torch
 
-    from aropt import bench as timing
+    from aropt.bench import timing
+    from aropt.bench.variants import NEED_MODEL
     from aropt.command import add_roofline, add_timings
     from aropt.pipeline.api import environment
-    from aropt.variants import NEED_MODEL
 
     timing.check(against, origin)
     program = artifact.load(out)

@@ -28,7 +28,7 @@ INT8, PLAIN, BUDGET = "-int8", "-plain", "kl=0.01"
 TEMPERATURE = 1.0  # images are drawn: the same noise for all variants
 PATIENCE = 60.0  # seconds of a process: slow variants are timed less often
 ROUNDS = 2  # processes of each variant, one after the other
-# work -> its rows: (model, variant of aropt.bench); then ratios: (slower, faster, the least that is asked for)
+# work -> its rows: (model, variant of aropt.bench.timing); then ratios: (slower, faster, the least that is asked for)
 WORKS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str, float]]]] = {
     "digits": (
         [("digits-ar", "aropt"), ("digits-shuffle2", "aropt"), ("digits-shuffle4", "aropt"), ("digits-ar", "cached"),
@@ -80,7 +80,7 @@ def main() -> None:
 
 def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
-    from aropt import bench
+    from aropt.bench import timing as bench
     from aropt.loops.runtime import room
     from aropt.pipeline import artifact
     from aropt.pipeline.api import environment

@@ -126,7 +126,7 @@ def whole_loop(artifact: Path, threads: int) -> dict[str, Any]:
 
 def peer(source: Path) -> Path | None:
     """onnxruntime-genai's model of the same directory, if it was built."""
-    from aropt import peers
+    from aropt.bench import peers
 
     home = os.environ.get("AROPT_CACHE") or Path.home() / ".cache" / "aropt"
     found = sorted(Path(home, "peers", peers.digest(source)).glob("ort-genai-*/model.onnx"))
@@ -148,7 +148,7 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from aropt.peers import directory
+    from aropt.bench.peers import directory
     from aropt.pipeline.reading import load
 
     model = (sys.argv[1:] or ["text-ar"])[0]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import aropt as package
-from aropt import peers
+from aropt.bench import peers
 from aropt.generation import beside
 from aropt.ir.program import Program
 from aropt.pipeline import artifact

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import aropt
-from aropt import bench, command
+from aropt import command
+from aropt.bench import timing as bench
 from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import aropt
-from aropt import bench
+from aropt.bench import timing as bench
 from aropt.command import add_roofline
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program

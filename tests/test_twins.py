@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import aropt
+from aropt.bench.window_sweep import curve, windows
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.pipeline.report import html
-from aropt.twins import curve, windows
 
 
 def test_windows_divide_the_image_and_leave_more_than_one() -> None:

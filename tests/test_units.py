@@ -231,7 +231,7 @@ def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Progra
 
 @pytest.mark.exhaustive
 def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
-    from aropt import bench
+    from aropt.bench import timing as bench
     from aropt.command import Request, optimize
 
     out = tmp_path / "out"

@@ -1,6 +1,6 @@
 """Timing programs side by side: each variant in a process of its own, taking turns, medians with spread.
 
-A worker (`python -m aropt.bench SPEC`, or peers.py for other engines) loads one variant, then generates once for each
+A worker (`python -m aropt.bench.timing SPEC`, or peers.py for other engines) loads one variant, then generates once for each
 line it reads, and answers with the milliseconds and the tokens. The parent alternates between the workers, so that
 drifts of the machine hit all alike. A turn is a few generations in a row, as a caller makes them; the one before them,
 which finds caches and clock rates as another program left them, is not counted.
@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt import peers
+from aropt.bench import peers
+from aropt.bench.variants import NEED_MODEL, variant
 from aropt.errors import UsageError
 from aropt.targets import ort_threads
 from aropt.targets.scratch import PLACE, Scratch
-from aropt.variants import NEED_MODEL, variant
 
 AGAINST = {
     "eager": "the model as given: a full forward for each token",
@@ -270,7 +270,7 @@ class Worker:
 def command(spec: Spec) -> list[str]:
     """The worker's command line. Raises UsageError where another engine can't take the model."""
     if spec.variant not in peers.PEERS:
-        return [sys.executable, "-m", "aropt.bench", json.dumps(asdict(spec))]
+        return [sys.executable, "-m", "aropt.bench.timing", json.dumps(asdict(spec))]
     model = peers.directory(spec.origin.model)
     if model is None:
         raise UsageError(what=f"it takes Hugging Face directories, and --model is {spec.origin.model or 'not given'}")
