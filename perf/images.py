@@ -142,7 +142,7 @@ def row(timing: Any, rounds: int) -> dict[str, Any]:
 
 def built(model: str, threads: int) -> Path:
     """The artifact of a model, optimized from scratch."""
-    from aropt.command import Request, optimize
+    from aropt.cli.optimize import Request, optimize
 
     out = ROOT / "build" / "bench" / model
     small, base = model.startswith("digits"), base_of(model)

@@ -45,7 +45,7 @@ def main() -> None:
 
 def built(model: str, out: Path, threads: int, **lossy: Any) -> Path:
     """The artifact, optimized from scratch; large ones are not validated, as that takes longer than the timing."""
-    from aropt.command import Request, optimize
+    from aropt.cli.optimize import Request, optimize
 
     source = str(models.folder(model, ROOT / "build" / "models")) if model in models.SHAPES else model
     say = lambda text: print(f"{out.name}: {text}", file=sys.stderr, flush=True)  # noqa: E731

@@ -71,7 +71,7 @@ def main() -> None:
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt.bench import timing as bench
-    from aropt.command import Request, add_roofline, add_timings, optimize, step_bytes
+    from aropt.cli.optimize import Request, add_roofline, add_timings, optimize, step_bytes
     from aropt.loops.runtime import fitted, room
     from aropt.pipeline import artifact
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from aropt import cli
+from aropt.cli import main as cli
 from aropt.errors import AroptError
 from aropt.pipeline import store
 from aropt.pipeline.manager import PASSES
@@ -39,7 +39,13 @@ COMMANDS = {
     "export --force": ["export", "{artifact}", "-o", "{out}", "--whole-loop", "--force"],
 }
 IMPORTED = [
-    *("aropt.command", "aropt.generation", "aropt.pipeline.report", "aropt.targets.eager", "aropt.targets.onnxruntime"),
+    *(
+        "aropt.cli.optimize",
+        "aropt.cli.run",
+        "aropt.pipeline.report",
+        "aropt.targets.eager",
+        "aropt.targets.onnxruntime",
+    ),
     *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.run_loop", "onnxruntime", "onnxscript"),
     *(f"aropt.passes.{module}" for module in set(PASSES.values())),
 ]

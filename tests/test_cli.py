@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from aropt import cli
+from aropt.cli import main as cli
 
 MODEL = """
 import torch
@@ -276,7 +276,7 @@ def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
     good = f"{folder}/model.py:good"
     refused(aropt("optimize", good, "-o", "/proc/aropt-out", *QUICK), 2, "can't write")
     script = (
-        "import errno, aropt.pipeline.artifact as a, aropt.cli as c, sys\n"
+        "import errno, aropt.pipeline.artifact as a, aropt.cli.main as c, sys\n"
         "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "a.save_file = full\n"
         f"sys.argv = {['aropt', 'optimize', good, '-o', str(tmp_path / 'out'), *QUICK]!r}\n"
@@ -289,7 +289,16 @@ def test_read_only_and_full_disk(folder: Path, tmp_path: Path) -> None:
 
 def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "aropt.cli", "optimize", f"{folder}/model.py:good", "-o", str(tmp_path / "out"), *QUICK],
+        [
+            sys.executable,
+            "-m",
+            "aropt.cli.main",
+            "optimize",
+            f"{folder}/model.py:good",
+            "-o",
+            str(tmp_path / "out"),
+            *QUICK,
+        ],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CI": "1"},
@@ -310,7 +319,7 @@ def test_failed_verification_is_put_aside(folder: Path, tmp_path: Path) -> None:
     """A target that computes something else: exit status 3, OUT.failed with the report, no OUT."""
     out = tmp_path / "out"
     script = (
-        "import torch, aropt.targets.eager as e, aropt.cli as c, sys\n"
+        "import torch, aropt.targets.eager as e, aropt.cli.main as c, sys\n"
         "right = e.InPlace.call\n"
         "def wrong(self, graph, inputs):\n"
         "    found = right(self, graph, inputs)\n"

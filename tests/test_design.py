@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aropt import cli
+from aropt.cli import main as cli
 from aropt.exporters import onnx
 from aropt.loops.given import check
 from aropt.loops.runtime import room

@@ -16,7 +16,7 @@ from PIL import Image
 
 import aropt as package
 from aropt.bench import peers
-from aropt.generation import beside
+from aropt.cli.run import beside
 from aropt.ir.program import Program
 from aropt.pipeline import artifact
 from aropt.pipeline.manifest import foreign
@@ -106,7 +106,7 @@ def test_what_is_for_people_may_be_edited(ids: Path, tmp_path: Path) -> None:
 
 def started(*arguments: object, wait_for: str = "", **more: Any) -> subprocess.Popen[str]:
     """The command line in a process of its own; comes back when stderr has shown `wait_for`."""
-    command = [sys.executable, "-m", "aropt.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "aropt.cli.main", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CI": "1"}, **more)
     assert process.stderr is not None
     next((line for line in process.stderr if wait_for in line), None) if wait_for else None
@@ -134,7 +134,7 @@ def test_nobody_reads(unbuffered: str) -> None:
     """A full disk behind stdout is an error; a reader that has enough is none, nor is a stderr that takes nothing."""
 
     def ends(redirected: str, *command: str) -> tuple[int, str]:
-        shell = f"{sys.executable} -m aropt.cli {' '.join(command)} {redirected}"
+        shell = f"{sys.executable} -m aropt.cli.main {' '.join(command)} {redirected}"
         more = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
         done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, env=more)
         return done.returncode, done.stderr
@@ -157,7 +157,7 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
 
 @pytest.mark.exhaustive
 def test_without_any_stream(model: str, tmp_path: Path) -> None:
-    shell = f"{sys.executable} -m aropt.cli optimize {model} -o {tmp_path}/out {' '.join(QUICK)} >&- 2>&- <&-"
+    shell = f"{sys.executable} -m aropt.cli.main optimize {model} -o {tmp_path}/out {' '.join(QUICK)} >&- 2>&- <&-"
     assert subprocess.run(["sh", "-c", shell], timeout=100).returncode == 0
     assert not foreign(tmp_path / "out") and (tmp_path / "out" / "report.json").is_file()
 

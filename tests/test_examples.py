@@ -16,8 +16,8 @@ import torch
 import typer
 from torch import nn
 
-from aropt import cli
-from aropt.command import check_names
+from aropt.cli import main as cli
+from aropt.cli.optimize import check_names
 from aropt.frontend.sources import findable
 from aropt.models import CHECKPOINTS
 from aropt.pipeline.manager import pipeline
@@ -83,7 +83,7 @@ def test_blocks_are_python() -> None:
 def called(folder: Path, *words: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "aropt.cli", *words], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "aropt.cli.main", *words], cwd=folder, env=environment, capture_output=True, text=True
     )
     print(done.stdout, done.stderr)
     return done.returncode

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import aropt
-from aropt import command
 from aropt.bench import timing as bench
+from aropt.cli import optimize as command
 from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
@@ -135,7 +135,7 @@ def test_a_worker_says_what_ended_it(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
     """Without -n as well: not that it can't generate fewer than no tokens."""
-    from aropt import generation
+    from aropt.cli import run as generation
 
     program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
     assert room(program, [1] * 30) < 0

@@ -370,7 +370,7 @@ def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int],
 def test_defaults_stay_in_the_artifact_and_on_the_command_line(
     llama: Path, written: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aropt.generation import run
+    from aropt.cli.run import run
 
     said(llama, "generation_config.json", eos_token_id=written[5], suppress_tokens=written[:1], max_new_tokens=9)
     program = aropt.optimize(aropt.capture(str(llama)), "eager", check=False)

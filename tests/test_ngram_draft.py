@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aropt
 from aropt.bench import timing as bench
-from aropt.command import add_roofline
+from aropt.cli.optimize import add_roofline
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt import cli, command
+from aropt.cli import main as cli
+from aropt.cli import optimize as command
+from aropt.cli.infill import answers, stops
 from aropt.errors import UsageError
-from aropt.infill import answers, stops
 from aropt.ir.program import Program
 from aropt.pipeline import manager as passmanager
 from aropt.rewriting import contract as passbase

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from aropt import generation
 from aropt.bench import peers, variants
 from aropt.bench import timing as bench
 from aropt.bench.timing import Timing
+from aropt.cli import run as generation
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import aropt
-from aropt.console import show_report
+from aropt.cli.console import show_report
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
@@ -158,7 +158,7 @@ def test_the_report_shows_it(plain: Program, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_file_of_the_command_line(tmp_path: Path) -> None:
-    from aropt.command import Request, captured, find
+    from aropt.cli.optimize import Request, captured, find
 
     file = tmp_path / "task.jsonl"
     file.write_text(json.dumps({"prompt": "def ", "answer": "f(x)"}))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.command import Request, find
+from aropt.cli.optimize import Request, find
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.facts import facts
 from aropt.frontend.huggingface import longest
@@ -171,7 +171,7 @@ def test_flags_of_a_canvas(tmp_path: Path) -> None:
     """They reach the model that is captured."""
     from typer.testing import CliRunner
 
-    from aropt.cli import app
+    from aropt.cli.main import app
 
     (tmp_path / "mine.py").write_text("from tests.test_unmask import tiny\ndef build(): return tiny()")
     source = find(Request(f"{tmp_path}/mine.py:build", tmp_path / "out", mask=3, block=4, shift=True))

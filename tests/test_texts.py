@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from aropt.cli.run import encode, tokenizer
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import model_tokenizer, read_texts
-from aropt.generation import encode, tokenizer
 from aropt.models import CHECKPOINTS
 from tests.test_huggingface import directory, said
 

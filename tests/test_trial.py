@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aropt
-from aropt.command import prompts
+from aropt.cli.optimize import prompts
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft

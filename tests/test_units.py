@@ -232,7 +232,7 @@ def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Progra
 @pytest.mark.exhaustive
 def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
     from aropt.bench import timing as bench
-    from aropt.command import Request, optimize
+    from aropt.cli.optimize import Request, optimize
 
     out = tmp_path / "out"
     optimize(Request(f"{__file__}:Windows", out, target="eager", runs=0, check=False))

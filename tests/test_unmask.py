@@ -341,7 +341,7 @@ def test_passes_fuse_the_round(quota: Program) -> None:
 
 
 def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aropt.command import Request, find
+    from aropt.cli.optimize import Request, find
 
     (tmp_path / "text-mdlm").mkdir()
     monkeypatch.chdir(tmp_path)

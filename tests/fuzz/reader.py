@@ -43,7 +43,7 @@ class Outcome:
 
 def generated(out: Path) -> list[Any]:
     """What the artifact generates, greedily and drawn."""
-    from aropt.generation import tokenizer
+    from aropt.cli.run import tokenizer
 
     program = aropt.load(out)
     tokenizer(out)

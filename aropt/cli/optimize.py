@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from aropt import pictures
-from aropt.asked import check_names, check_paths
 from aropt.bench import timing as bench
 from aropt.bench.window_sweep import curve
+from aropt.cli import pictures
+from aropt.cli.asked import check_names, check_paths
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve

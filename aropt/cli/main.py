@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from aropt.bench.timing import AGAINST
-from aropt.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
+from aropt.cli.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
 from aropt.pipeline import interrupts
 from aropt.targets import ort_threads
@@ -125,8 +125,8 @@ def optimize(
     verbose: Verbose = 0,
 ) -> None:
     """Optimize a model: derive its cache, fuse, lower, prove equal to eager, time, and write OUT."""
-    from aropt import command
     from aropt.bench import timing as bench
+    from aropt.cli import optimize as command
 
     with Progress() as progress:
         request = command.Request(
@@ -214,7 +214,7 @@ def run(
     verbose: Verbose = 0,
 ) -> None:
     """Generate with an artifact."""
-    from aropt import generation
+    from aropt.cli import run as generation
 
     params = {k: v for k, v in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if v is not None}
     for pair in param or []:
@@ -245,8 +245,8 @@ def bench_command(
     verbose: Verbose = 0,
 ) -> None:
     """Time an artifact against others, taking turns, each in a process of its own."""
-    from aropt import generation
     from aropt.bench import timing as bench
+    from aropt.cli import run as generation
     from aropt.pipeline.report import table
 
     origin = bench.Origin(model, trust_remote_code, guide)
@@ -273,7 +273,7 @@ def export(
     verbose: Verbose = 0,
 ) -> None:
     """Write an artifact's graphs as ONNX files with a loop.json that says how to run them, or all as one model."""
-    from aropt import generation
+    from aropt.cli import run as generation
 
     folder = folder or generation.beside(out, f"-{to}")
     with Progress() as progress:
@@ -297,7 +297,7 @@ def inspect(
     verbose: Verbose = 0,
 ) -> None:
     """Print the program of a model or of an artifact."""
-    from aropt import generation
+    from aropt.cli import run as generation
 
     print(generation.inspect(model, graph, fold, capacity, trust_remote_code, as_json))
 
@@ -357,7 +357,7 @@ def passes(as_json: Json = False, verbose: Verbose = 0) -> None:
 @app.command()
 def doctor(as_json: Json = False, verbose: Verbose = 0) -> None:
     """Say what this machine can build and run."""
-    from aropt import generation
+    from aropt.cli import run as generation
 
     found = generation.doctor()
     print(json.dumps(found, indent=1) if as_json else "\n".join(f"{k:<14} {v}" for k, v in found.items()))

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt import infill, pictures
 from aropt.bench.timing import Origin
+from aropt.cli import infill, pictures
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
 from aropt.ir.program import Program
@@ -35,7 +35,7 @@ def run(
 ) -> dict[str, Any]:
     """Generates with an artifact: {tokens, text or image, prompts}. `force` overwrites whatever is at `image`.
 
-    `stop`: ids, or texts of one id. `fill`: answers with blanks in them (see aropt.infill).
+    `stop`: ids, or texts of one id. `fill`: answers with blanks in them (see aropt.cli.infill).
     """
     program, coder = artifact.load(out, target), tokenizer(out)
     check_parameters(program, params)
@@ -139,7 +139,7 @@ def bench(
 
     from aropt.bench import timing
     from aropt.bench.variants import NEED_MODEL
-    from aropt.command import add_roofline, add_timings
+    from aropt.cli.optimize import add_roofline, add_timings
     from aropt.pipeline.api import environment
 
     timing.check(against, origin)
