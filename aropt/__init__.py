@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 __all__ = ["Program", "capture", "load", "optimize", "own_process"]
 
 _HOMES = {
-    "capture": "aropt.pipeline.api", "optimize": "aropt.pipeline.api", "load": "aropt.pipeline.reading", "Program": "aropt.ir.program",
-    "own_process": "aropt.targets.ort_threads",
+    "capture": "aropt.pipeline.api", "optimize": "aropt.pipeline.api", "load": "aropt.pipeline.reading",
+    "Program": "aropt.ir.program", "own_process": "aropt.targets.ort_threads",
 }  # fmt: skip
 
 

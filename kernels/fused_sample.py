@@ -11,7 +11,7 @@
   int64 []. Without a seed the result is the largest logit's id, and those four must be None.
 * result int64 [B, W].
 
-The rules are those of aropt/loops/rules.py in its order, with its ties: top-k keeps what equals the last logit kept, top-p
+The rules are those of loops/rules.py in its order, with its ties: top-k keeps what equals the last logit kept, top-p
 the lowest ids of these, the lowest of ids with equal scores is taken. Where all logits are -inf that is id 0, a NaN
 gives any id. A top-k above V keeps all, a temperature below 1e-6 counts as 1e-6. What callers should not ask for (such
 as a bias that leaves no id) is refused where values are given: `aropt.loops.given.check_parameters`.

@@ -18,7 +18,7 @@ any k and of k for any pair. Rows absorb seed, stream and position as k and mix 
 end in a pair of words, cheap because they are as small as [B] and [n] (and backends fold the columns into a constant).
 Only the last three steps, which join row and column, run on [B, n]: a multiply-add hash and two squarings. As a
 polynomial modulo p the result has degree 64 in position, 128 in stream and more in the index, so that no short linear
-relation links neighbours. Checked by the statistics in tests/test_noise.py. It is not cryptographic.
+relation links neighbours. Checked by the statistics in tests/kernels/test_noise.py. It is not cryptographic.
 
 After Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for the counter-based scheme.
 """

@@ -1,7 +1,7 @@
 """fuse-canvas: rotary embedding, cache update and attention of chosen rows of a canvas become one op.
 
 `aropt::canvas_attention` is what ONNX Runtime has kernels for (RotaryEmbedding, MultiHeadAttention). Attention is
-recognised by what it computes (`aropt/rewriting/attention.py`); a graph with an attention that is anything else stays as it is.
+recognised by what it computes (`aropt/rewriting/attention.py`); a graph with any other attention stays as it is.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `aropt::fused_sample` has a kernel for GPUs, which reads the logits once and sorts nothing; other targets run its
 definition, so that the pass gains nothing there and has to be asked for. A rule's graph is replaced where it is node by
-node what `aropt.loops.rules` as shipped makes of the program's rules: one that is redefined, registered or moved to another
-place in their order is left alone.
+node what `aropt.loops.rules` as shipped makes of the program's rules: one that is redefined, registered or moved to
+another place in their order is left alone.
 """
 
 from __future__ import annotations

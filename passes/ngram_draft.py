@@ -8,7 +8,7 @@ them.
 
 It is for one sequence at a time, greedy: others run as before. The prompt is a round of the plain step, and so are the
 last rounds, where fewer ids are left than a round may write. A round of five rows costs more than one of one row: it
-pays where text repeats itself or its prompt, so it is tried on the model's own prompts first (`aropt.pipeline.autotune`).
+pays where text repeats itself or its prompt, so it is tried on the model's own prompts first (`pipeline.autotune`).
 """
 
 from __future__ import annotations

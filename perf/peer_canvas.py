@@ -8,7 +8,7 @@ needs no aropt. The peer's code is run from a checkout (NVlabs/Fast-dLLM at 24cc
         "cache": "dual", "threads": 1}'
 
 `config` has the names of LLaDA's config.json (see perf/llada.py). Without `threshold`, `steps` rounds write equal
-shares of the answer. It answers as the workers of `aropt.bench.timing` do, in JSON lines: {"ready", "version"} after one
+shares of the answer. It answers as the workers of `bench.timing` do, in JSON lines: {"ready", "version"} after one
 warm-up, then for each line that it reads {"ms", "first", "tokens", "nfe"}: `nfe` counts forwards, `first` is when the
 ids of the first round were written. Where it can't: {"missing": packages}, or {"error": text}.
 

@@ -4,8 +4,8 @@ Run as a script by any Python that has the engine; it needs no aropt: the top le
 
     python peers.py '{"variant": "ort-genai", "model": "HF_DIRECTORY", "prompt": [1, 2], "n": 10, "threads": 2}'
 
-It answers as a worker of `aropt.bench.timing` does, in JSON lines: {"ready", "version"} after one warm-up, then for each line
-that it reads {"ms", "first", "tokens"}. Where it can't: {"missing": packages to install}, or {"error": text}.
+It answers as a worker of `aropt.bench.timing` does, in JSON lines: {"ready", "version"} after one warm-up, then for
+each line that it reads {"ms", "first", "tokens"}. Where it can't: {"missing": packages to install}, or {"error": text}.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Timing programs side by side: each variant in a process of its own, taking turns, medians with spread.
 
-A worker (`python -m aropt.bench.timing SPEC`, or peers.py for other engines) loads one variant, then generates once for each
-line it reads, and answers with the milliseconds and the tokens. The parent alternates between the workers, so that
+A worker (`python -m aropt.bench.timing SPEC`, or peers.py for other engines) loads one variant, then generates once for
+each line it reads, and answers with the milliseconds and the tokens. The parent alternates between the workers, so that
 drifts of the machine hit all alike. A turn is a few generations in a row, as a caller makes them; the one before them,
 which finds caches and clock rates as another program left them, is not counted.
 """

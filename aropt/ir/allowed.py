@@ -1,8 +1,8 @@
 """The ATen ops that programs may hold, by name: functions of their arguments that check these, and nothing else.
 
 A program may come from anyone, and torch has pure ops that return what was in memory before (`empty`), read or write
-beyond a tensor's end, or read files. So ops are named one by one. `aropt.ir.verify.op_problem` asks this list at capture
-too: what can be captured can be read again.
+beyond a tensor's end, or read files. So ops are named one by one. `aropt.ir.verify.op_problem` asks this list at
+capture too: what can be captured can be read again.
 """
 
 from __future__ import annotations

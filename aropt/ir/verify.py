@@ -1,6 +1,6 @@
 """The verifier: whether a program is well-formed, checked after each pass.
 
-Graphs have pure, known ops, and shapes that fake propagation reproduces; `aropt.ir.verify_control` has the rules for the control.
+Graphs have pure, known ops, and shapes that fake propagation reproduces; `verify_control` has the control's rules.
 Each rule has an id, which the error names.
 """
 

@@ -8,7 +8,7 @@
     every     the logits of all rows                        accept    which rows count; what the next round reads
     resume    what a plain round reads                      together  the rows of all rounds, in order
 
-There is one sequence, B = 1; a row is an id, or a window of W (`row`, see aropt.ir.units). All values have the same sizes
+There is one sequence, B = 1; a row is an id, or a window of W (`row`, see ir/units.py). All values have the same sizes
 in every round: `window` int64 [B, J, (W)] holds a round's new rows, -1 after them; `history` int64 [B, C] the latest C
 ids, the newest first, -1 after them. A round is short, so the number of nodes counts: a first row that does not hold is
 found by `argmin`, not by sums.

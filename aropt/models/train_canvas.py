@@ -75,7 +75,7 @@ def measure(model: CanvasLM, limit: int = MEASURED) -> dict[str, Any]:
 
 
 def infilling() -> list[str]:
-    """Lines of `aropt.validate.quality`: windows of held-out text, evenly spread, every other span of the answer to be found."""
+    """Lines of `validate.quality`: windows of held-out text, evenly spread, every other span to be found."""
     ids, size = text.stream(text.split()[1]), PROMPT + ANSWER
     spans = [[i, i + SPAN] for i in range(0, ANSWER, 2 * SPAN)]
     lines: list[str] = []

@@ -59,10 +59,10 @@ def capture(
     `model`: a reference model's name, a Hugging Face directory, "file.py:factory", a .pt2, or an nn.Module with
     forward(ids int64[B, T]) -> logits[B, T, V] (alone, first in a tuple, or as "logits"). A module is copied and
     computes in float32, so that the program owns its weights. `loop`: "positions" (one token after the other) or
-    "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.loops.rules, or from aropt.loops.unmask.commit
-    for a canvas. `guide`: a model of one token after the other that judges what a canvas's rounds would write (see
-    aropt.loops.unmask.ar_verifier). `meta` overrides what is known of the model (vocab, input_vocab, null, mask, block, prompts,
-    examples (see aropt.validate.quality), name).
+    "unmask" (a canvas, by default for models with a mask id). `rules`: names from aropt.loops.rules, or from
+    aropt.loops.unmask.commit for a canvas. `guide`: a model of one token after the other that judges what a canvas's
+    rounds would write (see aropt.loops.unmask.ar_verifier). `meta` overrides what is known of the model (vocab,
+    input_vocab, null, mask, block, prompts, examples (see aropt.validate.quality), name).
     Raises Unsupported, UsageError.
     """
     if isinstance(model, nn.Module):
@@ -152,8 +152,8 @@ def optimize(
 ) -> Program:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
-    Lossy passes spend from `budget` ({metric: bound}, see `aropt.validate.drift`), measured against `program`; the result
-    is then validated against the reference interpreter's run of what they made.
+    Lossy passes spend from `budget` ({metric: bound}, see `aropt.validate.drift`), measured against `program`; the
+    result is then validated against the reference interpreter's run of what they made.
 
     `folder` keeps what the target builds. The report (passes, verification) is in `.report`. With `check=False` nothing
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds

@@ -190,7 +190,7 @@ class Calls(Strict):
 
 
 class Drift(Strict):
-    """What lossy passes changed, measured on the lowered program (see aropt.validate.drift). `steps`: [KL, top-1] a round."""
+    """What lossy passes changed, measured on the lowered program (see validate.drift). `steps`: [KL, top-1] a round."""
 
     kl: Number
     kl_max: Number

@@ -1,4 +1,4 @@
-"""A forward in the form that `restrict` takes: with steady biases (aropt.restrict.shift), memories apart (aropt.restrict.memory)."""
+"""A forward in the form that `restrict` takes: with steady biases (see shift.py), memories apart (see memory.py)."""
 
 from __future__ import annotations
 

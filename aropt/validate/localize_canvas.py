@@ -1,4 +1,4 @@
-"""Localisation in unmasking programs: the first op of the forward that differs, round by round (see aropt.validate.localize).
+"""Localisation in unmasking programs: the first op of the forward that differs, round by round (see localize.py).
 
 The candidate generates, run eagerly. The reference's control runs on the same canvases (`validate_canvas.Forced`), and
 nodes with the same origin are compared in the rows that the round computed. Other rows are left out: what is stored of

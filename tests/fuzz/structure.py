@@ -44,7 +44,7 @@ def artifacts(folder: Path) -> dict[str, Path]:
 
 
 def canvas() -> Program:
-    from tests.test_unmask import tiny
+    from tests.loops.test_unmask import tiny
 
     program = aropt.capture(tiny(), mask=259, capacity=16)
     for name in PIPELINE:

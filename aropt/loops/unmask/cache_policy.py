@@ -4,7 +4,7 @@ A policy is a function from what a round may look at (`Look`) to bool [B, T], th
 a plain unmasking program into one that computes those rows alone:
 
     rows    due -> slots [B, N], the ids and positions there; N is what the fullest sequence of the batch needs
-    step    the forward restricted to them (`aropt.restrict.rewrite`): it stores their keys and values, and sees all slots
+    step    the forward restricted to them (`restrict.rewrite`): it stores their keys and values, and sees all slots
     place   what they predict, in its places on the canvas
 
 Sequences that need fewer rows compute some that nobody sees: they go to slot T, whose position is -1. So each sequence

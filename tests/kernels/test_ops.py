@@ -1,0 +1,253 @@
+"""What holds for every op of aropt. An op listed in `aropt.ir.ops.NAMES` gets all of these tests."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import library
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from aropt.ir import opdef, ops
+from aropt.ir.opdef import OpDef
+
+ROOT = Path(__file__).parents[2]
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+every_op = pytest.mark.parametrize("op", ops.load_all().values(), ids=lambda op: op.name)
+
+
+def examples(count: int) -> Any:
+    """Settings for slow properties: the same `count` examples each time."""
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet, print_blob=True
+    )
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def assert_matches(op: OpDef, got: Any, want: Any) -> None:
+    """Equality within the op's tolerance; bit for bit where it states none."""
+    assert len(tensors(got)) == len(tensors(want))
+    for g, w in zip(tensors(got), tensors(want)):
+        rtol, atol = op.tolerance.get(w.dtype, (0.0, 0.0))
+        torch.testing.assert_close(g.cpu(), w.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+class Call(torch.nn.Module):
+    """The op as a model of its tensor arguments, the others held; `constant`: those that the op wants held, too."""
+
+    def __init__(self, op: OpDef, args: tuple[Any, ...], constant: bool = False) -> None:
+        super().__init__()
+        self.overload, self.args = op.overload, args
+        self.held = set(op.held) if constant else set()
+        self.names = [argument.name for argument in op.overload._schema.arguments]
+
+    def forward(self, *given: torch.Tensor) -> Any:
+        rest, named = iter(given), zip(self.names, self.args)
+        return self.overload(*(next(rest) if varies(arg) and n not in self.held else arg for n, arg in named))
+
+
+def varies(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor)
+
+
+def free(op: OpDef, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors that a translation takes as inputs."""
+    names = [argument.name for argument in op.overload._schema.arguments]
+    return [arg for name, arg in zip(names, args) if varies(arg) and name not in op.held]
+
+
+def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    return (arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+def sizable(op: OpDef) -> Any:
+    """Samples without sizes 0 and 1, which export and compilation would make constants."""
+    return op.samples().filter(lambda args: all(size > 1 for tensor in free(op, args) for size in tensor.shape))
+
+
+def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
+    """Every size of every tensor as a symbol, but those that the op takes as constants."""
+    names = [argument.name for argument in op.overload._schema.arguments]
+    given = [(name, arg) for name, arg in zip(names, args) if varies(arg) and name not in op.held]
+    auto = torch.export.Dim.AUTO
+    return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
+
+
+def test_every_file_is_listed() -> None:
+    assert {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")} == set(ops.NAMES)
+    assert all(name == op.name for name, op in ops.load_all().items())
+
+
+def test_an_op_is_defined_once() -> None:
+    op = ops.load(ops.NAMES[0])
+    opdef.register(op)
+    with pytest.raises(ValueError, match="twice"):
+        opdef.register(OpDef(op.name, op.schema, op.reference, op.fake, op.cost, op.samples))
+
+
+@every_op
+@examples(10)
+@given(data=st.data())
+def test_registration(op: OpDef, data: st.DataObject) -> None:
+    """Schema, fake and tracing, by torch's own checks."""
+    library.opcheck(op.overload, data.draw(op.samples()))
+
+
+@every_op
+@examples(30)
+@given(data=st.data())
+def test_reference(op: OpDef, data: st.DataObject) -> None:
+    """Pure, and of the shape, dtype and strides that the fake promises; its cost is sane."""
+    args = data.draw(op.samples())
+    want = op.reference(*args)
+    for again in (op.reference(*args), op.overload(*args)):
+        torch.testing.assert_close(again, want, rtol=0, atol=0, equal_nan=True)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        promised = op.overload(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+    for fake, real in zip(tensors(promised), tensors(want), strict=True):
+        if op.own_size:
+            assert (fake.dim(), fake.dtype) == (real.dim(), real.dtype)
+        else:
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    flops, size = op.cost(*args)
+    assert flops >= 0 and size >= sum(real.nbytes for real in tensors(want))
+
+
+@every_op
+@examples(10)
+@given(data=st.data())
+def test_overwrite(op: OpDef, data: st.DataObject) -> None:
+    """In place it computes the same, in the buffers that it says."""
+    if op.overwrite is None:
+        pytest.skip("not an op that updates something")
+    args = data.draw(op.samples())
+    want = op.reference(*args)
+    given = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    got = op.overwrite(*given)
+    assert_matches(op, got, want)
+    names = [argument.name for argument in op.overload._schema.arguments]
+    for index, name in op.in_place.items():
+        assert list(tensors(got))[index].data_ptr() == given[names.index(name)].data_ptr()
+
+
+@every_op
+@examples(5)
+@given(data=st.data())
+def test_decomposition(op: OpDef, data: st.DataObject) -> None:
+    """`ops.decompositions` replaces the op by plain ones without a change of result."""
+    if op.own_size:
+        pytest.skip("compilers leave it whole")
+    args = data.draw(op.samples())
+    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*only(args))
+    assert op.overload not in {node.target for node in traced.graph.nodes}
+    assert_matches(op, traced(*only(args)), op.reference(*args))
+
+
+@every_op
+@examples(1)
+@given(data=st.data())
+def test_inductor(op: OpDef, data: st.DataObject) -> None:
+    """Inductor on the decomposition, in reasonable time: an op may expand exponentially as it inlines operands."""
+    if op.own_size:
+        pytest.skip("compilers leave it whole")
+    args = data.draw(sizable(op))
+    traced = make_fx(Call(op, args), decomposition_table=ops.decompositions())(*only(args))
+    began = time.process_time()
+    assert_matches(op, torch.compile(traced)(*only(args)), op.reference(*args))
+    assert time.process_time() - began < 60
+
+
+@every_op
+@pytest.mark.parametrize("contrib", [False, True])
+@examples(4)
+@given(data=st.data())
+def test_onnx(op: OpDef, contrib: bool, data: st.DataObject) -> None:
+    """ONNX Runtime on the translation, exported once with symbolic sizes and run on other sizes."""
+    pytest.importorskip("onnxscript", reason="needs aropt[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
+    if (op.contrib if contrib else op.onnx) is None:
+        pytest.skip("no such translation")
+    args = data.draw(sizable(op))
+    model = torch.onnx.export(
+        Call(op, args, constant=True).eval(),
+        tuple(free(op, args)),
+        dynamo=True,
+        dynamic_shapes=(symbolic(op, args),),
+        custom_translation_table=ops.translation_table(contrib),
+        verbose=False,
+    ).model_proto
+    assert contrib or {node.domain for node in model.graph.node} == {""}, "standard ops only"
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for _ in range(5):
+        inputs = zip(session.get_inputs(), free(op, args), strict=True)
+        feeds = {spec.name: tensor.numpy() for spec, tensor in inputs}
+        got = [torch.from_numpy(array) for array in session.run(None, feeds)]
+        assert_matches(op, got, op.reference(*args))
+        args = data.draw(op.samples(args))
+
+
+@every_op
+@examples(30)
+@given(data=st.data())
+def test_kernel(op: OpDef, data: st.DataObject) -> None:
+    """The Triton kernel, on a GPU or in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    if not (INTERPRET or torch.cuda.is_available()):
+        pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
+    if op.launch is None:
+        pytest.skip("no Triton kernel")
+    args = data.draw(op.samples())
+    if not INTERPRET:
+        args = tuple(arg.cuda() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    if op.supports(*args) is None:
+        assert_matches(op, op.launch(*args), op.reference(*args))
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs itself")
+def test_kernels_in_the_interpreter() -> None:
+    """`test_kernel` in a process of its own: Triton decides when it's imported whether to compile or to interpret."""
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_kernel"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@every_op
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_ahead_of_time(op: OpDef, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compile for GPUs that aren't there, keep all values in registers and use the instructions meant."""
+    triton = pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not op.aot():
+        pytest.skip("nothing to compile")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for number, variant in enumerate(op.aot()):
+        source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants))
+        options = {"num_warps": variant.num_warps}
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        cubin = tmp_path / f"{op.name}-{number}.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        print(f"sm_{arch} {variant.kernel.__name__}: {used}")
+        assert used.pop("REG") < 255 and used == {"STACK": 0, "LOCAL": 0}, usage
+        assert all(text in built.asm["ptx"] for text in variant.expects.get(arch, ()))

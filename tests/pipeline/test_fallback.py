@@ -1,0 +1,145 @@
+"""What is optional may fail: the whole loop in one call. And example prompts that leave no room for new tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aropt
+from aropt.bench import timing as bench
+from aropt.cli import optimize as command
+from aropt.errors import MissingTool, UsageError
+from aropt.frontend.facts import Source
+from aropt.ir.interpreter import Eager
+from aropt.ir.program import Program
+from aropt.loops.runtime import fitted, room
+from aropt.targets import run_loop, whole
+from tests.conftest import Tiny, make_program
+from tests.loops.test_unmask import tiny
+
+
+class Stub(Eager):
+    """An executor that has what `pick` asks for."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        super().__init__(program)
+        self.folder, self.threads, self.whole, self.rounds = folder, 1, "something", {"step": folder}
+        self.sessions: dict[str, Any] = {}
+
+    def like(self, several: dict[str, Path], one: Any) -> Stub:
+        other = Stub(self.program, self.folder)
+        other.rounds, other.whole = several, one
+        return other
+
+    def generate(self, inputs: Any) -> Any:
+        return super().generate(inputs) if self.whole is None else self.whole.generate(inputs)
+
+    def translated(self, name: str) -> None:
+        return None
+
+
+class Fail(Exception):
+    """As ONNX Runtime's: no RuntimeError."""
+
+
+ERRORS = [Fail("bad\nmodel"), MissingTool("no tool"), UsageError("no room"), KeyError()]
+EVERY = [(where, error) for where in ("export", "compare", "run") for error in ERRORS]
+SPREAD = [pytest.param(*both, marks=[pytest.mark.exhaustive] * (i % 5 > 0)) for i, both in enumerate(EVERY)]
+
+
+@pytest.mark.parametrize(("where", "error"), SPREAD)
+def test_stepping_where_one_call_fails(
+    error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    def writes(_: object, path: Path, **__: object) -> None:
+        path.parent.mkdir(parents=True)
+        path.write_text("model")
+        if where == "export":
+            fails()
+
+    monkeypatch.setattr("aropt.exporters.whole_loop.export_program", writes)
+    monkeypatch.setattr(run_loop, "compare", fails if where == "compare" else lambda *_: {})
+    monkeypatch.setattr(whole.Whole, "generate", fails)
+    program = make_program(1)
+    program = program.replace(meta={**program.meta, "prompts": [[1]]})
+    executor = Stub(program, tmp_path)
+    found = whole.pick(program, executor)
+    reason = (str(error).splitlines() or ["KeyError"])[0]
+    assert found["picked"] == "stepping" and found["reason"].endswith(f"one call: {reason}") and not found["graphs"]
+    assert executor.whole is None and not executor.rounds and not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(("longer", "picked"), [(1.2, "stepping"), (0.9, "one call")])
+def test_one_call_must_win_with_longer_answers_too(
+    longer: float, picked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies caches, which grow."""
+    program = make_program(1)
+    program = program.replace(meta={**program.meta, "prompts": [[1]], "capacity": 100})
+    executor, lengths = Stub(program, tmp_path), []
+
+    def timed(_: object, ways: dict[str, Any], prompts: object, n: int, *turns: int) -> dict[str, float]:
+        lengths.append(n)
+        return {way: 1.0 if way == "stepping" else 0.8 if n <= 64 else longer for way in ways}
+
+    monkeypatch.setattr(whole, "several", lambda *_: 1 / 0)
+    monkeypatch.setattr(whole, "one_call", lambda *_: (executor.like({}, None), {}))
+    monkeypatch.setattr(whole, "timed", timed)
+    found = whole.pick(program, executor)
+    assert (found["picked"], found["tokens"]) == (picked, 100) and lengths[-2:] == [64, 100]
+
+
+@pytest.mark.parametrize(("prompt", "kept"), [(3, 3), (7, 7), (8, 4), (30, 4)])
+def test_a_prompt_is_cut_only_where_nothing_fits(prompt: int, kept: int) -> None:
+    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * prompt])
+    assert len(fitted(program, program.meta["prompts"][0])) == kept
+
+
+@pytest.mark.parametrize("mask", [259, None])
+def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples and timing are of prompts that fit."""
+    model: Any = Tiny(1) if mask is None else tiny()
+    program = aropt.capture(model, mask=mask, capacity=8, prompts=[[1] * 30], modality="tokens")
+    (sample,) = command.samples(program, program, Source(model, program.meta))
+    assert sample["same"] and len(sample["after"].split()) == 8 + (mask is None)
+    seen: list[Any] = []
+
+    def measure(
+        out: Path, variants: list[str], prompt: list[int], n: int, *_: object, **__: object
+    ) -> dict[str, bench.Timing]:
+        seen.append((len(prompt), n))
+        return {v: bench.Timing(v, error="none") for v in variants}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    request = command.Request("x", Path("out"), against=[])
+    command.timed({"target": "eager"}, Path("out"), program, Source(model, program.meta), request, 1)
+    assert seen == [(4, 4 + (mask is None))]
+
+
+def test_a_worker_says_what_ended_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    def fails(_: bench.Spec) -> None:
+        raise Fail("bad model")
+
+    monkeypatch.setattr(bench, "variant", fails)
+    bench.main(json.dumps(asdict(bench.Spec("aropt", "out", [1], 2, 1))))
+    assert json.loads(capsys.readouterr().out) == {"error": "bad model"}
+
+
+def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
+    """Without -n as well: not that it can't generate fewer than no tokens."""
+    from aropt.cli import run as generation
+
+    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
+    assert room(program, [1] * 30) < 0
+    program.save(str(tmp_path / "out"))
+    assert len(generation.run(tmp_path / "out", None, None, {}, 0, None, None, "eager")["tokens"][0]) == 4
+    with pytest.raises(UsageError, match="prompt of 9 tokens and 1 new ones don't fit"):
+        generation.run(tmp_path / "out", ["1 1 1 1 1 1 1 1 1"], None, {}, 0, None, None, "eager")
