@@ -43,10 +43,11 @@ def staged(out: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path
         sweep(out)
         folder = partial(out, os.getpid())
         folder.mkdir()
+        record(lock, "made")
         yield folder
         seal(folder)
         with held():
-            record(lock, sealed=True)
+            record(lock, "sealed")
             put_in_place(folder, out, force)
             remove_failed(failed(out))  # it is of an earlier run
 
@@ -222,7 +223,7 @@ def locked(out: Path, tries: int = 10) -> Iterator[int]:
             take(lock, file, out, tries)
             if file.exists() and os.path.samestat(os.fstat(lock), os.lstat(file)):  # else its owner just removed it
                 recover(out, journal(lock))
-                record(lock, sealed=False)
+                record(lock, "begun")
                 try:
                     yield lock
                 finally:
@@ -251,9 +252,9 @@ def take(lock: int, file: Path, out: Path, tries: int) -> None:
     )
 
 
-def record(lock: int, sealed: bool) -> None:
-    """Says who writes, and whether all is written; in one go, so that it is there whole."""
-    text = json.dumps({"tool": "aropt", "pid": os.getpid(), "sealed": sealed})
+def record(lock: int, stage: str) -> None:
+    """Says who writes, and how far it is ("begun", "made", "sealed"); in one go, so that it is there whole."""
+    text = json.dumps({"tool": "aropt", "pid": os.getpid(), "stage": stage})
     os.pwrite(lock, text.ljust(100).encode(), 0)
 
 
@@ -267,7 +268,11 @@ def journal(lock: int) -> dict[str, Any]:
 
 
 def recover(out: Path, last: dict[str, Any]) -> None:
-    """Puts back or removes what a process left that died with the lock. (`last` is what its file says.)"""
+    """Puts back or removes what a process left that died with the lock. (`last` is what its file says.)
+
+    Only at the stage "made" is the partial folder its own, whatever it holds. Before, someone else may have the name;
+    after, it may be what was in the other's place: `remove` takes it where it is empty or proven to be aropt's.
+    """
     if not last:
         return
     left = partial(out, last["pid"])
@@ -275,9 +280,9 @@ def recover(out: Path, last: dict[str, Any]) -> None:
     if os.path.lexists(old) and not os.path.lexists(out):
         rename(old, out, NO_REPLACE)
     remove(old)
-    if last.get("sealed") is False and left.is_dir() and not left.is_symlink():
+    if last.get("stage") == "made" and left.is_dir() and not left.is_symlink():
         shutil.rmtree(left, ignore_errors=True)
-    else:  # it may be what was in the other's place
+    else:
         remove(left)
 
 

@@ -239,15 +239,46 @@ def test_folders_as_deep_as_they_can_be(tmp_path: Path) -> None:
             folder.rmdir()
 
 
-@pytest.mark.parametrize("sealed", [False, True])
-def test_what_is_left_beside_others_goes_too(tmp_path: Path, sealed: bool) -> None:
-    """What is not finished wholly; what is, where its manifest proves it: it may be what was replaced."""
-    for name in ("a", "b"):
-        left = make(tmp_path / f".{name}.7.partial")
-        store.lock_file(tmp_path / name).write_text(json.dumps({"tool": "aropt", "pid": 7, "sealed": sealed}))
-    (left / "thesis.txt").write_text("years of work")
+@pytest.mark.parametrize("stage", ["begun", "made", "sealed"])
+def test_what_is_left_beside_others_goes_too(tmp_path: Path, stage: str) -> None:
+    """What its process made goes wholly; before and after, what is empty or proven: it may be another's."""
+    (tmp_path / ".empty.7.partial").mkdir()
+    make(tmp_path / ".proven.7.partial")
+    theirs = make(tmp_path / ".unproven.7.partial")
+    (theirs / "thesis.txt").write_text("years of work")
+    for name in ("empty", "proven", "unproven"):
+        store.lock_file(tmp_path / name).write_text(json.dumps({"tool": "aropt", "pid": 7, "stage": stage}))
+    before = holds(theirs)
     written(tmp_path / "out", "one")
-    assert sorted(os.listdir(tmp_path)) == ([".b.7.partial", "out"] if sealed else ["out"])
+    assert sorted(os.listdir(tmp_path)) == (["out"] if stage == "made" else [".unproven.7.partial", "out"])
+    assert holds(theirs) == ({} if stage == "made" else before)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_foreign_folder_of_the_name_that_is_written_to_stays(tmp_path: Path, force: bool) -> None:
+    """What the lock's file says at the end is not that this process made it."""
+    out = tmp_path / "out"
+    theirs = store.partial(out, os.getpid())
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        written(out, "one", force)
+    assert holds(theirs) == {"thesis.txt": "years of work"} and os.listdir(tmp_path) == [theirs.name]
+
+
+def test_the_journal_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time in one write of the same size."""
+    out, write = tmp_path / "out", os.pwrite
+    seen: list[tuple[str, bool, bool, int, int]] = []
+
+    def look(lock: int, text: bytes, offset: int) -> int:
+        there = store.partial(out, os.getpid()).is_dir(), out.is_dir()
+        seen.append((json.loads(text)["stage"], *there, len(text), offset))
+        return write(lock, text, offset)
+
+    monkeypatch.setattr(os, "pwrite", look)
+    written(out, "one")
+    assert seen == [("begun", False, False, 100, 0), ("made", True, False, 100, 0), ("sealed", True, False, 100, 0)]
 
 
 KILLED = """
