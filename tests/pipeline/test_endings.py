@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +201,128 @@ def test_a_kill_takes_the_children_along(tmp_path: Path, monkeypatch: pytest.Mon
     sweep_scratch.cache_clear()
     Scratch().cleanup()
     assert sorted(os.listdir(tmp_path)) == ["aropt-mine", "aropt-theirs", "elsewhere"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made, here and in what is started."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    sweep_scratch.cache_clear()
+    return tmp_path
+
+
+DIES = """
+import fcntl, os, signal, sys, tempfile
+from aropt.scratch import Scratch
+
+def die(*given, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def then_die(module, name):
+    call = getattr(module, name)
+    setattr(module, name, lambda *given, **more: die(call(*given, **more)))
+
+if sys.argv[1] == "it is made":
+    then_die(tempfile, "mkdtemp")
+elif sys.argv[1] == "it is marked":
+    fcntl.flock = die
+else:
+    then_die(fcntl, "flock")
+Scratch()
+"""
+
+
+@pytest.mark.parametrize("when", ["it is made", "it is marked", "it is locked"])
+def test_what_a_kill_leaves_of_a_folder_being_made_is_swept(temporary: Path, when: str) -> None:
+    done = subprocess.run([sys.executable, "-c", DIES, when])
+    assert done.returncode == -signal.SIGKILL and len(os.listdir(temporary)) == 1
+    Scratch().cleanup()
+    assert not os.listdir(temporary)
+
+
+@pytest.mark.parametrize("when", ["it is made", "it is marked", "it is locked"])
+def test_a_folder_that_is_swept_while_it_is_being_made_is_made_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Another process can't tell it from a dead one's until it is locked."""
+    make, lock, made, swept = tempfile.mkdtemp, fcntl.flock, [], []
+
+    def sweep(now: str) -> None:
+        if now == when and not swept and made:
+            swept.append(made[0])
+            sweep_scratch.__wrapped__()
+
+    def mkdtemp(*given: Any) -> str:
+        name = make(*given)
+        made.append(name)
+        sweep("it is made")
+        return name
+
+    def flock(*given: Any) -> None:
+        sweep("it is marked")
+        lock(*given)
+        sweep("it is locked")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Scratch() as name:
+        sweep_scratch.__wrapped__()
+        assert os.listdir(temporary) == [Path(name).name] and os.listdir(name) == [".aropt-scratch"]
+        assert name == made[-1] and swept == [made[0]] and len(made) == (1 if when == "it is locked" else 2)
+    assert not os.listdir(temporary)
+
+
+def empty(place: Path, name: str, mode: int = 0o700) -> None:
+    (place / name).mkdir()
+    (place / name).chmod(mode)
+
+
+OTHERS: dict[str, Callable[[Path], None]] = {
+    "a shorter name": lambda place: empty(place, "aropt-abcdefg"),
+    "a longer name": lambda place: empty(place, "aropt-abcdefghi"),
+    "a name of other letters": lambda place: empty(place, "aropt-abcdefgH"),
+    "a mode that all may read": lambda place: empty(place, "aropt-abcdefgh", 0o755),
+    "a mode that one may not write": lambda place: empty(place, "aropt-abcdefgh", 0o500),
+    "a mode with more": lambda place: empty(place, "aropt-abcdefgh", 0o1700),
+    "a link": lambda place: empty(place, "elsewhere") or (place / "aropt-abcdefgh").symlink_to("elsewhere"),
+    "a file": lambda place: (place / "aropt-abcdefgh").touch(0o700),
+    "something in it": lambda place: empty(place, "aropt-abcdefgh") or (place / "aropt-abcdefgh" / "mine").touch(),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_a_killed_process_cannot_have_left_stays(temporary: Path, kind: str) -> None:
+    OTHERS[kind](temporary)
+    before = sorted(temporary.rglob("*"))
+    Scratch().cleanup()
+    assert sorted(temporary.rglob("*")) == before
+
+
+def test_empty_folders_of_other_users_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty(temporary, "aropt-abcdefgh")
+    other = os.geteuid() + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: other)
+        sweep_scratch()
+    assert os.listdir(temporary) == ["aropt-abcdefgh"]
+    sweep_scratch.cache_clear()
+    sweep_scratch()
+    assert not os.listdir(temporary)
+
+
+def test_a_folder_that_nobody_cleans_up_is_unlocked_too(temporary: Path) -> None:
+    """And a descriptor that was closed, and given out again, is not closed again."""
+    kept = Scratch()
+    number = kept.lock
+    with pytest.warns(ResourceWarning):
+        del kept
+    with pytest.raises(OSError):
+        os.fstat(number)
+    kept = Scratch()
+    kept.cleanup()
+    reused = os.dup2(0, kept.lock)
+    kept.cleanup()
+    os.fstat(reused)
+    os.close(reused)
+    assert not os.listdir(temporary)
