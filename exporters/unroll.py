@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from aropt.errors import Unsupported
-from aropt.ir.program import Call, Graph, Loop
+from aropt.ir.control import Call, Loop
+from aropt.ir.program import Graph
 
 
 def unroll(model: Any, graph: Graph, control: Loop, aliases: Mapping[str, str], rounds: int) -> Any:

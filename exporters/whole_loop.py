@@ -29,9 +29,10 @@ from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.program import Call, Control, If, Loop, Program, Seq, Spec, StateSpec, calls, symbols
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
+from aropt.ir.dims import symbols
+from aropt.ir.program import Program, Spec, StateSpec
 from aropt.loops.defaults import exported_defaults
-from aropt.rewriting.contract import loops
 
 I64 = torch.int64
 FOREVER = 2**62

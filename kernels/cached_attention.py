@@ -107,7 +107,7 @@ def onnx(query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_h
     """The same in standard ONNX ops (opset 20)."""
     from onnxscript import opset20 as op
 
-    from aropt.ir.torch_compat import onnx_node
+    from aropt.ir.opdef import onnx_node
 
     size, groups = k_cache.shape[3], heads // kv_heads
 
@@ -172,7 +172,7 @@ def turned(op: Any, x: Any, cos: Any, sin: Any, rotary: int, size: int, interlea
 
 def contrib(query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_heads, scale, window, interleaved):  # type: ignore[no-untyped-def]
     """The same as ONNX Runtime's GroupQueryAttention."""
-    from aropt.ir.torch_compat import onnx_node
+    from aropt.ir.opdef import onnx_node
 
     return onnx_node(
         "com.microsoft", "GroupQueryAttention", [query, key, value, k_cache, v_cache, last, total, cos, sin], 3,

@@ -70,7 +70,7 @@ def parts(query: Any, key: Any, value: Any, heads: int, size: int) -> tuple[Any,
     """In ONNX: the three projections apart."""
     from onnxscript import opset20 as op
 
-    from aropt.ir.torch_compat import onnx_node
+    from aropt.ir.opdef import onnx_node
 
     if key is not None:
         return query, key, value
@@ -107,7 +107,7 @@ def contrib(query, key, value, k_cache, v_cache, slots, positions, mask, cos, si
     """The same with ONNX Runtime's RotaryEmbedding and MultiHeadAttention, which takes keys and values by head."""
     from onnxscript import opset20 as op
 
-    from aropt.ir.torch_compat import onnx_node
+    from aropt.ir.opdef import onnx_node
 
     size = k_cache.shape[3]
     q, k, v = parts(query, key, value, heads, size)

@@ -110,7 +110,7 @@ def onnx(x, weight, scales):  # type: ignore[no-untyped-def]
 
 def contrib(x, weight, scales):  # type: ignore[no-untyped-def]
     """The same as ONNX Runtime's MatMulNBits."""
-    from aropt.ir.torch_compat import onnx_node
+    from aropt.ir.opdef import onnx_node
 
     columns, groups, size = weight.shape
     given = {"K": groups * size, "N": columns, "bits": 8, "block_size": size, "accuracy_level": 4}

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.restrict.normalize import normalize_attention
@@ -83,16 +84,6 @@ class Canonicalize:
 
 
 PASS = Canonicalize
-
-
-def copied(graph: fx.Graph) -> fx.Graph:
-    """A copy with the nodes' metadata. Views become reshapes: what replaces their source may lay it out otherwise."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    for node in copy.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-    return copy
 
 
 def match_rms(node: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node | None] | None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
+from aropt.ir.control import Call, Control, rewrite
 from aropt.ir.edit import compose, trim
-from aropt.ir.program import Call, Control, Graph, Program, Spec
+from aropt.ir.program import Graph, Program, Spec
 from aropt.loops.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
-from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from aropt.ir.control import Call, Control, rewrite
 from aropt.ir.edit import trim
-from aropt.ir.program import Call, Control, Program
+from aropt.ir.program import Program
 from aropt.loops.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
 from aropt.loops.rules import GUIDED
-from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"
 

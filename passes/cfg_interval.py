@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Call, Control, Graph, If, Program, Seq, Spec, StateSpec
+from aropt.ir.control import Call, Control, If, Seq, rewrite
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
 from aropt.loops.rules import inside
 from aropt.passes.cfg_batch import append
-from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 BOOL, I64 = torch.bool, torch.int64
 RULE = "guidance-interval"

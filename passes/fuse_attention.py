@@ -18,12 +18,13 @@ from torch import Tensor, fx
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, rewrite
+from aropt.ir.edit import copied
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.loops.guidance import joining, named, parting
-from aropt.passes.canonicalize import copied
 from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
-from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten
 I32, I64 = torch.int32, torch.int64

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
-from aropt.ir.program import Graph, Program, calls
+from aropt.ir.control import calls, loops
+from aropt.ir.edit import copied
+from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
-from aropt.passes.canonicalize import copied
 from aropt.passes.fuse_attention import features, table_weights
 from aropt.rewriting.attention import PLACES, Match, NotThis, matches
-from aropt.rewriting.contract import Applies, Contract, Skips, loops
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten
 

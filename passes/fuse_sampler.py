@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, reads
 from aropt.ir.edit import compose
-from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
-from aropt.rewriting.contract import Applies, Contract, Skips, growing, own_sizes, reads
+from aropt.ir.program import Graph, Program, growing, own_sizes
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 

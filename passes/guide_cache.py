@@ -15,13 +15,14 @@ from torch import Tensor
 
 from aropt.errors import Unsupported
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
+from aropt.ir.control import Call, Control, rewrite
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.unmask.ar_verifier import OFFERED, renamed, whole
 from aropt.loops.unmask.ar_verifier import PREFIX as WEIGHTS
 from aropt.loops.unmask.build import FAR, current_block, places, same
 from aropt.loops.unmask.cache_policy import sized
 from aropt.restrict.rewrite import Restricted, restrict
-from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 I64 = torch.int64
 CANVAS, PICKED, ROWS = Spec(I64, ("B", "T")), Spec(I64, ("B", "R")), Spec(I64, ("B",))

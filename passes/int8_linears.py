@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from aropt.ir.program import Graph, Program, calls
+from aropt.ir.control import calls, loops
+from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
-from aropt.rewriting.contract import Applies, Contract, Skips, loops
+from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.linears import product
 from aropt.rewriting.patch_projections import NotThis, joint, source

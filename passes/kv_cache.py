@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec
+from aropt.ir.control import Call, Control
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.restrict.rewrite import Restricted, restrict

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
-from aropt.passes.canonicalize import copied
 from aropt.rewriting.contract import Applies, Contract, Skips
 
 aten = torch.ops.aten

@@ -19,12 +19,13 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.program import Call, Control, Graph, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.speculate import STEP, Draft, beside, from_text, steps
 from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
-from aropt.rewriting.contract import Applies, Contract, Skips, loops, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 
 @dataclass(frozen=True)

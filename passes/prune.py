@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, rewrite
 from aropt.ir.edit import inline, trim
-from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, calls
+from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
-from aropt.rewriting.contract import Applies, Contract, Skips, rewrite
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from aropt.ir import ops
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.ir.units import window
-from aropt.passes.canonicalize import copied
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.patch_projections import (
     NotThis,

@@ -190,9 +190,9 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any
     """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
     artifact's.
     """
+    from aropt.ir.control import loops
     from aropt.pipeline.api import capture, optimize
     from aropt.pipeline.manager import Instruments, pipeline
-    from aropt.rewriting.contract import loops
 
     source, meta = model(spec)
     program = capture(source, rules=meta.get("rules"))

@@ -19,7 +19,8 @@ from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFail
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import decoder
-from aropt.ir.program import Program, calls
+from aropt.ir.control import calls, loops
+from aropt.ir.program import Program
 from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
 from aropt.loops.runtime import fitted, room
@@ -28,7 +29,7 @@ from aropt.pipeline import artifact, store
 from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.manager import Instruments, bisect, pipeline, untold
-from aropt.rewriting.contract import Skips, loops
+from aropt.rewriting.contract import Skips
 from aropt.validate import quality
 from aropt.validate.drift import budget
 

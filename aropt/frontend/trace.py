@@ -27,6 +27,7 @@ from aropt.frontend.export import (
     torch_reason,
 )
 from aropt.frontend.forwards import HINT, Forward
+from aropt.ir.edit import share
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import build, example_sizes, examples, settled_size, trace_function
@@ -294,26 +295,3 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()] if isinstance(stack, Mapping) else []
     return paths[-1].removeprefix("model.") if paths else ""
-
-
-def share(graph: fx.Graph) -> None:
-    """Common subexpression elimination: all our ops are pure."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
-            continue
-        key = (node.op, str(node.target), freeze(node.args), freeze(node.kwargs))
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            graph.erase_node(node)
-        else:
-            seen[key] = node
-
-
-def freeze(value: Any) -> Any:
-    """A hashable copy of fx arguments that tells 1, 1.0 and True apart."""
-    if isinstance(value, (list, tuple)):
-        return tuple(freeze(v) for v in value)
-    if isinstance(value, dict):
-        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
-    return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))

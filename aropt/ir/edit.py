@@ -6,11 +6,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from aropt.frontend.trace import share
-from aropt.ir.program import Call, Graph, Spec
+from aropt.ir.control import Call
+from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import build, spec_of
+
+aten = torch.ops.aten
 
 
 def compose(
@@ -111,3 +114,36 @@ def expose(part: Graph, nodes: Mapping[str, fx.Node]) -> Graph:
                     names.setdefault(size.node.expr, dim)
     specs = {output: spec_of(node.meta["val"], names) for output, node in nodes.items()}
     return Graph(part.name, graph, part.inputs, {**part.outputs, **specs}, part.aliases)
+
+
+def share(graph: fx.Graph) -> None:
+    """Common subexpression elimination: all our ops are pure."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, str(node.target), freeze(node.args), freeze(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def freeze(value: Any) -> Any:
+    """A hashable copy of fx arguments that tells 1, 1.0 and True apart."""
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
+    return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy with the nodes' metadata. Views become reshapes: what replaces their source may lay it out otherwise."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    return copy

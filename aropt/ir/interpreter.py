@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from aropt.errors import Unsupported
 from aropt.ir import ops
-from aropt.ir.program import Call, Control, If, Loop, Program, Seq, calls, resolve, sizes_of
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls
+from aropt.ir.dims import resolve
+from aropt.ir.program import Program, sizes_of
 
 Values = dict[str, Tensor]
 DRAFT = "draft"  # a loop whose rounds are none of the generation

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from aropt.frontend.facts import SAID
+from aropt.ir.dims import resolve, symbols
 from aropt.ir.encode_args import refuse
-from aropt.ir.program import Graph, Input, Spec, StateSpec, resolve, symbols
+from aropt.ir.program import Graph, Input, Spec, StateSpec
 from aropt.ir.torch_compat import HINTS, elements, example_sizes
 
 MOST = 2**24  # elements of a value beside a tiny model: 64 MiB of float32

@@ -115,3 +115,16 @@ def register(op: OpDef) -> None:
     custom.register_fake(op.fake)
     custom.register_kernel("cuda")(on_cuda)
     _registered[op.name] = op
+
+
+def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attributes: Any) -> list[Any]:
+    """In an ONNX translation: a node that onnxscript can't write (another domain, several outputs). None: left out."""
+    import onnx_ir as ir
+    from onnxscript import evaluator
+
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
+    node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
+    evaluator.default().nodes.append(node)
+    return list(node.outputs)

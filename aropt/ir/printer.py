@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.control import Call, Control, If, Loop, Seq
 from aropt.ir.fold_text import folded
-from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec
+from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import dim_text
 
 WIDTH = 120

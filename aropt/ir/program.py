@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node  # the field `fx` of Graph hides the module's name
 
+from aropt.ir.control import Call, Control, calls
+from aropt.ir.dims import Dim, resolve, symbols
+
 MULTIPLE = re.compile(r"(\d+)\*([A-Za-z_]\w*)")
-Dim = int | str  # a size, or an expression over the graph's symbols such as "B" or "4*B"
 
 
 @dataclass(frozen=True)
@@ -99,47 +101,6 @@ class StateSpec:
         for dim in self.spec.dims:
             count *= resolve(dim, sizes)
         return count * self.spec.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Call:
-    """Runs a graph: `reads` maps its inputs to values, `writes` maps its outputs to values."""
-
-    graph: str
-    reads: dict[str, str]
-    writes: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Seq:
-    body: tuple[Control, ...]
-
-
-@dataclass(frozen=True)
-class If:
-    """`cond` names a bool[] value."""
-
-    cond: str
-    then: Control
-    orelse: Control
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Runs `body` while the bool[] value `until` is false (tested before each round).
-
-    `emits` maps a value written in the body to the value that collects it over the rounds, stacked along axis 1.
-    `kind` ("positions", "blocks", "unmask", ...) and `params` carry the intent that passes match on.
-    """
-
-    kind: str
-    until: str
-    body: Control
-    emits: dict[str, str] = field(default_factory=dict)
-    params: dict[str, str] = field(default_factory=dict)
-
-
-Control = Seq | If | Loop | Call
 
 
 @dataclass(frozen=True)
@@ -242,45 +203,31 @@ def dict_root(names: list[str], weights: Mapping[str, Tensor]) -> torch.nn.Modul
     return root
 
 
-def calls(control: Control) -> Iterator[Call]:
-    """All calls, in textual order."""
-    match control:
-        case Call():
-            yield control
-        case Seq(body):
-            for part in body:
-                yield from calls(part)
-        case If(_, then, orelse):
-            yield from calls(then)
-            yield from calls(orelse)
-        case Loop():
-            yield from calls(control.body)
+def own_sizes(graph: Graph) -> set[str]:
+    """Symbols of a graph's results that its inputs don't give: sizes that only the values tell."""
+    given = set().union(*(symbols(d) for spec in graph.inputs.values() for d in spec.dims))
+    return set().union(*(symbols(d) for spec in graph.outputs.values() for d in spec.dims)) - given
 
 
-def resolve(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The integer value of a dim, e.g. resolve("4*B", {"B": 2}) == 8. Raises KeyError for an unknown symbol."""
-    if isinstance(dim, int):
-        return dim
-    if dim in sizes:
-        return sizes[dim]
-    total = 0
-    for term in dim.replace("-", "+-").split("+"):
-        if term.strip():
-            value = 1
-            for factor in term.split("*"):
-                factor = factor.strip()
-                sign, factor = (-1, factor[1:].strip()) if factor.startswith("-") else (1, factor)
-                value *= sign * (int(factor) if factor.isdigit() else sizes[factor])
-            total += value
-    return total
+def growing(call: Call, graph: Graph) -> set[str]:
+    """Values that a call makes longer: it reads and writes them, and their new size depends on the old one."""
+    read = {value: graph.inputs[name].dims for name, value in call.reads.items()}
+    found = set()
+    for output, value in call.writes.items():
+        dims = graph.outputs[output].dims
+        if any(old != new and symbols(new) for old, new in zip(read.get(value, dims), dims, strict=True)):
+            found.add(value)
+    return found
 
 
-def symbols(dim: Dim) -> set[str]:
-    """The symbols of a dim."""
-    if isinstance(dim, int):
-        return set()
-    parts = dim.replace("+", " ").replace("-", " ").replace("*", " ").split()
-    return {part for part in parts if not part.isdigit()}
+def donated(program: Program) -> dict[str, dict[str, str]]:
+    """For each graph, the aliases that a target may update in place: every call writes the very value that it reads."""
+    found = {n: dict(g.aliases) for n, g in program.graphs.items()}
+    for call in calls(program.control):
+        for output, source in list(found[call.graph].items()):
+            if call.writes.get(output) != call.reads[source]:
+                del found[call.graph][output]
+    return found
 
 
 def sizes_of(specs: Mapping[str, Spec], values: Mapping[str, Tensor]) -> dict[str, int]:

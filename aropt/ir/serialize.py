@@ -17,6 +17,8 @@ from torch import Tensor, fx
 
 from aropt.errors import AroptError
 from aropt.ir import limits, ops
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
+from aropt.ir.dims import Dim
 from aropt.ir.encode_args import (
     DEPTH,
     constant_name,
@@ -30,11 +32,10 @@ from aropt.ir.encode_args import (
     written,
 )
 from aropt.ir.naming import WEIGHT
-from aropt.ir.program import Call, Control, Dim, Entry, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec, calls
+from aropt.ir.program import Entry, Graph, Input, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.ir.verify import op_problem
 from aropt.ir.verify_control import check_control
-from aropt.rewriting.contract import loops
 
 FORMAT = 1
 NODE_META = ("where", "origin", "value")

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from aropt.ir.program import Dim, Graph, Spec, resolve, symbols
+from aropt.ir.dims import Dim, resolve, symbols
+from aropt.ir.program import Graph, Spec
 
 HINTS = (
     3,
@@ -207,19 +208,6 @@ def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
         if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {writer}:
             found[name] = source.name
     return found
-
-
-def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attributes: Any) -> list[Any]:
-    """In an ONNX translation: a node that onnxscript can't write (another domain, several outputs). None: left out."""
-    import onnx_ir as ir
-    from onnxscript import evaluator
-
-    while inputs and inputs[-1] is None:
-        inputs = inputs[:-1]
-    given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
-    node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
-    evaluator.default().nodes.append(node)
-    return list(node.outputs)
 
 
 def onnx_registry(translations: Mapping[Any, Any], opset: int) -> Any:

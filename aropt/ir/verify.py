@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from aropt.frontend.trace import freeze
 from aropt.ir.allowed import ATEN
+from aropt.ir.edit import freeze
 from aropt.ir.naming import WEIGHT
 from aropt.ir.printer import node_lines, symbol_names, value_text
 from aropt.ir.program import Graph, Program, output_node

@@ -11,7 +11,9 @@ from typing import NoReturn
 import torch
 
 from aropt.errors import VerificationFailed
-from aropt.ir.program import Call, Control, Dim, If, Loop, Program, Seq, Spec, StateSpec, resolve, symbols
+from aropt.ir.control import Call, Control, If, Loop, Seq
+from aropt.ir.dims import Dim, resolve, symbols
+from aropt.ir.program import Program, Spec, StateSpec
 
 Type = tuple[torch.dtype, tuple[int | None, ...]]  # sizes are stand-ins for symbols; None: unknown
 Env = dict[str, Type]  # the values that exist, with their types

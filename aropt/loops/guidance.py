@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
 from aropt.ir.edit import trim
-from aropt.ir.program import Call, Control, Graph, If, Loop, Program, Seq, Spec, calls
+from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.units import window
 from aropt.loops.rules import GUIDED, chosen, rule
-from aropt.rewriting.contract import loops
 
 NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
 TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"

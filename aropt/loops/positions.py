@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Control, Graph, If, Loop, Seq, Spec, calls
+from aropt.ir.control import Control, If, Loop, Seq, calls
+from aropt.ir.program import Graph, Spec
 from aropt.loops.unmask.build import same
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import Unsupported
-from aropt.ir.program import Control, If, Program, Seq, calls
+from aropt.ir.control import Control, If, Seq, calls
+from aropt.ir.program import Program
 from aropt.loops.runtime import workload
 from aropt.pipeline.manager import PASSES, TRIED, Instruments, unpaid
 from aropt.rewriting.contract import Pass, Skips

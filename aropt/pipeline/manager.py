@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from aropt.errors import AroptError, UsageError
-from aropt.ir.program import Entry, If, Program, calls
+from aropt.ir.control import If, calls
+from aropt.ir.program import Entry, Program
 from aropt.rewriting.contract import Pass, Result, Skips, broken
 from aropt.validate.compare import Verdict, cases, validate, with_probe
 from aropt.validate.oracle import Oracle, Oracles
@@ -365,7 +366,7 @@ def bisect(program: Program, passes: Sequence[Pass], target: str, say: Callable[
 
 def nodes(program: Program) -> int:
     """Ops in the graphs that run each round."""
-    from aropt.rewriting.contract import loops
+    from aropt.ir.control import loops
 
     hot = {c.graph for loop in loops(program.control) for c in calls(loop.body)}
     return sum(sum(n.op == "call_function" for n in program.graphs[g].fx.nodes) for g in hot)
@@ -376,7 +377,7 @@ def step_bytes(program: Program) -> int:
 
     A full forward touches its activations of all tokens; they are counted as one read and one write of each value.
     """
-    from aropt.rewriting.contract import loops
+    from aropt.ir.control import loops
 
     half = max(1, int(program.meta["capacity"]) // 2)
     sizes = {"B": 1, "R": 1, "Q": 1, "T": half, "S": half, "P": 1, "K": 1}

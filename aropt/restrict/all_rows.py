@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import build
-from aropt.passes.canonicalize import copied
 
 aten = torch.ops.aten
 END = 2**63 - 1

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from aropt.errors import UsageError
 from aropt.ir import ops
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import build
 from aropt.kernels.linear_int8 import SIZES, packed
-from aropt.passes.canonicalize import copied
 from aropt.rewriting.linears import product
 
 aten = torch.ops.aten

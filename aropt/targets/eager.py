@@ -10,8 +10,7 @@ from torch import fx
 
 from aropt.ir import ops
 from aropt.ir.interpreter import Executor, Values
-from aropt.ir.program import Graph, Program
-from aropt.rewriting.contract import donated
+from aropt.ir.program import Graph, Program, donated
 
 aten = torch.ops.aten
 

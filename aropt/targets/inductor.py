@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
+from aropt.ir.control import calls, loops
 from aropt.ir.interpreter import Executor, Values
-from aropt.ir.program import Program, calls
-from aropt.rewriting.contract import loops, own_sizes
+from aropt.ir.program import Program, own_sizes
 from aropt.targets.eager import InPlace, in_place
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from aropt.errors import MissingTool, Unsupported
+from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
+from aropt.ir.dims import resolve
 from aropt.ir.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
-from aropt.ir.program import Call, Control, Graph, Loop, Program, Spec, StateSpec, calls, resolve, sizes_of
-from aropt.rewriting.contract import donated, growing, loops, own_sizes, rewrite
+from aropt.ir.program import Graph, Program, Spec, StateSpec, donated, growing, own_sizes, sizes_of
 from aropt.targets import onnx_files, rounds, whole
 from aropt.targets.ort_threads import options, share
 from aropt.targets.scratch import Scratch

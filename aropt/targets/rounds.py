@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from aropt.errors import Unsupported, VerificationFailed
+from aropt.ir.control import Call, Control, If, Loop, Seq, loops, reads
 from aropt.ir.interpreter import Values
-from aropt.ir.program import Call, Control, If, Loop, Program, Seq
+from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
 from aropt.loops.runtime import room
-from aropt.rewriting.contract import loops, own_sizes, reads
 from aropt.validate.cases import Case, cases
 from aropt.validate.compare import Outcome, Verdict
 from aropt.validate.stops import with_stops

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from aropt.errors import AroptError, UsageError
+from aropt.ir.control import Call, calls
 from aropt.ir.interpreter import Eager, Executor, Values, run
-from aropt.ir.program import Call, Program, calls
+from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, rows_for
 from aropt.loops.runtime import slots
 from aropt.validate.cases import Case, cases
@@ -246,7 +247,7 @@ def with_probe(program: Program) -> Program:
         node = next((n for n in graph.fx.nodes if n.meta.get("value") == name_of), None)
         if node is not None:
             graphs[name] = expose(graph, {name_of: node})
-    from aropt.rewriting.contract import rewrite
+    from aropt.ir.control import rewrite
 
     control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, name_of: name_of})
                                                   if name_of in graphs[c.graph].outputs else c])  # fmt: skip

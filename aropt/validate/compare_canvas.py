@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from aropt.ir.control import calls, loops
 from aropt.ir.interpreter import Executor, Values, run
-from aropt.ir.program import Program, calls
+from aropt.ir.program import Program
 from aropt.loops.runtime import slots
-from aropt.rewriting.contract import loops
 from aropt.validate.cases import Case
 from aropt.validate.compare import TOLERANCE, Outcome
 from aropt.validate.oracle import AT_ONCE, Mismatch, Oracle, noise_floor

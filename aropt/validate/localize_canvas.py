@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from aropt.ir.control import calls
 from aropt.ir.interpreter import Values, run
-from aropt.ir.program import Program, calls
+from aropt.ir.program import Program
 from aropt.restrict.axes import op_name
 from aropt.validate.cases import Case
 from aropt.validate.compare import TOLERANCE

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from aropt.ir import ops
+from aropt.ir.control import calls, loops
 from aropt.ir.interpreter import Eager, Values, run
-from aropt.ir.program import Program, calls, dict_root
+from aropt.ir.program import Program, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
 from aropt.loops.rules import inside
-from aropt.rewriting.contract import loops
 from aropt.validate.cases import Case, Requests, requests
 
 NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from aropt.ir.control import loops
 from aropt.ir.program import Program
-from aropt.rewriting.contract import loops
 from aropt.validate.cases import Case, Requests, named
 
 SHAPES = frozenset({"sequences", "length", "padding", "new", "blocks", "block", "fill"})

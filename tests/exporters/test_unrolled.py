@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import aropt
 from aropt.errors import Unsupported
 from aropt.exporters.unroll import in_order, unroll
+from aropt.ir.control import Call, Seq, loops
 from aropt.ir.interpreter import run
-from aropt.ir.program import Call, Program, Seq
+from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs, slots
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.rewriting.contract import loops
 from aropt.targets import lower, rounds
 from aropt.targets.onnxruntime import OnnxRuntime
 from tests.exporters.test_whole_loop import small_llama

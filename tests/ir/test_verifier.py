@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from aropt.errors import VerificationFailed
-from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.ir.verify import VERIFIED, verify
 
@@ -229,7 +230,7 @@ def test_rules_are_all_tested() -> None:
     from pathlib import Path
 
     root = Path(__file__).parents[2] / "aropt"
-    source = (root / "verifier.py").read_text() + (root / "flow.py").read_text()
+    source = "".join((root / "ir" / name).read_text() for name in ("verify.py", "verify_control.py"))
     rules = set(re.findall(r'(?:fail\(|return )"([a-z]+-[a-z]+)"', source)) | {"condition-type"}
     assert rules == {rule for rule, _ in BREAKS.values()}
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aropt.exporters.onnx import export
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Spec, resolve
+from aropt.ir.dims import resolve
+from aropt.ir.program import Spec
 
 HEADS, GROUPS, SIZE = 6, 3, 8
 MASKS: list[tuple[Any, ...]] = [

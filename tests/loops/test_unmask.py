@@ -331,7 +331,7 @@ def test_validation_catches(quota: Program, wrong: str) -> None:
 
 
 def test_passes_fuse_the_round(quota: Program) -> None:
-    from aropt.ir.program import calls
+    from aropt.ir.control import calls
     from aropt.pipeline.manager import pipeline
 
     fast, results = run_passes(quota, pipeline(), "eager")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropt.ir.program import Call, Program
-from aropt.rewriting.contract import rewrite
+from aropt.ir.control import Call, rewrite
+from aropt.ir.program import Program
 from tests.mutants.surgery import (
     aten,
     follows,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from aropt.ir.program import If, Program, Seq
+from aropt.ir.control import If, Seq
+from aropt.ir.program import Program
 from tests.mutants.surgery import (
     BOTH,
     aten,

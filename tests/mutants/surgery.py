@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from aropt.frontend.trace import capture_model
+from aropt.ir.control import Call, calls, loops, rewrite
 from aropt.ir.edit import inline
-from aropt.ir.program import Call, Program, calls
+from aropt.ir.program import Program
 from aropt.loops.positions import autoregressive
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.cfg_batch import CfgBatch
@@ -23,7 +24,7 @@ from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.passes.prune import Prune
-from aropt.rewriting.contract import Pass, loops, rewrite
+from aropt.rewriting.contract import Pass
 from aropt.validate.compare import Verdict, cases, validate, with_probe
 
 aten = torch.ops.aten

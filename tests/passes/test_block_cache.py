@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import Unsupported
+from aropt.ir.control import Call, calls, rewrite
 from aropt.ir.interpreter import Eager, run
-from aropt.ir.program import Call, Program, calls
+from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.runtime import make_inputs
 from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.block_cache import BlockCache
 from aropt.restrict.rewrite import restrict
-from aropt.rewriting.contract import Applies, Skips, rewrite
+from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import capture, tiny
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.frontend.trace import capture_function
+from aropt.ir.control import calls, loops
 from aropt.ir.interpreter import Eager
-from aropt.ir.program import Graph, Program, calls
+from aropt.ir.program import Graph, Program
 from aropt.loops import rules
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.fuse_rules import FuseRules, reason
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.rewriting.contract import Applies, Skips, loops
+from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program
 

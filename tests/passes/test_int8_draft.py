@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 import aropt
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
+from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.rewriting.contract import Skips, loops
+from aropt.rewriting.contract import Skips
 from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of

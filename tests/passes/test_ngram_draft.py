@@ -18,12 +18,13 @@ from aropt.bench import timing as bench
 from aropt.cli.optimize import add_roofline
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
+from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.loops import speculate
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.rewriting.contract import Skips, loops
+from aropt.rewriting.contract import Skips
 from aropt.targets import rounds, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 import aropt
 from aropt.errors import AroptError, Unsupported, UsageError
-from aropt.ir.program import Program, calls
+from aropt.ir.control import calls, loops
+from aropt.ir.program import Program
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.prune import Prune, outputs_needed
 from aropt.pipeline.manager import PIPELINE, Instruments, make, parse, pipeline, run_passes
-from aropt.rewriting.contract import Applies, Contract, Skips, loops
+from aropt.rewriting.contract import Applies, Contract, Skips
 
 
 class Tiny(nn.Module):

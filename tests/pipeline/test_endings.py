@@ -152,7 +152,7 @@ def test_nobody_reads(unbuffered: str) -> None:
 
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     script = (
-        "import os; from aropt import cli; cli.main = lambda: os._exit(os.dup(0)); os.closerange(0, 3); "
+        "import os; from aropt.cli import main as cli; cli.main = lambda: os._exit(os.dup(0)); os.closerange(0, 3); "
         "cli.command_line()"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 3
@@ -165,7 +165,9 @@ def test_without_any_stream(model: str, tmp_path: Path) -> None:
     assert not foreign(tmp_path / "out") and (tmp_path / "out" / "report.json").is_file()
 
 
-CHILD = "import time; from aropt import peers; peers.die_with_parent(); print('ready', flush=True); time.sleep(100)"
+CHILD = (
+    "import time; from aropt.bench import peers; peers.die_with_parent(); print('ready', flush=True); time.sleep(100)"
+)
 PARENT = f"""
 import subprocess, sys, time
 from aropt.targets.scratch import Scratch
@@ -214,7 +216,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 DIES = """
 import fcntl, os, signal, sys, tempfile
-from aropt.scratch import Scratch
+from aropt.targets.scratch import Scratch
 
 def die(*given, **more):
     os.kill(os.getpid(), signal.SIGKILL)

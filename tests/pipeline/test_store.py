@@ -285,7 +285,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from typing import Any
-from aropt import manifest, store
+from aropt.pipeline import manifest, store
 out, where, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "old"
 if old:
     store.ctypes.CDLL = lambda *_, **__: object()

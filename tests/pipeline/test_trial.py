@@ -13,13 +13,13 @@ from torch.nn import functional as F
 import aropt
 from aropt.cli.optimize import prompts
 from aropt.errors import UsageError
+from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline import api
 from aropt.pipeline import autotune as trial
 from aropt.pipeline.manager import TRIED, Instruments, pipeline, untold
-from aropt.rewriting.contract import loops
 from tests.conftest import make_program
 
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import json, sys
 import onnx.helper as h, onnxruntime as ort
-from aropt import ort_threads
+from aropt.targets import ort_threads
 from pathlib import Path
 
 def tasks():

@@ -23,9 +23,10 @@ from torch import Tensor, fx
 
 from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
+from aropt.ir.control import Call, Control
+from aropt.ir.control import calls as every
 from aropt.ir.edit import inline
-from aropt.ir.program import Call, Control, Graph, Input, Spec
-from aropt.ir.program import calls as every
+from aropt.ir.program import Graph, Input, Spec
 from aropt.ir.torch_compat import build
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.program import Call, Graph, If, Input, Loop, Program, Seq, Spec, StateSpec
+from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
 from aropt.loops.unmask import ar_verifier as guides
 from aropt.loops.unmask import smoothing as smooth

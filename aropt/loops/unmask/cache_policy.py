@@ -22,11 +22,12 @@ from torch import Tensor
 
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Call, Control, Graph, Program, Spec, StateSpec, calls
+from aropt.ir.control import Call, Control, calls, loops, rewrite
+from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.unmask.ar_verifier import whole
 from aropt.loops.unmask.build import FAR, block_of, current_block, places, same
 from aropt.restrict.rewrite import Restricted, restrict
-from aropt.rewriting.contract import Applies, Skips, loops, rewrite
+from aropt.rewriting.contract import Applies, Skips
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, ROWS, SCALAR = Spec(I64, ("B", "T")), Spec(I64, ("B",)), Spec(I64)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.ir.program import Program, calls
+from aropt.ir.control import calls
+from aropt.ir.program import Program
 from aropt.validate.compare import validate
 from aropt.validate.oracle import Oracle
 from tests.mutants.corners.bases import VOCAB, base
