@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from aropt.ir.program import Program
     from aropt.pipeline.api import capture, optimize
     from aropt.pipeline.reading import load
-    from aropt.targets.ort_threads import own_process
+    from aropt.targets.ort.threads import own_process
 
 __version__ = "0.1.0"
 __all__ = ["Program", "capture", "load", "optimize", "own_process"]
 
 _HOMES = {
     "capture": "aropt.pipeline.api", "optimize": "aropt.pipeline.api", "load": "aropt.pipeline.reading",
-    "Program": "aropt.ir.program", "own_process": "aropt.targets.ort_threads",
+    "Program": "aropt.ir.program", "own_process": "aropt.targets.ort.threads",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import Scratch
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from perf.canvas import ROOT, environment
 
 RESULTS = ROOT / "perf" / "results" / "drafts.json"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from aropt.bench.timing import IN_A_ROW, PAUSE
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import Scratch
 from perf.canvas import ROOT, environment
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import Scratch
 from perf.canvas import BLOCK, NEW, ROOT, TAU, environment
 

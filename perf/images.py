@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results" / "images.json"

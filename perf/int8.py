@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from perf import models
 from perf.images import ROOT, ROUNDS, drifted
 

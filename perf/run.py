@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aropt.targets.ort_threads import own_process
+from aropt.targets.ort.threads import own_process
 from perf import models
 
 ROOT = Path(__file__).parent.parent

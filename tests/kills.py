@@ -46,7 +46,7 @@ IMPORTED = [
         "aropt.targets.eager",
         "aropt.targets.onnxruntime",
     ),
-    *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.run_loop", "onnxruntime", "onnxscript"),
+    *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.ort.run_loop", "onnxruntime", "onnxscript"),
     *(f"aropt.passes.{module}" for module in set(PASSES.values())),
 ]
 PATIENCE = 300.0  # seconds that a command may take

@@ -23,7 +23,7 @@ from typing import Any
 from aropt.bench import peers
 from aropt.bench.variants import NEED_MODEL, variant
 from aropt.errors import UsageError
-from aropt.targets import ort_threads
+from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import PLACE, Scratch
 
 AGAINST = {
@@ -311,5 +311,5 @@ def bandwidth(size: int, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    ort_threads.own_process()
+    own_process()
     main(sys.argv[1])

@@ -57,8 +57,8 @@ def variant(spec: Spec) -> Generate:
 def whole_loop(program: Any) -> Any:
     """The program as one model, in a folder that lives as long as its session; checked against stepping."""
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets import run_loop
-    from aropt.targets.whole import Whole
+    from aropt.targets.ort import run_loop
+    from aropt.targets.ort.single_call import Whole
 
     kept = Scratch()
     path = Path(kept.name) / "model.onnx"

@@ -14,7 +14,7 @@ from aropt.bench.timing import AGAINST
 from aropt.cli.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
 from aropt.pipeline import interrupts
-from aropt.targets import ort_threads
+from aropt.targets.ort.threads import own_process
 
 app = typer.Typer(
     name="aropt",
@@ -383,7 +383,7 @@ def main() -> None:
 def command_line() -> None:
     """`main` in a process that runs nothing else."""
     open_streams()
-    ort_threads.own_process()
+    own_process()
     main()
 
 

@@ -181,7 +181,7 @@ def export(
     with store.staged_export(folder, force, [out]) as staging:
         if whole_loop:
             from aropt.exporters.whole_loop import export_program
-            from aropt.targets import run_loop
+            from aropt.targets.ort import run_loop
 
             say("export the loop")
             export_program(program, staging / "model.onnx", ort)

@@ -33,7 +33,7 @@ from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import check_target, lower
-from aropt.targets.whole import pick
+from aropt.targets.ort.single_call import pick
 from aropt.validate.compare import Verdict, probe, validate, with_probe
 from aropt.validate.drift import Drift, check_budget
 from aropt.validate.drift import measure as drift_of

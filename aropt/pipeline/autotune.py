@@ -162,11 +162,12 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
 
 def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Program:
     """The program as it would run: in calls of several rounds, where it can."""
-    from aropt.targets import lower, rounds
+    from aropt.targets import lower
+    from aropt.targets.ort import multi_step
 
     executor = lower(program, target, folder, threads=threads)
     with suppress(Unsupported):  # then it steps, as it would without this trial
-        executor.rounds = rounds.build(program, executor)  # type: ignore[attr-defined]
+        executor.rounds = multi_step.build(program, executor)  # type: ignore[attr-defined]
     return program.replace(executor=executor)
 
 

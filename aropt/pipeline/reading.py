@@ -1,7 +1,7 @@
 """Reading an artifact, which may come from anyone: it is data, and what is wrong with it is said.
 
 Only what the manifest lists is opened: regular files of the listed size and hash, reached without links. Nothing is
-written into the folder. A graph's target files are checked by the target (see `aropt.targets.onnx_files`).
+written into the folder. A graph's target files are checked by the target (see `aropt.targets.ort.files`).
 """
 
 from __future__ import annotations

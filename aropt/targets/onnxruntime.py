@@ -3,7 +3,7 @@
 Inputs and outputs are torch buffers that the session reads and writes directly. An aliased output (a cache update) is
 bound to its input's own buffer, which the operator then doesn't copy. Other outputs alternate between two sets of
 buffers, which are kept for the next generation of the same shape: then nothing is bound again. Where
-`aropt.targets.rounds` found it to be faster, another session runs several rounds a call, on the same buffers.
+`aropt.targets.ort.multi_step` found it to be faster, another session runs several rounds a call, on the same buffers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
 from aropt.ir.dims import resolve
 from aropt.ir.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
 from aropt.ir.program import Graph, Program, Spec, StateSpec, donated, growing, own_sizes, sizes_of
-from aropt.targets import onnx_files, rounds, whole
-from aropt.targets.ort_threads import options, share
+from aropt.targets.ort import files, multi_step, single_call
+from aropt.targets.ort.single_call import Whole
+from aropt.targets.ort.threads import options, share
 from aropt.targets.scratch import Scratch
-from aropt.targets.whole import Whole
 
 KEPT = 64  # bindings kept a graph
 SHAPES = 2  # shapes of generations whose buffers are kept: each holds caches
@@ -35,7 +35,7 @@ class Session:
     """One graph's session and its bindings.
 
     Of several rounds it may have more outputs than the graph: an earlier round's, as `<output>@<round>`.
-    `turns`: other sessions run between its calls (see `aropt.targets.ort_threads`).
+    `turns`: other sessions run between its calls (see `aropt.targets.ort.threads`).
     """
 
     def __init__(self, graph: Graph, aliases: dict[str, str], path: Path, threads: int, turns: bool = False) -> None:
@@ -149,8 +149,8 @@ class OnnxRuntime:
         self.turns |= {graph for graph, count in ran.items() if count > 1}  # another loop runs in between
         self.host_threads = 1  # of torch, while sessions generate
         self.kept: Any = None  # a temporary folder that lives as long as this
-        self.whole = Whole(whole.file(folder), threads) if whole.file(folder).exists() else None
-        self.rounds = rounds.files(folder, self.hot)  # graphs that have models of several rounds
+        self.whole = Whole(single_call.file(folder), threads) if single_call.file(folder).exists() else None
+        self.rounds = multi_step.files(folder, self.hot)  # graphs that have models of several rounds
         self.several: dict[Path, Session] = {}
         self.ran = ""  # the graph of the last loop
         self.states: dict[tuple[Any, ...], Tensor] = {}
@@ -189,7 +189,7 @@ class OnnxRuntime:
         left = int(values[control.params["limit"]]) if session else 0
         if session is None or left < session.rounds:
             session = self.session(call.graph)
-        spare = rounds.spare(self.program, call, values) if session.rounds > 1 else 0
+        spare = multi_step.spare(self.program, call, values) if session.rounds > 1 else 0
         emitted = Emitted(control, call, left, spare, most_rounds(values))
         reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
         done = False
@@ -400,10 +400,10 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
     hot = hot_graphs(program)
     read = program.home == str(folder)  # nothing is written into an artifact that is read
     if read:
-        onnx_files.check(program, folder)
+        files.check(program, folder)
     for name in [*hot, *(g for g in program.graphs if g not in hot)]:
         if read and name in hot and not file(folder, name).exists():
-            onnx_files.refuse(file(folder, name), "it is missing")
+            files.refuse(file(folder, name), "it is missing")
         if not read and not file(folder, name).exists():
             from aropt.exporters.onnx import export
 

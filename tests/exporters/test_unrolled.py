@@ -17,11 +17,12 @@ from aropt.ir.interpreter import run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs, slots
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.targets import lower, rounds
+from aropt.targets import lower
 from aropt.targets.onnxruntime import OnnxRuntime
+from aropt.targets.ort import multi_step
 from tests.exporters.test_whole_loop import small_llama
 
-K = rounds.ROUNDS
+K = multi_step.ROUNDS
 PROMPTS = [[72, 101, 108, 108, 111], [84, 104]]
 
 
@@ -34,7 +35,7 @@ class Pair:
         self.fast: Program = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))[0]
         made: Any = lower(self.fast, "onnxruntime", threads=1)
         self.stepping: OnnxRuntime = made.like({}, None)
-        self.several = made.like(rounds.build(self.fast, self.stepping), None)
+        self.several = made.like(multi_step.build(self.fast, self.stepping), None)
         self.kept = made
 
     def both(self, prompts: list[list[int]], n: int, **options: Any) -> list[list[int]]:
@@ -111,7 +112,7 @@ def test_it_is_the_reference(pair: Pair) -> None:
     for params in ({}, {"temperature": 0.9, "seed": 3}):
         want = pair.plain.generate(PROMPTS, 3 * K, **params)
         assert pair.fast.generate(PROMPTS, 3 * K, executor=pair.several, **params) == want
-    assert rounds.compare(pair.fast, pair.stepping, pair.several)["cases"] > 20
+    assert multi_step.compare(pair.fast, pair.stepping, pair.several)["cases"] > 20
 
 
 def test_streaming_shows_each_round(pair: Pair) -> None:
@@ -154,17 +155,17 @@ def test_caches_are_in_one_buffer_only_in_order(pair: Pair) -> None:
 def test_what_is_not_repeated(pair: Pair) -> None:
     """Programs whose tokens grow, a loop whose state is read after it, and large ones."""
     plain = pair.plain
-    assert not rounds.eligible(plain)  # the body is a sequence of graphs
+    assert not multi_step.eligible(plain)  # the body is a sequence of graphs
     fast = pair.fast
-    assert set(rounds.eligible(fast)) == set(pair.several.rounds)
+    assert set(multi_step.eligible(fast)) == set(pair.several.rounds)
     assert isinstance(fast.control, Seq)
-    graph, value = next(iter(rounds.eligible(fast))), "count"
+    graph, value = next(iter(multi_step.eligible(fast))), "count"
     reader = Call(graph, {"limit": value}, {})
     later = fast.replace(control=Seq((*fast.control.body, reader)))
-    assert not rounds.eligible(later)
+    assert not multi_step.eligible(later)
     big = fast.replace(weights={n: w.expand(1024, *w.shape) for n, w in fast.weights.items()})
     with pytest.raises(Unsupported, match="MiB of weights"):
-        rounds.build(big, pair.stepping)
+        multi_step.build(big, pair.stepping)
 
 
 def test_a_difference_is_found(pair: Pair) -> None:
@@ -177,4 +178,4 @@ def test_a_difference_is_found(pair: Pair) -> None:
 
     other = Other(pair.fast, pair.several.folder, 1)
     with pytest.raises(VerificationFailed, match="other tokens than stepping"):
-        rounds.compare(pair.fast, pair.stepping, other)
+        multi_step.compare(pair.fast, pair.stepping, other)

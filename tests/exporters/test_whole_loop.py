@@ -25,7 +25,7 @@ from aropt.loops import rules
 from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
 from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
-from aropt.targets import run_loop
+from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -355,7 +355,7 @@ def test_a_broken_generation_config_is_refused(llama: Path) -> None:
 def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int], tmp_path: Path) -> None:
     """Where its caller gives only what has none: prompt, lengths, limit, streams."""
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets.run_loop import session
+    from aropt.targets.ort.run_loop import session
 
     more = {"eos_token_id": [0, written[5]], "suppress_tokens": [written[0], written[1]], "min_new_tokens": 2}
     said(llama, "generation_config.json", **more, repetition_penalty=1.1)

@@ -17,7 +17,8 @@ from aropt.ir.program import Program
 from aropt.pipeline.artifact import write
 from aropt.pipeline.manager import PIPELINE, make
 from aropt.rewriting.contract import Applies
-from aropt.targets import lower, whole
+from aropt.targets import lower
+from aropt.targets.ort import single_call
 from tests.conftest import make_program, make_stages
 
 JUNK: list[Any] = [
@@ -62,7 +63,7 @@ def written(program: Program, target: str, out: Path, loop: bool = False) -> Pat
     program = program.replace(meta=meta)
     lower(program, target, out)
     if loop:
-        export_program(program, whole.file(out), contrib=True)
+        export_program(program, single_call.file(out), contrib=True)
     write(program, out, {})
     return out
 

@@ -12,7 +12,7 @@ from aropt.exporters.whole_loop import STATUS, export_program
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
-from aropt.targets import run_loop
+from aropt.targets.ort import run_loop
 from tests.conftest import make_program
 from tests.loops.test_unmask import capture, tiny
 

@@ -17,7 +17,8 @@ from aropt.ir.program import Program
 from aropt.loops.unmask.commit import chosen
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
-from aropt.targets import lower, run_loop
+from aropt.targets import lower
+from aropt.targets.ort import run_loop
 from aropt.validate.compare import cases, validate, with_probe
 from aropt.validate.drift import measure
 from tests.loops.test_unmask import capture, rounds, tiny

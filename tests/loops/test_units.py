@@ -202,7 +202,7 @@ def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cach
 @pytest.mark.exhaustive
 def test_the_whole_loop_runs_in_plain_onnxruntime(program: aropt.Program, tmp_path: Path) -> None:
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets import run_loop
+    from aropt.targets.ort import run_loop
 
     done = aropt.optimize(program, "onnxruntime", check=False)
     for contrib in (False, True):

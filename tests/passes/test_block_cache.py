@@ -173,7 +173,7 @@ def test_it_is_fused_and_lowered(plain: Program) -> None:
 def test_the_whole_loop_is_one_model(block: int, contrib: bool, tmp_path: Path) -> None:
     """A canvas in, tokens out: one, several, ragged, in one call and in chunks, greedy and sampled."""
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets import run_loop
+    from aropt.targets.ort import run_loop
 
     program = capture(tiny(block), "threshold")
     fast = aropt.optimize(program, target="onnxruntime", check=False)

@@ -21,7 +21,8 @@ from aropt.loops.rules import ALWAYS
 from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
 from aropt.rewriting.contract import Skips
-from aropt.targets import lower, run_loop
+from aropt.targets import lower
+from aropt.targets.ort import run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.loops.test_units import Windows

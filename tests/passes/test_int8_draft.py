@@ -22,7 +22,7 @@ from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips
-from aropt.targets import rounds, run_loop
+from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
@@ -145,7 +145,7 @@ def test_onnxruntime_steps_with_drafts(of: Callable[[], Program]) -> None:
     program = aropt.optimize(of(), "onnxruntime", pipeline([ASKED]), instruments=Instruments(check=False), threads=1)
     assert program.report["verify"]["status"] == "pass"
     assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
-    assert loops(program.control, "speculate") and loops(program.control, "draft") and not rounds.eligible(program)
+    assert loops(program.control, "speculate") and loops(program.control, "draft") and not multi_step.eligible(program)
     for prompt, n in (([8], 16), ([8], 1), ([8], 0), ([8, 1, 2, 3, 4], 12)):
         for options in ({}, {"temperature": 1.0, "seed": 3}):
             assert program.generate([prompt], n, **options) == of().generate([prompt], n, **options)

@@ -25,7 +25,7 @@ from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline.manager import Instruments, pipeline, run_passes
 from aropt.rewriting.contract import Skips
-from aropt.targets import rounds, run_loop
+from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap
@@ -142,7 +142,7 @@ def test_onnxruntime_steps_with_drafts() -> None:
     program = aropt.optimize(reference, "onnxruntime", pipeline(["ngram-draft:drafts=1"]), check=False,
                              instruments=Instruments(check=False))  # fmt: skip
     assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
-    assert loops(program.control, "speculate") and not rounds.eligible(program)
+    assert loops(program.control, "speculate") and not multi_step.eligible(program)
     for prompt, n in (([1, 2, 3], 30), ([4], 1), ([4], 0), ([2] * 9, 12)):
         assert program.generate([prompt], n) == reference.generate([prompt], n)
     assert len(rounds_of(program, [[1, 2, 3]], 30)) < 30

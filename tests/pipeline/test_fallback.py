@@ -15,7 +15,7 @@ from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
-from aropt.targets import run_loop, whole
+from aropt.targets.ort import run_loop, single_call
 from tests.conftest import Tiny, make_program
 from tests.loops.test_unmask import tiny
 
@@ -64,11 +64,11 @@ def test_stepping_where_one_call_fails(
 
     monkeypatch.setattr("aropt.exporters.whole_loop.export_program", writes)
     monkeypatch.setattr(run_loop, "compare", fails if where == "compare" else lambda *_: {})
-    monkeypatch.setattr(whole.Whole, "generate", fails)
+    monkeypatch.setattr(single_call.Whole, "generate", fails)
     program = make_program(1)
     program = program.replace(meta={**program.meta, "prompts": [[1]]})
     executor = Stub(program, tmp_path)
-    found = whole.pick(program, executor)
+    found = single_call.pick(program, executor)
     reason = (str(error).splitlines() or ["KeyError"])[0]
     assert found["picked"] == "stepping" and found["reason"].endswith(f"one call: {reason}") and not found["graphs"]
     assert executor.whole is None and not executor.rounds and not list(tmp_path.rglob("*.onnx"))
@@ -87,10 +87,10 @@ def test_one_call_must_win_with_longer_answers_too(
         lengths.append(n)
         return {way: 1.0 if way == "stepping" else 0.8 if n <= 64 else longer for way in ways}
 
-    monkeypatch.setattr(whole, "several", lambda *_: 1 / 0)
-    monkeypatch.setattr(whole, "one_call", lambda *_: (executor.like({}, None), {}))
-    monkeypatch.setattr(whole, "timed", timed)
-    found = whole.pick(program, executor)
+    monkeypatch.setattr(single_call, "several", lambda *_: 1 / 0)
+    monkeypatch.setattr(single_call, "one_call", lambda *_: (executor.like({}, None), {}))
+    monkeypatch.setattr(single_call, "timed", timed)
+    found = single_call.pick(program, executor)
     assert (found["picked"], found["tokens"]) == (picked, 100) and lengths[-2:] == [64, 100]
 
 

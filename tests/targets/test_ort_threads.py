@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import json, sys
 import onnx.helper as h, onnxruntime as ort
-from aropt.targets import ort_threads
+from aropt.targets.ort import threads
 from pathlib import Path
 
 def tasks():
@@ -23,12 +23,12 @@ values = [h.make_tensor_value_info(n, 1, [1]) for n in "xy"]
 graph = h.make_graph([node], "g", values[:1], values[1:])
 model = h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=9)
 if sys.argv[1] == "own":
-    ort_threads.own_process()
-ort_threads.share(3)
+    threads.own_process()
+threads.share(3)
 before = tasks()
-sessions = [ort.InferenceSession(model.SerializeToString(), ort_threads.options(3)) for _ in range(4)]
+sessions = [ort.InferenceSession(model.SerializeToString(), threads.options(3)) for _ in range(4)]
 started = tasks() - before
-ort_threads.share(2)
+threads.share(2)
 try:
     ort.InferenceSession(model.SerializeToString())
     usual = True

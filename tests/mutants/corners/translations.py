@@ -19,8 +19,9 @@ from aropt.exporters import onnx as exporter
 from aropt.exporters.whole_loop import export_program
 from aropt.ir import ops
 from aropt.ir.program import Program
-from aropt.targets import lower, run_loop
-from aropt.targets.whole import Whole
+from aropt.targets import lower
+from aropt.targets.ort import run_loop
+from aropt.targets.ort.single_call import Whole
 from tests.mutants.corners import slips
 from tests.mutants.corners.slips import Request, ask
 

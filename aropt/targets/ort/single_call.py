@@ -1,9 +1,9 @@
 """Stepping, several rounds a call, or one call: the onnxruntime target generates in the way that is faster here.
 
 Stepping calls the step's session once a round and updates caches in place, but the host takes part in each round. A
-session of several rounds (`aropt.targets.rounds`) shares a call's cost among them. One call runs the exported whole
-loop (`aropt.exporters.whole_loop`): no host, but ONNX's Loop copies caches from round to round. Which wins depends on
-the model and the machine, so all are timed, in turns.
+session of several rounds (`aropt.targets.ort.multi_step`) shares a call's cost among them. One call runs the exported
+whole loop (`aropt.exporters.whole_loop`): no host, but ONNX's Loop copies caches from round to round. Which wins
+depends on the model and the machine, so all are timed, in turns.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from aropt.ir.interpreter import Values, most_rounds
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
-from aropt.targets import rounds
+from aropt.targets.ort import multi_step
 
 ROUNDS = 15
 PAUSE = 0.05  # seconds before each run: the threads of the one before wait busily for a while
 MARGIN = 1.03  # what another way than stepping must win by to be worth its files and its session
 LONGER = 4  # times as many tokens, in which one call must win too
-STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{rounds.ROUNDS} rounds a call"
+STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{multi_step.ROUNDS} rounds a call"
 
 
 def file(folder: Path) -> Path:
@@ -43,7 +43,7 @@ class Whole:
 
     def generate(self, inputs: Values) -> Tensor:
         """The generated rows, int64 [B, N] or [B, N, W], -1 after a sequence's end."""
-        from aropt.targets.run_loop import session
+        from aropt.targets.ort.run_loop import session
 
         if self.session is None:
             self.session = session(self.path, self.threads)
@@ -81,7 +81,7 @@ def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _:
     if picked == SEVERAL:
         executor.rounds = faster(program, ways, prompt, n)
     executor.sessions.clear()  # they are opened again, for the way that was picked
-    rounds.clean(executor.folder, executor.rounds)
+    multi_step.clean(executor.folder, executor.rounds)
     if picked != ONE_CALL:
         discard(file(executor.folder))
     found: dict[str, Any] = {"picked": picked, "verify": verify, "tokens": n, "n": ROUNDS, "ms": ms}
@@ -95,14 +95,14 @@ def fastest(ms: Mapping[str, float]) -> str:
 
 def several(program: Program, stepping: Any) -> Any:
     """An executor of several rounds a call, and what comparing it found."""
-    executor = stepping.like(rounds.build(program, stepping), None)
-    return executor, rounds.compare(program, stepping, executor)
+    executor = stepping.like(multi_step.build(program, stepping), None)
+    return executor, multi_step.compare(program, stepping, executor)
 
 
 def one_call(program: Program, stepping: Any) -> Any:
     """An executor of the whole loop, and what comparing it found."""
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets import run_loop
+    from aropt.targets.ort import run_loop
 
     path = file(stepping.folder)
     export_program(program, path, contrib=True, graphs=stepping.translated)

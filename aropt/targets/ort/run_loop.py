@@ -14,7 +14,7 @@ from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, window
 from aropt.loops.defaults import with_defaults
 from aropt.loops.runtime import batches, make_inputs, room
-from aropt.targets.ort_threads import options, share
+from aropt.targets.ort.threads import options, share
 
 if TYPE_CHECKING:
     from aropt.validate.cases import Case
