@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aropt.errors import UsageError
-from aropt.ir.interpreter import Executor
-from aropt.ir.program import Program
+
+if TYPE_CHECKING:  # the command line's help imports this package, and not torch
+    from aropt.ir.interpreter import Executor
+    from aropt.ir.program import Program
 
 TARGETS = ("eager", "inductor", "onnxruntime")
 DEFAULT = "onnxruntime"
