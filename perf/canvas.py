@@ -274,7 +274,8 @@ def serve(job: dict[str, Any]) -> None:
 def built(job: dict[str, Any], folder: Path) -> Any:
     """The program of a variant, lowered."""
     import aropt
-    from aropt.pipeline.manager import Instruments, pipeline
+    from aropt.pipeline.checks import Instruments
+    from aropt.pipeline.registry import pipeline
 
     if Path(job["model"]).is_dir():
         from perf.llada import load_folder

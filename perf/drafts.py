@@ -42,7 +42,8 @@ def main() -> None:
 
 def optimized(chosen: list[str], threads: int) -> Any:
     import aropt
-    from aropt.pipeline.manager import Instruments, pipeline
+    from aropt.pipeline.checks import Instruments
+    from aropt.pipeline.registry import pipeline
 
     plain, unchecked = aropt.capture("text-ar"), Instruments(check=False)
     return aropt.optimize(plain, "onnxruntime", pipeline(chosen), check=False, threads=threads, instruments=unchecked)

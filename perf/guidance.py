@@ -101,7 +101,7 @@ def prepared(args: argparse.Namespace, variant: Variant, target: str, folder: Pa
     """What generates once, and how many forwards that takes."""
     import aropt
     from aropt.loops.runtime import room
-    from aropt.pipeline.manager import pipeline
+    from aropt.pipeline.registry import pipeline
 
     plain = aropt.capture(args.model + "-cca" * variant.free, rules=[variant.rule, "temperature"])
     passes = pipeline(variant.chosen, variant.dropped)

@@ -152,7 +152,8 @@ def examples(ids: list[int], count: int, seed: int) -> list[list[int]]:
 
 def measured(name: str, texts: list[list[int]], judge: NGram, folder: Path, threads: int) -> Measured:
     import aropt
-    from aropt.pipeline.manager import Instruments, pipeline
+    from aropt.pipeline.checks import Instruments
+    from aropt.pipeline.registry import pipeline
 
     rule, params = VARIANTS[name]
     params = {"block": BLOCK, **params}

@@ -64,7 +64,7 @@ def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> 
 
 def make_stages(program: Program) -> dict[str, Program]:
     """The program as captured, and after each pass of the pipeline."""
-    from aropt.pipeline.manager import PIPELINE, make
+    from aropt.pipeline.registry import PIPELINE, make
     from aropt.rewriting.contract import Applies
 
     stages = {"captured": program}

@@ -22,8 +22,8 @@ from pathlib import Path
 from aropt.cli import main as cli
 from aropt.errors import AroptError
 from aropt.pipeline import store
-from aropt.pipeline.manager import PASSES
 from aropt.pipeline.manifest import foreign, proven
+from aropt.pipeline.registry import PASSES
 from aropt.targets.scratch import Scratch
 from tests.cli.test_cli import MODEL
 

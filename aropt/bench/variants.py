@@ -192,7 +192,8 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any
     """
     from aropt.ir.control import loops
     from aropt.pipeline.api import capture, optimize
-    from aropt.pipeline.manager import Instruments, pipeline
+    from aropt.pipeline.checks import Instruments
+    from aropt.pipeline.registry import pipeline
 
     source, meta = model(spec)
     program = capture(source, rules=meta.get("rules"))

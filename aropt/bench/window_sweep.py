@@ -16,7 +16,8 @@ from torch import nn
 from aropt.ir.program import Program
 from aropt.loops.runtime import room
 from aropt.pipeline.api import capture, optimize
-from aropt.pipeline.manager import Instruments, pipeline
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.registry import pipeline
 
 MOST = 8  # windows: larger ones leave a handful of rounds
 

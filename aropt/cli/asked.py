@@ -11,7 +11,7 @@ from aropt.frontend.sources import findable
 from aropt.loops.rules import PROCESSORS
 from aropt.loops.unmask import commit
 from aropt.pipeline.api import LOOPS
-from aropt.pipeline.manager import pass_class
+from aropt.pipeline.registry import pass_class
 from aropt.targets import check_target
 
 

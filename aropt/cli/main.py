@@ -339,7 +339,7 @@ def passes(as_json: Json = False, verbose: Verbose = 0) -> None:
     """List the passes with their level and options."""
     import dataclasses
 
-    from aropt.pipeline.manager import PASSES, pass_class
+    from aropt.pipeline.registry import PASSES, pass_class
 
     found = []
     for name in PASSES:

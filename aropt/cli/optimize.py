@@ -28,7 +28,9 @@ from aropt.models import REFERENCES
 from aropt.pipeline import artifact, store
 from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
-from aropt.pipeline.manager import Instruments, bisect, pipeline, untold
+from aropt.pipeline.bisect import bisect
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips
 from aropt.validate import quality
 from aropt.validate.drift import budget

@@ -27,7 +27,9 @@ from aropt.loops.unmask.ar_verifier import Guide
 from aropt.loops.unmask.ar_verifier import make as make_guide
 from aropt.loops.unmask.build import unmasking
 from aropt.pipeline.autotune import trial
-from aropt.pipeline.manager import Instruments, describe, pipeline, run_passes
+from aropt.pipeline.checks import Instruments, describe
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.pipeline.uncached import uncached
 from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result

@@ -20,14 +20,15 @@ from aropt.errors import Unsupported
 from aropt.ir.control import Control, If, Seq, calls
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload
-from aropt.pipeline.manager import PASSES, TRIED, Instruments, unpaid
+from aropt.pipeline.checks import QUIET, Instruments
+from aropt.pipeline.lossy import unpaid
+from aropt.pipeline.registry import PASSES, TRIED
 from aropt.rewriting.contract import Pass, Skips
 from aropt.targets.scratch import Scratch
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
-QUIET = Instruments()
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
 WITHOUT = "without"
 LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read

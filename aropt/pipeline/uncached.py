@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aropt.ir.program import Program
-from aropt.pipeline.manager import PASSES, pass_class
+from aropt.pipeline.registry import PASSES, pass_class
 from aropt.rewriting.contract import Result
 
 STORED = ("append-kv", "canvas-kv")

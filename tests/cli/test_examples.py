@@ -20,7 +20,7 @@ from aropt.cli import main as cli
 from aropt.cli.optimize import check_names
 from aropt.frontend.sources import findable
 from aropt.models import CHECKPOINTS
-from aropt.pipeline.manager import pipeline
+from aropt.pipeline.registry import pipeline
 from aropt.validate.drift import budget
 
 ROOT = Path(__file__).parents[2]

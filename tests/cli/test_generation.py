@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import aropt
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.validate.compare import Case, validate, with_probe
 from tests.support.grammar import models

@@ -16,7 +16,9 @@ from aropt.ir.control import Call, Seq, loops
 from aropt.ir.interpreter import run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs, slots
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.targets.onnxruntime import OnnxRuntime
 from aropt.targets.ort import multi_step

@@ -24,7 +24,9 @@ from aropt.ir.program import Input, Program, Spec, StateSpec
 from aropt.loops import rules
 from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
-from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
 

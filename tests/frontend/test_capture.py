@@ -17,7 +17,7 @@ from aropt.frontend.faithful import SHORT, lengths
 from aropt.frontend.trace import capture_function
 from aropt.ir.program import Program, Spec
 from aropt.ir.torch_compat import propagate
-from aropt.pipeline.manager import make
+from aropt.pipeline.registry import make
 from aropt.targets import lower
 
 VOCAB = 20

@@ -15,7 +15,7 @@ from typing import Any
 import aropt
 from aropt.ir.program import Program
 from aropt.pipeline.artifact import write
-from aropt.pipeline.manager import PIPELINE, make
+from aropt.pipeline.registry import PIPELINE, make
 from aropt.rewriting.contract import Applies
 from aropt.targets import lower
 from aropt.targets.ort import single_call

@@ -18,7 +18,7 @@ from aropt.ir.fold_text import folded
 from aropt.ir.printer import diff, digest, graph_text, text
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
-from aropt.pipeline.manager import PIPELINE
+from aropt.pipeline.registry import PIPELINE
 from tests.conftest import make_program, make_stages
 
 aten = torch.ops.aten

@@ -11,7 +11,9 @@ import pytest
 from aropt.exporters.whole_loop import STATUS, export_program
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.targets.ort import run_loop
 from tests.conftest import make_program
 from tests.loops.test_unmask import capture, tiny

@@ -19,7 +19,7 @@ from aropt.ir.verify import verify
 from aropt.loops.unmask.ar_verifier import OFFERS, PRODUCT
 from aropt.models.canvas import MASK, VOCAB
 from aropt.passes.guide_cache import GuideCache
-from aropt.pipeline.manager import make
+from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import rounds, tiny

@@ -16,7 +16,9 @@ from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
 from aropt.loops.unmask.commit import chosen
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
-from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.targets import lower
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import cases, validate, with_probe

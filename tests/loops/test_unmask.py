@@ -332,7 +332,7 @@ def test_validation_catches(quota: Program, wrong: str) -> None:
 
 def test_passes_fuse_the_round(quota: Program) -> None:
     from aropt.ir.control import calls
-    from aropt.pipeline.manager import pipeline
+    from aropt.pipeline.registry import pipeline
 
     fast, results = run_passes(quota, pipeline(), "eager")
     assert {r.name for r in results if r.status == "applied"} >= {"merge-linears", "fuse-sampler", "prune"}

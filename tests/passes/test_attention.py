@@ -20,7 +20,9 @@ from aropt.kernels.cached_attention import rotated
 from aropt.passes.fuse_attention import FuseAttention
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
-from aropt.pipeline.manager import PIPELINE, Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import PIPELINE, pipeline
 from aropt.rewriting.attention import NotThis, matches
 from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower

@@ -18,7 +18,9 @@ from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs
 from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK
-from aropt.pipeline.manager import Instruments, make, parse, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, parse, pipeline
 from aropt.rewriting.contract import Applies, Result, Skips
 from aropt.validate.compare import Case, cases, validate, with_probe
 from aropt.validate.compare_canvas import Step, Trace

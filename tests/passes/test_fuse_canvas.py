@@ -14,7 +14,7 @@ from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.fuse_canvas import FuseCanvas
-from aropt.pipeline.manager import make
+from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 

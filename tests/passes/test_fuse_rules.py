@@ -18,7 +18,9 @@ from aropt.ir.program import Graph, Program
 from aropt.loops import rules
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.fuse_rules import FuseRules, reason
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program

@@ -19,7 +19,9 @@ from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.rules import ALWAYS
 from aropt.passes.cfg_eliminate import CfgEliminate
-from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.rewriting.contract import Skips
 from aropt.targets import lower
 from aropt.targets.ort import run_loop

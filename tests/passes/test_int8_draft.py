@@ -20,7 +20,9 @@ from aropt.ir.program import Program
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.kv_cache import KvCache
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips
 from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe

@@ -21,7 +21,9 @@ from aropt.kernels import linear_int8 as op
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.passes.int8_linears import Int8Linears
 from aropt.passes.merge_linears import MergeLinears
-from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import drift
 from aropt.validate.compare import validate, with_probe

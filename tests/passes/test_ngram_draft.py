@@ -23,7 +23,9 @@ from aropt.ir.program import Program
 from aropt.loops import speculate
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.ngram_draft import NgramDraft
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips
 from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe

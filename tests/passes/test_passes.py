@@ -18,7 +18,10 @@ from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.prune import Prune, outputs_needed
-from aropt.pipeline.manager import PIPELINE, Instruments, make, parse, pipeline, run_passes
+from aropt.pipeline.bisect import bisect
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import PIPELINE, make, parse, pipeline
 from aropt.rewriting.contract import Applies, Contract, Skips
 
 
@@ -162,11 +165,9 @@ def test_a_wrong_pass_is_reverted_and_explained(plain: Program) -> None:
 
 
 def test_bisect_names_the_pass(plain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aropt.pipeline import manager as passmanager
-
     chosen: list[Any] = [Canonicalize(), KvCache(), Sabotage(), FuseSampler()]
-    assert passmanager.bisect(plain, chosen, "eager", lambda _: None) == "sabotage"
-    assert passmanager.bisect(plain, chosen[:2], "eager", lambda _: None) is None
+    assert bisect(plain, chosen, "eager", lambda _: None) == "sabotage"
+    assert bisect(plain, chosen[:2], "eager", lambda _: None) is None
 
 
 def test_options_are_parsed_and_checked() -> None:

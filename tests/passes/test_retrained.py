@@ -13,7 +13,9 @@ from aropt.ir.interpreter import Eager
 from aropt.ir.verify import verify
 from aropt.models import load
 from aropt.passes.token_shuffle import TokenShuffle
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips
 
 

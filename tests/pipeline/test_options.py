@@ -18,7 +18,7 @@ from aropt.cli import optimize as command
 from aropt.cli.infill import answers, stops
 from aropt.errors import UsageError
 from aropt.ir.program import Program
-from aropt.pipeline import manager as passmanager
+from aropt.pipeline import registry
 from aropt.rewriting import contract as passbase
 
 MASK = 11
@@ -133,7 +133,7 @@ def test_texts_of_answers_and_stops(tiny_program: Program) -> None:
 
 
 def test_a_broken_pass_names_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(passmanager.PASSES, "mine", "mine")
+    monkeypatch.setitem(registry.PASSES, "mine", "mine")
     folder = tmp_path / "passes"
     folder.mkdir()
     monkeypatch.setattr("aropt.passes.__path__", [str(folder)])
@@ -142,6 +142,6 @@ def test_a_broken_pass_names_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (folder / "mine.py").write_text(text)
         sys.modules.pop("aropt.passes.mine", None)
         with pytest.raises(UsageError, match=r"the pass 'mine' can't be loaded[\s\S]*passes/mine.py") as told:
-            passmanager.pass_class("mine")
+            registry.pass_class("mine")
         assert words in str(told.value)
     assert passbase.broken("mine", "passes/mine.py", ValueError("x")).code == 2

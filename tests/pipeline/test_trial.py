@@ -19,7 +19,8 @@ from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline import api
 from aropt.pipeline import autotune as trial
-from aropt.pipeline.manager import TRIED, Instruments, pipeline, untold
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.registry import TRIED, pipeline, untold
 from tests.conftest import make_program
 
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]

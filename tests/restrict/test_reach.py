@@ -14,7 +14,9 @@ from aropt.frontend.export import torch_reason
 from aropt.frontend.trace import capture_model
 from aropt.ir.naming import WEIGHT
 from aropt.loops.positions import autoregressive
-from aropt.pipeline.manager import Instruments, make, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make
 from aropt.restrict.excluded import counted
 from tests.support.decoders import (
     CACHED,

@@ -13,7 +13,7 @@ from aropt.errors import Unsupported, UsageError
 from aropt.frontend.forwards import Forward
 from aropt.frontend.trace import capture_model
 from aropt.ir.ops import load_all
-from aropt.pipeline.manager import make
+from aropt.pipeline.registry import make
 from aropt.restrict.excluded import counted
 from aropt.restrict.normalize import normalize_attention
 from aropt.restrict.rewrite import Restricted, restrict

@@ -10,7 +10,9 @@ import torch
 import aropt
 from aropt.ir.interpreter import Eager, Executor
 from aropt.ir.program import Program
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
 

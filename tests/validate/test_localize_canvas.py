@@ -12,7 +12,9 @@ from torch import fx
 
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.pipeline.manager import Instruments, describe, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments, describe
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
 from aropt.validate.localize import localize
 from aropt.validate.localize_canvas import first_in_canvas

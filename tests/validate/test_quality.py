@@ -15,7 +15,9 @@ from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
 from aropt.models.canvas import MASK
-from aropt.pipeline.manager import Instruments, make, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import make, pipeline
 from aropt.pipeline.report import html
 from aropt.validate import quality
 from aropt.validate.compare import with_probe

@@ -15,7 +15,9 @@ from aropt.ir.program import Program
 from aropt.loops.positions import autoregressive
 from aropt.loops.rules import DEFAULT
 from aropt.models.canvas import MASK, CanvasLM
-from aropt.pipeline.manager import Instruments, pipeline, run_passes
+from aropt.pipeline.checks import Instruments
+from aropt.pipeline.manager import run_passes
+from aropt.pipeline.registry import pipeline
 from aropt.validate.compare import with_probe
 from tests.mutants.surgery import Tiny
 

@@ -1,0 +1,87 @@
+"""Lossy passes: applied as far as the budget allows, measured against the program before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+from aropt.errors import UsageError
+from aropt.ir.program import Entry, Program
+from aropt.pipeline.checks import Instruments, check
+from aropt.pipeline.cost import nodes, step_bytes
+from aropt.pipeline.registry import REFRESHES
+from aropt.rewriting.contract import Pass, Result
+from aropt.validate.compare import with_probe
+from aropt.validate.oracle import Oracles
+
+
+def spend(one: Pass, program: Program, result: Result, instruments: Instruments, oracles: Oracles) -> Program:
+    """The program after a lossy pass that keeps to the budget; else as it was.
+
+    A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
+    program: then what it loses is stale rows alone.
+    """
+    from aropt.validate import quality
+    from aropt.validate.drift import measure
+
+    refreshes = "refresh" in result.options
+    if not instruments.budget:
+        raise unpaid(one)
+    if instruments.trust:
+        result.status, changed = "applied", one.run(program)
+        return changed.replace(reference=changed)
+    canvas = program.meta.get("loop") == "unmask"
+    if "quality" in instruments.budget and not canvas:
+        raise UsageError(
+            what="quality is measured on canvases", where="--budget", hint="bound kl, kl_max, top1 or agreement"
+        )
+    wanted = canvas and (program.meta.get("examples") or "quality" in instruments.budget)
+    known = quality.measure(program) if wanted else None
+    result.status, result.verify = "reverted", {}
+    given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
+    tries = [given, *(r for r in REFRESHES if not given or r < given)]
+    if refreshes:
+        result.reason = check(oracles.of(program), program, at_refresh(one, 1).run(program), result, instruments)
+    for refresh in [] if result.reason else tries:
+        changed = (at_refresh(one, refresh) if refreshes else one).run(program)
+        instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
+        result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
+        result.reason = check(
+            oracles.of(changed), program, changed, result, instruments
+        )  # batches against sequences alone
+        if result.reason:
+            break
+        drift = measure(program, with_probe(changed), known=known)
+        result.verify |= drift.metrics()
+        result.drift = asdict(drift)
+        result.reason = drift.misses(instruments.budget)
+        if refreshes:
+            result.options["refresh"] = refresh
+        if not result.reason:
+            result.status = "applied"
+            result.reason = "" if refresh == given else f"refresh={refresh}: with fewer the budget was missed"
+            entry = Entry(one.name, "lossy", result.options, dict(result.verify))
+            return changed.replace(ledger=(*program.ledger, entry), reference=changed)
+    return program
+
+
+def unpaid(one: Pass) -> UsageError:
+    """What to tell of a lossy pass without a budget."""
+    does = (import_module(type(one).__module__).__doc__ or "").partition(": ")[2].partition("\n")[0]
+    return UsageError(
+        what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
+        where=f"--pass {one.name}",
+        why="its rows see the whole canvas, and stored ones are not refreshed each round"
+        if hasattr(one, "refresh")
+        else does,
+        hint="give a budget: --budget kl=0.05,top1=0.95",
+    )
+
+
+def at_refresh(one: Pass, refresh: int) -> Pass:
+    """The pass with everything recomputed every so many rounds."""
+    made: Any = one
+    changed: Pass = dataclasses.replace(made, refresh=refresh)
+    return changed
