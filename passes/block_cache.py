@@ -16,6 +16,7 @@ from torch import Tensor
 from aropt.ir.program import Program
 from aropt.loops.unmask.cache_policy import Look, cached, plan_cache
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class BlockCache:
     name: ClassVar[str] = "block-cache"
     contract: ClassVar[Contract] = Contract("rounding", (), ("cached",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(program, f"blocks of {program.meta.get('block')}", by_mask=True, lossy=False)
 
     def run(self, program: Program) -> Program:

@@ -22,6 +22,7 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.restrict.normalize import normalize_attention
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default)
@@ -37,7 +38,7 @@ class Canonicalize:
     name: ClassVar[str] = "canonicalize"
     contract: ClassVar[Contract] = Contract("rounding")
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [
             f"{len(rms)} norms, {len(heads)} attentions of {name}"
             for name, graph in program.graphs.items()

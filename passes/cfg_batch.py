@@ -18,6 +18,7 @@ from aropt.ir.edit import compose, trim
 from aropt.ir.program import Graph, Program, Spec
 from aropt.loops.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CfgBatch:
     name: ClassVar[str] = "cfg-batch"
     contract: ClassVar[Contract] = Contract("rounding", ("two branches",), ("one batch",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         reason = unlike(program)
         return Skips(reason) if reason else Applies(("2 forwards a round become 1 of twice the rows",))
 

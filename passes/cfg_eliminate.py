@@ -15,6 +15,7 @@ from aropt.ir.program import Program
 from aropt.loops.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
 from aropt.loops.rules import GUIDED
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"
 
@@ -24,7 +25,7 @@ class CfgEliminate:
     name: ClassVar[str] = "cfg-eliminate"
     contract: ClassVar[Contract] = Contract("rounding", ("two branches", "guidance-free weights"), ("one branch",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         reason = unlike(program)
         if not reason and not program.meta.get("guidance_free"):
             reason = f"the weights need guidance; those that don't come from CCA fine-tuning: {RECIPE}"

@@ -21,6 +21,7 @@ from aropt.loops.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, 
 from aropt.loops.rules import inside
 from aropt.passes.cfg_batch import append
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 BOOL, I64 = torch.bool, torch.int64
 RULE = "guidance-interval"
@@ -31,7 +32,7 @@ class CfgInterval:
     name: ClassVar[str] = "cfg-interval"
     contract: ClassVar[Contract] = Contract("rounding", ("two branches",), ("no idle branch",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         reason = unlike(program)
         if not reason and RULE not in program.meta["rules"]:
             reason = f"guidance has no interval: capture the model with the rule '{RULE}'"

@@ -14,6 +14,7 @@ from torch import Tensor
 from aropt.ir.program import Program
 from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DkvCache:
         everything = (look.step < 2) | (look.step % self.refresh == 0)
         return (look.all & everything) | look.before
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(program, f"rows masked in the round before, all every {self.refresh} rounds", by_mask=False)
 
     def run(self, program: Program) -> Program:

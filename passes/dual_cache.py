@@ -13,6 +13,7 @@ from torch import Tensor
 from aropt.ir.program import Program
 from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DualCache:
     def due(self, look: Look) -> Tensor:
         return (look.all & look.fresh) | (look.index == look.now)
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(program, "all rows when a block begins, then its own", by_mask=True)
 
     def run(self, program: Program) -> Program:

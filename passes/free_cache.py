@@ -16,6 +16,7 @@ from aropt.ir.program import Program
 from aropt.loops.unmask.build import FAR
 from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FreeCache:
         first = torch.where(look.masked, look.at, FAR).amin(1, keepdim=True)
         return (look.at < first + self.right) & ((look.at >= first - self.left) | begin)
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(
             program,
             f"rows from {self.left} before the first mask to {self.right} after it"

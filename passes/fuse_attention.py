@@ -25,6 +25,7 @@ from aropt.ir.torch_compat import build
 from aropt.loops.guidance import joining, named, parting
 from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
 I32, I64 = torch.int32, torch.int64
@@ -37,8 +38,8 @@ class FuseAttention:
     name: ClassVar[str] = "fuse-attention"
     contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("one op an attention",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
-        if target != "onnxruntime":
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
+        if not target.has("grouped-query-attention"):
             return Skips(f"the target {target} has no kernel for it")
         if RAGGED in program.graphs or not restricted(program):
             return Skips("no cached step of a positions loop")

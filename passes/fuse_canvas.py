@@ -21,6 +21,7 @@ from aropt.ir.torch_compat import build
 from aropt.passes.fuse_attention import features, table_weights
 from aropt.rewriting.attention import PLACES, Match, NotThis, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
 
@@ -30,8 +31,8 @@ class FuseCanvas:
     name: ClassVar[str] = "fuse-canvas"
     contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("one op an attention",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
-        if target != "onnxruntime":
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
+        if not target.has("multi-head-attention"):
             return Skips(f"the target {target} has no kernel for it")
         found, rejected = [], []
         for graph in restricted(program):

@@ -20,6 +20,7 @@ from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
 from aropt.loops.rules import SHIPPED, rule
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}
 SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether they draw
@@ -30,7 +31,7 @@ class FuseRules:
     name: ClassVar[str] = "fuse-rules"
     contract: ClassVar[Contract] = Contract("rounding", ("rules of logits",), ("one op a rule",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         reasons = {name: reason(program, name) for name in SAMPLED}
         rejected = tuple((name, why) for name, why in reasons.items() if why)
         found = tuple(f"{name}: {', '.join(program.graphs[name].inputs)}" for name, why in reasons.items() if not why)

@@ -16,6 +16,7 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, calls, reads
 from aropt.ir.edit import compose
 from aropt.ir.program import Graph, Program, growing, own_sizes
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 
@@ -25,7 +26,7 @@ class FuseSampler:
     name: ClassVar[str] = "fuse-sampler"
     contract: ClassVar[Contract] = Contract("bitwise", (), ("one call a round",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = tuple(" + ".join(call.graph for call in run) for run in fusible(program.control, program.graphs))
         return Applies(found) if found else Skips("each round is one call already")
 

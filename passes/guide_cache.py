@@ -23,6 +23,7 @@ from aropt.loops.unmask.build import FAR, current_block, places, same
 from aropt.loops.unmask.cache_policy import sized
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 I64 = torch.int64
 CANVAS, PICKED, ROWS = Spec(I64, ("B", "T")), Spec(I64, ("B", "R")), Spec(I64, ("B",))
@@ -34,7 +35,7 @@ class GuideCache:
     name: ClassVar[str] = "guide-cache"
     contract: ClassVar[Contract] = Contract("rounding", (), ("cached guide",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not whole(program.control):
             return Skips("no guide runs a full forward over drafts")
         try:

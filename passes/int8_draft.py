@@ -8,8 +8,8 @@ Leviathan et al. 2023, 2211.17192; with the model's own reduced weights as in Qu
 it is what the row before picked. So the ids, greedy or drawn, are those of the plain loop whatever the drafts are:
 noise is a function of seed and position, so that a draw is checked like a choice, and nothing is spent from a budget.
 
-It is for one sequence at a time, with guidance in one batch on other targets than onnxruntime, whose attention takes
-several rows of one sequence alone; others run as before. The prompt is a round of the plain step.
+It is for one sequence at a time, with guidance in one batch on targets whose attention takes several rows of several
+sequences; others run as before. The prompt is a round of the plain step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
+from aropt.rewriting.target import Target
 
 RULES = ("greedy", "sample")
 SKETCH = "sketch"  # the step that drafts
@@ -54,14 +55,14 @@ class Int8Draft:
     def bits(self) -> EightBits:
         return EightBits(self.group, self.least, self.name)
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [loop for loop in loops(program.control, "positions") if drawn(loop)]
         if not found or loops(program.control, "speculate"):
             return Skips("no loop over positions runs a cached step, straight, without drafts")
         other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
         if other:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")
-        if target == "onnxruntime" and guided(program):
+        if guided(program) and not target.has("batched-chunks"):
             return Skips("its attention takes several rows of one sequence, and guidance makes two of it")
         layers, others = self.bits.layers(program.graphs[STEP], program.weights)
         rejected = tuple(by_name(others, program.weights))

@@ -22,6 +22,7 @@ from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.linears import product
 from aropt.rewriting.patch_projections import NotThis, joint, source
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Int8Linears:
     def bits(self) -> EightBits:
         return EightBits(self.group, self.least, self.name)
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         graph = forward(program)
         if graph is None:
             return Skips("no loop runs a full forward")

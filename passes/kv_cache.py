@@ -20,6 +20,7 @@ from aropt.ir.units import window
 from aropt.loops.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 I64 = torch.int64
 
@@ -39,7 +40,7 @@ class KvCache:
         if self.rows not in ("last", "all"):
             raise UsageError(what=f"kv-cache:rows={self.rows}", why="it is last or all", hint="leave it out")
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         models = forwards(program)
         if not models:
             return Skips("no loop runs a full forward over growing tokens")

@@ -19,6 +19,7 @@ from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
 LINEAR = (aten.linear.default, ops.load("linear_int8").overload)  # each stacks its weights along the first axis
@@ -32,7 +33,7 @@ class MergeLinears:
     name: ClassVar[str] = "merge-linears"
     contract: ClassVar[Contract] = Contract("rounding")
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = tuple(
             f"{name}: {' + '.join(short(n) for n in group)}"
             for name, graph in program.graphs.items()

@@ -26,6 +26,7 @@ from aropt.loops.speculate import STEP, Draft, beside, from_text, steps
 from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class NgramDraft:
         if self.drafts < 1:
             raise UsageError(what=f"ngram-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [loop for loop in loops(program.control, "positions") if greedy(loop)]
         if not found or loops(program.control, "speculate"):
             return Skips("no greedy loop over positions runs a cached step")

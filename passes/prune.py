@@ -19,6 +19,7 @@ from aropt.ir.edit import inline, trim
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Prune:
     name: ClassVar[str] = "prune"
     contract: ClassVar[Contract] = Contract("bitwise", (), ("no dead values",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         dead = sorted(n for n, kept in outputs_needed(program).items() if kept < set(program.graphs[n].outputs))
         constant = [n for n, g in program.graphs.items() if self.fold and constants(g)]
         found = tuple([f"outputs of {n}" for n in dead] + [f"constants of {n}" for n in constant])

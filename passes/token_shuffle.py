@@ -23,6 +23,7 @@ from aropt.loops.positions import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.restrict.axes import op_name
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
 I64, F32 = torch.int64, torch.float32
@@ -49,7 +50,7 @@ class TokenShuffle:
                     hint="leave it out",
                 )
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         """Raises UsageError, Unsupported: skipping would hide from whoever asked for it that nothing was done."""
         side, vocab = program.meta.get("side"), int(program.meta["vocab"])
         if program.meta.get("unit"):

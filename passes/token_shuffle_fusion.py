@@ -32,6 +32,7 @@ from aropt.rewriting.patch_projections import (
     ways,
     written,
 )
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TokenShuffleFusion:
     name: ClassVar[str] = "token-shuffle-fusion"
     contract: ClassVar[Contract] = Contract("rounding", ("rows of windows",))
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not window(program.meta):
             return Skips("a row is one id")
         changed, matches, rejected = self.fused(program)

@@ -10,6 +10,7 @@ from torch import Tensor
 from aropt.ir.program import Program
 from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Vicinity:
         near = (look.offset >= -self.before) & (look.offset < size + self.after)
         return (look.all & (look.fresh | (look.rounds < self.warmup))) | near
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(program, f"the block with {self.before} rows before and {self.after} after it", by_mask=True)
 
     def run(self, program: Program) -> Program:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
+from tests.support.targets import ORT
 
 gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
 VOCAB, CAPACITY, WIDTH = 11, 16, 4
@@ -70,7 +71,7 @@ def make_stages(program: Program) -> dict[str, Program]:
     stages = {"captured": program}
     for name in PIPELINE:
         one = make(name)
-        program = one.run(program) if isinstance(one.plan(program, "onnxruntime"), Applies) else program
+        program = one.run(program) if isinstance(one.plan(program, ORT), Applies) else program
         stages[name] = program
     return stages
 

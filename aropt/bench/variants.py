@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
+from aropt.targets import find_target
 from aropt.targets.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft"
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
     ("inductor", "inductor-max"), "inductor"
 )
+EIGHT_BITS = {"int8-draft": "int8-drafts", "int8-linears": "int8-weights"}  # what a target can do where a pass pays
 
 
 def variant(spec: Spec) -> Generate:
@@ -40,12 +42,11 @@ def variant(spec: Spec) -> Generate:
     from aropt.pipeline.reading import load
 
     target = TARGETS.get(spec.variant)
+    able = find_target(target) if target else None
     program = load(spec.artifact, target=target, threads=spec.threads)
     applied = {e.name for e in program.ledger}
-    if target in ("eager", "inductor") and (
-        "int8-draft" in applied or (target == "eager" and "int8-linears" in applied)
-    ):
-        return stepping(again(spec, [], target), spec)  # there it makes floats of all weights in each round
+    if able is not None and any(name in applied and not able.has(word) for name, word in EIGHT_BITS.items()):
+        return stepping(again(spec, [], able.name), spec)  # there it makes floats of all weights in each round
     if target == "onnxruntime":
         program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
         program.executor.rounds = {}

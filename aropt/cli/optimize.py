@@ -32,6 +32,7 @@ from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips
+from aropt.targets import find_target
 from aropt.validate import quality
 from aropt.validate.drift import budget
 
@@ -381,7 +382,7 @@ def plan(request: Request) -> list[dict[str, Any]]:
         }
         found.append(entry)
         try:
-            planned = one.plan(program, request.target)
+            planned = one.plan(program, find_target(request.target))
         except Unsupported as refused:
             entry |= {"status": "refused", "reason": str(refused), "rejected": [[refused.where, refused.why]]}
             break

@@ -24,6 +24,7 @@ from aropt.pipeline.checks import QUIET, Instruments
 from aropt.pipeline.lossy import unpaid
 from aropt.pipeline.registry import PASSES, TRIED
 from aropt.rewriting.contract import Pass, Skips
+from aropt.targets import find_target
 from aropt.targets.scratch import Scratch
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
@@ -113,7 +114,7 @@ def written(one: Pass) -> str:
 
 def unfit(program: Program, target: str, prompts: list[list[int]], name: str) -> str:
     """Why nothing can be learned here, or the pass can't pay; empty if something can."""
-    if target != "onnxruntime":
+    if not find_target(target).has("autotuning"):
         return f"nothing is timed for the target {target}"
     if program.meta.get("loop", "positions") != "positions":
         return "it is for loops over positions"
@@ -151,7 +152,7 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
     """
     skipped = {}
     for one in passes:
-        plan = one.plan(program, target)
+        plan = one.plan(program, find_target(target))
         if isinstance(plan, Skips):
             skipped[one.name] = plan.reason
         elif (plan.level or one.contract.level) == "lossy" and not paid:

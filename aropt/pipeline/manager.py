@@ -13,6 +13,7 @@ from aropt.pipeline.checks import QUIET, Instruments, check, dump
 from aropt.pipeline.cost import nodes, step_bytes
 from aropt.pipeline.lossy import spend
 from aropt.rewriting.contract import Pass, Result, Skips
+from aropt.targets import find_target
 from aropt.validate.oracle import Oracles
 
 
@@ -28,7 +29,7 @@ def run_passes(
     Raises AroptError where one that was planned fails, unless `instruments.keep_going`: then it is reverted. A lossy
     one that costs more than its budget is reverted too.
     """
-    reference, results, oracles = program, [], oracles or Oracles()
+    reference, results, oracles, goal = program, [], oracles or Oracles(), find_target(target)
     for number, one in enumerate(passes):
         instruments.say(one.name)
         start = time.perf_counter()
@@ -36,7 +37,7 @@ def run_passes(
         result.nodes = (nodes(program), nodes(program))
         result.bytes = (step_bytes(program), step_bytes(program))
         results.append(result)
-        plan = one.plan(program, target)
+        plan = one.plan(program, goal)
         result.rejected = plan.rejected
         if isinstance(plan, Skips):
             result.reason = plan.reason
@@ -52,7 +53,7 @@ def run_passes(
         dump(program, changed, number, one.name, instruments)
         if problem and not instruments.keep_going:
             for later in passes[number + 1 :]:
-                later.plan(program, target)  # its refusal says more: what can't be cached can't be checked at once
+                later.plan(program, goal)  # its refusal says more: what can't be cached can't be checked at once
             raise failure(one, program, problem)
         if problem:
             result.status, result.reason = "reverted", problem

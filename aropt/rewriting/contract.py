@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from aropt.errors import UsageError
 from aropt.ir.program import Program
+from aropt.rewriting.target import Target
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy", "retrained")
 
@@ -57,7 +58,7 @@ class Pass(Protocol):
     name: ClassVar[str]
     contract: ClassVar[Contract]
 
-    def plan(self, program: Program, target: str) -> Applies | Skips: ...
+    def plan(self, program: Program, target: Target) -> Applies | Skips: ...
 
     def run(self, program: Program) -> Program: ...
 

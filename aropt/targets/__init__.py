@@ -1,10 +1,15 @@
-"""Targets: what executes a program's graphs. Each is an Executor (see `aropt.ir.interpreter`)."""
+"""Targets: what executes a program's graphs.
+
+A target is a file here, named as the target, with `TARGET` (what it can do) and `build` (an executor of a program, see
+`aropt.ir.interpreter`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from aropt.errors import UsageError
@@ -12,8 +17,10 @@ from aropt.errors import UsageError
 if TYPE_CHECKING:  # the command line's help imports this package, and not torch
     from aropt.ir.interpreter import Executor
     from aropt.ir.program import Program
+    from aropt.rewriting.target import Target
 
-TARGETS = ("eager", "inductor", "onnxruntime")
+SUPPORT = ("scratch",)  # modules here that are no targets
+TARGETS = tuple(sorted(m.name for m in iter_modules(__path__) if not m.ispkg and m.name not in SUPPORT))
 DEFAULT = "onnxruntime"
 
 
@@ -29,6 +36,13 @@ def lower(
     module = import_module(f"aropt.targets.{target}")
     executor: Executor = module.build(program, folder, progress, threads)
     return executor
+
+
+def find_target(name: str) -> Target:
+    """The target of a name. Raises UsageError for one that there is not."""
+    check_target(name)
+    found: Target = import_module(f"aropt.targets.{name}").TARGET
+    return found
 
 
 def check_target(target: str) -> None:

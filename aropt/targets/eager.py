@@ -11,8 +11,10 @@ from torch import fx
 from aropt.ir import ops
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Graph, Program, donated
+from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
+TARGET = Target("eager", "torch", frozenset({"batched-chunks"}))
 
 
 def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:

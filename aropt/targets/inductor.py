@@ -17,7 +17,10 @@ from aropt.ir import ops
 from aropt.ir.control import calls, loops
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Program, own_sizes
+from aropt.rewriting.target import Target
 from aropt.targets.eager import InPlace, in_place
+
+TARGET = Target("inductor", "Inductor", frozenset({"batched-chunks", "int8-weights"}))
 
 
 class Inductor(InPlace):

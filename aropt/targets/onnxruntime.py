@@ -22,11 +22,14 @@ from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
 from aropt.ir.dims import resolve
 from aropt.ir.interpreter import Eager, Executor, OnRound, Values, endless, most_rounds
 from aropt.ir.program import Graph, Program, Spec, StateSpec, donated, growing, own_sizes, sizes_of
+from aropt.rewriting.target import Target
 from aropt.targets.ort import files, multi_step, single_call
 from aropt.targets.ort.single_call import Whole
 from aropt.targets.ort.threads import options, share
 from aropt.targets.scratch import Scratch
 
+ABLE = ("autotuning", "grouped-query-attention", "int8-drafts", "int8-weights", "multi-head-attention")
+TARGET = Target("onnxruntime", "ONNX Runtime", frozenset(ABLE))
 KEPT = 64  # bindings kept a graph
 SHAPES = 2  # shapes of generations whose buffers are kept: each holds caches
 

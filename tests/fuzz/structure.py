@@ -20,6 +20,7 @@ from aropt.rewriting.contract import Applies
 from aropt.targets import lower
 from aropt.targets.ort import single_call
 from tests.conftest import make_program, make_stages
+from tests.support.targets import EAGER
 
 JUNK: list[Any] = [
     None, True, -1, 0, 1, 7, 2**31, 2**62, 2**70, 1.5, "", "B", "S*1000000000", "x y", "..", "/etc/passwd", [], [[]],
@@ -50,7 +51,7 @@ def canvas() -> Program:
     program = aropt.capture(tiny(), mask=259, capacity=16)
     for name in PIPELINE:
         one = make(name)
-        program = one.run(program) if isinstance(one.plan(program, "eager"), Applies) else program
+        program = one.run(program) if isinstance(one.plan(program, EAGER), Applies) else program
     return program
 
 

@@ -23,6 +23,7 @@ from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import rounds, tiny
+from tests.support.targets import EAGER
 
 
 class Judge(nn.Module):
@@ -222,9 +223,9 @@ def test_batches_equal_the_request_alone(
 
 
 def test_the_cache_is_legal_by_the_mask(plain: Program, fast: Program) -> None:
-    assert isinstance(GuideCache().plan(plain, "eager"), Applies)
-    assert isinstance(GuideCache().plan(fast, "eager"), Skips)
-    both_ways = GuideCache().plan(guided(guide=Judge(causal=False)), "eager")
+    assert isinstance(GuideCache().plan(plain, EAGER), Applies)
+    assert isinstance(GuideCache().plan(fast, EAGER), Skips)
+    both_ways = GuideCache().plan(guided(guide=Judge(causal=False)), EAGER)
     assert isinstance(both_ways, Skips) and both_ways.reason == "row 0 of the guide sees row 63"
 
 

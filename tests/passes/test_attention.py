@@ -28,6 +28,7 @@ from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_stages
+from tests.support.targets import EAGER, ORT
 
 CAPACITY = 20
 
@@ -148,7 +149,7 @@ def test_windows_are_recognised() -> None:
 )
 def test_what_the_kernel_does_not_compute_is_left_alone(style: dict[str, Any], why: str) -> None:
     program = cached(Small(**{"rotary": "none", **style}))
-    plan = FuseAttention().plan(program, "onnxruntime")
+    plan = FuseAttention().plan(program, ORT)
     assert isinstance(plan, Skips) and re.search(why, plan.reason) and plan.rejected
     with pytest.raises(NotThis, match=why):
         numbers(program)
@@ -156,9 +157,9 @@ def test_what_the_kernel_does_not_compute_is_left_alone(style: dict[str, Any], w
 
 def test_only_where_there_is_a_kernel() -> None:
     program = cached(Small())
-    assert isinstance(FuseAttention().plan(program, "eager"), Skips)
-    assert isinstance(FuseAttention().plan(program, "onnxruntime"), Applies)
-    assert isinstance(FuseAttention().plan(FuseAttention().run(program), "onnxruntime"), Skips), "once is enough"
+    assert isinstance(FuseAttention().plan(program, EAGER), Skips)
+    assert isinstance(FuseAttention().plan(program, ORT), Applies)
+    assert isinstance(FuseAttention().plan(FuseAttention().run(program), ORT), Skips), "once is enough"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_merged_linears_are_the_same(linears: list[tuple[int, bool]]) -> None:
 
     plain = aropt.capture(Model(), capacity=8)
     counts = [sum(bias is kind for _, bias in linears) for kind in (False, True)]
-    plan = MergeLinears().plan(plain, "eager")
+    plan = MergeLinears().plan(plain, EAGER)
     if max(counts) < 2:
         assert isinstance(plan, Skips)
         return
@@ -224,7 +225,7 @@ def test_merged_linears_are_the_same(linears: list[tuple[int, bool]]) -> None:
 
 @pytest.mark.exhaustive
 def test_merging_keeps_to_its_limit() -> None:
-    assert isinstance(MergeLinears(limit=0).plan(aropt.capture(Small()), "eager"), Skips)
+    assert isinstance(MergeLinears(limit=0).plan(aropt.capture(Small()), EAGER), Skips)
     program = MergeLinears().run(KvCache().run(aropt.capture(Small())))
     text = str(program)
     assert text.count("aten.linear") < str(KvCache().run(aropt.capture(Small()))).count("aten.linear")

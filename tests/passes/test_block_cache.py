@@ -26,6 +26,7 @@ from aropt.restrict.rewrite import restrict
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import capture, tiny
+from tests.support.targets import EAGER
 
 BLOCK = 4
 
@@ -41,7 +42,7 @@ def fast(plain: Program) -> Program:
 
 
 def test_it_applies_to_models_with_blocks(plain: Program) -> None:
-    assert isinstance(BlockCache().plan(plain, "eager"), Applies)
+    assert isinstance(BlockCache().plan(plain, EAGER), Applies)
 
 
 def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
@@ -53,14 +54,14 @@ def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
 @pytest.mark.exhaustive
 def test_it_asks_the_mask(plain: Program) -> None:
     """The captured mask decides, not what the model says of itself."""
-    found = BlockCache().plan(plain.replace(meta={**plain.meta, "block": 3}), "eager")
+    found = BlockCache().plan(plain.replace(meta={**plain.meta, "block": 3}), EAGER)
     assert isinstance(found, Skips) and found.reason == "row 0 sees row 3, which is in a later block of 3"
-    assert isinstance(BlockCache().plan(plain.replace(meta={**plain.meta, "block": 8}), "eager"), Applies)
+    assert isinstance(BlockCache().plan(plain.replace(meta={**plain.meta, "block": 8}), EAGER), Applies)
     everything = capture(tiny(0))
-    found = BlockCache().plan(everything.replace(meta={**everything.meta, "block": 4}), "eager")
+    found = BlockCache().plan(everything.replace(meta={**everything.meta, "block": 4}), EAGER)
     assert isinstance(found, Skips) and found.reason == "row 0 sees row 63, which is in a later block of 4"
-    assert "no blocks" in BlockCache().plan(everything, "eager").reason  # type: ignore[union-attr]
-    assert isinstance(BlockCache().plan(BlockCache().run(plain), "eager"), Skips), "it does not fire twice"
+    assert "no blocks" in BlockCache().plan(everything, EAGER).reason  # type: ignore[union-attr]
+    assert isinstance(BlockCache().plan(BlockCache().run(plain), EAGER), Skips), "it does not fire twice"
 
 
 prompts = st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=11), min_size=1, max_size=4)

@@ -26,6 +26,7 @@ from aropt.validate.compare import Case, cases, validate, with_probe
 from aropt.validate.compare_canvas import Step, Trace
 from aropt.validate.drift import budget, ledger, measure
 from tests.loops.test_unmask import capture, tiny
+from tests.support.targets import EAGER
 
 BLOCK = 4
 OPTIONS: dict[str, dict[str, str]] = {
@@ -169,15 +170,15 @@ def test_lossy_caches_lose(plain: Program, fast: dict[str, Program], name: str) 
 def test_by_the_mask_some_are_exact(name: str) -> None:
     """Where blocks don't see later ones, what these leave alone is not stale: level rounding, no budget needed."""
     blocks = capture(tiny(BLOCK), "threshold")
-    plan = make(name).plan(blocks, "eager")
+    plan = make(name).plan(blocks, EAGER)
     assert isinstance(plan, Applies) and plan.level == "rounding"
     result = applied(blocks, name)[1]
     assert (result.status, result.level) == ("applied", "rounding")
-    assert make("free-cache").plan(blocks, "eager").level == ""  # type: ignore[union-attr]
+    assert make("free-cache").plan(blocks, EAGER).level == ""  # type: ignore[union-attr]
 
 
 def test_a_pass_applies_once(fast: dict[str, Program]) -> None:
-    assert isinstance(make("dual-cache").plan(fast["dual-cache"], "eager"), Skips)
+    assert isinstance(make("dual-cache").plan(fast["dual-cache"], EAGER), Skips)
 
 
 def applied(program: Program, text: str, **bounds: float) -> tuple[Program, Result]:

@@ -17,6 +17,7 @@ from aropt.passes.fuse_canvas import FuseCanvas
 from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
+from tests.support.targets import EAGER, ORT
 
 
 def model(block: int, heads: int = 2, width: int = 64) -> CanvasLM:
@@ -43,7 +44,7 @@ def ops(program: Program) -> list[str]:
 def test_it_is_one_op_and_computes_the_same(block: int, cache: str) -> None:
     plain = capture(model(block))
     step = make(cache).run(plain)
-    plan = FuseCanvas().plan(step, "onnxruntime")
+    plan = FuseCanvas().plan(step, ORT)
     assert isinstance(plan, Applies) and plan.matches == ("step: 2 attentions",)
     fast = FuseCanvas().run(step)
     verify(fast)
@@ -63,11 +64,11 @@ def test_it_is_lowered_to_ort_operators() -> None:
 
 def test_where_it_does_not_fire() -> None:
     step = make("block-cache").run(capture(model(4)))
-    assert "no kernel" in FuseCanvas().plan(step, "eager").reason  # type: ignore[union-attr]
-    assert isinstance(FuseCanvas().plan(FuseCanvas().run(step), "onnxruntime"), Skips), "it does not fire twice"
-    assert isinstance(FuseCanvas().plan(capture(model(4)), "onnxruntime"), Skips), "no rows are chosen"
+    assert "no kernel" in FuseCanvas().plan(step, EAGER).reason  # type: ignore[union-attr]
+    assert isinstance(FuseCanvas().plan(FuseCanvas().run(step), ORT), Skips), "it does not fire twice"
+    assert isinstance(FuseCanvas().plan(capture(model(4)), ORT), Skips), "no rows are chosen"
     odd = make("block-cache").run(capture(model(4, heads=4, width=32)))  # heads of 8 features
-    plan = FuseCanvas().plan(odd, "onnxruntime")
+    plan = FuseCanvas().plan(odd, ORT)
     assert isinstance(plan, Skips) and "multiples of 16" in plan.reason
 
 

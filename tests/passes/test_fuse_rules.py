@@ -24,6 +24,7 @@ from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program
+from tests.support.targets import EAGER
 
 ALL = ("guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p")
 LEVELS = 5
@@ -47,11 +48,11 @@ def called(graph: Graph) -> list[str]:
 
 
 def test_a_rule_is_one_op(plain: Program) -> None:
-    plan = FuseRules().plan(plain, "eager")
+    plan = FuseRules().plan(plain, EAGER)
     assert isinstance(plan, Applies) and [m.partition(":")[0] for m in plan.matches] == ["greedy", "sample"]
     fused = FuseRules().run(plain)
     assert all(called(fused.graphs[name]) == ["fused_sample.default"] for name in ("greedy", "sample"))
-    again = FuseRules().plan(fused, "eager")
+    again = FuseRules().plan(fused, EAGER)
     assert isinstance(again, Skips) and "something else" in again.reason
     assert validate(plain, with_probe(fused), chosen=cases(plain, quick=True)).passed
 
@@ -80,7 +81,7 @@ def test_ids_are_the_same(pairs: list[tuple[Program, Program]], data: Any, kind:
 
 
 def test_a_rule_that_the_op_does_not_know_is_named() -> None:
-    plan = FuseRules().plan(make_program(1, ("guidance-interval", "temperature")), "eager")
+    plan = FuseRules().plan(make_program(1, ("guidance-interval", "temperature")), EAGER)
     assert isinstance(plan, Skips) and "the rule guidance-interval" in plan.reason
 
 
@@ -88,7 +89,7 @@ def test_a_registered_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """One without parameters, so that nothing but its name tells."""
     halved = rules.Processor({}, lambda logits: logits * 0.5, draws=False)
     monkeypatch.setitem(rules.PROCESSORS, "half", halved)
-    plan = FuseRules().plan(make_program(1, ("half", "temperature")), "eager")
+    plan = FuseRules().plan(make_program(1, ("half", "temperature")), EAGER)
     assert isinstance(plan, Skips) and plan.reason == "fused_sample has no place for the rule half"
 
 
@@ -124,7 +125,7 @@ def test_another_order_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(rules, "PROCESSORS", first)
         program = make_program(1, ("repetition-penalty", "bias", "temperature"))
-    plan = FuseRules().plan(program, "eager")
+    plan = FuseRules().plan(program, EAGER)
     assert isinstance(plan, Skips) and plan.reason == "fused_sample applies repetition-penalty before bias"
 
 
@@ -150,7 +151,7 @@ def test_another_computation_is_left_alone() -> None:
     least = capture_function(
         "greedy", lambda logits: torch.argmin(logits, -1), program.graphs["greedy"].inputs, ["token"]
     )
-    plan = FuseRules().plan(program.replace(graphs={**program.graphs, "greedy": least}), "eager")
+    plan = FuseRules().plan(program.replace(graphs={**program.graphs, "greedy": least}), EAGER)
     assert isinstance(plan, Applies) and plan.rejected == (
         ("greedy", "it computes something else than aropt's own rules"),
     )

@@ -29,6 +29,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.loops.test_units import Windows
 from tests.mutants.surgery import Tiny as Rotary
+from tests.support.targets import EAGER, ORT
 
 RULES = ("repetition-penalty", "temperature", "top-k")
 Prompts = list[list[int]]
@@ -54,7 +55,7 @@ def passed(program: Program, *names: str) -> Program:
     """The program after these passes, each of which must apply."""
     for name in names:
         one = make(name)
-        assert not isinstance(planned := one.plan(program, "onnxruntime"), Skips), planned
+        assert not isinstance(planned := one.plan(program, ORT), Skips), planned
         program = one.run(program)
     return program
 
@@ -141,7 +142,7 @@ def test_the_default_pipeline_makes_one_batch(plain: Program) -> None:
     fast, results = run_passes(plain, pipeline(), "eager", Instruments(check=False))
     assert {r.name: r.status for r in results}["cfg-batch"] == "applied"
     assert "negative_tokens" not in fast.state and "negative_feed" not in fast.state
-    unguided = make("cfg-batch").plan(make_program(1), "eager")
+    unguided = make("cfg-batch").plan(make_program(1), EAGER)
     assert isinstance(unguided, Skips) and unguided.reason == "there is no guidance"
 
 
@@ -200,9 +201,9 @@ def test_the_branch_catches_up_once_and_then_ends(skipping: dict[str, Program], 
 
 
 def test_who_takes_the_pass(plain: Program, interval: Program) -> None:
-    no = make("cfg-interval").plan(plain, "eager")
+    no = make("cfg-interval").plan(plain, EAGER)
     assert isinstance(no, Skips) and "capture the model with the rule 'guidance-interval'" in no.reason
-    chosen = make("cfg-batch").plan(passed(interval, "cfg-interval"), "eager")
+    chosen = make("cfg-batch").plan(passed(interval, "cfg-interval"), EAGER)
     assert isinstance(chosen, Skips) and "cfg-interval chose" in chosen.reason
     both = passed(interval, "cfg-batch", *FUSED)
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
@@ -384,7 +385,7 @@ def test_elimination_is_validated(free: Program, alone: Program) -> None:
 
 
 def test_elimination_needs_weights_that_say_so(plain: Program) -> None:
-    planned = CfgEliminate().plan(plain, "eager")
+    planned = CfgEliminate().plan(plain, EAGER)
     assert isinstance(planned, Skips) and "python -m aropt.models.train digits-ar --cca" in planned.reason
     assert "cfg-eliminate" not in [p.name for p in pipeline()]
 

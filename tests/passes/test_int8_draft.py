@@ -29,6 +29,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.passes.test_int8_linears import CAPACITY, VOCAB, Model
+from tests.support.targets import EAGER
 
 IDS = st.integers(0, VOCAB - 1)
 LEVELS, NULL = 7, 10
@@ -205,13 +206,13 @@ def test_a_step_after_wrong_drafts_reads_its_own_keys_and_values() -> None:
 def test_skips_what_it_is_not_for() -> None:
     cached = KvCache().run(plain())
     one = Int8Draft(least=1000)
-    assert isinstance(one.plan(plain(), "eager"), Skips), "without a cache there is no step"
-    assert isinstance(one.plan(one.run(cached), "eager"), Skips), "drafts are there already"
+    assert isinstance(one.plan(plain(), EAGER), Skips), "without a cache there is no step"
+    assert isinstance(one.plan(one.run(cached), EAGER), Skips), "drafts are there already"
     guided = run_passes(images(), pipeline([ASKED]), "onnxruntime", Instruments(check=False))[1]
     assert "two of it" in next(r.reason for r in guided if r.name == "int8-draft")
-    few = Int8Draft().plan(cached, "eager")
+    few = Int8Draft().plan(cached, EAGER)
     assert isinstance(few, Skips) and few.rejected and "eight bits" in few.reason
-    other = one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), "eager")
+    other = one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), EAGER)
     assert isinstance(other, Skips) and "seen" in other.reason
     for options, why in (({"drafts": 0}, "drafts=0"), ({"group": 48}, "group=48")):
         with pytest.raises(UsageError, match=why):

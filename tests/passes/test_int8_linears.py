@@ -28,6 +28,7 @@ from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import drift
 from aropt.validate.compare import validate, with_probe
 from aropt.validate.oracle import Oracle, noise_floor
+from tests.support.targets import EAGER
 
 WIDTH, VOCAB, CAPACITY = 64, 19, 24
 SEEDS = st.integers(0, 2**31)
@@ -138,11 +139,11 @@ def test_it_has_to_be_asked_for_with_a_budget() -> None:
 
 
 def test_which_layers() -> None:
-    found = Int8Linears(least=1000).plan(plain(), "eager")
+    found = Int8Linears(least=1000).plan(plain(), EAGER)
     assert isinstance(found, Applies) and "14 linear layers" in found.matches[0]
     assert {n for n, _ in found.rejected} == {"head.weight", "rest.weight"}
     assert all("less than least=1000" in why for _, why in found.rejected)
-    nothing = Int8Linears().plan(plain(), "eager")
+    nothing = Int8Linears().plan(plain(), EAGER)
     assert isinstance(nothing, Skips) and len(nothing.rejected) == 16
     with pytest.raises(UsageError, match="group=48"):
         make("int8-linears", {"group": "48"})

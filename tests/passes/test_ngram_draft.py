@@ -32,6 +32,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.mutants.surgery import reference as rotary
+from tests.support.targets import EAGER
 
 IDS = st.integers(0, VOCAB - 1)
 
@@ -180,9 +181,9 @@ def test_validation_passes_whatever_is_drafted() -> None:
 def test_skips_what_it_is_not_for() -> None:
     cached = KvCache().run(plain())
     one = NgramDraft()
-    assert isinstance(one.plan(plain(), "eager"), Skips), "without a cache there is no step"
-    assert isinstance(one.plan(one.run(cached), "eager"), Skips), "drafts are there already"
-    assert isinstance(one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), "eager"), Skips)
-    assert isinstance(one.plan(cached.replace(meta={**cached.meta, "unit": 4}), "eager"), Skips), "rows of several ids"
+    assert isinstance(one.plan(plain(), EAGER), Skips), "without a cache there is no step"
+    assert isinstance(one.plan(one.run(cached), EAGER), Skips), "drafts are there already"
+    assert isinstance(one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), EAGER), Skips)
+    assert isinstance(one.plan(cached.replace(meta={**cached.meta, "unit": 4}), EAGER), Skips), "rows of several ids"
     with pytest.raises(UsageError, match="drafts=0"):
-        NgramDraft(drafts=0).plan(cached, "eager")
+        NgramDraft(drafts=0).plan(cached, EAGER)

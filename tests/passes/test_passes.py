@@ -23,6 +23,8 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import PIPELINE, make, parse, pipeline
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.target import Target
+from tests.support.targets import EAGER
 
 
 class Tiny(nn.Module):
@@ -83,7 +85,7 @@ def test_canonicalize_finds_norm_and_groups(plain: Program) -> None:
         changed, "model"
     )
     assert KvCache().run(changed).state["k_0"].spec.dims[1] == 2, "the cache keeps the heads that are not repeated"
-    assert isinstance(Canonicalize().plan(changed, "eager"), Skips)
+    assert isinstance(Canonicalize().plan(changed, EAGER), Skips)
     assert KvCache().run(Canonicalize(heads=False).run(plain)).state["k_0"].spec.dims[1] == 2
 
 
@@ -112,29 +114,29 @@ def test_canonicalize_leaves_other_norms_alone() -> None:
             wrong_axis = x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6)
             return self.out(wrong_value + wrong_axis)
 
-    assert isinstance(Canonicalize().plan(aropt.capture(Other()), "eager"), Skips)
+    assert isinstance(Canonicalize().plan(aropt.capture(Other()), EAGER), Skips)
 
 
 def test_kv_cache_refuses_a_bidirectional_model() -> None:
     with pytest.raises(Unsupported, match="bidirectional") as error:
-        KvCache().plan(aropt.capture(Tiny(causal=False)), "eager")
+        KvCache().plan(aropt.capture(Tiny(causal=False)), EAGER)
     assert "--loop unmask" in error.value.hint and "scaled_dot_product_attention" in error.value.where
 
 
 def test_kv_cache_does_not_fire_twice(plain: Program) -> None:
-    assert isinstance(KvCache().plan(KvCache().run(plain), "eager"), Skips)
+    assert isinstance(KvCache().plan(KvCache().run(plain), EAGER), Skips)
 
 
 def test_fuse_alone_keeps_the_full_forward(plain: Program) -> None:
     fused = FuseSampler().run(plain)
     assert fused.generate([[1, 2]], 6) == plain.generate([[1, 2]], 6)
-    assert isinstance(FuseSampler().plan(fused, "eager"), Skips)
+    assert isinstance(FuseSampler().plan(fused, EAGER), Skips)
 
 
 def test_prune_keeps_what_a_loop_carries(plain: Program) -> None:
     pruned = Prune().run(plain)
     assert "tokens" in outputs_needed(pruned)["append"], "the full forward reads the tokens of the round before"
-    assert isinstance(Prune().plan(Prune().run(FuseSampler().run(KvCache().run(plain))), "eager"), Skips)
+    assert isinstance(Prune().plan(Prune().run(FuseSampler().run(KvCache().run(plain))), EAGER), Skips)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Sabotage:
     name: ClassVar[str] = "sabotage"
     contract: ClassVar[Contract] = Contract("bitwise")
 
-    def plan(self, program: Program, target: str) -> Applies | Skips:
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
         return Applies(("everywhere",))
 
     def run(self, program: Program) -> Program:

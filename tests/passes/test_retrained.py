@@ -17,6 +17,7 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips
+from tests.support.targets import EAGER
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +86,13 @@ def test_nothing_ships_before_it_is_tuned(digits: aropt.Program) -> None:
 @pytest.mark.parametrize("window", [1, 3, 16])
 def test_windows_that_do_not_divide_the_side_are_refused(digits: aropt.Program, window: int) -> None:
     with pytest.raises(UsageError, match="don't divide an image of side 8") as failed:
-        TokenShuffle(window).plan(digits, "eager")
+        TokenShuffle(window).plan(digits, EAGER)
     assert failed.value.hint == "take one of 2, 4, 8"
 
 
 def test_other_models_are_refused_by_name(digits: aropt.Program) -> None:
     def plan(**meta: object) -> object:
-        return TokenShuffle().plan(digits.replace(meta={**digits.meta, **meta}), "eager")
+        return TokenShuffle().plan(digits.replace(meta={**digits.meta, **meta}), EAGER)
 
     with pytest.raises(Unsupported, match="takes the ids of images"):
         plan(side=None)
