@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.loops.unmask.build import FAR
+from aropt.loops.unmask.blocks import FAR
 from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target

@@ -16,10 +16,11 @@ from torch import Tensor
 from aropt.errors import Unsupported
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, rewrite
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.unmask.ar_verifier import OFFERED, renamed, whole
 from aropt.loops.unmask.ar_verifier import PREFIX as WEIGHTS
-from aropt.loops.unmask.build import FAR, current_block, places, same
+from aropt.loops.unmask.blocks import FAR, current_block, places
 from aropt.loops.unmask.cache_policy import sized
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Contract, Skips
@@ -64,10 +65,10 @@ class GuideCache:
             if call.graph == "guide":
                 reads = {n: PREFIX + n for n in step.inputs} | {"ids": "guide_feed"}
                 writes = {n: n if n == "guide_logits" else PREFIX + n for n in step.outputs}
-                return [same(graphs["guide_rows"]), Call("guide", reads, writes)]
+                return [call_by_name(graphs["guide_rows"]), Call("guide", reads, writes)]
             if call.graph == "judge":
                 return [replace(call, reads=call.reads | {n: PREFIX + n for n in ("following", *offered)})]
-            return [same(graphs["agree"])] if call.graph == "agree" else [call]
+            return [call_by_name(graphs["agree"])] if call.graph == "agree" else [call]
 
         return program.replace(
             graphs=graphs,

@@ -21,10 +21,10 @@ import torch
 
 from aropt.errors import UsageError
 from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.speculate import STEP, Draft, beside, from_model, steps
-from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
@@ -120,7 +120,7 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
 
     def sketched(call: Call) -> list[Control]:
         if call.graph == "commit":
-            return [replace(same(made["note"]), reads={**same(made["note"]).reads, "token": "draft"})]
+            return [replace(call_by_name(made["note"]), reads={**call_by_name(made["note"]).reads, "token": "draft"})]
         if call.graph not in (STEP, "place", "last", "position", "feed", *RULES):
             return []
         reads, writes = ({n: ahead.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
@@ -130,20 +130,22 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
         reads, writes = ({n: checked.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
         match call.graph:
             case "place":
-                return [same(made["rewind"]), replace(call, reads={**call.reads, "feed": "fed"})]
+                return [call_by_name(made["rewind"]), replace(call, reads={**call.reads, "feed": "fed"})]
             case "step":
-                return [same(made["spots"]), replace(call, graph="verify", reads={**call.reads, "ids": "fed"})]
+                return [call_by_name(made["spots"]), replace(call, graph="verify", reads={**call.reads, "ids": "fed"})]
             case "last":
                 return [replace(call, graph="every")]
             case "greedy" | "sample":
                 return [replace(call, reads=reads, writes=writes)]
             case "commit":
-                return [same(made["accept"])]
+                return [call_by_name(made["accept"])]
         return []
 
     drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"})
-    round_ = Seq((drafts, same(made["spread"]), *parts(rewrite(plain.body, verified))))
-    return Seq((same(made["begin"]), Loop("speculate", "finished", round_, {"window": "windows"}, plain.params)))
+    round_ = Seq((drafts, call_by_name(made["spread"]), *parts(rewrite(plain.body, verified))))
+    return Seq(
+        (call_by_name(made["begin"]), Loop("speculate", "finished", round_, {"window": "windows"}, plain.params))
+    )
 
 
 def parts(control: Control) -> tuple[Control, ...]:

@@ -20,10 +20,10 @@ import torch
 
 from aropt.errors import UsageError
 from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.speculate import STEP, Draft, beside, from_text, steps
-from aropt.loops.unmask.build import same
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
@@ -90,8 +90,10 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
             return [replace(call, graph={STEP: "verify", "last": "every"}[call.graph], reads=reads)]
         if call.graph in ("place", "greedy"):
             return [replace(call, reads=reads, writes={o: instead.get(v, v) for o, v in call.writes.items()})]
-        return [same(made["accept"])] if call.graph == "commit" else []
+        return [call_by_name(made["accept"])] if call.graph == "commit" else []
 
     checked = Loop("speculate", "settled", rewrite(plain.body, change), {"window": "windows"}, plain.params)
     (emitted,) = plain.emits
-    return Seq((same(made["recall"]), checked, same(made["resume"]), replace(plain, emits={emitted: "rest"})))
+    return Seq(
+        (call_by_name(made["recall"]), checked, call_by_name(made["resume"]), replace(plain, emits={emitted: "rest"}))
+    )

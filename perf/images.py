@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aropt.bench.variants import Origin, Spec
 from aropt.targets.ort.threads import own_process
 
 ROOT = Path(__file__).parent.parent
@@ -95,8 +96,8 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         prompt = [int(t) for t in program.meta["prompts"][0]]
         rounds[name] = int(program.meta["capacity"])
         n = room(program, prompt)
-        origin = bench.Origin(str(program.meta["source"]))
-        specs.append(bench.Spec(variant, str(outs[model]), prompt, n, threads, TEMPERATURE, origin))
+        origin = Origin(str(program.meta["source"]))
+        specs.append(Spec(variant, str(outs[model]), prompt, n, threads, TEMPERATURE, origin))
     for _ in range(ROUNDS):
         workers = [bench.Worker(s, timings[name]) for name, s in zip(names, specs, strict=True)]
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aropt.bench.variants import Origin, Spec
 from aropt.targets.ort.threads import own_process
 from perf import models
 from perf.images import ROOT, ROUNDS, drifted
@@ -70,8 +71,8 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     n = min(TOKENS, room(program, prompt))
     timings = {name: bench.Timing(variant) for name, variant in VARIANTS.items()}
     made = {name: str(outs.get(name, outs[FLOAT])) for name in VARIANTS}
-    origin = bench.Origin(str(program.meta["source"]))
-    specs = {name: bench.Spec(v, made[name], prompt, n, threads, origin=origin) for name, v in VARIANTS.items()}
+    origin = Origin(str(program.meta["source"]))
+    specs = {name: Spec(v, made[name], prompt, n, threads, origin=origin) for name, v in VARIANTS.items()}
     for _ in range(ROUNDS):
         workers = [bench.Worker(specs[name], t) for name, t in timings.items() if not t.error]
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)

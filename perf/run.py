@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aropt.bench.variants import Origin
 from aropt.targets.ort.threads import own_process
 from perf import models
 
@@ -91,7 +92,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
         rates.append(bench.bandwidth(size, threads))
         time.sleep(0.1)  # torch's threads wait busily for a while
 
-    origin = bench.Origin(source)
+    origin = Origin(source)
     timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE, read, origin)
     report["notes"] = []
     add_timings(report, timings, n)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aropt.bench import peers
-from aropt.bench.variants import NEED_MODEL, variant
+from aropt.bench.variants import NEED_MODEL, REFERENCE, Origin, Spec, variant
 from aropt.errors import UsageError
 from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import PLACE, Scratch
@@ -51,28 +51,6 @@ PAUSE = 0.3  # seconds before each turn: the threads of the one before spin for 
 PATIENCE = 60.0  # seconds
 IN_A_ROW = 3  # runs of a turn
 LONG = 2000.0  # milliseconds of a run, beside which it does not matter what ran before
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the command line says an artifact was made from, and whether code that comes with it may run."""
-
-    model: str = ""
-    trusted: bool = False
-    guide: str = ""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a worker runs: a variant of an artifact, on a prompt; with a temperature it draws (seed 0)."""
-
-    variant: str
-    artifact: str
-    prompt: list[int]
-    n: int
-    threads: int
-    temperature: float = 0.0
-    origin: Origin = Origin()
 
 
 @dataclass
@@ -138,7 +116,7 @@ def measure(
     rounds: int = 1,
     patience: float | None = None,
     between: Callable[[], None] = lambda: None,
-    origin: Origin = Origin(),
+    origin: Origin = REFERENCE,
 ) -> dict[str, Timing]:
     """Times `runs` runs of each variant of an artifact, in turns of three, after warm-ups. Keys are variants.
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
@@ -18,14 +19,36 @@ from aropt.ir.units import flat, rows, rows_for
 from aropt.targets import find_target
 from aropt.targets.scratch import Scratch
 
-if TYPE_CHECKING:
-    from aropt.bench.timing import Spec
-
 NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", *PEERS)
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
     ("inductor", "inductor-max"), "inductor"
 )
 EIGHT_BITS = {"int8-draft": "int8-drafts", "int8-linears": "int8-weights"}  # what a target can do where a pass pays
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the command line says an artifact was made from, and whether code that comes with it may run."""
+
+    model: str = ""
+    trusted: bool = False
+    guide: str = ""
+
+
+REFERENCE = Origin()  # a reference model, or nobody said
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker runs: a variant of an artifact, on a prompt; with a temperature it draws (seed 0)."""
+
+    variant: str
+    artifact: str
+    prompt: list[int]
+    n: int
+    threads: int
+    temperature: float = 0.0
+    origin: Origin = REFERENCE
 
 
 def variant(spec: Spec) -> Generate:

@@ -245,11 +245,11 @@ def bench_command(
     verbose: Verbose = 0,
 ) -> None:
     """Time an artifact against others, taking turns, each in a process of its own."""
-    from aropt.bench import timing as bench
+    from aropt.bench.variants import Origin
     from aropt.cli import run as generation
     from aropt.pipeline.report import table
 
-    origin = bench.Origin(model, trust_remote_code, guide)
+    origin = Origin(model, trust_remote_code, guide)
     with Progress() as progress:
         report = generation.bench(out, split(against), runs, tokens, threads, progress, origin)
     print(

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from aropt.bench import timing as bench
+from aropt.bench.variants import Origin
 from aropt.bench.window_sweep import curve
 from aropt.cli import pictures
 from aropt.cli.asked import check_names, check_paths
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
+from aropt.frontend.examples import prompts, read, texts
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import decoder
@@ -33,7 +35,6 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips
 from aropt.targets import find_target
-from aropt.validate import quality
 from aropt.validate.drift import budget
 
 Say = Callable[[str], None]
@@ -167,33 +168,10 @@ def find(request: Request) -> Source:
     given = {"mask": request.mask, "block": request.block, "shift": request.shift}
     source.meta |= {name: value for name, value in given.items() if value is not None}
     if request.examples is not None:
-        source.meta["examples"] = quality.read(request.examples, *quality.texts(source.texts))
+        source.meta["examples"] = read(request.examples, *texts(source.texts))
     if request.prompts is not None:
-        source.meta["prompts"] = prompts(request.prompts, quality.texts(source.texts)[0])
+        source.meta["prompts"] = prompts(request.prompts, texts(source.texts)[0])
     return source
-
-
-def prompts(path: Path, encode: Callable[[str], list[int]] | None) -> list[list[int]]:
-    """The prompts of a file, a JSON text or list of ids a line. Raises UsageError for a file or line that is none."""
-
-    form = 'write one a line, as "def f(" or [1, 2, 3]'
-
-    def refused(where: str, why: str) -> UsageError:
-        return UsageError(what="a prompt can't be used", where=where, why=why, hint=form)
-
-    def ids(text: str, where: str) -> list[int]:
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise refused(where, f"no JSON: {error}") from error
-        if isinstance(given, str) and encode is None:
-            raise refused(where, "it is a text, and the model has no tokenizer")
-        made = encode(given) if isinstance(given, str) and encode is not None else given
-        if not isinstance(made, list) or not made or not all(type(i) is int for i in made):
-            raise refused(where, "it is neither a text nor a list of ids, or empty")
-        return made
-
-    return [ids(text, where) for text, where in quality.lines(path, "prompts", form)]
 
 
 def captured(request: Request, source: Source) -> Program:
@@ -232,7 +210,7 @@ def timed(
     variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
     prompt = fitted(program, program.meta["prompts"][0])
     n = min(request.tokens, room(program, prompt))
-    origin = bench.Origin(source.meta["source"], request.trust_remote_code, guide_of(request) or "")
+    origin = Origin(source.meta["source"], request.trust_remote_code, guide_of(request) or "")
     timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say, origin=origin)
     add_timings(report, timings, n)
     add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)

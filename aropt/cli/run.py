@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aropt.bench.timing import Origin
+from aropt.bench.variants import Origin
 from aropt.cli import infill, pictures
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts

@@ -16,14 +16,11 @@ from aropt.frontend.forwards import HINT, Forward
 from aropt.frontend.pt2 import capture_exported
 from aropt.frontend.texts import Texts
 from aropt.frontend.trace import capture_model
+from aropt.ir.limits import SAID
 from aropt.ir.program import Graph
 from aropt.ir.units import window
 from aropt.restrict.reach import most_tokens
 
-SAID = (
-    ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
-    ("side", int), ("window", int), ("guidance_free", bool),
-)  # fmt: skip
 LONGEST = 2048  # default capacity where the model takes more
 UNKNOWN = 512  # and where it does not say
 LENGTHS = (

@@ -11,9 +11,9 @@ from torch import nn
 from aropt.errors import MissingTool, Unsupported, UsageError
 from aropt.frontend.directory import check, check_class, read_json, without_config, without_weights
 from aropt.frontend.facts import Source, facts, too_long
+from aropt.frontend.generation_config import read_defaults
 from aropt.frontend.stored import account, read_files, stored, unread
 from aropt.frontend.texts import Texts, model_tokenizer
-from aropt.loops.defaults import read_defaults
 
 COPIED = ("generation_config.json", "config.json")
 CHOICES = ("attn_implementation", "experts_implementation")

@@ -77,8 +77,8 @@ def reference(name: str, capacity: int | None) -> Source:
 
 def infilling() -> list[dict[str, Any]]:
     """Held-out text with spans to be found, in bytes (written by aropt.models.train_canvas)."""
+    from aropt.frontend.examples import read
     from aropt.models import CHECKPOINTS
-    from aropt.validate.quality import read
 
     def encode(text: str) -> list[int]:
         return list(text.encode())

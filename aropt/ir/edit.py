@@ -147,3 +147,8 @@ def copied(graph: fx.Graph) -> fx.Graph:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     return copy
+
+
+def call_by_name(graph: Graph) -> Call:
+    """A call whose values are named as the graph's inputs and outputs."""
+    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})

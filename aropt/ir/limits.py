@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from aropt.frontend.facts import SAID
 from aropt.ir.dims import resolve, symbols
 from aropt.ir.encode_args import refuse
 from aropt.ir.program import Graph, Input, Spec, StateSpec
@@ -21,6 +20,10 @@ MOST = 2**24  # elements of a value beside a tiny model: 64 MiB of float32
 TIMES = 16  # as many of a value as the weights have
 RANK = 16
 LARGE = 2**31
+SAID = (
+    ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
+    ("side", int), ("window", int), ("guidance_free", bool),
+)  # fmt: skip
 LISTS = ("prompts", "eos", "rules", "examples", "left_out")
 
 

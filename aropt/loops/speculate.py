@@ -25,8 +25,8 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Control, If, Loop, Seq, calls
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Spec
-from aropt.loops.unmask.build import same
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64
 STEP = "step"  # the cached step of a loop over positions
@@ -278,10 +278,10 @@ def beside(
         case If(cond, then, orelse):
             return If(cond, *(beside(part, made, wanted, drafting) for part in (then, orelse)))
         case Loop(body=Seq(body)) if wanted(control):
-            plain = replace(control, body=Seq((*body, same(made["opened"]))))
+            plain = replace(control, body=Seq((*body, call_by_name(made["opened"]))))
             (emitted,) = plain.emits
             prompt = replace(plain, until="begun", emits={emitted: "first"})
-            alone = Seq((prompt, *drafting(plain, made).body, same(made["together"])))
-            return Seq((same(made["open"]), If("alone", alone, plain)))
+            alone = Seq((prompt, *drafting(plain, made).body, call_by_name(made["together"])))
+            return Seq((call_by_name(made["open"]), If("alone", alone, plain)))
         case _:
             return control

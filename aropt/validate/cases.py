@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from aropt.frontend.generation_config import SUPPRESSED
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
-from aropt.loops.defaults import SUPPRESSED
 from aropt.loops.runtime import batches, make_inputs
 from aropt.validate.design import Row, cover
 from aropt.validate.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied

@@ -20,7 +20,7 @@ from aropt.ir import units
 from aropt.ir.interpreter import Eager, Executor, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload as own_prompts
-from aropt.loops.unmask.build import current_block
+from aropt.loops.unmask.blocks import current_block
 from aropt.loops.unmask.smoothing import forward
 from aropt.validate import compare as validate
 from aropt.validate import quality

@@ -18,6 +18,7 @@ import torch
 from aropt.bench import peers, variants
 from aropt.bench import timing as bench
 from aropt.bench.timing import Timing
+from aropt.bench.variants import Origin, Spec
 from aropt.cli import run as generation
 from aropt.errors import UsageError
 from aropt.ir.program import Program
@@ -76,7 +77,7 @@ def artifact(llama: Path, tiny_program: Program) -> Path:
 
 def measure(artifact: Path, **options: Any) -> dict[str, bench.Timing]:
     """The stand-in for ort-genai, timed with the model that lies beside the artifact."""
-    origin = bench.Origin(str(artifact.parent / "llama"))
+    origin = Origin(str(artifact.parent / "llama"))
     return bench.measure(artifact, ["ort-genai"], [1], 2, 1, origin=origin, **options)
 
 
@@ -134,7 +135,7 @@ def test_bench_times_what_there_is_and_names_the_rest(
 
 def test_other_engines_take_hugging_face_directories(tmp_path: Path, stand_in: Callable[..., Path]) -> None:
     log = stand_in("llamacpp")
-    origin = bench.Origin("digits-ar")
+    origin = Origin("digits-ar")
     timing = bench.measure(tmp_path, ["llamacpp"], [1], 2, 1, origin=origin)["llamacpp"]
     assert "takes Hugging Face directories" in timing.failure() and not timing.runs and not log.exists()
     assert peers.directory("text-ar") == CHECKPOINTS / "text-ar" and peers.directory("") is None
@@ -151,15 +152,15 @@ def test_what_an_artifact_says_of_its_source_is_not_followed(
     write(tiny_program.replace(meta={**tiny_program.meta, **foreign}), out, {})
     for variant in variants.NEED_MODEL:
         with pytest.raises(UsageError, match="--model MODEL"):
-            bench.check([variant], bench.Origin())
+            bench.check([variant], Origin())
     for variant in ("eager", "hf", "no-draft"):
         with pytest.raises(UsageError, match="no model is named"):
-            bench.variant(bench.Spec(variant, str(out), [1], 2, 1))
+            bench.variant(Spec(variant, str(out), [1], 2, 1))
     timed: list[list[str]] = []
     monkeypatch.setattr(
         bench, "measure", lambda _, names, *__, **___: timed.append(names) or {"aropt": Timing("aropt")}
     )
-    report = generation.bench(out, [], 1, 2, 1, lambda _: None, bench.Origin())
+    report = generation.bench(out, [], 1, 2, 1, lambda _: None, Origin())
     assert timed == [["aropt", "cached"]] and "eager, hf are left out" in report["notes"][0]
     assert not (tmp_path / "ran").exists()
 
@@ -217,7 +218,7 @@ def test_engines_give_the_same_tokens(
 
     monkeypatch.setenv("AROPT_CACHE", str(tmp_path))
     prompt, n = [72, 101, 108], 62  # the model's length, and the token after it
-    timing = bench.measure(artifact, [variant], prompt, n, 1, runs=1, origin=bench.Origin(str(llama)))[variant]
+    timing = bench.measure(artifact, [variant], prompt, n, 1, runs=1, origin=Origin(str(llama)))[variant]
     if timing.missing:
         pytest.skip(timing.failure())
     assert not timing.error

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import aropt
+from aropt.bench.variants import Origin, Spec
 from aropt.errors import Unsupported, UsageError
 from aropt.ir import units
 from aropt.ir.interpreter import run
@@ -237,7 +238,7 @@ def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
     out = tmp_path / "out"
     optimize(Request(f"{__file__}:Windows", out, target="eager", runs=0, check=False))
     expected = aropt.load(out).generate([[LEVELS]], 10)[0]
-    origin = bench.Origin(f"{__file__}:Windows")
+    origin = Origin(f"{__file__}:Windows")
     for variant in ("eager", "cached"):
-        tokens, first = bench.variant(bench.Spec(variant, str(out), [LEVELS], 10, 1, origin=origin))()
+        tokens, first = bench.variant(Spec(variant, str(out), [LEVELS], 10, 1, origin=origin))()
         assert tokens == expected and first > 0

@@ -9,6 +9,7 @@ import pytest
 
 import aropt
 from aropt.bench import timing as bench
+from aropt.bench.variants import Spec
 from aropt.cli import optimize as command
 from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
@@ -125,11 +126,11 @@ def test_a_worker_says_what_ended_it(monkeypatch: pytest.MonkeyPatch, capsys: py
     import json
     from dataclasses import asdict
 
-    def fails(_: bench.Spec) -> None:
+    def fails(_: Spec) -> None:
         raise Fail("bad model")
 
     monkeypatch.setattr(bench, "variant", fails)
-    bench.main(json.dumps(asdict(bench.Spec("aropt", "out", [1], 2, 1))))
+    bench.main(json.dumps(asdict(Spec("aropt", "out", [1], 2, 1))))
     assert json.loads(capsys.readouterr().out) == {"error": "bad model"}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aropt
-from aropt.cli.optimize import prompts
 from aropt.errors import UsageError
+from aropt.frontend.examples import prompts
 from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft

@@ -12,6 +12,7 @@ import torch
 import aropt
 from aropt.cli.console import show_report
 from aropt.errors import UsageError
+from aropt.frontend.examples import read, texts
 from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS, REFERENCES, text, train_canvas
 from aropt.models.canvas import MASK
@@ -65,7 +66,7 @@ def test_a_file_of_examples(tmp_path: Path) -> None:
     file = tmp_path / "task.jsonl"
     file.write_text('{"prompt": "ab", "answer": [1, 2, 3], "masked": [[0, 2]]}\n\n{"prompt": [9], "answer": "c"}\n')
     want = [{"prompt": [97, 98], "answer": [1, 2, 3], "masked": [[0, 2]]}, {"prompt": [9], "answer": [99]}]
-    assert quality.read(file, coded, coded) == want
+    assert read(file, coded, coded) == want
     assert [quality.to_find(e) for e in want] == [{0, 1}, {0}]
 
 
@@ -89,23 +90,23 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, why: str) -> None:
     file = tmp_path / "task.jsonl"
     file.write_text('{"prompt": [1], "answer": [2]}\n' + line + "\n")
     with pytest.raises(UsageError) as error:
-        quality.read(file, coded, coded)
+        read(file, coded, coded)
     assert "task.jsonl, line 2" in error.value.where and why in error.value.why and error.value.code == 2
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can't be read"):
-        quality.read(tmp_path / "none.jsonl", coded, coded)
+        read(tmp_path / "none.jsonl", coded, coded)
     file = tmp_path / "task.jsonl"
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="can't be read"):
-        quality.read(file, coded, coded)
+        read(file, coded, coded)
     file.write_text("\n")
     with pytest.raises(UsageError, match="no examples"):
-        quality.read(file, coded, coded)
+        read(file, coded, coded)
     file.write_text('{"prompt": "a", "answer": [2]}')
     with pytest.raises(UsageError, match="no tokenizer"):
-        quality.read(file, *quality.texts(None))
+        read(file, *texts(None))
 
 
 BAD: list[tuple[Any, str]] = [

@@ -25,9 +25,10 @@ from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control
 from aropt.ir.control import calls as every
-from aropt.ir.edit import inline
+from aropt.ir.edit import call_by_name, inline
 from aropt.ir.program import Graph, Input, Spec
 from aropt.ir.torch_compat import build
+from aropt.loops.unmask.blocks import current_block
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, PICKED = Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
@@ -183,8 +184,6 @@ def completed(rules: tuple[str, ...], guide: Guide | None) -> tuple[str, ...]:
 
 def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
     """The graphs of a guided round."""
-    from aropt.loops.unmask.build import current_block
-
     both = OFFERED if judge == PRODUCT else {}
 
     def draft(
@@ -226,10 +225,8 @@ def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
 
 def calls(made: dict[str, Graph]) -> list[Call]:
     """The calls of a guided round, between the candidates and the commit."""
-    from aropt.loops.unmask.build import same
-
     forward = Call("guide", {"ids": "drafted"}, {"guide_logits": "guide_logits"})
-    return [same(made["draft"]), forward, same(made["judge"]), same(made["agree"])]
+    return [call_by_name(made["draft"]), forward, call_by_name(made["judge"]), call_by_name(made["agree"])]
 
 
 def whole(control: Control) -> bool:

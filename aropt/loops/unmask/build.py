@@ -17,16 +17,17 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.control import If, Loop, Seq
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
 from aropt.loops.unmask import ar_verifier as guides
 from aropt.loops.unmask import smoothing as smooth
+from aropt.loops.unmask.blocks import block_of, current_block, places
 from aropt.loops.unmask.commit import CONFIDENCES, CREDIT, SMOOTH, Round, Rule, chosen
 from aropt.restrict.excluded import without
 
 SCALAR, ROWS, CANVAS, PICKED = Spec(I64), Spec(I64, ("B",)), Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
-FAR = 2**20  # a block that no canvas reaches
 STATE = ("cursor", "step", "masks")
 HELD = Spec(F32, ("B", "T"))
 
@@ -60,9 +61,9 @@ def unmasking(
         graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")), meta.get("never", ()))
     control = Seq(
         (
-            same(graphs["start"]),
+            call_by_name(graphs["start"]),
             If("greedy", loop(graphs, "greedy"), loop(graphs, "sample")),
-            same(graphs["answer"]),
+            call_by_name(graphs["answer"]),
         )
     )
     counter, flag = StateSpec("counter", SCALAR), StateSpec("flag", Spec(BOOL))
@@ -100,24 +101,21 @@ def program_inputs(rule: Rule, block: int) -> dict[str, Input]:
     }
 
 
-def same(graph: Graph) -> Call:
-    """A call whose values are named as the graph's inputs and outputs."""
-    return Call(graph.name, {n: n for n in graph.inputs}, {n: n for n in graph.outputs})
-
-
 def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     """Rounds with the named way to pick candidates."""
-    chosen = same(graphs[rule])
-    body = [same(graphs["every_row"])] if "blend" in graphs or {"positions", "slots"} & set(chosen.reads) else []
-    model = same(graphs["model"])
+    chosen = call_by_name(graphs[rule])
+    body = (
+        [call_by_name(graphs["every_row"])] if "blend" in graphs or {"positions", "slots"} & set(chosen.reads) else []
+    )
+    model = call_by_name(graphs["model"])
     model = replace(model, reads={**model.reads, "ids": "tokens"})
-    body += [same(graphs["blend"]), model, same(graphs["expect"])] if "blend" in graphs else [model]
+    body += [call_by_name(graphs["blend"]), model, call_by_name(graphs["expect"])] if "blend" in graphs else [model]
     if "align" in graphs:
-        body += [chosen, same(graphs["align"])]
+        body += [chosen, call_by_name(graphs["align"])]
     else:
         body.append(replace(chosen, writes=chosen.writes | {"picked": "candidate", "sure": "confidence"}))
     body += guides.calls(graphs) if "guide" in graphs else []
-    return Loop("unmask", "finished", Seq((*body, same(graphs["commit"]))), {}, {"block": "block"})
+    return Loop("unmask", "finished", Seq((*body, call_by_name(graphs["commit"]))), {}, {"block": "block"})
 
 
 def start(mask: int) -> Graph:
@@ -131,11 +129,6 @@ def start(mask: int) -> Graph:
     return capture_function(
         "start", function, {"canvas": CANVAS, "lengths": ROWS}, ["tokens", *STATE, "rounds", "finished"]
     )
-
-
-def places(canvas: Tensor, lengths: Tensor) -> Tensor:
-    """The position of each row, counted from the first id; negative in padding: int64 [B, T]."""
-    return torch.arange(canvas.shape[1]) - (canvas.shape[1] - lengths.unsqueeze(1))
 
 
 def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: bool, never: Sequence[int] = ()) -> Graph:
@@ -331,20 +324,6 @@ def revised(
     kept = ours.to(I64).sum(1, keepdim=True) - (round.left - rule.limits(round, **params)[0])
     again = ours & (replace(round, active=ours, confidence=held).rank >= kept)
     return torch.where(again, mask, torch.where(round.active, candidate, tokens)), held
-
-
-def block_of(at: Tensor, origin: Tensor, block: Tensor) -> Tensor:
-    """The block of each row; rows before the first count to it: int64 [B, T]."""
-    return torch.div((at - origin.unsqueeze(1)).clamp(min=0), block, rounding_mode="floor")
-
-
-def current_block(tokens: Tensor, lengths: Tensor, origin: Tensor, block: Tensor, mask: int) -> tuple[Tensor, Tensor]:
-    """The first block with masks of each canvas, int64 [B] (FAR: none), and its masked rows, bool [B, T]."""
-    at = places(tokens, lengths)
-    masked = (tokens == mask) & (at >= 0)
-    index = block_of(at, origin, block)
-    current = torch.where(masked, index, FAR).amin(1)
-    return masked & (index == current.unsqueeze(1)), current
 
 
 def early(candidate: Tensor, stop: Tensor, step: Tensor, masks: Tensor, params: dict[str, Tensor]) -> Tensor:

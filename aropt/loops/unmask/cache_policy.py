@@ -23,9 +23,10 @@ from torch import Tensor
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, calls, loops, rewrite
+from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.unmask.ar_verifier import whole
-from aropt.loops.unmask.build import FAR, block_of, current_block, places, same
+from aropt.loops.unmask.blocks import FAR, block_of, current_block, places
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Skips
 
@@ -97,10 +98,10 @@ def cached(program: Program, policy: Policy) -> Program:
         if call.graph == model.graph:
             step = graphs["step"]
             reads = {n: n for n in step.inputs} | {"ids": "feed"}
-            before = [same(graphs[n]) for n in ("rows", "blend") if n in graphs]  # a blend is of these rows
+            before = [call_by_name(graphs[n]) for n in ("rows", "blend") if n in graphs]  # a blend is of these rows
             return [*before, Call("step", reads, {n: n for n in step.outputs})]
         if "picked" in call.writes and call.graph not in dropped:
-            return [replace(call, writes={o: o for o in call.writes}), same(graphs["place"])]
+            return [replace(call, writes={o: o for o in call.writes}), call_by_name(graphs["place"])]
         return [] if call.graph in moved else [call]
 
     return program.replace(

@@ -22,6 +22,7 @@ from aropt.ir.edit import inline
 from aropt.ir.interpreter import Executor, Values
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
+from aropt.loops.unmask.blocks import current_block
 from aropt.restrict.axes import op_name
 from aropt.restrict.positions import LIKE, SHAPE_ONLY
 
@@ -82,7 +83,6 @@ def blend(mask: int, table: Tensor, own: bool) -> Graph:
     `own`: the model has blocks of its own, whose rows see no later ones; there only the block at hand is smoothed, from
     its second round on, so that it is enough to compute it.
     """
-    from aropt.loops.unmask.build import current_block
 
     def function(
         tokens: Tensor,
