@@ -20,8 +20,8 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
-from aropt.targets.onnxruntime import OnnxRuntime
 from aropt.targets.ort import multi_step
+from aropt.targets.ort.executor import OnnxRuntime
 from tests.exporters.test_whole_loop import small_llama
 
 K = multi_step.ROUNDS

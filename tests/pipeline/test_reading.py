@@ -272,7 +272,7 @@ def test_a_loop_that_does_not_end_is_told(kind: str, request: pytest.FixtureRequ
     inputs = make_inputs(program, [[1, 2]], 5, 0, [], [0], None, {})
     most = most_rounds(inputs)
     assert 5 < most < 10_000
-    for module in ("aropt.ir.interpreter", "aropt.targets.onnxruntime"):
+    for module in ("aropt.ir.interpreter", "aropt.targets.ort.executor"):
         monkeypatch.setattr(f"{module}.most_rounds", lambda _: 3)
     with pytest.raises(AroptError, match="does not end"):
         run(program, inputs, 16, program.executor)

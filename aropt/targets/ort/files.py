@@ -26,6 +26,10 @@ LARGEST = 2**31  # bytes of a protobuf
 DRAWN = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 
 
+def file(folder: Path, graph: str) -> Path:
+    return folder / "models" / graph / "onnxruntime" / "model.onnx"
+
+
 def check(program: Program, folder: Path) -> None:
     """Raises UsageError where a model below models/ is none that aropt would have written for the program."""
     for path in sorted(folder.glob("models/*/onnxruntime/*.onnx")):

@@ -1,0 +1,190 @@
+"""Runs a program's graphs as sessions, state bound to them and updated in place.
+
+Where `aropt.targets.ort.multi_step` found it to be faster, another session runs several rounds a call, on the same
+buffers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
+from aropt.ir.dims import resolve
+from aropt.ir.interpreter import Eager, OnRound, Values, most_rounds
+from aropt.ir.program import Program, StateSpec, donated
+from aropt.targets.ort import multi_step, single_call
+from aropt.targets.ort.files import file
+from aropt.targets.ort.graphs import hot_graphs, starting_graphs
+from aropt.targets.ort.rounds import Emitted, take_turns
+from aropt.targets.ort.session import SHAPES, Session
+from aropt.targets.ort.single_call import Whole
+from aropt.targets.ort.threads import options, share
+from aropt.targets.scratch import Scratch
+
+
+class OnnxRuntime:
+    """Runs the graphs as sessions, those inside loops on buffers of their own."""
+
+    def __init__(self, program: Program, folder: Path, threads: int | None) -> None:
+        self.eager = Eager(program)
+        threads = threads or torch.get_num_threads()  # now: while sessions generate, torch itself has one
+        self.program, self.folder, self.threads = program, folder, threads
+        share(threads)
+        self.sessions: dict[str, Session] = {}
+        self.hot, self.aliases = hot_graphs(program), donated(program)
+        self.turns = {c.graph for p in loops(program.control) for c in calls(p.body) if not isinstance(p.body, Call)}
+        ran = Counter(p.body.graph for p in loops(program.control) if isinstance(p.body, Call))
+        self.turns |= {graph for graph, count in ran.items() if count > 1}  # another loop runs in between
+        self.host_threads = 1  # of torch, while sessions generate
+        self.kept: Any = None  # a temporary folder that lives as long as this
+        self.whole = Whole(single_call.file(folder), threads) if single_call.file(folder).exists() else None
+        self.rounds = multi_step.files(folder, self.hot)  # graphs that have models of several rounds
+        self.several: dict[Path, Session] = {}
+        self.ran = ""  # the graph of the last loop
+        self.states: dict[tuple[Any, ...], Tensor] = {}
+        self.starts = starting_graphs(program)
+
+    def call(self, graph: str, inputs: Values) -> Values:
+        if graph in self.hot:
+            return self.session(graph).call(inputs)
+        if graph not in self.sessions and not file(self.folder, graph).exists():
+            return self.eager.call(graph, inputs)
+        session = self.session(graph)
+        return session.call(session.entry(inputs)) if graph in self.starts else session.once(inputs)
+
+    def create(self, name: str, state: StateSpec, sizes: Mapping[str, int]) -> Tensor:
+        """An initial value, in a buffer that generations of these sizes share."""
+        shape = tuple(resolve(d, sizes) for d in state.spec.dims)
+        if (name, shape) not in self.states:
+            if sum(known == name for known, _ in self.states) >= SHAPES:
+                self.states.clear()
+            self.states[name, shape] = state.create(sizes)
+        return self.states[name, shape].fill_(state.init or 0)
+
+    def loop(self, control: Loop, values: Values, on_round: OnRound | None) -> bool:
+        """Runs a loop over one graph; its rounds cost the host little more than ONNX Runtime's call.
+
+        The prompt's round runs as any call, and so do all that `on_round` wants to see. After them two sets of buffers
+        take turns: a round reads one and writes the other, through bindings made once. Where `on_round` sees none, a
+        session of several rounds runs them, if there is one: another session's threads would first have to wake up.
+        """
+        call = control.body
+        if not isinstance(call, Call) or call.graph not in self.hot or bool(values[control.until]):
+            return False
+        kept = {id(t) for t in self.states.values()}
+        own = [name for name, value in call.reads.items() if id(values[value]) in kept]
+        self.ran, session = call.graph, self.more(call.graph) if on_round is None else None
+        left = int(values[control.params["limit"]]) if session else 0
+        if session is None or left < session.rounds:
+            session = self.session(call.graph)
+        spare = multi_step.spare(self.program, call, values) if session.rounds > 1 else 0
+        emitted = Emitted(control, call, left, spare, most_rounds(values))
+        reads = session.entry({name: values[value] for name, value in call.reads.items()}, own)
+        done = False
+        while not done:
+            outputs = session.call(reads)
+            values.update({value: outputs[o] for o, value in call.writes.items()})
+            if on_round is not None and on_round(values) is False:
+                on_round = None
+            emitted.keep(emitted.rows_of(outputs, session.rounds))
+            done = bool(values[control.until])
+            while on_round is None and not done:  # a second time for the last rounds, fewer than the session runs
+                reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
+                session = session if emitted.fit(session.rounds) else self.session(call.graph)
+                done = take_turns(session, call, control, reads, values, emitted)
+            reads |= {name: values[value] for name, value in call.reads.items() if value in call.writes.values()}
+        values.update(emitted.stacked())
+        return True
+
+    def session(self, graph: str) -> Session:
+        if graph not in self.sessions:
+            spec = self.program.graphs[graph]
+            threads = self.threads if graph in self.hot and spec.weights() else 1  # what runs once is small
+            path, turns = file(self.folder, graph), graph in self.turns
+            self.sessions[graph] = Session(spec, self.aliases[graph], path, threads, turns)
+        return self.sessions[graph]
+
+    def more(self, graph: str) -> Session | None:
+        """The session that runs several rounds of a graph a call, if there is one."""
+        path = self.rounds.get(graph)
+        if path is not None and path not in self.several:
+            self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
+        return self.several[path] if path is not None else None
+
+    def translated(self, graph: str) -> Any:
+        """A graph's ONNX model as it was built for its session, or None."""
+        import onnx_ir as ir
+
+        path = file(self.folder, graph)
+        return ir.load(path) if path.exists() else None
+
+    def executed(self, graph: str) -> dict[str, int]:
+        """Kinds of nodes that a graph's session runs, read back after ONNX Runtime's optimization: {kind: count}."""
+        import onnx
+        import onnxruntime as ort
+
+        with Scratch() as folder:
+            made = options(self.threads)
+            made.optimized_model_filepath = str(Path(folder) / "model.onnx")
+            made.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            ort.InferenceSession(str(file(self.folder, graph)), made, providers=["CPUExecutionProvider"])
+            model = onnx.load(made.optimized_model_filepath, load_external_data=False)
+        return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+    def like(self, several: dict[str, Path], one: Whole | None) -> OnnxRuntime:
+        """The same with other ways to generate, and sessions of its own."""
+        other = OnnxRuntime(self.program, self.folder, self.threads)
+        other.rounds, other.whole, other.kept = several, one, self.kept
+        return other
+
+    def without(self, output: str) -> OnnxRuntime:
+        """The same sessions with an output less: what validation looked at is not in the product."""
+        import onnx
+
+        graphs = dict(self.program.graphs)
+        for name in self.hot:
+            if output in graphs[name].outputs:
+                model = onnx.load(file(self.folder, name), load_external_data=False)
+                kept = [o for o in model.graph.output if o.name != "out." + output]
+                del model.graph.output[:]
+                model.graph.output.extend(kept)
+                onnx.save(model, file(self.folder, name))
+                graphs[name] = replace(
+                    graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output}
+                )
+
+        def shorter(call: Call) -> list[Control]:
+            return [replace(call, writes={o: v for o, v in call.writes.items() if o in graphs[call.graph].outputs})]
+
+        control = rewrite(self.program.control, shorter)
+        executor = OnnxRuntime(self.program.replace(graphs=graphs, control=control), self.folder, self.threads)
+        executor.kept = self.kept
+        return executor
+
+    def intermediates(self, graph: str, inputs: Values, names: list[str]) -> Values:
+        """Values inside a graph's session by name, for localisation; those that the session still has."""
+        import onnx
+        import onnxruntime as ort
+
+        if graph not in self.hot:
+            return {}
+        model = onnx.load(file(self.folder, graph))
+        made = {o for n in model.graph.node for o in n.output}
+        wanted = [n for n in names if n in made]
+        if not wanted:  # as of a draft's graph: nothing of the reference computes it
+            return {}
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
+        session = ort.InferenceSession(
+            model.SerializeToString(), options(self.threads), providers=["CPUExecutionProvider"]
+        )
+        taken = {i.name for i in session.get_inputs()}
+        results = session.run(wanted, {n: v.numpy() for n, v in inputs.items() if n in taken})
+        return {n: torch.from_numpy(r) for n, r in zip(wanted, results, strict=True)}
