@@ -72,9 +72,11 @@ def main() -> None:
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt.bench import timing as bench
-    from aropt.cli.optimize import Request, add_roofline, add_timings, optimize, step_bytes
+    from aropt.cli.optimize import Request, add_roofline, add_timings, optimize
+    from aropt.ir.units import rows_for
     from aropt.loops.runtime import fitted, room
     from aropt.pipeline import artifact
+    from aropt.pipeline.cost import step_bytes
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     drawn = model in models.SHAPES
@@ -86,7 +88,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     program = artifact.load(out)
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
-    size, rates = step_bytes(program, n, len(prompt)), list[float]()
+    size, rates = step_bytes(program, len(prompt) + rows_for(program.meta, n) // 2), list[float]()
 
     def read() -> None:
         rates.append(bench.bandwidth(size, threads))

@@ -21,7 +21,7 @@ from aropt.frontend.examples import prompts, read, texts
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import decoder
-from aropt.ir.control import calls, loops
+from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
@@ -32,6 +32,7 @@ from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
+from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips
 from aropt.targets import find_target
@@ -286,26 +287,14 @@ def add_roofline(
     `rates`: the bandwidth in GB/s as it was measured meanwhile; without them it is measured here.
     """
     variant = "no-draft" if loops(program.control, "speculate") else "aropt"
-    own, size = timings.get(variant), step_bytes(program, n, prompt)
-    if own is None or not own.runs or not size:
+    own = timings.get(variant)
+    if own is None or not own.runs or not loops(program.control, "positions"):  # others don't go step by step
         return
+    size = step_bytes(program, prompt + rows_for(program.meta, n) // 2)
     rate = statistics.median(rates) if rates else bench.bandwidth(size, threads)
     step = own.median / rows_for(program.meta, n) / 1e3
     share = size / rate / 1e9 / step
     report["roofline"] = {"variant": variant, "bytes_per_step": size, "bandwidth_gb_s": rate, "share": share}
-
-
-def step_bytes(program: Program, n: int, prompt: int) -> int:
-    """Weights and half-filled caches that a step of one row reads; 0 if nothing goes step by step."""
-    decoding = loops(program.control, "positions")
-    if not decoding:
-        return 0
-    weights = {w for c in calls(decoding[0].body) for w in program.graphs[c.graph].weights()}
-    table = {w for w in weights if w.startswith("positions.") or w.endswith(("embed_tokens.weight", "wte.weight"))}
-    size = sum(program.weights[w].nbytes for w in weights - table)
-    filled = prompt + rows_for(program.meta, n) // 2
-    sizes = {"B": 1, "S": filled, "R": 1, "T": filled, "P": prompt, "K": 1}
-    return size + sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "append-kv")
 
 
 def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:

@@ -5,42 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aropt.ir.control import If, calls
-from aropt.ir.program import Program
+from aropt.ir.control import If, calls, loops
+from aropt.ir.program import Graph, Program
+from aropt.restrict.axes import op_name
+
+LOOKUPS = ("embedding", "index", "index_select", "gather", "token_shuffle", "cached_attention", "canvas_attention")
 
 
 def nodes(program: Program) -> int:
     """Ops in the graphs that run each round."""
-    from aropt.ir.control import loops
-
     hot = {c.graph for loop in loops(program.control) for c in calls(loop.body)}
     return sum(sum(n.op == "call_function" for n in program.graphs[g].fx.nodes) for g in hot)
 
 
-def step_bytes(program: Program) -> int:
-    """Bytes that a decoding round of one sequence touches at half capacity: weights, state read, and recomputed rows.
-
-    A full forward touches its activations of all tokens; they are counted as one read and one write of each value.
+def step_bytes(program: Program, stored: int | None = None) -> int:
+    """Bytes that a round of one sequence touches, with `stored` rows before it (half the capacity): weights, state that
+    is read, and activations of a forward over all rows, one read and one write of each value. Rounds with drafts are
+    left aside: how many ids they give is not known from here.
     """
-    from aropt.ir.control import loops
-
-    half = max(1, int(program.meta["capacity"]) // 2)
-    sizes = {"B": 1, "R": 1, "Q": 1, "T": half, "S": half, "P": 1, "K": 1}
-    body = loops(program.control)[0].body
+    rows = stored or max(1, int(program.meta["capacity"]) // 2)
+    body = (loops(program.control, "positions") or loops(program.control))[0].body
     while isinstance(body, If):  # a guided round, where others run less
         body = body.then
     called = list(calls(body))
-    weights = {w for c in called for w in program.graphs[c.graph].weights() if program.weights[w].dim() > 1}
-    total = sum(program.weights[w].nbytes for w in weights)
+    graphs = {c.graph: program.graphs[c.graph] for c in called}
+    sizes = {"B": 1, "R": 1, "Q": 1, "T": rows, "S": rows, "P": 1, "K": 1}
     read = {v for c in called for v in c.reads.values()}
+    total = sum(program.weights[w].nbytes for w in set().union(*map(multiplied, graphs.values())))
     total += sum(s.nbytes(sizes) for n, s in program.state.items() if n in read)
-    model = [program.graphs[c.graph] for c in called if "ids" in c.reads and "slots" not in c.reads]
-    for graph in model:
-        for node in graph.fx.nodes:
-            value = node.meta.get("val")
-            if node.op == "call_function" and hasattr(value, "shape"):
-                total += 2 * value.element_size() * product(value.shape, half)
+    forwards = [graphs[c.graph] for c in called if "ids" in c.reads and "slots" not in c.reads]
+    for node in (node for graph in forwards for node in graph.fx.nodes if node.op == "call_function"):
+        value = node.meta.get("val")
+        if hasattr(value, "shape"):
+            total += 2 * value.element_size() * product(value.shape, rows)
     return total
+
+
+def multiplied(graph: Graph) -> set[str]:
+    """The weights that are read whole: all but tables, of which a call looks up a few rows."""
+    read = [n for n in graph.fx.nodes if n.op == "get_attr"]
+    return {str(n.target) for n in read if not all(op_name(user).rpartition("::")[2] in LOOKUPS for user in n.users)}
 
 
 def product(shape: Sequence[Any], tokens: int) -> int:
