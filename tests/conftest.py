@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aropt.ir.interpreter import Values
 from aropt.ir.program import Program
+from tests.support.run import generate
 from tests.support.targets import ORT
 
 gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
@@ -123,5 +124,5 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: Any) -> list[Values]:
     """What each round of a generation saw."""
     seen: list[Values] = []
-    program.generate(prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
+    generate(program, prompts, n, on_round=lambda values: seen.append(dict(values)), **options)
     return seen

@@ -17,6 +17,7 @@ from aropt.loops.rules import PROCESSORS
 from aropt.loops.unmask import commit
 from aropt.pipeline import api
 from aropt.targets import lower
+from tests.support.run import generate
 
 VOCAB, MASK, CAPACITY = 12, 11, 16
 BIAS = [0.3 * (i % 3) for i in range(VOCAB)]
@@ -65,8 +66,8 @@ def lowered_is_the_reference(program: Program, target: str, given: dict[str, Any
     values = {n: v for n, v in given.items() if n in program.inputs}
     prompts = [[1, 2, 3], [4, 2, 5]] if program.meta.get("loop") == "unmask" else [[1, 2, 3], [4]]
     for more in ({"temperature": 0.0}, {"seed": 3}):
-        wanted = program.replace(executor=Eager(program)).generate(prompts, 8, **{**values, **more})
-        got = program.replace(executor=lower(program, target)).generate(prompts, 8, **{**values, **more})
+        wanted = generate(program.replace(executor=Eager(program)), prompts, 8, **{**values, **more})
+        got = generate(program.replace(executor=lower(program, target)), prompts, 8, **{**values, **more})
         assert got == wanted
 
 

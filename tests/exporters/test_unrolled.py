@@ -23,6 +23,7 @@ from aropt.targets import lower
 from aropt.targets.ort import multi_step
 from aropt.targets.ort.executor import OnnxRuntime
 from tests.exporters.test_whole_loop import small_llama
+from tests.support.run import generate
 
 K = multi_step.ROUNDS
 PROMPTS = [[72, 101, 108, 108, 111], [84, 104]]
@@ -43,8 +44,8 @@ class Pair:
     def both(self, prompts: list[list[int]], n: int, **options: Any) -> list[list[int]]:
         """What both generate, which must be the same. Nothing ends a sequence but what is given."""
         options = {"plain": True, **options}
-        want = self.fast.generate(prompts, n, executor=self.stepping, **options)
-        assert self.fast.generate(prompts, n, executor=self.several, **options) == want
+        want = generate(self.fast, prompts, n, executor=self.stepping, **options)
+        assert generate(self.fast, prompts, n, executor=self.several, **options) == want
         return want
 
 
@@ -64,7 +65,7 @@ def test_lengths_around_calls(pair: Pair) -> None:
             assert [len(row) for row in want] == [n]
     full = 64 - len(PROMPTS[0]) + 1
     for n in range(full - K, full + 1):
-        assert pair.both([PROMPTS[0]], n) == pair.plain.generate([PROMPTS[0]], n, plain=True)
+        assert pair.both([PROMPTS[0]], n) == generate(pair.plain, [PROMPTS[0]], n, plain=True)
 
 
 def test_single_rounds_where_no_slot_is_spare(pair: Pair) -> None:
@@ -112,8 +113,8 @@ def test_drawn_and_ragged(
 
 def test_it_is_the_reference(pair: Pair) -> None:
     for params in ({}, {"temperature": 0.9, "seed": 3}):
-        want = pair.plain.generate(PROMPTS, 3 * K, **params)
-        assert pair.fast.generate(PROMPTS, 3 * K, executor=pair.several, **params) == want
+        want = generate(pair.plain, PROMPTS, 3 * K, **params)
+        assert generate(pair.fast, PROMPTS, 3 * K, executor=pair.several, **params) == want
     assert multi_step.compare(pair.fast, pair.stepping, pair.several)["cases"] > 20
 
 
@@ -126,7 +127,7 @@ def test_streaming_shows_each_round(pair: Pair) -> None:
             shown.append(int(values["emitted"]))
             return len(shown) < until
 
-        got = pair.fast.generate([PROMPTS[0]], 11, executor=pair.several, on_round=show)
+        got = generate(pair.fast, [PROMPTS[0]], 11, executor=pair.several, on_round=show)
         assert got == pair.both([PROMPTS[0]], 11) and shown == got[0][:until]
 
 

@@ -29,6 +29,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
+from tests.support.run import generate
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 I64, BOOL = torch.int64, torch.bool
@@ -86,7 +87,7 @@ def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPa
             space: dict[str, Any] = {}
             exec(asked(whole, prompts, greedy), space)
             params: dict[str, Any] = {} if greedy else {"temperature": 0.8, "seed": 7}
-            want = program.generate(prompts, int(space["inputs"]["limit"]), **params)
+            want = generate(program, prompts, int(space["inputs"]["limit"]), **params)
             assert [row[row >= 0].tolist() for row in space["tokens"]] == want
             assert space["counts"].tolist() == [len(row) for row in want]
             shown: list[Any] = []
@@ -125,7 +126,7 @@ def test_the_readme_of_canvases(
             space["inputs"] |= {"block": np.array(size), "threshold": np.array(0.3, np.float32)}
             exec(re.sub('("origin": np.array).*', r"\1([0] * len(prompts)),", canvas) if own else canvas, space)
             params = {"threshold": 0.3, **({} if greedy else {"temperature": 0.8, "seed": 7})}
-            want = program.generate(prompts, space["n"], block=size, **params)
+            want = generate(program, prompts, space["n"], block=size, **params)
             assert [row[row >= 0].tolist() for row in space["canvases"]] == want
             shown: list[Any] = []
             exec(re.sub(r"np.array\(8\)", "np.array(2)", chunks), {**space, "print": shown.append})
@@ -148,9 +149,9 @@ def test_stop_tokens_and_bad_input(exported: tuple[Program, Path], name: str) ->
     program, folder = exported
     session = run_loop.session(folder / name, 1)
     prompts = [[1, 2, 3], [4, 5, 6], [7]]
-    free = program.generate(prompts, 12)
+    free = generate(program, prompts, 12)
     stop = [free[0][3], free[2][5]]
-    want = program.generate(prompts, 12, stop=stop)
+    want = generate(program, prompts, 12, stop=stop)
     assert want != free
     for chunk in (None, 1, 5):
         assert run_loop.generate(session, program, prompts, 12, stop=stop, chunk=chunk) == want
@@ -180,9 +181,9 @@ def test_any_length_in_any_chunks(
     """Rounds go several at a time as far as the limit and the chunk allow it, also past the end of a sequence."""
     program, folder = exported
     options: dict[str, Any] = {"temperature": 0.9, "seed": 3} if sampled else {}
-    free = program.generate(prompts, n, **options)
+    free = generate(program, prompts, n, **options)
     options["stop"] = [free[0][stop]] if stop is not None and stop < n else []
-    want = program.generate(prompts, n, **options)
+    want = generate(program, prompts, n, **options)
     assert run_loop.generate(session(folder / name), program, prompts, n, chunk=chunk, **options) == want
     most = {} if chunk is None else {"chunk": chunk}
     feeds = {"prompt": prompts[:1], "lengths": [len(prompts[0])], "limit": n, "streams": [0], **most}
@@ -239,7 +240,7 @@ def test_weights_are_written_once(
         size = sum(w.nbytes for w in program.weights.values())
         assert 0.9 * size < apart.stat().st_size < 1.2 * size
     made = run_loop.session(path, 1)
-    assert run_loop.generate(made, program, [[1, 2]], 20) == program.generate([[1, 2]], 20)
+    assert run_loop.generate(made, program, [[1, 2]], 20) == generate(program, [[1, 2]], 20)
 
 
 def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
@@ -277,9 +278,9 @@ def test_a_rule_defined_here_needs_no_change_in_the_exporter(tmp_path: Path, mon
     export_program(program, tmp_path / "m.onnx")
     session = run_loop.session(tmp_path / "m.onnx", 1)
     for params in ({}, {"even_penalty": 2.0}, {"even_penalty": 0.4, "temperature": 1.0, "seed": 3}):
-        want = program.generate([[1, 2], [3]], 8, **params)
+        want = generate(program, [[1, 2], [3]], 8, **params)
         assert run_loop.generate(session, program, [[1, 2], [3]], 8, **params) == want
-    assert all(t % 2 for row in program.generate([[1, 2]], 8, even_penalty=2.0) for t in row)
+    assert all(t % 2 for row in generate(program, [[1, 2]], 8, even_penalty=2.0) for t in row)
 
 
 def test_a_rule_without_an_onnx_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from aropt.ir.program import Program, Spec
 from aropt.ir.torch_compat import propagate
 from aropt.pipeline.registry import make
 from aropt.targets import lower
+from tests.support.run import generate
 
 VOCAB = 20
 exhaustive = pytest.mark.exhaustive
@@ -47,7 +48,7 @@ class Words(nn.Module):
 
 
 def answer(program: Program) -> list[list[int]]:
-    return program.generate([[1, 2], [3]], 6)
+    return generate(program, [[1, 2], [3]], 6)
 
 
 def weights(module: nn.Module) -> dict[str, tuple[int, torch.dtype, Tensor]]:
@@ -139,8 +140,8 @@ def test_ranges_of_an_exported_program(tmp_path: Path) -> None:
     assert (program.meta["capacity"], program.meta["batch"]) == (9, 4)
     prompts = [[i, i + 1] for i in range(9)]
     sizes = []
-    program.generate(prompts, 2, on_round=lambda values: sizes.append(len(values["prompt"])))
-    assert max(sizes) == 4 and len(program.generate(prompts, 2)) == 9
+    generate(program, prompts, 2, on_round=lambda values: sizes.append(len(values["prompt"])))
+    assert max(sizes) == 4 and len(generate(program, prompts, 2)) == 9
     with pytest.raises(UsageError, match="capacity 10 is more than the model takes"):
         aropt.capture(str(tmp_path / "words.pt2"), capacity=10)
 

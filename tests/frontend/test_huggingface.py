@@ -17,6 +17,7 @@ from torch import Tensor
 import aropt
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.frontend.sources import resolve
+from tests.support.run import generate
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -271,13 +272,13 @@ def both(path: Path, n: int | None = 12) -> tuple[list[int], list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     ids, more = torch.tensor([PROMPT]), {} if n is None else {"max_new_tokens": n}
     want = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **more)
-    return aropt.capture(str(path)).generate([PROMPT], n)[0], want[0, len(PROMPT) :].tolist()
+    return generate(aropt.capture(str(path)), [PROMPT], n)[0], want[0, len(PROMPT) :].tolist()
 
 
 @pytest.fixture(scope="module")
 def written(base: Path) -> list[int]:
     """What the model writes without any defaults."""
-    return list(aropt.capture(str(base)).generate([PROMPT], 12)[0])
+    return list(generate(aropt.capture(str(base)), [PROMPT], 12)[0])
 
 
 FOLLOWED: dict[str, Callable[[list[int]], dict[str, Any]]] = {
@@ -327,12 +328,12 @@ def test_a_request_goes_before_the_defaults(llama: Path, written: list[int]) -> 
     program = aropt.capture(str(llama))
     assert program.meta["defaults"] == {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.8}
     neutral: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1}
-    assert program.generate([PROMPT], 12, **neutral)[0] == written[:3]
-    assert program.generate([PROMPT], 12, stop=(), **neutral)[0] == written
-    assert program.generate([PROMPT], 12, plain=True)[0] == written
+    assert generate(program, [PROMPT], 12, **neutral)[0] == written[:3]
+    assert generate(program, [PROMPT], 12, stop=(), **neutral)[0] == written
+    assert generate(program, [PROMPT], 12, plain=True)[0] == written
     given: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.8}
-    want = program.generate([PROMPT], 12, plain=True, stop=[written[2]], **given)
-    assert program.generate([PROMPT], 12) == want
+    want = generate(program, [PROMPT], 12, plain=True, stop=[written[2]], **given)
+    assert generate(program, [PROMPT], 12) == want
 
 
 def test_what_no_rule_follows_is_told(llama: Path) -> None:
@@ -363,7 +364,7 @@ def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int],
     export_program(program, tmp_path / "model.onnx")
     feeds = {"prompt": [PROMPT], "lengths": [3], "limit": 12, "streams": [0]}
     out = session(tmp_path / "model.onnx").run(["generated"], {n: np.array(v) for n, v in feeds.items()})[0]
-    assert [t for t in out[0].tolist() if t >= 0] == program.generate([PROMPT], 12)[0] == both(llama)[1]
+    assert [t for t in out[0].tolist() if t >= 0] == generate(program, [PROMPT], 12)[0] == both(llama)[1]
 
 
 @pytest.mark.exhaustive
@@ -376,6 +377,6 @@ def test_defaults_stay_in_the_artifact_and_on_the_command_line(
     program = aropt.optimize(aropt.capture(str(llama)), "eager", check=False)
     program.save(str(tmp_path / "out"))
     want = both(llama, None)[1]
-    assert program.generate([PROMPT]) == aropt.load(str(tmp_path / "out")).generate([PROMPT]) == [want]
+    assert generate(program, [PROMPT]) == aropt.load(str(tmp_path / "out")).generate([PROMPT]) == [want]
     ran = run(tmp_path / "out", ["3 1 4"], None, {}, 0, None, None, None)
     assert ran["tokens"] == [want] and len(want) <= 9

@@ -19,6 +19,7 @@ import aropt
 from aropt.errors import UsageError
 from aropt.frontend.pt2_data import vetted
 from aropt.frontend.sources import resolve
+from tests.support.run import generate
 
 
 class Small(nn.Module):
@@ -64,7 +65,7 @@ def test_data_alone_is_loaded(saved: Path) -> None:
     assert vetted(saved).getbuffer().nbytes > 1000
     source = resolve(str(saved))
     assert source.meta["vocab"] == 11 and source.meta["capacity"] == 32
-    assert len(aropt.capture(str(saved)).generate([[1, 2]], 3)[0]) == 3
+    assert len(generate(aropt.capture(str(saved)), [[1, 2]], 3)[0]) == 3
 
 
 def in_model(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Callable[[str, bytes], bytes]]:

@@ -18,6 +18,7 @@ import torch
 import aropt
 from aropt.errors import AroptError
 from aropt.loops.runtime import fitted
+from tests.support.run import generate
 
 ALLOWED = ("refused", "same", "changed")
 SECONDS = 30.0
@@ -48,7 +49,7 @@ def generated(out: Path) -> list[Any]:
     program = aropt.load(out)
     tokenizer(out)
     prompts = [fitted(program, p) for p in program.meta["prompts"]][:2]
-    return [program.generate(prompts, 4, seed=3, **given) for given in ({}, {"temperature": 0.9})]
+    return [generate(program, prompts, 4, seed=3, **given) for given in ({}, {"temperature": 0.9})]
 
 
 def read(out: Path, expected: list[Any] | None, seconds: float = SECONDS) -> Outcome:

@@ -22,6 +22,7 @@ from aropt.ir.printer import diff, digest, text
 from aropt.ir.program import Entry, Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.ir.verify import op_problem
+from tests.support.run import generate
 
 
 def through_json(program: Program) -> Program:
@@ -35,8 +36,8 @@ def test_round_trip(tiny_stages: dict[str, Program]) -> None:
         assert text(again) == text(program)
         assert to_json(again) == to_json(program)
         prompts = [[1, 2], [3, 4]]
-        assert again.generate(prompts, 6) == program.generate(prompts, 6)
-        sampled = [p.generate(prompts, 6, temperature=1.0, seed=3) for p in (program, again)]
+        assert generate(again, prompts, 6) == generate(program, prompts, 6)
+        sampled = [generate(p, prompts, 6, temperature=1.0, seed=3) for p in (program, again)]
         assert sampled[0] == sampled[1]
 
 
@@ -223,7 +224,7 @@ def test_hostile(
         n: tiny_program.weights["embed.weight"] for n in broken.get("weights", ()) if "x" in n
     }
     with pytest.raises(UsageError) as found:
-        from_json(broken, weights).generate([[1]], 1)
+        generate(from_json(broken, weights), [[1]], 1)
     assert found.value.where and found.value.why and len(str(found.value)) < 1000
     assert not list(tmp_path.iterdir())
 

@@ -14,6 +14,7 @@ from aropt.ir.program import Program
 from aropt.models.canvas import MASK
 from tests.conftest import make_program
 from tests.loops.test_unmask import capture, rounds, tiny
+from tests.support.run import generate
 
 OWN = 4
 
@@ -45,14 +46,14 @@ def test_steps_are_of_each_block_where_blocks_are_the_models(
 def test_a_batch_of_such_a_model_takes_any_steps(own: Program) -> None:
     """The blocks that an answer touches differ by prompt; the rounds of each don't."""
     prompts = [[1, 2, 3], [1, 2, 3, 4]]
-    assert own.generate(prompts, 8, steps=3) == [own.generate([p], 8, steps=3, streams=[i])[0]
+    assert generate(own, prompts, 8, steps=3) == [generate(own, [p], 8, steps=3, streams=[i])[0]
                                                  for i, p in enumerate(prompts)]  # fmt: skip
 
 
 def test_steps_are_of_all_blocks_elsewhere(free: Program) -> None:
     assert rounds(free, [[1, 2, 3]], 8, block=4, steps=6)[1] == 6
     with pytest.raises(UsageError, match="3 steps are not a whole number") as error:
-        free.generate([[1]], 8, block=4, steps=3)
+        generate(free, [[1]], 8, block=4, steps=3)
     assert "of a model with blocks of its own" in error.value.where
 
 
@@ -69,16 +70,16 @@ def test_steps_are_of_all_blocks_elsewhere(free: Program) -> None:
 )
 def test_fills_are_checked(free: Program, fill: Any, what: str, where: str) -> None:
     with pytest.raises(UsageError, match=what) as error:
-        free.generate([[1, 2]], 4, fill=fill)
+        generate(free, [[1, 2]], 4, fill=fill)
     assert error.value.where == where
 
 
 def test_what_a_program_has_no_use_for_is_refused(free: Program, guided: Program) -> None:
     with pytest.raises(UsageError, match="no canvas to fill"):
-        guided.generate([[1]], 2, fill=[[1, 2]])
+        generate(guided, [[1]], 2, fill=[[1, 2]])
     for program in (free, make_program(1)):
         with pytest.raises(UsageError, match="takes no negative prompts"):
-            program.generate([[1]], 2, negative=[[1]])
+            generate(program, [[1]], 2, negative=[[1]])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_what_a_program_has_no_use_for_is_refused(free: Program, guided: Program
 )
 def test_negative_prompts_are_checked(guided: Program, negative: Any, what: str) -> None:
     with pytest.raises(UsageError, match=what):
-        guided.generate([[1, 2]], 2, negative=negative)
+        generate(guided, [[1, 2]], 2, negative=negative)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +115,21 @@ def test_negative_prompts_are_checked(guided: Program, negative: Any, what: str)
 )
 def test_values_out_of_range(guided: Program, name: str, value: Any, why: str) -> None:
     with pytest.raises(UsageError, match=f"{name} can't be") as error:
-        guided.generate([[1, 2]], 2, **{name: value})
+        generate(guided, [[1, 2]], 2, **{name: value})
     assert why in error.value.why and name in error.value.where
 
 
 def test_values_at_the_ends_of_their_range(guided: Program) -> None:
     """Whole numbers may be floats, as --param gives them; a bias may forbid a token."""
     edges: dict[str, Any] = {"top_k": 3.0, "top_p": 0, "min_p": 1, "bias": [-math.inf] * 10 + [0.0], "guidance": 1}
-    assert guided.generate([[1, 2]], 2, temperature=1, **edges) == [[10, 10]]
-    assert len(guided.generate([[1, 2]], 2, top_p=1, min_p=0, bias=0.5)[0]) == 2
+    assert generate(guided, [[1, 2]], 2, temperature=1, **edges) == [[10, 10]]
+    assert len(generate(guided, [[1, 2]], 2, top_p=1, min_p=0, bias=0.5)[0]) == 2
 
 
 def test_a_canvas_takes_whole_steps_and_blocks(free: Program) -> None:
     for name in ("steps", "block"):
         with pytest.raises(UsageError, match=f"{name} can't be 2.5"):
-            free.generate([[1, 2]], 8, **{name: 2.5})
+            generate(free, [[1, 2]], 8, **{name: 2.5})
 
 
 def test_ranges_are_kept(guided: Program) -> None:

@@ -12,6 +12,7 @@ import torch
 import aropt
 from aropt.errors import UsageError
 from aropt.ir.program import Program
+from tests.support.run import generate
 
 Make = Callable[[list[Any]], Any]
 FORMS: list[Make] = [
@@ -23,20 +24,20 @@ FORMS: list[Make] = [
 
 
 def test_forms_of_prompts(tiny_program: Program) -> None:
-    wanted = tiny_program.generate([[1, 2], [3, 4]], 3)
-    assert all(tiny_program.generate(form([[1, 2], [3, 4]]), 3) == wanted for form in FORMS)
-    alone = tiny_program.generate([[1, 2]], 3)
+    wanted = generate(tiny_program, [[1, 2], [3, 4]], 3)
+    assert all(generate(tiny_program, form([[1, 2], [3, 4]]), 3) == wanted for form in FORMS)
+    alone = generate(tiny_program, [[1, 2]], 3)
     flat: list[Make] = [list, tuple, np.array, torch.tensor]
-    assert all(tiny_program.generate(form([1, 2]), 3) == alone for form in flat)
-    assert tiny_program.generate([[1, 2]], np.int64(3), seed=torch.tensor(0), streams=np.array([0])) == alone
+    assert all(generate(tiny_program, form([1, 2]), 3) == alone for form in flat)
+    assert generate(tiny_program, [[1, 2]], np.int64(3), seed=torch.tensor(0), streams=np.array([0])) == alone
 
 
 def test_forms_of_stops(tiny_program: Program) -> None:
-    end = tiny_program.generate([[1, 2]], 3)[0][1]
-    wanted = tiny_program.generate([[1, 2]], 3, stop=[end])
+    end = generate(tiny_program, [[1, 2]], 3)[0][1]
+    wanted = generate(tiny_program, [[1, 2]], 3, stop=[end])
     for stop in (end, (end,), {end}, np.int64(end), torch.tensor(end), torch.tensor([end]), np.array([end, end])):
-        assert tiny_program.generate([[1, 2]], 3, stop=stop) == wanted
-    assert len(tiny_program.generate([[1, 2]], 3, stop=None)[0]) == 3
+        assert generate(tiny_program, [[1, 2]], 3, stop=stop) == wanted
+    assert len(generate(tiny_program, [[1, 2]], 3, stop=None)[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -80,4 +81,4 @@ def test_what_optimize_cannot_take_is_told(tiny_program: Program, options: dict[
 )
 def test_slips_are_told(tiny_program: Program, prompts: Any, n: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        tiny_program.generate(prompts, n, **options)
+        generate(tiny_program, prompts, n, **options)

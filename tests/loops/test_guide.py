@@ -23,6 +23,7 @@ from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import rounds, tiny
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 
@@ -147,8 +148,8 @@ def test_a_draw_leans_to_the_guide(both: Program, plain: Program) -> None:
     with torch.no_grad():
         scores = Judge().eval()(torch.tensor([prompt]))[0, 1].log_softmax(-1)
     options: dict[str, Any] = {"temperature": 1.0, "block": 1, "seed": 7}
-    own = plain.generate([prompt] * count, 1, **options)
-    drawn = {w: both.generate([prompt] * count, 1, guide_weight=w, **options) for w in (0.0, 0.3, 0.9)}
+    own = generate(plain, [prompt] * count, 1, **options)
+    drawn = {w: generate(both, [prompt] * count, 1, guide_weight=w, **options) for w in (0.0, 0.3, 0.9)}
     assert drawn[0.0] == own and len(set(map(tuple, own))) > 50
     means = [float(torch.stack([scores[ids[0]] for ids in drawn[w]]).mean()) for w in (0.0, 0.3, 0.9)]
     assert means[0] < means[1] < means[2]
@@ -180,7 +181,7 @@ def test_the_cached_guide_judges_alike(
     """Prompts one by one, some ids given: rows that no mask follows are computed when a later one needs them."""
     for prompt in ids:
         options: dict[str, Any] = {"fill": [fill], "guide_k": k, "block": block}
-        assert fast.generate([prompt], 12, **options) == plain.generate([prompt], 12, **options)
+        assert generate(fast, [prompt], 12, **options) == generate(plain, [prompt], 12, **options)
 
 
 @settings(deadline=None, max_examples=15)
@@ -199,7 +200,7 @@ def test_the_cached_guide_chooses_alike(
     for prompt in ids:
         options: dict[str, Any] = dict(zip(("guide_weight", "guide_margin"), judge, strict=True))
         options |= {"fill": [fill], "block": block, "temperature": temperature}
-        assert fast.generate([prompt], 12, **options) == both.generate([prompt], 12, **options)
+        assert generate(fast, [prompt], 12, **options) == generate(both, [prompt], 12, **options)
 
 
 ORDERS = [("free-cache",), ("dual-cache", "guide-cache"), ("guide-cache", "free-cache")]
@@ -218,8 +219,8 @@ def test_batches_equal_the_request_alone(
     options: dict[str, Any] = {"guide_k": 60 if low else 150} if judge == "plain" else chosen
     for name in names:
         program = make(name).run(program)
-    together = program.generate(ids, 12, block=4, **options)
-    assert together == [program.generate([p], 12, block=4, **options)[0] for p in ids]
+    together = generate(program, ids, 12, block=4, **options)
+    assert together == [generate(program, [p], 12, block=4, **options)[0] for p in ids]
 
 
 def test_the_cache_is_legal_by_the_mask(plain: Program, fast: Program) -> None:

@@ -24,6 +24,7 @@ from aropt.targets.ort import run_loop
 from aropt.validate.compare import cases, validate, with_probe
 from aropt.validate.drift import measure
 from tests.loops.test_unmask import capture, rounds, tiny
+from tests.support.run import generate
 
 PROMPTS = [[4, 5, 6], [7], [8, 9, 1, 2]]
 
@@ -46,7 +47,7 @@ def canvases(program: Program, prompt: list[int], n: int, **params: Any) -> list
         kept.append(values["tokens"][0].tolist())
         assert len(kept) <= n  # it ends
 
-    program.generate([prompt], n, on_round=keep, **params)
+    generate(program, [prompt], n, on_round=keep, **params)
     return kept
 
 
@@ -272,9 +273,9 @@ def together(model: CanvasLM) -> Program:
 def test_with_lossy_caches(together: Program, name: str, options: dict[str, str]) -> None:
     """Each sequence alone has the ids of the batch; stale rows change ids; refreshed in each round there is no loss."""
     fast = make(name, options).run(together)
-    got = fast.generate(PROMPTS, 16, **PARAMS)
-    assert got == [fast.generate([p], 16, streams=[i], **PARAMS)[0] for i, p in enumerate(PROMPTS)]
-    assert got != together.generate(PROMPTS, 16, **PARAMS)
+    got = generate(fast, PROMPTS, 16, **PARAMS)
+    assert got == [generate(fast, [p], 16, streams=[i], **PARAMS)[0] for i, p in enumerate(PROMPTS)]
+    assert got != generate(together, PROMPTS, 16, **PARAMS)
     always = with_probe(make(name, {"refresh": "1"}).run(together))
     assert validate(together, always, chosen=cases(together, quick=True)).passed
     none, some = measure(together, always), measure(together, with_probe(fast))
@@ -290,7 +291,7 @@ def test_rows_that_are_looked_at_again_are_computed(together: Program) -> None:
         canvases.append(values["tokens"][0].tolist())
         computed.append(set(values["slots"][0].tolist()))
 
-    fast.generate([[7]], 16, on_round=keep, **{**PARAMS, "remask_threshold": 0.9, "block": 8})
+    generate(fast, [[7]], 16, on_round=keep, **{**PARAMS, "remask_threshold": 0.9, "block": 8})
     for number, rows in enumerate(computed):
         begin = 1 + (canvases[number].index(MASK) - 1) // 8 * 8
         assert set(range(begin, begin + 8)) <= rows
@@ -305,7 +306,7 @@ def test_what_is_expected_of_rows_left_alone_stays(together: Program) -> None:
     def keep(values: Any) -> None:
         kept.append((set(values["slots"][0].tolist()), values["expected"][0].clone()))
 
-    make("dual-cache").run(together).generate([[4, 5, 6]], 16, on_round=keep, **PARAMS)
+    generate(make("dual-cache").run(together), [[4, 5, 6]], 16, on_round=keep, **PARAMS)
     for (_, before), (rows, after) in pairwise(kept):
         alone = [i for i in range(19) if i not in rows]
         assert torch.equal(before[alone], after[alone]) and bool((after != 0).any(1).all())
@@ -317,8 +318,8 @@ def test_the_exact_cache(shift: int) -> None:
     program = aropt.capture(tiny(4), mask=MASK, block=4, rules=ALL, shift=shift)
     fast = make("block-cache").run(program)
     assert validate(program, with_probe(fast), chosen=cases(program, quick=True)).passed
-    got = fast.generate(PROMPTS, 13, **{k: v for k, v in PARAMS.items() if k != "block"})
-    alone = [fast.generate([p], 13, **{k: v for k, v in PARAMS.items() if k != "block"})[0] for p in PROMPTS]
+    got = generate(fast, PROMPTS, 13, **{k: v for k, v in PARAMS.items() if k != "block"})
+    alone = [generate(fast, [p], 13, **{k: v for k, v in PARAMS.items() if k != "block"})[0] for p in PROMPTS]
     assert got == alone
 
 
@@ -326,14 +327,16 @@ def test_the_exact_cache(shift: int) -> None:
 def test_onnxruntime(together: Program) -> None:
     done = aropt.optimize(together, "onnxruntime", pipeline(["dual-cache"]), budget={"kl": 100.0})
     assert done.report["verify"]["status"] == "pass"
-    assert done.generate(PROMPTS, 16, **PARAMS) == make("dual-cache").run(together).generate(PROMPTS, 16, **PARAMS)
+    assert generate(done, PROMPTS, 16, **PARAMS) == generate(make("dual-cache").run(together), PROMPTS, 16, **PARAMS)
 
 
 @pytest.mark.exhaustive
 def test_inductor(together: Program) -> None:
     """Compiling takes long, so one greedy batch."""
     fast = run_passes(make("dual-cache").run(together), pipeline(), "inductor", Instruments(check=False))[0]
-    assert fast.generate(PROMPTS, 8, executor=lower(fast, "inductor"), **PARAMS) == fast.generate(PROMPTS, 8, **PARAMS)
+    assert generate(fast, PROMPTS, 8, executor=lower(fast, "inductor"), **PARAMS) == generate(
+        fast, PROMPTS, 8, **PARAMS
+    )
 
 
 @pytest.mark.parametrize("cache", [pytest.param("", marks=pytest.mark.exhaustive), "dual-cache"])
@@ -343,7 +346,7 @@ def test_the_exported_loop(together: Program, cache: str, tmp_path: Path) -> Non
     export_program(program, tmp_path / "model.onnx")
     session = run_loop.session(tmp_path / "model.onnx", 1)
     for params in (PARAMS, {**PARAMS, "temperature": 0.8, "seed": 3}):
-        want = program.generate(PROMPTS, 8, **params)
+        want = generate(program, PROMPTS, 8, **params)
         for chunk in (None, 2):
             assert run_loop.generate(session, program, PROMPTS, 8, chunk=chunk, **params) == want
 
@@ -366,4 +369,4 @@ def test_bad_rules(rules: tuple[str, ...], why: str) -> None:
 def test_bad_parameters(model: CanvasLM, name: str, value: float) -> None:
     program = capture(model, "threshold", name.partition("_")[0])
     with pytest.raises(UsageError, match=f"{name} can't be"):
-        program.generate([[1]], 4, **{name: value})
+        generate(program, [[1]], 4, **{name: value})

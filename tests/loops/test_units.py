@@ -19,6 +19,7 @@ from aropt.loops.runtime import make_inputs, room, slots
 from aropt.models.digits import Block, RMSNorm
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
+from tests.support.run import generate
 
 W, LEVELS, ROWS = 4, 5, 6
 
@@ -105,8 +106,8 @@ def test_greedy_generation_is_the_models_own(prompts: list[list[int]], n: int) -
     model = Windows().eval()
     program, cached = plain_programs(model)
     expected = [plain(model, p, n) for p in prompts]
-    assert program.generate(prompts, n) == expected
-    assert cached.generate(prompts, n) == expected
+    assert generate(program, prompts, n) == expected
+    assert generate(cached, prompts, n) == expected
 
 
 KEPT: dict[str, aropt.Program] = {}
@@ -122,15 +123,15 @@ def plain_programs(model: nn.Module) -> tuple[aropt.Program, aropt.Program]:
 def test_a_round_is_a_window(program: aropt.Program, cached: aropt.Program) -> None:
     for one in (program, cached):
         rounds: list[int] = []
-        (row,) = one.generate([[LEVELS]], 10, on_round=lambda _, r=rounds: r.append(1))
+        (row,) = generate(one, [[LEVELS]], 10, on_round=lambda _, r=rounds: r.append(1))
         assert len(row) == 10 and len(rounds) == 3  # the third window is cut
 
 
 def test_what_fits(program: aropt.Program) -> None:
     assert room(program, [LEVELS]) == ROWS * W and room(program, [LEVELS, 0, 0, 0, 0]) == (ROWS - 1) * W
-    assert len(program.generate([[LEVELS]], ROWS * W)[0]) == ROWS * W
+    assert len(generate(program, [[LEVELS]], ROWS * W)[0]) == ROWS * W
     with pytest.raises(UsageError, match="don't fit"):
-        program.generate([[LEVELS]], ROWS * W + 1)
+        generate(program, [[LEVELS]], ROWS * W + 1)
 
 
 @pytest.mark.exhaustive
@@ -140,16 +141,16 @@ def test_sampled_rows_do_not_depend_on_the_batch(prompts: list[list[int]], seed:
     if "guided" not in KEPT:
         KEPT["guided"] = aropt.optimize(aropt.capture(Windows(), rules=RULES), "eager", check=False)
     params = {"seed": seed, "temperature": 1.3, "guidance": 2.0, **more}
-    together = KEPT["guided"].generate(prompts, 2 * W, **params)
+    together = generate(KEPT["guided"], prompts, 2 * W, **params)
     for i, prompt in enumerate(prompts):
-        assert KEPT["guided"].generate([prompt], 2 * W, streams=[i], **params) == [together[i]]
+        assert generate(KEPT["guided"], [prompt], 2 * W, streams=[i], **params) == [together[i]]
 
 
 def test_each_id_of_a_window_has_noise_of_its_own() -> None:
     flat_model = Windows()
     for weight in flat_model.head.parameters():
         nn.init.zeros_(weight)
-    drawn = aropt.capture(flat_model).generate([[LEVELS]] * 60, 2 * W, temperature=1.0, seed=5)
+    drawn = generate(aropt.capture(flat_model), [[LEVELS]] * 60, 2 * W, temperature=1.0, seed=5)
     seen = torch.tensor(drawn)
     assert len(seen.unique()) == LEVELS
     for i in range(2 * W):  # of any two ids in a sequence, a fifth are equal by chance
@@ -158,10 +159,10 @@ def test_each_id_of_a_window_has_noise_of_its_own() -> None:
 
 
 def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
-    (free,) = program.generate([[LEVELS]], 3 * W, temperature=1.0, seed=1)
+    (free,) = generate(program, [[LEVELS]], 3 * W, temperature=1.0, seed=1)
     at = next(i for i in range(W, 2 * W - 1) if free[i] not in free[:i])
     for one in (program, cached):
-        assert one.generate([[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
+        assert generate(one, [[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
         values = run(one, make_inputs(one, [[LEVELS]], 3 * W, 1, [free[at]], [0], None, {"temperature": 1.0}), 16)
         assert values["generated"].shape == (1, at // W + 1, W)
 

@@ -22,6 +22,7 @@ from aropt.models.canvas import MASK, VOCAB, CanvasLM
 from aropt.pipeline import api
 from aropt.pipeline.manager import run_passes
 from aropt.validate.compare import cases, validate, with_probe
+from tests.support.run import generate
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 lists = st.integers(1, 6)
@@ -67,7 +68,7 @@ def above(model: CanvasLM) -> Program:
 def rounds(program: Program, prompts: list[list[int]], n: int, **params: Any) -> tuple[list[list[int]], int]:
     """Answers, and after how many rounds."""
     seen: list[None] = []
-    return program.generate(prompts, n, on_round=lambda _: seen.append(None), **params), len(seen)
+    return generate(program, prompts, n, on_round=lambda _: seen.append(None), **params), len(seen)
 
 
 @torch.no_grad()
@@ -135,10 +136,10 @@ def test_rcr_is_that_of_mdpo(model: CanvasLM, quota: Program, block: int, steps:
     def keep(values: Any) -> None:
         masks.append(int((values["tokens"] == MASK).sum()))
 
-    (got,) = rcr.generate([[4, 5, 6]], 16, on_round=keep, **params)
+    (got,) = generate(rcr, [[4, 5, 6]], 16, on_round=keep, **params)
     assert (got, masks) == revising(model, [4, 5, 6], 16, block, steps)
     if steps == 1:
-        assert [got] == quota.generate([[4, 5, 6]], 16, **params)
+        assert [got] == generate(quota, [[4, 5, 6]], 16, **params)
 
 
 def test_rcr_revises(model: CanvasLM) -> None:
@@ -148,17 +149,17 @@ def test_rcr_revises(model: CanvasLM) -> None:
     def keep(values: Any) -> None:
         seen.append(values["tokens"][0].clone())
 
-    (free,) = rcr.generate([[4, 5, 6]], 16, block=16, on_round=keep)
+    (free,) = generate(rcr, [[4, 5, 6]], 16, block=16, on_round=keep)
     assert any(len(set(column.tolist()) - {MASK}) > 1 for column in torch.stack(seen).T)
-    (got,) = rcr.generate([[4, 5, 6]], 16, block=16, stop=[free[5]])
+    (got,) = generate(rcr, [[4, 5, 6]], 16, block=16, stop=[free[5]])
     assert MASK not in got and got[-1] == free[5]
 
 
 def test_eoser_without_its_factor_is_the_plain_rule(model: CanvasLM, quota: Program) -> None:
     """E5; and with one that is 0 at first, an end token comes later."""
-    late, stop = capture(model, "eoser"), [quota.generate([[4, 5, 6]], 16, block=16)[0][5]]
-    assert late.generate([[4, 5, 6]], 16, block=16, stop=stop, eos_gamma=1.0) == quota.generate(
-        [[4, 5, 6]], 16, block=16, stop=stop
+    late, stop = capture(model, "eoser"), [generate(quota, [[4, 5, 6]], 16, block=16)[0][5]]
+    assert generate(late, [[4, 5, 6]], 16, block=16, stop=stop, eos_gamma=1.0) == generate(
+        quota, [[4, 5, 6]], 16, block=16, stop=stop
     )
 
 
@@ -213,14 +214,14 @@ def test_ties_go_to_the_first(values: list[int]) -> None:
 def test_a_row_of_a_batch_equals_the_request_alone(above: Program, prompts: list[list[int]], seed: int) -> None:
     """Rows of a batch are in different blocks; none waits for another, or is changed by it."""
     for params in ({"threshold": 0.1}, {"threshold": 0.3, "temperature": 1.0, "seed": seed}):
-        together = above.generate(prompts, 12, block=4, **params)
-        alone = [above.generate([p], 12, block=4, streams=[i], **params)[0] for i, p in enumerate(prompts)]
+        together = generate(above, prompts, 12, block=4, **params)
+        alone = [generate(above, [p], 12, block=4, streams=[i], **params)[0] for i, p in enumerate(prompts)]
         assert together == alone
 
 
 def test_infilling_keeps_what_is_given(above: Program) -> None:
     fill = [5, MASK, MASK, 6, MASK, 7, 8, MASK]
-    (got,) = above.generate([[1, 2]], 8, fill=[fill], block=4, threshold=0.2)
+    (got,) = generate(above, [[1, 2]], 8, fill=[fill], block=4, threshold=0.2)
     assert all(g == f for g, f in zip(got, fill, strict=True) if f != MASK) and MASK not in got
 
 
@@ -232,8 +233,8 @@ def test_a_stop_token_fills_the_rest() -> None:
 
 
 def test_generation_ends_with_the_stop_token(above: Program) -> None:
-    (free,) = above.generate([[1, 2, 3]], 16, block=4, threshold=0.2)
-    (got,) = above.generate([[1, 2, 3]], 16, block=4, threshold=0.2, stop=[free[5]])
+    (free,) = generate(above, [[1, 2, 3]], 16, block=4, threshold=0.2)
+    (got,) = generate(above, [[1, 2, 3]], 16, block=4, threshold=0.2, stop=[free[5]])
     at = free.index(free[5])
     assert got == free[: at + 1]
 
@@ -254,7 +255,7 @@ def test_generation_ends_with_the_stop_token(above: Program) -> None:
 def test_bad_input(quota: Program, changes: dict[str, Any], why: str) -> None:
     options = {"prompts": [[1, 2]], "n": 16, **changes}
     with pytest.raises(UsageError, match=why):
-        quota.generate(options.pop("prompts"), options.pop("n"), **options)
+        generate(quota, options.pop("prompts"), options.pop("n"), **options)
 
 
 @pytest.mark.parametrize(
@@ -370,5 +371,5 @@ def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     assert source.meta["capacity"] == (64 if kind == "Roberta" else 66)
     fast = aropt.optimize(aropt.capture(source, loop="unmask"), target="onnxruntime")
     assert fast.report["verify"]["status"] == "pass"
-    (got,) = fast.generate([[5, 6, 7]], 8, block=4)
+    (got,) = generate(fast, [[5, 6, 7]], 8, block=4)
     assert len(got) == 8 and 4 not in got

@@ -28,6 +28,7 @@ from aropt.rewriting.contract import Applies, Skips
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_stages
+from tests.support.run import generate
 from tests.support.targets import EAGER, ORT
 
 CAPACITY = 20
@@ -189,7 +190,9 @@ def test_fused_caches_are_updated_in_place() -> None:
     fast, _ = run_passes(aropt.capture(Small()), pipeline(), "onnxruntime", Instruments(check=False))
     assert fast.graphs["step_greedy"].aliases == {"k_0": "k_0", "v_0": "v_0"}
     seen: list[int] = []
-    fast.generate([[1, 2]], 5, executor=lower(fast, "onnxruntime"), on_round=lambda v: seen.append(v["k_0"].data_ptr()))
+    generate(
+        fast, [[1, 2]], 5, executor=lower(fast, "onnxruntime"), on_round=lambda v: seen.append(v["k_0"].data_ptr())
+    )
     assert len(set(seen)) == 1 and len(seen) == 5
 
 

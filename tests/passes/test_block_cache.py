@@ -26,6 +26,7 @@ from aropt.restrict.rewrite import restrict
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import capture, tiny
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 BLOCK = 4
@@ -48,7 +49,7 @@ def test_it_applies_to_models_with_blocks(plain: Program) -> None:
 def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
     """How many rows a round computes follows from its canvas: a file with such a program is read again."""
     again = from_json(json.loads(json.dumps(to_json(fast))), fast.weights)
-    assert again.generate([[1, 2, 3]], 8) == fast.generate([[1, 2, 3]], 8)
+    assert generate(again, [[1, 2, 3]], 8) == generate(fast, [[1, 2, 3]], 8)
 
 
 @pytest.mark.exhaustive
@@ -78,9 +79,9 @@ def test_batches_equal_the_plain_loop_alone(
 ) -> None:
     """Ragged batches as one, rows in different blocks, some ids given: each as the plain program gives it alone."""
     params: dict[str, Any] = {"threshold": tau, "temperature": temperature, "seed": seed, "fill": [fill[:n]] * len(ids)}
-    together = fast.generate(ids, n, **params)
+    together = generate(fast, ids, n, **params)
     params["fill"] = [fill[:n]]
-    assert together == [plain.generate([p], n, streams=[i], **params)[0] for i, p in enumerate(ids)]
+    assert together == [generate(plain, [p], n, streams=[i], **params)[0] for i, p in enumerate(ids)]
 
 
 def test_blocks_that_are_given_whole_are_computed_when_they_are_passed(plain: Program, fast: Program) -> None:
@@ -88,8 +89,8 @@ def test_blocks_that_are_given_whole_are_computed_when_they_are_passed(plain: Pr
     for seed in range(8):
         ids = torch.randint(0, 250, (3, 4), generator=torch.Generator().manual_seed(seed)).tolist()
         fill = [[MASK] * 4 + ids[0] + ids[1] + [MASK] * 8]
-        assert fast.generate([ids[2]], 20, fill=fill, threshold=2.0) == plain.generate(
-            [ids[2]], 20, fill=fill, threshold=2.0
+        assert generate(fast, [ids[2]], 20, fill=fill, threshold=2.0) == generate(
+            plain, [ids[2]], 20, fill=fill, threshold=2.0
         )
 
 
@@ -161,7 +162,7 @@ def test_it_is_fused_and_lowered(plain: Program) -> None:
     done = aropt.optimize(plain, target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
     assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows"}
-    assert MASK not in done.generate([[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
+    assert MASK not in generate(done, [[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from aropt.validate.compare import Case, cases, validate, with_probe
 from aropt.validate.compare_canvas import Step, Trace
 from aropt.validate.drift import budget, ledger, measure
 from tests.loops.test_unmask import capture, tiny
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 BLOCK = 4
@@ -134,8 +135,8 @@ def test_a_row_of_a_batch_equals_the_request_alone(
 ) -> None:
     """E7 for ragged batches: each sequence has a schedule of its own."""
     params: dict[str, Any] = {"threshold": tau, "temperature": temperature, "block": BLOCK}
-    together = fast[name].generate(ids, 12, **params)
-    assert together == [fast[name].generate([p], 12, streams=[i], **params)[0] for i, p in enumerate(ids)]
+    together = generate(fast[name], ids, 12, **params)
+    assert together == [generate(fast[name], [p], 12, streams=[i], **params)[0] for i, p in enumerate(ids)]
 
 
 @pytest.mark.parametrize("name", sorted({name.split()[0] for name in OPTIONS}))
@@ -151,7 +152,7 @@ def test_a_window_that_never_moves_is_exact(plain: Program) -> None:
     assert validate(plain, with_probe(whole), chosen=cases(plain, quick=True)).passed
     for tau in (0.05, 0.3):
         once = [
-            make(n).run(plain).generate([[5, 6]], 16, block=16, threshold=tau) for n in ("free-cache", "prefix-cache")
+            generate(make(n).run(plain), [[5, 6]], 16, block=16, threshold=tau) for n in ("free-cache", "prefix-cache")
         ]
         assert once[0] == once[1]
 
@@ -161,7 +162,7 @@ def test_lossy_caches_lose(plain: Program, fast: dict[str, Program], name: str) 
     """E6: on a random model stale rows change tokens, so that the tests above have something to find."""
     ids = torch.randint(0, 250, (12, 5), generator=torch.Generator().manual_seed(0)).tolist()
     params = {"threshold": 0.2, "block": 8}
-    assert fast[name].generate(ids, 16, **params) != [plain.generate([p], 16, **params)[0] for p in ids]
+    assert generate(fast[name], ids, 16, **params) != [generate(plain, [p], 16, **params)[0] for p in ids]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import cases, validate, with_probe
 from tests.conftest import make_program
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 ALL = ("guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p")
@@ -143,7 +144,7 @@ def test_in_the_pipeline(of: str) -> None:
     given = {"guidance": 2.0, "repetition_penalty": 1.5, "bias": torch.linspace(-1, 1, vocab)}
     drawn = {"temperature": 0.9, "top_k": 4, "top_p": 0.8, "min_p": 0.05, "seed": 3}
     for params in (given, given | drawn):
-        assert fast.generate(prompts, 8, **params) == plain.generate(prompts, 8, **params)
+        assert generate(fast, prompts, 8, **params) == generate(plain, prompts, 8, **params)
 
 
 def test_another_computation_is_left_alone() -> None:

@@ -29,6 +29,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.loops.test_units import Windows
 from tests.mutants.surgery import Tiny as Rotary
+from tests.support.run import generate
 from tests.support.targets import EAGER, ORT
 
 RULES = ("repetition-penalty", "temperature", "top-k")
@@ -113,7 +114,7 @@ class Counted(Eager):
 
 def counted(program: Program, prompts: Prompts, n: int, **options: Any) -> list[tuple[int, int]]:
     executor = Counted(program)
-    program.generate(prompts, n, executor=executor, **options)
+    generate(program, prompts, n, executor=executor, **options)
     return executor.forwards
 
 
@@ -126,9 +127,9 @@ def test_one_batch_is_two_calls(
     plain: Program, variants: dict[str, Program], prompts: Prompts, params: dict[str, Any], n: int, data: st.DataObject
 ) -> None:
     negative = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=len(p), max_size=len(p))) for p in prompts]
-    want = plain.generate(prompts, n, negative=negative, **params)
+    want = generate(plain, prompts, n, negative=negative, **params)
     for name, program in variants.items():
-        assert program.generate(prompts, n, negative=negative, **params) == want, name
+        assert generate(program, prompts, n, negative=negative, **params) == want, name
 
 
 def test_one_batch_runs_half_as_often_on_twice_the_sequences(plain: Program, variants: dict[str, Program]) -> None:
@@ -157,9 +158,9 @@ def test_rounds_outside_the_interval_do_not_need_the_branch(
     interval: Program, skipping: dict[str, Program], prompts: Prompts, params: dict[str, Any], n: int, ends: list[int]
 ) -> None:
     params |= {"guidance_from": ends[0], "guidance_to": ends[1]}
-    want = interval.generate(prompts, n, **params)
+    want = generate(interval, prompts, n, **params)
     for name, program in skipping.items():
-        assert program.generate(prompts, n, **params) == want, name
+        assert generate(program, prompts, n, **params) == want, name
 
 
 @settings(deadline=None, max_examples=12)
@@ -168,21 +169,21 @@ def test_the_reference_has_scale_1_outside(
     plain: Program, interval: Program, prompts: Prompts, params: dict[str, Any], ends: list[int]
 ) -> None:
     """Row by row: the plain guided program at the scale of that row."""
-    found = interval.generate(prompts, 6, guidance_from=ends[0], guidance_to=ends[1], **params)
+    found = generate(interval, prompts, 6, guidance_from=ends[0], guidance_to=ends[1], **params)
     for i, prompt in enumerate(prompts):
         for count, token in enumerate(found[i]):
             scale = params["guidance"] if ends[0] <= count < ends[1] else 1.0
             before = prompt + found[i][:count]
             negative = [[0, *before[1:]]]
-            one = plain.generate([before], 1, negative=negative, streams=[i], **{**params, "guidance": scale})
+            one = generate(plain, [before], 1, negative=negative, streams=[i], **{**params, "guidance": scale})
             assert one == [[token]]
 
 
 def test_everything_is_guided_by_default(plain: Program, interval: Program) -> None:
     options: dict[str, Any] = {"guidance": 5.0, "temperature": 1.0, "seed": 3}
     assert interval.inputs["guidance_to"].default == ALWAYS
-    assert interval.generate([[1, 2]], 12, **options) == plain.generate([[1, 2]], 12, **options)
-    assert interval.generate([[1, 2]], 12, guidance_to=0, **options) != plain.generate([[1, 2]], 12, **options)
+    assert generate(interval, [[1, 2]], 12, **options) == generate(plain, [[1, 2]], 12, **options)
+    assert generate(interval, [[1, 2]], 12, guidance_to=0, **options) != generate(plain, [[1, 2]], 12, **options)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 3), (2, 5), (4, 4), (3, ALWAYS), (9, ALWAYS), (0, ALWAYS)])
@@ -207,7 +208,7 @@ def test_who_takes_the_pass(plain: Program, interval: Program) -> None:
     assert isinstance(chosen, Skips) and "cfg-interval chose" in chosen.reason
     both = passed(interval, "cfg-batch", *FUSED)
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
-    assert both.generate([[1, 2], [3]], 9, **options) == interval.generate([[1, 2], [3]], 9, **options)
+    assert generate(both, [[1, 2], [3]], 9, **options) == generate(interval, [[1, 2], [3]], 9, **options)
     assert "cfg-interval" not in [p.name for p in pipeline()]
 
 
@@ -232,7 +233,7 @@ def test_an_interval_survives_its_file(skipping: dict[str, Program]) -> None:
     program = skipping["fused"]
     again = from_json(to_json(program), program.weights)
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
-    assert again.generate([[1, 2], [3]], 9, **options) == program.generate([[1, 2], [3]], 9, **options)
+    assert generate(again, [[1, 2], [3]], 9, **options) == generate(program, [[1, 2], [3]], 9, **options)
     assert str(again) == str(program)
 
 
@@ -266,11 +267,11 @@ def test_targets_skip_the_branch(pair: tuple[Program, Program], built: Path, tar
     plain, fast = pair
     executor = lower(fast, target, built)
     for options in CHOICES:
-        want = plain.generate([[18], [22]], 14, **options)
+        want = generate(plain, [[18], [22]], 14, **options)
         for _ in range(2):  # the second time buffers are there
-            assert fast.generate([[18], [22]], 14, executor=executor, **options) == want
+            assert generate(fast, [[18], [22]], 14, executor=executor, **options) == want
     ragged = [[18, 3, 4], [20]]
-    assert fast.generate(ragged, 12, executor=executor, **CHOICES[1]) == plain.generate(ragged, 12, **CHOICES[1])
+    assert generate(fast, ragged, 12, executor=executor, **CHOICES[1]) == generate(plain, ragged, 12, **CHOICES[1])
 
 
 def test_what_waits_grows_by_itself(pair: tuple[Program, Program], built: Path) -> None:
@@ -279,7 +280,7 @@ def test_what_waits_grows_by_itself(pair: tuple[Program, Program], built: Path) 
     bound = []
     for start in (4, 8):
         executor: Any = lower(fast, "onnxruntime", built)
-        fast.generate([[18]], 14, executor=executor, guidance=3.0, guidance_from=start, guidance_to=start + 1)
+        generate(fast, [[18]], 14, executor=executor, guidance=3.0, guidance_from=start, guidance_to=start + 1)
         assert {"pend"} == {g for g in executor.sessions if "pend" in g} - set(executor.hot)
         bound.append(sum(len(session.bindings) for session in executor.sessions.values()))
     assert bound[0] == bound[1]
@@ -291,7 +292,7 @@ def test_sessions_that_take_turns_do_not_spin(pair: tuple[Program, Program], bui
     for program, folder, expected in ((pair[1], built, True), (alone, tmp_path, False)):
         executor: Any = lower(program, "onnxruntime", folder)
         params = {"guidance": 3.0, "guidance_from": 2, "guidance_to": 4} if expected else {}
-        program.generate([[1]], 6, executor=executor, **params)
+        generate(program, [[1]], 6, executor=executor, **params)
         hot = [executor.sessions[g].session.get_session_options() for g in executor.hot if g in executor.sessions]
         assert hot and all(stops_spinning(options) is expected for options in hot)
 
@@ -307,8 +308,8 @@ def stops_spinning(options: Any) -> bool:
 def test_inductor_skips_the_branch(skipping: dict[str, Program]) -> None:
     program, executor = skipping["fused"], lower(skipping["fused"], "inductor")
     for options in CHOICES[:2]:
-        found = program.generate([[1, 2], [3, 4]], 12, executor=executor, **options)
-        assert found == program.generate([[1, 2], [3, 4]], 12, **options)
+        found = generate(program, [[1, 2], [3, 4]], 12, executor=executor, **options)
+        assert found == generate(program, [[1, 2], [3, 4]], 12, **options)
 
 
 @pytest.mark.parametrize("contrib", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
@@ -317,7 +318,7 @@ def test_one_onnx_graph_skips_the_branch(pair: tuple[Program, Program], contrib:
     export_program(fast, tmp_path / "model.onnx", contrib=contrib)
     made = run_loop.session(tmp_path / "model.onnx")
     for options in CHOICES:
-        want = plain.generate([[18], [22]], 14, **options)
+        want = generate(plain, [[18], [22]], 14, **options)
         for chunk in (None, 4):
             assert run_loop.generate(made, fast, [[18], [22]], 14, chunk=chunk, **options) == want
 
@@ -328,7 +329,7 @@ def test_one_onnx_graph_of_two_calls(tmp_path: Path) -> None:
     fast = passed(program, *FUSED)
     export_program(fast, tmp_path / "model.onnx")
     made = run_loop.session(tmp_path / "model.onnx")
-    want = program.generate([[5], [6]], 16, guidance=3.0)
+    want = generate(program, [[5], [6]], 16, guidance=3.0)
     assert run_loop.generate(made, fast, [[5], [6]], 16, guidance=3.0) == want
 
 
@@ -339,7 +340,7 @@ def test_windows_count_rows(windows: tuple[Program, Program], ends: list[int], s
     plain, fast = windows
     options = {"guidance": 4.0, "guidance_from": ends[0], "guidance_to": ends[1], "temperature": float(sampled)}
     prompts = [[5], [6, 1, 2, 3, 4]]
-    assert fast.generate(prompts, 16, **options) == plain.generate(prompts, 16, **options)
+    assert generate(fast, prompts, 16, **options) == generate(plain, prompts, 16, **options)
 
 
 @pytest.fixture(scope="module")
@@ -368,9 +369,9 @@ def test_elimination_halves_the_forwards(free: Program, alone: Program) -> None:
 @given(prompts=PROMPTS, seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1.0]))
 def test_elimination_is_scale_1(free: Program, alone: Program, prompts: Prompts, seed: int, temperature: float) -> None:
     assert free.inputs["guidance"].default == 1
-    want = free.generate(prompts, 7, seed=seed, temperature=temperature)
-    assert alone.generate(prompts, 7, seed=seed, temperature=temperature) == want
-    assert alone.generate(prompts, 7, seed=seed, temperature=temperature, guidance=1) == want
+    want = generate(free, prompts, 7, seed=seed, temperature=temperature)
+    assert generate(alone, prompts, 7, seed=seed, temperature=temperature) == want
+    assert generate(alone, prompts, 7, seed=seed, temperature=temperature, guidance=1) == want
 
 
 @pytest.mark.exhaustive
@@ -392,9 +393,9 @@ def test_elimination_needs_weights_that_say_so(plain: Program) -> None:
 
 def test_another_scale_is_refused_after_elimination(free: Program, alone: Program) -> None:
     with pytest.raises(UsageError, match=r"guidance can.t be 1\.5") as error:
-        alone.generate([[1]], 2, guidance=1.5)
+        generate(alone, [[1]], 2, guidance=1.5)
     assert "cfg-eliminate" in error.value.why
-    assert free.generate([[1]], 2, guidance=1.5) is not None
+    assert generate(free, [[1]], 2, guidance=1.5) is not None
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def test_another_scale_is_refused_after_elimination(free: Program, alone: Progra
 )
 def test_bad_values_are_refused(interval: Program, params: dict[str, Any], what: str) -> None:
     with pytest.raises(UsageError, match=what) as error:
-        interval.generate([[1]], 2, **params)
+        generate(interval, [[1]], 2, **params)
     assert error.value.code == 2 and error.value.hint
 
 
@@ -422,8 +423,8 @@ def test_a_bias_must_leave_a_token() -> None:
     program = make_program(1, ("bias",))
     for bias in (-math.inf, [-math.inf] * VOCAB):
         with pytest.raises(UsageError, match="bias leaves no token"):
-            program.generate([[1]], 2, bias=bias)
-    assert program.generate([[1]], 2, bias=[-math.inf] * 10 + [0.0]) == [[10, 10]]
+            generate(program, [[1]], 2, bias=bias)
+    assert generate(program, [[1]], 2, bias=[-math.inf] * 10 + [0.0]) == [[10, 10]]
 
 
 def test_both_rules_are_one() -> None:

@@ -29,6 +29,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.passes.test_int8_linears import CAPACITY, VOCAB, Model
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 IDS = st.integers(0, VOCAB - 1)
@@ -76,9 +77,9 @@ def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
         "seed": data.draw(st.integers(0, 99), "seed"),
     }
     options = data.draw(st.sampled_from([{}, drawn]), "options")
-    want = plain().generate([prompt], n, stop=stop, streams=[5], **options)
+    want = generate(plain(), [prompt], n, stop=stop, streams=[5], **options)
     for program in (drafted(), drafted(plain, False)):
-        assert program.generate([prompt], n, stop=stop, streams=[5], **options) == want
+        assert generate(program, [prompt], n, stop=stop, streams=[5], **options) == want
 
 
 @settings(deadline=None, max_examples=25)
@@ -90,8 +91,8 @@ def test_windows_with_guidance(data: st.DataObject) -> None:
     options = data.draw(st.sampled_from([{}, {"temperature": 1.0, "seed": 4, "top_k": 5}]), "options")
     for guided in (True, False):
         given_ = {**options, "guidance": 3.0} if guided else options
-        want = images(guided).generate([[8]], n, stop=stop, **given_)
-        assert with_drafts(guided).generate([[8]], n, stop=stop, **given_) == want
+        want = generate(images(guided), [[8]], n, stop=stop, **given_)
+        assert generate(with_drafts(guided), [[8]], n, stop=stop, **given_) == want
 
 
 @cache
@@ -113,7 +114,7 @@ def test_several_sequences_run_as_before() -> None:
     for prompts, options in (([[1, 2], [3, 4]], {}), ([[1], [3, 4]], {"temperature": 1.0})):
         seen = rounds_of(drafted(), prompts, 6, **options)
         assert len(seen) == 6 and not any("window" in values for values in seen)
-        assert drafted().generate(prompts, 6, **options) == plain().generate(prompts, 6, **options)
+        assert generate(drafted(), prompts, 6, **options) == generate(plain(), prompts, 6, **options)
 
 
 def spoiled(p: Program) -> Program:
@@ -151,7 +152,7 @@ def test_onnxruntime_steps_with_drafts(of: Callable[[], Program]) -> None:
     assert loops(program.control, "speculate") and loops(program.control, "draft") and not multi_step.eligible(program)
     for prompt, n in (([8], 16), ([8], 1), ([8], 0), ([8, 1, 2, 3, 4], 12)):
         for options in ({}, {"temperature": 1.0, "seed": 3}):
-            assert program.generate([prompt], n, **options) == of().generate([prompt], n, **options)
+            assert generate(program, [prompt], n, **options) == generate(of(), [prompt], n, **options)
     assert len(rounds_of(program, [[8]], 16)) < 16
 
 
@@ -185,11 +186,11 @@ def test_validation_catches(change: Callable[[Program], Program]) -> None:
 
 
 def test_a_stop_token_that_is_not_heard_shows() -> None:
-    ids = plain().generate([[1, 2, 3]], 12)[0]
+    ids = generate(plain(), [[1, 2, 3]], 12)[0]
     stop = [next(i for i in ids[1:] if i != ids[0])]
-    want = plain().generate([[1, 2, 3]], 12, stop=stop)
-    assert drafted().generate([[1, 2, 3]], 12, stop=stop) == want
-    assert deaf(drafted()).generate([[1, 2, 3]], 12, stop=stop) != want
+    want = generate(plain(), [[1, 2, 3]], 12, stop=stop)
+    assert generate(drafted(), [[1, 2, 3]], 12, stop=stop) == want
+    assert generate(deaf(drafted()), [[1, 2, 3]], 12, stop=stop) != want
 
 
 def test_a_step_after_wrong_drafts_reads_its_own_keys_and_values() -> None:

@@ -28,6 +28,7 @@ from aropt.rewriting.contract import Applies, Skips
 from aropt.validate import drift
 from aropt.validate.compare import validate, with_probe
 from aropt.validate.oracle import Oracle, noise_floor
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 WIDTH, VOCAB, CAPACITY = 64, 19, 24
@@ -165,7 +166,7 @@ def test_the_program_is_held_to_its_own_weights_of_eight_bits() -> None:
     assert weights and all(made.weights[n].dtype == torch.uint8 for n in weights)
     assert not any(w.is_floating_point() and w.numel() >= WIDTH * WIDTH for w in made.weights.values())
     prompts = [[1, 2, 3], [7]]
-    assert made.generate(prompts, 8) == made.reference.generate(prompts, 8)
+    assert generate(made, prompts, 8) == generate(made.reference, prompts, 8)
     assert made.ledger[-1].level in ("rounding", "bitwise") and any(e.level == "lossy" for e in made.ledger)
 
 
@@ -176,7 +177,7 @@ def test_the_drift_is_that_of_two_forwards() -> None:
     case = drift.workload(plain())
     kl, same = [], []
     for prompt in case.prompts:
-        ids = [*prompt, *changed.generate([list(prompt)], case.n)[0]]
+        ids = [*prompt, *generate(changed, [list(prompt)], case.n)[0]]
         p, q = (
             program.graphs["model"].bind(program.weights)(torch.tensor([ids[:-1]]))[0][0, len(prompt) - 1 :].double()
             for program in (plain(), changed)
@@ -200,7 +201,7 @@ def test_over_the_budget_it_is_reverted_and_said() -> None:
     assert any(
         "int8-linears is not in the result: kl" in n and "budget kl=0: give more" in n for n in made.report["notes"]
     )
-    assert made.reference is None and made.generate([[1]], 6) == plain().generate([[1]], 6)
+    assert made.reference is None and generate(made, [[1]], 6) == generate(plain(), [[1]], 6)
 
 
 def test_layers_that_read_the_same_are_merged_with_the_same_bits() -> None:
@@ -327,7 +328,7 @@ def test_guidance_counts_with_both_branches() -> None:
     changed = Int8Linears(least=1000).run(program)
     found = drift.measure(program, with_probe(changed))
     case = drift.workload(program)
-    ids = changed.generate([list(case.prompts[0])], case.n)[0]
+    ids = generate(changed, [list(case.prompts[0])], case.n)[0]
     logits = []
     for one in (program, changed):
         model = one.graphs["model"].bind(one.weights)

@@ -32,6 +32,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
 from tests.mutants.surgery import aten, swap
 from tests.mutants.surgery import reference as rotary
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 IDS = st.integers(0, VOCAB - 1)
@@ -54,12 +55,12 @@ def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
     prompt = data.draw(st.lists(IDS, min_size=1, max_size=CAPACITY), "prompt")
     n = data.draw(st.integers(0, CAPACITY - len(prompt) + 1), "n")
     stop = data.draw(st.lists(IDS, max_size=2), "stop")
-    assert drafted().generate([prompt], n, stop=stop) == plain().generate([prompt], n, stop=stop)
+    assert generate(drafted(), [prompt], n, stop=stop) == generate(plain(), [prompt], n, stop=stop)
 
 
 def test_rounds_are_fewer_where_the_text_repeats_itself() -> None:
     prompt = [1, 2, 3, 4]
-    ids = plain().generate([prompt], 12)[0]
+    ids = generate(plain(), [prompt], 12)[0]
     assert len(set(ids[-6:])) <= 2, "the tiny model should repeat itself, or this test shows nothing"
     assert len(rounds_of(drafted(), [prompt], 12)) <= 8
     assert len(rounds_of(plain(), [prompt], 12)) == 12
@@ -69,7 +70,7 @@ def test_several_sequences_and_draws_run_as_before() -> None:
     for prompts, options in (([[1, 2], [3, 4]], {}), ([[1], [3, 4]], {}), ([[1, 2]], {"temperature": 1.0})):
         seen = rounds_of(drafted(), prompts, 6, **options)
         assert len(seen) == 6 and not any("window" in values for values in seen)
-        assert drafted().generate(prompts, 6, **options) == plain().generate(prompts, 6, **options)
+        assert generate(drafted(), prompts, 6, **options) == generate(plain(), prompts, 6, **options)
 
 
 def naive(text: list[int], count: int) -> list[int]:
@@ -147,7 +148,7 @@ def test_onnxruntime_steps_with_drafts() -> None:
     assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
     assert loops(program.control, "speculate") and not multi_step.eligible(program)
     for prompt, n in (([1, 2, 3], 30), ([4], 1), ([4], 0), ([2] * 9, 12)):
-        assert program.generate([prompt], n) == reference.generate([prompt], n)
+        assert generate(program, [prompt], n) == generate(reference, [prompt], n)
     assert len(rounds_of(program, [[1, 2, 3]], 30)) < 30
 
 

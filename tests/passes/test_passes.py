@@ -24,6 +24,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import PIPELINE, make, parse, pipeline
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 
@@ -74,8 +75,8 @@ def test_pipeline_makes_one_call_a_round(plain: Program) -> None:
     assert "tokens" not in fast.state, "nobody reads the growing tokens any more"
     assert [e.name for e in fast.ledger] == list(statuses)
     prompts = [[1, 2, 3], [4]]
-    assert fast.generate(prompts, 10) == plain.generate(prompts, 10)
-    assert fast.generate(prompts, 10, temperature=1.0, seed=9) == plain.generate(prompts, 10, temperature=1.0, seed=9)
+    assert generate(fast, prompts, 10) == generate(plain, prompts, 10)
+    assert generate(fast, prompts, 10, temperature=1.0, seed=9) == generate(plain, prompts, 10, temperature=1.0, seed=9)
 
 
 def test_canonicalize_finds_norm_and_groups(plain: Program) -> None:
@@ -103,7 +104,7 @@ def test_canonicalize_brings_written_out_attention_to_sdpa() -> None:
     changed = Canonicalize().run(plain)
     assert ops_of(changed, "model").count("aten.scaled_dot_product_attention.default") == 1
     assert "aten.scaled_dot_product_attention.default" not in ops_of(Canonicalize(attention=False).run(plain), "model")
-    assert KvCache().run(changed).generate([[1, 2]], 6) == plain.generate([[1, 2]], 6)
+    assert generate(KvCache().run(changed), [[1, 2]], 6) == generate(plain, [[1, 2]], 6)
 
 
 def test_canonicalize_leaves_other_norms_alone() -> None:
@@ -129,7 +130,7 @@ def test_kv_cache_does_not_fire_twice(plain: Program) -> None:
 
 def test_fuse_alone_keeps_the_full_forward(plain: Program) -> None:
     fused = FuseSampler().run(plain)
-    assert fused.generate([[1, 2]], 6) == plain.generate([[1, 2]], 6)
+    assert generate(fused, [[1, 2]], 6) == generate(plain, [[1, 2]], 6)
     assert isinstance(FuseSampler().plan(fused, EAGER), Skips)
 
 
@@ -187,7 +188,7 @@ def test_options_are_parsed_and_checked() -> None:
 
 def test_each_prompt_has_a_noise_stream(plain: Program) -> None:
     with pytest.raises(UsageError, match="1 noise streams for 2 prompts"):
-        plain.generate([[1], [2]], 2, streams=[0])
+        generate(plain, [[1], [2]], 2, streams=[0])
 
 
 def test_instruments_dump_each_stage(plain: Program, tmp_path: Any) -> None:

@@ -17,6 +17,7 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 
@@ -62,7 +63,7 @@ def test_the_forward_is_the_model_between_shuffle_and_unshuffle(digits: aropt.Pr
 def test_an_image_takes_a_round_a_window(digits: aropt.Program, window: int) -> None:
     made = TokenShuffle(window).run(digits)
     rounds: list[int] = []
-    (image,) = made.generate([[20]], 64, on_round=lambda _: rounds.append(1))
+    (image,) = generate(made, [[20]], 64, on_round=lambda _: rounds.append(1))
     assert len(rounds) == 64 // window**2 and len(image) == 64
     assert made.meta["capacity"] == 64 // window**2
 
@@ -106,7 +107,7 @@ def test_other_models_are_refused_by_name(digits: aropt.Program) -> None:
 def test_a_prompt_may_hold_ids_that_stand_alone(digits: aropt.Program) -> None:
     """Text before an image: each id a row of its own, as class ids are."""
     made = TokenShuffle().run(digits)
-    image = made.generate([[20, 25, 1, 2, 3, 4]], 8)[0]
+    image = generate(made, [[20, 25, 1, 2, 3, 4]], 8)[0]
     assert len(image) == 8
     with pytest.raises(UsageError, match="a window has 2 of its 4 ids"):
-        made.generate([[20, 1, 2, 25]], 8)
+        generate(made, [[20, 1, 2, 25]], 8)

@@ -22,6 +22,7 @@ from aropt.passes.token_shuffle_fusion import TokenShuffleFusion
 from aropt.rewriting.contract import Applies, Skips
 from aropt.validate.compare import TOLERANCE, cases, validate, with_probe
 from aropt.validate.oracle import Oracle, noise_floor
+from tests.support.run import generate
 from tests.support.targets import EAGER
 
 W, LEVELS, CLASSES, WIDTH, ROWS = 4, 5, 3, 8, 4
@@ -291,8 +292,8 @@ def test_a_side_is_fused_or_left_with_a_reason(
     if isinstance(plan, Applies):
         assert validate(plain, with_probe(made), chosen=cases(plain, quick=True)).passed
         prompts, room = [[levels], [levels + 2]], model.capacity * model.unit
-        drawn = plain.generate(prompts, room, temperature=1.0, seed=3)
-        assert made.generate(prompts, room, temperature=1.0, seed=3) == drawn
+        drawn = generate(plain, prompts, room, temperature=1.0, seed=3)
+        assert generate(made, prompts, room, temperature=1.0, seed=3) == drawn
 
 
 def last_ids(m: Written, ids: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from aropt.loops.runtime import make_inputs
 from aropt.pipeline.artifact import write
 from aropt.pipeline.manifest import EDITABLE, MANIFEST
 from aropt.targets import lower
+from tests.support.run import generate
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_reading_changes_nothing(kind: str, request: pytest.FixtureRequest, tiny
     out = request.getfixturevalue(kind)
     before = state_of(out)
     program = aropt.load(out)
-    assert program.generate([[1, 2]], 5) == tiny_program.generate([[1, 2]], 5)
+    assert generate(program, [[1, 2]], 5) == generate(tiny_program, [[1, 2]], 5)
     assert program.home == str(out) and state_of(out) == before
 
 
@@ -254,15 +255,15 @@ def test_what_fails_as_it_runs_is_told(eager: Path) -> None:
     broken = program.replace(weights=short)
     broken = broken.replace(executor=lower(broken, "eager"))
     with pytest.raises(Unsupported, match="fails as it runs"):
-        broken.generate([[5, 6]], 3)
+        generate(broken, [[5, 6]], 3)
     with pytest.raises(IndexError):
-        broken.replace(home="").generate([[5, 6]], 3)
+        generate(broken.replace(home=""), [[5, 6]], 3)
 
     def fails(_: object) -> None:
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        program.generate([[1, 2]], 3, on_round=fails)
+        generate(program, [[1, 2]], 3, on_round=fails)
 
 
 @pytest.mark.parametrize("kind", ["eager", "onnx"])

@@ -22,6 +22,7 @@ from aropt.pipeline import autotune as trial
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.registry import TRIED, pipeline, untold
 from tests.conftest import make_program
+from tests.support.run import generate
 
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]
 
@@ -38,8 +39,8 @@ def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> lis
     def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool) -> dict[str, float]:
         seen.append(ways)
         options = {"temperature": 1.0} if drawn else {}
-        want = ways["without"].generate(prompts[:1], n, **options)
-        assert all(program.generate(prompts[:1], n, **options) == want for program in ways.values())
+        want = generate(ways["without"], prompts[:1], n, **options)
+        assert all(generate(program, prompts[:1], n, **options) == want for program in ways.values())
         # of several ways the last is the fastest
         return {way: without if way == "without" else with_it + len(ways) - i for i, way in enumerate(ways, 2)}
 
@@ -61,7 +62,7 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
     assert list(seen[0]) == ["ngram-draft", "without"], "int8-draft is for large weights"
     assert [bool(loops(p.control, "speculate")) for p in seen[0].values()] == [True, False]
     assert made.report["verify"]["status"] == "pass"
-    assert made.generate(REPEATING, 6) == program.generate(REPEATING, 6)
+    assert generate(made, REPEATING, 6) == generate(program, REPEATING, 6)
 
 
 UNFIT = [

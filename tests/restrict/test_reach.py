@@ -35,6 +35,7 @@ from tests.support.decoders import (
     Shared,
     Talking,
 )  # fmt: skip
+from tests.support.run import generate
 
 
 def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cache"), new: int = 6) -> dict[str, str]:
@@ -49,7 +50,7 @@ def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cac
         for _ in range(new):
             output = model(ids)
             ids = torch.cat([ids, getattr(output, "logits", output)[:, -1:].argmax(-1)], 1)
-    made = torch.as_tensor(program.generate(prompts.tolist(), new)).reshape(2, -1)[:, -new:]
+    made = torch.as_tensor(generate(program, prompts.tolist(), new)).reshape(2, -1)[:, -new:]
     assert torch.equal(made, ids[:, -new:]), (made, ids[:, -new:])
     return {r.name: r.status for r in results}
 

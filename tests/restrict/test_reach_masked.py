@@ -17,6 +17,7 @@ from aropt.pipeline.registry import make
 from aropt.restrict.excluded import counted
 from aropt.restrict.normalize import normalize_attention
 from aropt.restrict.rewrite import Restricted, restrict
+from tests.support.run import generate
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 VOCAB, CAPACITY, MASK, LONGEST = 40, 24, 3, 48
@@ -169,7 +170,7 @@ def test_rows_are_numbered_by_place_where_no_padding_occurs() -> None:
     assert [p["status"] for p in made.report["passes"] if p["name"] == "dual-cache"] == ["applied"]
     assert made.report["verify"]["status"] == "pass"
     with pytest.raises(UsageError, match="token 1 is the model's padding"):
-        made.generate([[5, 1, 6]], 4)
+        generate(made, [[5, 1, 6]], 4)
     with torch.no_grad():
         plain.weights["lm_head.bias"][1] = 1e3  # it would win each row
-    assert 1 not in plain.generate([[5, 6]], 6)[0] + plain.generate([[5, 6]], 6, temperature=5.0)[0]
+    assert 1 not in generate(plain, [[5, 6]], 6)[0] + generate(plain, [[5, 6]], 6, temperature=5.0)[0]

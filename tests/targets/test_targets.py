@@ -15,6 +15,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
+from tests.support.run import generate
 
 
 @dataclass
@@ -80,8 +81,8 @@ def test_onnxruntime_copies_no_cache(pair: Pair, sessions: Executor) -> None:
     pointers: list[set[int]] = []
     caches = [n for n, s in pair.fast.state.items() if s.kind == "append-kv"]
     prompt = pair.plain.meta["prompts"][0]
-    pair.fast.generate(
-        [prompt], 6, executor=sessions, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches})
+    generate(
+        pair.fast, [prompt], 6, executor=sessions, on_round=lambda v: pointers.append({v[c].data_ptr() for c in caches})
     )
     assert all(p == pointers[0] for p in pointers) and len(pointers[0]) == len(caches)
 
@@ -91,5 +92,5 @@ def test_batches_agree_with_single_runs(pair: Pair, sessions: Executor) -> None:
     prompts = [list(map(int, p)) for p in pair.plain.meta["prompts"][:3]]
     prompts[1] = [*prompts[1], 3, 5]
     for params in ({}, {"temperature": 0.9, "top_k": 5}):
-        together = pair.fast.generate(prompts, 8, seed=4, executor=sessions, **params)
-        assert together == pair.plain.generate(prompts, 8, seed=4, **params)
+        together = generate(pair.fast, prompts, 8, seed=4, executor=sessions, **params)
+        assert together == generate(pair.plain, prompts, 8, seed=4, **params)

@@ -24,6 +24,7 @@ from aropt.validate import quality
 from aropt.validate.compare import with_probe
 from aropt.validate.drift import budget, measure
 from tests.loops.test_unmask import capture, tiny
+from tests.support.run import generate
 
 
 def coded(text: str) -> list[int]:
@@ -37,7 +38,7 @@ def plain() -> Program:
     examples, wrong = [], [3, 1, 1]
     for number, n in enumerate((8, 16, 16)):
         prompt = [5 + number] * (2 + number)
-        (answer,) = program.generate([prompt], n)
+        (answer,) = generate(program, [prompt], n)
         for i in range(wrong[number]):
             answer[i] = (answer[i] + 1) % 250
         examples.append({"prompt": prompt, "answer": answer})
@@ -54,7 +55,7 @@ def test_ids_to_be_found_are_counted(plain: Program) -> None:
 
 def test_given_ids_are_given_and_not_counted(plain: Program) -> None:
     """With masks in some places alone, the others are on the canvas from the start."""
-    answer = plain.generate([[7, 8]], 8, fill=[[1, MASK, MASK, 2, 3, 4, MASK, 5]])[0]
+    answer = generate(plain, [[7, 8]], 8, fill=[[1, MASK, MASK, 2, 3, 4, MASK, 5]])[0]
     example = {"prompt": [7, 8], "answer": answer, "masked": [[1, 3], [6, 7]]}
     assert answer[0] == 1 and answer[3:6] == [2, 3, 4] and answer[7] == 5
     assert quality.measure(plain.replace(meta={**plain.meta, "examples": [example]})) == (1.0, 3)

@@ -17,6 +17,7 @@ from aropt.validate.compare import validate
 from aropt.validate.oracle import Oracle
 from tests.mutants.corners.bases import VOCAB, base
 from tests.mutants.surgery import Change, edited, insert
+from tests.support.run import generate
 
 Stop = int | tuple[int, int] | str
 
@@ -42,7 +43,7 @@ class Request:
         return [list(p) for p in self.prompts] or drawn
 
     def run(self, program: Program, stop: Sequence[int] = (), executor: Any = None) -> list[list[int]]:
-        return program.generate(self.given(), self.n, stop=list(stop), executor=executor, **self.options)
+        return generate(program, self.given(), self.n, stop=list(stop), executor=executor, **self.options)
 
     def stops(self, right: Program) -> list[int]:
         """The ids to stop at, some of which are what the right program emits."""
