@@ -159,7 +159,6 @@ class Program:
     ledger: tuple[Entry, ...] = ()
     executor: Any = None  # what generate() runs on; None is the reference interpreter. Not part of the program
     report: dict[str, Any] = field(default_factory=dict)  # what optimize() measured. Not part of the program
-    reference: Program | None = None  # what later passes must match, after a lossy one. Not part of the program
     home: str = ""  # the artifact that it was read from. Not part of the program
 
     def replace(self, **changes: Any) -> Program:

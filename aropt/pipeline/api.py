@@ -179,14 +179,14 @@ def optimize(
         chosen, found = trial(program, chosen, ways, target, threads, instruments)
         trials.append((ways[0], found))
     oracles = Oracles(seed, thorough)
-    optimized, results = run_passes(program, chosen, target, instruments, oracles)
+    optimized, results, reference = run_passes(program, chosen, target, instruments, oracles)
     results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
     drift: Drift | None = None
     if check:
-        oracle = oracles.of(optimized.reference or program)
+        oracle = oracles.of(reference)
         verdict = validate(
             oracle,
             probed,
@@ -195,7 +195,7 @@ def optimize(
             lambda name: instruments.say(f"check: {name}"),
         )
         verdict.coverage = oracle.requests.coverage()
-        if optimized.reference is not None and "needs_finetune" not in optimized.meta:
+        if reference is not program and "needs_finetune" not in optimized.meta:
             instruments.say("check: drift")
             drift = drift_of(program, probed, executor)
         executor = (

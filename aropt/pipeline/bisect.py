@@ -18,11 +18,10 @@ def bisect(program: Program, passes: Sequence[Pass], target: str, say: Callable[
     def fails(count: int) -> bool:
         say(f"bisect: the first {count} passes")
         trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")}, keep_going=True)
-        changed, results = run_passes(program, passes[:count], target, trusting)
+        changed, results, reference = run_passes(program, passes[:count], target, trusting)
         if any(r.status == "reverted" for r in results):
             return True
-        probed, reference = with_probe(changed), changed.reference or program
-        chosen = cases(reference, quick=True)
+        probed, chosen = with_probe(changed), cases(reference, quick=True)
         return not validate(reference, probed, lower(probed, target), chosen, explain=False).passed
 
     if not fails(len(passes)):

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from aropt.errors import UsageError
-from aropt.ir.program import Entry, Program
+from aropt.ir.program import Program
 from aropt.pipeline.checks import Instruments, check
 from aropt.pipeline.cost import nodes, step_bytes
 from aropt.pipeline.registry import REFRESHES
@@ -18,7 +18,7 @@ from aropt.validate.oracle import Oracles
 
 
 def spend(one: Pass, program: Program, result: Result, instruments: Instruments, oracles: Oracles) -> Program:
-    """The program after a lossy pass that keeps to the budget; else as it was.
+    """The program after a lossy pass that keeps to the budget, which the result says; else as it was.
 
     A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
     program: then what it loses is stale rows alone.
@@ -30,8 +30,8 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     if not instruments.budget:
         raise unpaid(one)
     if instruments.trust:
-        result.status, changed = "applied", one.run(program)
-        return changed.replace(reference=changed)
+        result.status = "applied"
+        return one.run(program)
     canvas = program.meta.get("loop") == "unmask"
     if "quality" in instruments.budget and not canvas:
         raise UsageError(
@@ -62,8 +62,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
         if not result.reason:
             result.status = "applied"
             result.reason = "" if refresh == given else f"refresh={refresh}: with fewer the budget was missed"
-            entry = Entry(one.name, "lossy", result.options, dict(result.verify))
-            return changed.replace(ledger=(*program.ledger, entry), reference=changed)
+            return changed
     return program
 
 

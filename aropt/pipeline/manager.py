@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from aropt.errors import AroptError
 from aropt.ir.program import Entry, Program
@@ -17,13 +18,24 @@ from aropt.targets import find_target
 from aropt.validate.oracle import Oracles
 
 
+class Rewritten(NamedTuple):
+    """A program after its passes, what became of each, and `reference`: the program whose outputs it must have.
+
+    That is the program that was given, or else what the last lossy or retrained pass made.
+    """
+
+    program: Program
+    results: list[Result]
+    reference: Program
+
+
 def run_passes(
     program: Program,
     passes: Sequence[Pass],
     target: str,
     instruments: Instruments = QUIET,
     oracles: Oracles | None = None,
-) -> tuple[Program, list[Result]]:
+) -> Rewritten:
     """Runs the passes in order; each one that changes the program is verified and validated.
 
     Raises AroptError where one that was planned fails, unless `instruments.keep_going`: then it is reverted. A lossy
@@ -45,8 +57,10 @@ def run_passes(
             continue
         result.matches, result.level = plan.matches, plan.level or one.contract.level
         if result.level == "lossy":
-            program = spend(one, program, result, instruments, oracles)
+            changed = spend(one, program, result, instruments, oracles)
             result.seconds = time.perf_counter() - start
+            if result.status == "applied":
+                program, reference = recorded(changed, result), changed
             continue
         make = plan.make or functools.partial(one.run, program)
         changed, problem = attempt(one, make, program, reference, result, instruments, oracles)
@@ -59,10 +73,15 @@ def run_passes(
             result.status, result.reason = "reverted", problem
             continue
         result.status = "applied"
-        program = changed.replace(
-            ledger=(*program.ledger, Entry(one.name, result.level, result.options, dict(result.verify)))
-        )
-    return program, results
+        reference = changed if result.level == "retrained" else reference
+        program = recorded(changed, result)
+    return Rewritten(program, results, reference)
+
+
+def recorded(changed: Program, result: Result) -> Program:
+    """The program that a pass made, with a line for it in the ledger."""
+    entry = Entry(result.name, result.level, result.options, dict(result.verify))
+    return changed.replace(ledger=(*changed.ledger, entry))
 
 
 def attempt(
@@ -87,9 +106,8 @@ def attempt(
     finally:
         result.seconds = time.perf_counter() - start
     result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-    if result.level == "retrained":  # what follows is held to the new model
-        changed = changed.replace(reference=changed)
-    return changed, check(oracles.of(changed.reference or reference), program, changed, result, instruments)
+    wanted = changed if result.level == "retrained" else reference  # what follows is held to the new model
+    return changed, check(oracles.of(wanted), program, changed, result, instruments)
 
 
 def failure(one: Pass, program: Program, problem: str) -> AroptError:

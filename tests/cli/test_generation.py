@@ -27,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 def compare(model: nn.Module, vocab: int, capacity: int, lengths: list[int], seed: int, target: str) -> None:
     """Greedy and sampled generations of a ragged batch, up to the model's capacity."""
     plain = aropt.capture(model, capacity=capacity)
-    fast, _ = run_passes(plain, pipeline(), "eager", Instruments(check=False))
+    fast = run_passes(plain, pipeline(), "eager", Instruments(check=False)).program
     prompts = tuple(
         tuple((seed + 7 * i + 3 * j) % vocab for j in range(min(n, capacity))) for i, n in enumerate(lengths)
     )

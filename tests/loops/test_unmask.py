@@ -335,7 +335,7 @@ def test_passes_fuse_the_round(quota: Program) -> None:
     from aropt.ir.control import calls
     from aropt.pipeline.registry import pipeline
 
-    fast, results = run_passes(quota, pipeline(), "eager")
+    fast, results, _ = run_passes(quota, pipeline(), "eager")
     assert {r.name for r in results if r.status == "applied"} >= {"merge-linears", "fuse-sampler", "prune"}
     assert [c.graph for c in calls(fast.control)] == ["start", "step_greedy", "step_sample", "answer"]
     assert "logits" not in fast.graphs["step_greedy"].outputs

@@ -173,7 +173,7 @@ def test_only_where_there_is_a_kernel() -> None:
 def test_fused_programs_generate_the_same(style: dict[str, Any]) -> None:
     """On the reference interpreter and on ONNX Runtime: even and ragged batches, up to the capacity."""
     plain = aropt.capture(Small(**style))
-    fast, results = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
+    fast, results, _ = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
     assert {r.name: r.status for r in results}["fuse-attention"] == "applied"
     assert {"step_greedy", "ragged_greedy", "step_sample", "ragged_sample"} <= set(fast.graphs)
     assert (
@@ -187,7 +187,7 @@ def test_fused_programs_generate_the_same(style: dict[str, Any]) -> None:
 
 @pytest.mark.exhaustive
 def test_fused_caches_are_updated_in_place() -> None:
-    fast, _ = run_passes(aropt.capture(Small()), pipeline(), "onnxruntime", Instruments(check=False))
+    fast = run_passes(aropt.capture(Small()), pipeline(), "onnxruntime", Instruments(check=False)).program
     assert fast.graphs["step_greedy"].aliases == {"k_0": "k_0", "v_0": "v_0"}
     seen: list[int] = []
     generate(

@@ -19,7 +19,7 @@ from aropt.loops.runtime import make_inputs
 from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK
 from aropt.pipeline.checks import Instruments
-from aropt.pipeline.manager import run_passes
+from aropt.pipeline.manager import Rewritten, run_passes
 from aropt.pipeline.registry import make, parse, pipeline
 from aropt.rewriting.contract import Applies, Result, Skips
 from aropt.validate.compare import Case, cases, validate, with_probe
@@ -182,10 +182,10 @@ def test_a_pass_applies_once(fast: dict[str, Program]) -> None:
     assert isinstance(make("dual-cache").plan(fast["dual-cache"], EAGER), Skips)
 
 
-def applied(program: Program, text: str, **bounds: float) -> tuple[Program, Result]:
-    """The program after the pass, as the manager runs it, and the result."""
-    made, (result,) = run_passes(program, [make(*parse(text))], "eager", Instruments(budget=bounds))
-    return made, result
+def applied(program: Program, text: str, **bounds: float) -> tuple[Rewritten, Result]:
+    """What the manager makes of the pass, and the result."""
+    made = run_passes(program, [make(*parse(text))], "eager", Instruments(budget=bounds))
+    return made, made.results[0]
 
 
 def test_lossy_needs_a_budget(plain: Program) -> None:
@@ -197,12 +197,12 @@ def test_the_budget_decides(plain: Program) -> None:
     """Enough: as asked. Less: refreshed more often until it fits. None: reverted, and it says why."""
     made, loose = applied(plain, "free-cache", kl=100.0)
     assert (loose.status, loose.options["refresh"]) == ("applied", 0) and loose.verify["kl"] > 0
-    assert made.reference is not None and made.ledger[0].level == "lossy"
+    assert made.reference is not plain and made.program.ledger[0].level == "lossy"
     _, tight = applied(plain, "free-cache", kl=loose.verify["kl"] / 3)
     assert tight.status == "applied" and tight.options["refresh"] in (2, 4, 8, 16)
     assert "the budget was missed" in tight.reason and tight.verify["kl"] <= loose.verify["kl"] / 3
     same, none = applied(plain, "free-cache", kl=0.0, top1=1.0)
-    assert none.status == "reverted" and "at most 0" in none.reason and same.reference is None
+    assert none.status == "reverted" and "at most 0" in none.reason and same.program is same.reference is plain
 
 
 def test_drift_is_that_of_the_rows_that_count(plain: Program, fast: dict[str, Program]) -> None:

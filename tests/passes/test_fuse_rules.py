@@ -134,7 +134,7 @@ def test_another_order_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_the_pipeline(of: str) -> None:
     """With one batch of both branches, caches and one call a round: tokens of two prompts, greedy and drawn."""
     plain = make_program(1, ALL) if of == "two branches" else windows(ALL)
-    fast, results = run_passes(plain, pipeline(["fuse-rules"]), "eager", Instruments(check=False))
+    fast, results, _ = run_passes(plain, pipeline(["fuse-rules"]), "eager", Instruments(check=False))
     statuses = {r.name: r.status for r in results}
     assert {statuses[n] for n in ("cfg-batch", "kv-cache", "fuse-rules", "fuse-sampler")} == {"applied"}
     rounds = {c.graph for loop in loops(fast.control) for c in calls(loop.body)}

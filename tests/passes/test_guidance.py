@@ -140,7 +140,7 @@ def test_one_batch_runs_half_as_often_on_twice_the_sequences(plain: Program, var
 
 
 def test_the_default_pipeline_makes_one_batch(plain: Program) -> None:
-    fast, results = run_passes(plain, pipeline(), "eager", Instruments(check=False))
+    fast, results, _ = run_passes(plain, pipeline(), "eager", Instruments(check=False))
     assert {r.name: r.status for r in results}["cfg-batch"] == "applied"
     assert "negative_tokens" not in fast.state and "negative_feed" not in fast.state
     unguided = make("cfg-batch").plan(make_program(1), EAGER)
@@ -243,7 +243,7 @@ def pair() -> tuple[Program, Program]:
     torch.manual_seed(1)
     model = Rotary(1, groups=2, width=64)
     plain = aropt.capture(model, capacity=24, null=0, rules=["guidance-interval", "temperature"])
-    fast, results = run_passes(plain, pipeline(["cfg-interval"]), "onnxruntime", Instruments(check=False))
+    fast, results, _ = run_passes(plain, pipeline(["cfg-interval"]), "onnxruntime", Instruments(check=False))
     assert {r.name: r.status for r in results}["fuse-attention"] == "applied"
     return plain, fast
 

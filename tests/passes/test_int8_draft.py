@@ -97,7 +97,7 @@ def test_windows_with_guidance(data: st.DataObject) -> None:
 
 @cache
 def with_drafts(guided: bool) -> Program:
-    found, results = run_passes(images(guided), pipeline([ASKED]), "eager", Instruments(check=False))
+    found, results, _ = run_passes(images(guided), pipeline([ASKED]), "eager", Instruments(check=False))
     assert next(r for r in results if r.name == "int8-draft").status == "applied"
     return found
 

@@ -63,7 +63,7 @@ def ops_of(program: Program, graph: str) -> list[str]:
 
 
 def test_pipeline_makes_one_call_a_round(plain: Program) -> None:
-    fast, results = run_passes(plain, pipeline(), "eager")
+    fast, results, _ = run_passes(plain, pipeline(), "eager")
     statuses = {r.name: r.status for r in results}
     assert statuses.pop("fuse-attention") == "skipped", "eager has no kernel for it"
     for name in ("block-cache", "guide-cache", "fuse-canvas", "cfg-batch", "token-shuffle-fusion"):
@@ -161,7 +161,7 @@ def test_a_wrong_pass_is_reverted_and_explained(plain: Program) -> None:
     with pytest.raises(AroptError, match="sabotage fails") as error:  # a pass is never lost in silence
         run_passes(plain, [Sabotage()], "eager")
     assert error.value.code == 1 and "noise floor" in error.value.why and "--keep-going" in error.value.hint
-    after, results = run_passes(plain, [Sabotage()], "eager", Instruments(keep_going=True))
+    after, results, _ = run_passes(plain, [Sabotage()], "eager", Instruments(keep_going=True))
     assert after is plain and results[0].status == "reverted"
     assert "noise floor" in results[0].reason and "repro: program.generate(" in results[0].reason
     assert "aten::linear" in results[0].reason, results[0].reason

@@ -44,7 +44,7 @@ def reached(model: nn.Module, passes: tuple[str, ...] = ("canonicalize", "kv-cac
     graph, weights = capture_model(model, VOCAB, capacity)
     meta = {"name": "reach", "vocab": VOCAB, "input_vocab": VOCAB, "capacity": capacity, "never": counted(graph)}
     program = autoregressive(graph, weights, meta)
-    program, results = run_passes(program, [make(n) for n in passes], "eager", Instruments(check=False))
+    program, results, _ = run_passes(program, [make(n) for n in passes], "eager", Instruments(check=False))
     ids = prompts = torch.randint(4, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for _ in range(new):

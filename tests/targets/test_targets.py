@@ -27,7 +27,7 @@ class Pair:
 @pytest.fixture(scope="module", params=[pytest.param("digits-ar", marks=pytest.mark.exhaustive), "text-ar"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     plain = aropt.capture(request.param, capacity=64)
-    fast, results = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
+    fast, results, _ = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))
     not_all = {
         "canonicalize", "merge-linears", "block-cache", "guide-cache", "fuse-canvas", "cfg-batch",
         "token-shuffle-fusion",

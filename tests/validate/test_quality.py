@@ -138,7 +138,7 @@ def test_the_budget_bounds_the_loss(plain: Program) -> None:
     lost = drift.exact_quality - drift.quality
     assert lost > 0 and not drift.misses({"quality": lost + 1e-9})
     assert f"quality {lost:.4g}, at most" in drift.misses({"quality": lost / 2})
-    _, (tight,) = run_passes(plain, [make("dual-cache")], "eager", Instruments(budget={"quality": 0.0}))
+    _, (tight,), _ = run_passes(plain, [make("dual-cache")], "eager", Instruments(budget={"quality": 0.0}))
     assert tight.status == "applied" and tight.options["refresh"] != 0 and tight.verify["quality"] >= 35 / 40
 
 

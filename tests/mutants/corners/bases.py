@@ -82,7 +82,7 @@ def base(name: str) -> Base:
     """The base of that name; what a lossy pass made is its own reference."""
     plain = PLAIN[name]()
     asked = [ASKED[name]] if name in ASKED else []
-    made, results = run_passes(plain, pipeline(asked), TARGET.get(name, "eager"), TRUSTING)
+    made, results, reference = run_passes(plain, pipeline(asked), TARGET.get(name, "eager"), TRUSTING)
     applied = [r.name for r in results if r.status == "applied"]
     assert not asked or asked[0].partition(":")[0] in applied, f"{asked} was not applied: {results}"
-    return Base(made.reference or plain, with_probe(made))
+    return Base(reference, with_probe(made))
