@@ -7,7 +7,8 @@ passes are validated against the same reference.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
 NUDGED = "nudge."  # before the names of factors
 EPS = torch.finfo(torch.float32).eps
 KEPT = 2**28  # bytes of logits
-AT_ONCE = 2**22  # logits of one forward for several prompts
+AT_ONCE = 2**22  # logits of one forward for several prompts, and of what is kept of a case
 Ids = tuple[int, ...]
 
 
@@ -91,18 +92,27 @@ class Oracle:
     def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] in fp32 and in fp64."""
         key = tuple(ids.flatten().tolist())
-        if not self.begun(key, ids.shape[1]):
+        found = self.begun(key, ids.shape[1])
+        if found is None:
             single, double = self.forward({"ids": ids})
-            self.ahead[key] = single["logits"], double["logits"]
-        return self.ahead[key]
+            found = self.keep(key, (single["logits"], double["logits"]))
+        return found
 
-    def begun(self, key: Ids, rows: int) -> bool:
-        """Whether the logits of these ids are known, or were as the beginning of longer ones."""
-        longer = next((k for k in self.before if k[: len(key)] == key), None) if key not in self.ahead else None
-        if longer is not None:
-            single, double = self.before[longer]
-            self.ahead[key] = single[:, :rows], double[:, :rows]
-        return key in self.ahead
+    def begun(self, key: Ids, rows: int) -> tuple[Tensor, Tensor] | None:
+        """The logits of these ids, if they are known, or were as the beginning of longer ones."""
+        if key in self.ahead:
+            return self.ahead[key]
+        longer = next((k for k in self.before if k[: len(key)] == key), None)
+        if longer is None:
+            return None
+        single, double = self.before[longer]
+        return self.keep(key, (single[:, :rows], double[:, :rows]))
+
+    def keep(self, key: Ids, logits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and keeps them while the case's take no more room than AT_ONCE."""
+        if held([*self.ahead.values(), logits]) <= AT_ONCE:
+            self.ahead[key] = logits
+        return logits
 
     def look_ahead(self, case: Case, tokens: list[list[int]]) -> None:
         """Runs the forward once for all prompts of a case that are new, the shorter ones padded after their ends."""
@@ -114,16 +124,17 @@ class Oracle:
         for i in fresh:
             inputs = case.inputs(self.program, [i])
             found += [forced(self, inputs[n], tokens[i]) for n in names]
-        found = [ids for ids in found if not self.begun(tuple(ids.flatten().tolist()), ids.shape[1])]
+        found = [ids for ids in found if self.begun(tuple(ids.flatten().tolist()), ids.shape[1]) is None]
         longest = max((ids.shape[1] for ids in found), default=0)
-        if len(found) < 2 or len(found) * longest * vocab > AT_ONCE:
+        size = len(found) * longest * math.prod(window(self.program.meta)) * vocab
+        if len(found) < 2 or held(list(self.ahead.values())) + size > AT_ONCE:
             return
         inner = (0, 0) * (found[0].dim() - 2)  # a window's ids
         joined = torch.cat([functional.pad(ids, (*inner, 0, longest - ids.shape[1])) for ids in found])
         single, double = self.forward({"ids": joined})
         for i, ids in enumerate(found):
             part = single["logits"][i : i + 1, : ids.shape[1]], double["logits"][i : i + 1, : ids.shape[1]]
-            self.ahead[tuple(ids.flatten().tolist())] = part
+            self.keep(tuple(ids.flatten().tolist()), part)
 
     def forward(self, inputs: Values, state: Values | None = None) -> tuple[Values, Values]:
         """The forward's results in fp32, and in fp64 from the fp64 values of its state (otherwise from fp32's)."""
@@ -241,6 +252,12 @@ class Forced:
         if "guidance_from" in values and not inside(*(values[n] for n in ("guidance_from", "guidance_to", "count"))):
             return 1
         return 1 if "guidance" in values and float(values["guidance"]) == 1 else self.oracle.branches
+
+
+def held(kept: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """How many logits there is memory for: parts of one forward share it, and each keeps all of it."""
+    found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize for x, _ in kept}
+    return sum(found.values())
 
 
 def noise_floor(single: Tensor, double: Tensor) -> float:

@@ -278,3 +278,27 @@ def test_the_reference_answers_a_request_once(plain: Program) -> None:
     assert (again.passed, again.metrics()) == (first.passed, first.metrics())
     other = with_table(plain, table(t3=9.0))  # other tokens are another question
     assert "asked again" in validate(oracle, other, chosen=GREEDY, explain=False).outcomes[-1].problem
+
+
+@pytest.mark.parametrize("room", [1, 100, 300])
+def test_logits_of_two_cases_take_little_memory(plain: Program, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Of a large vocabulary, the logits of a few prompts are gigabytes."""
+    oracle, most = Oracle(plain), 0
+    monkeypatch.setattr("aropt.oracle.AT_ONCE", room)
+    fresh = oracle.logits
+
+    def measured(ids: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal most
+        found = fresh(ids)
+        kept = [single for case in (oracle.ahead, oracle.before) for single, _ in case.values()]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize for x in kept}
+        most = max(most, sum(storages.values()))
+        return found
+
+    oracle.logits = measured  # type: ignore[method-assign]
+    prompts = ((1, 2), (4, 5), (3, 1, 2), (7,), (8, 9))
+    chosen = [Case(f"of {n}", "greedy", tuple((*p, n % VOCAB) for p in prompts), n) for n in (5, 6, 3, 4)]
+    ended = [Case("ended", "stop", chosen[-1].prompts, 4, stop=(t,)) for t in range(3)]
+    assert validate(oracle, plain, chosen=[*chosen, *ended]).passed
+    assert most <= 2 * room
+    assert most > room or room == 1, "some are kept"
