@@ -21,6 +21,7 @@ from aropt.rewriting.target import Target
 from aropt.targets.eager import InPlace, in_place
 
 TARGET = Target("inductor", "Inductor", frozenset({"batched-chunks", "int8-weights"}))
+SHAPES = 256  # of a graph's values that are compiled: requests have many prompts' lengths and batches; torch stops at 8
 
 
 class Inductor(InPlace):
@@ -50,10 +51,15 @@ class Inductor(InPlace):
                 state = self.program.state.get(name)
                 if state is not None and state.axis is not None:
                     torch._dynamo.mark_dynamic(value, state.axis)
-        with torch.no_grad():
-            if graph not in self.modules:
-                self.modules[graph] = self.module(graph)
-            return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
+        if graph not in self.modules:
+            self.modules[graph] = self.module(graph)
+        settings: Any = torch._dynamo.config  # its `patch` would take 14 us a call, a twentieth of a small step
+        limit, settings.recompile_limit = settings.recompile_limit, SHAPES
+        try:
+            with torch.no_grad():
+                return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
+        finally:
+            settings.recompile_limit = limit
 
 
 def inline_ops(graph: fx.Graph) -> fx.Graph:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -50,14 +53,29 @@ def test_target_is_the_reference(pair: Pair, target: str) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_is_the_reference(pair: Pair) -> None:
-    """Compiling takes long, so the smaller model's greedy and sampled steps only."""
+@pytest.mark.exhaustive
+def test_inductor_is_verified(pair: Pair) -> None:
+    """Compiling takes long, so the smaller model only."""
     if pair.plain.name != "digits-ar":
         pytest.skip("one compiled model is enough")
-    probed = with_probe(pair.fast)
-    chosen = [c for c in cases(pair.plain, quick=True) if c.name in ("one token", "sampled")]
-    verdict = validate(pair.plain, probed, lower(probed, "inductor"), chosen)
+    chosen = cases(pair.plain)
+    verdict = validate(pair.plain, with_probe(pair.fast), lower(with_probe(pair.fast), "inductor"), chosen)
     assert verdict.passed, [o for o in verdict.outcomes if o.problem]
+    assert len(verdict.outcomes) >= len(chosen) > 20
+
+
+def test_inductor_takes_all_shapes(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles once a shape, and requests have more shapes than torch compiles of its own accord."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # which is fast
+    fast = run_passes(tiny_program, pipeline(), "inductor", Instruments(check=False))[0]
+    executor, limit = lower(fast, "inductor"), torch._dynamo.config.recompile_limit
+    for sequences, length, stops in itertools.product((3, 1), (5, 1), (2, 1)):  # a size of one is a shape of its own
+        prompts = [[1 + i % 9 for i in range(length + j % 2)] for j in range(sequences)]
+        for temperature in (0.0, 1.0):
+            options: dict[str, Any] = {"temperature": temperature, "stop": [10, 9][:stops]}
+            found = fast.generate(prompts, 3, executor=executor, **options)
+            assert found == tiny_program.generate(prompts, 3, **options)
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_eager_target_updates_caches_in_place(pair: Pair) -> None:
