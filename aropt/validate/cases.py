@@ -24,8 +24,8 @@ aten = torch.ops.aten
 HELD_AGAINST = {
     aten.sub.Tensor, aten.add.Tensor, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar,
 }  # fmt: skip
-LIKELY = 6.0
-GROWS = (63, 64, 65)  # caches grow in blocks of 64 slots
+LIKELY = 6.0  # a bias that makes an id 400 times as likely: picked often, but not always
+EDGES = (32, 63, 64, 65)  # lengths about which code changes course: caches have 64 slots more, tiles have 32 rows
 MORE, ALONE = 60, 9  # new ids of long answers, and of those that vary one parameter
 DESIGNS = 4  # of a thorough validation, each with other rows
 FORBIDDEN = 64  # ids that are suppressed at once, at most
@@ -193,7 +193,7 @@ class Requests:
 
     def more_boundaries(self) -> list[Case]:
         """Prompts as long as a block of the cache, or as what the forward compares positions with; long answers."""
-        ends = sorted(n for n in {32, *GROWS, *self.named_lengths()} if n < self.capacity - 1)
+        ends = sorted(n for n in {*EDGES, *self.named_lengths()} if n < self.capacity - 1)
         prompts = [self.case(f"prompts up to {n}", [n, max(1, n - 3), (n + 1) // 2], 3) for n in ends]
         crowd = [1 + (5 * i) % min(7, self.capacity) for i in range(17)]
         many = self.case("17 sequences", crowd, 4, (("temperature", 1.5),))
@@ -282,19 +282,22 @@ class Requests:
             integer = not self.program.inputs[name].spec.dtype.is_floating_point
             found[name] = int(min(value, vocab) if name == "top_k" else value) if integer else float(value)
         if "bias" in found:
-            found["bias"] = self.bias(int(params["bias"]), vocab)
+            found["bias"] = bias(int(params["bias"]), vocab)
         for start, name in enumerate(SUPPRESSED):  # ids that differ, so that some are left
             if name in found:
                 found[name] = tuple(range(start, vocab, max(3, vocab // FORBIDDEN))) if found[name] else -1
         return found
 
-    def bias(self, kind: int, vocab: int) -> Value:
-        """No bias; one on all ids or the later half; on the two at the ends, one forbidden, one likely, in turn."""
-        if kind < 2:
-            none = vocab // 2 if kind and self.used["bias", "pattern"] % 2 else 0
-            return (*[0.0] * none, *PATTERN * vocab)[:vocab] if kind else 0.0
-        ends = (-inf, LIKELY)[:: -1 if self.used["bias", "two ids"] % 2 else 1]
-        return (ends[0], *[0.0] * (vocab - 2), ends[1])
+
+def bias(kind: int, vocab: int) -> Value:
+    """0: no bias; 1, 2: one on all ids, on the later half; 3, 4: on the two at the ends, one forbidden, one likely."""
+    if kind == 0:
+        return 0.0
+    if kind < 3:
+        none = vocab // 2 if kind == 2 else 0
+        return (*[0.0] * none, *PATTERN * vocab)[:vocab]
+    ends = (-inf, LIKELY) if kind == 3 else (LIKELY, -inf)
+    return (ends[0], *[0.0] * (vocab - 2), ends[1])
 
 
 Params = tuple[tuple[str, Value], ...]

@@ -32,11 +32,11 @@ STREAMS: dict[str, Range] = {
 NEGATIVE: dict[str, Range] = {"null class": (0, 0), "given": (1, 1)}
 PARAMETERS: dict[str, dict[str, Range]] = {
     "temperature": {"0": (0, 0), "1": (1, 1), "1.5-2.5": (1.5, 2.5), "0.1-0.7": (0.1, 0.7), "4-8": (4.0, 8.0)},
-    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-16": (4, 16), "most": (0, 0)},
+    "top_k": {"off": (0, 0), "1-3": (1, 3), "4-16": (4, 16), "most": (0, 0)},  # of the vocabulary, in `levels`
     "top_p": {"off": (1, 1), "0-0.1": (0.0, 0.1), "0.2-0.9": (0.2, 0.9), "0.93-0.99": (0.93, 0.99)},
     "min_p": {"off": (0, 0), "0.01-0.1": (0.01, 0.1), "0.2-0.9": (0.2, 0.9)},
     "repetition_penalty": {"off": (1, 1), "1.02-1.1": (1.02, 1.1), "1.3-5": (1.3, 5.0), "0.1-0.7": (0.1, 0.7)},
-    "bias": {"off": (0, 0), "pattern": (1, 1), "two ids": (2, 2)},
+    "bias": {"off": (0, 0), "pattern": (1, 2), "two ids": (3, 4)},  # see `aropt.cases.bias`
     "suppress_tokens": {"none": (0, 0), "a third": (1, 1)},
     "begin_suppress_tokens": {"none": (0, 0), "a third": (1, 1)},
     "min_new_tokens": {"off": (0, 0), "1-4": (1, 4)},
@@ -51,6 +51,7 @@ GUIDED = {"guidance": "2-9", "new": "9-15"}
 BESIDE: dict[tuple[str, str], Row] = {
     ("repetition_penalty", "1.02-1.1"): SLIGHT, ("guidance", "1.05-1.6"): SLIGHT,
     ("top_k", "4-16"): EVEN, ("top_k", "most"): EVEN, ("top_p", "0-0.1"): EVEN,
+    ("bias", "two ids"): EVEN,
     ("guidance_from", "1-2"): GUIDED, ("guidance_from", "7-12"): GUIDED,
     ("guidance_to", "2-4"): GUIDED, ("guidance_to", "12-15"): GUIDED,
 }  # fmt: skip
@@ -68,7 +69,7 @@ def levels(program: Program) -> Levels:
     for name, ranges in PARAMETERS.items():
         if name in program.inputs and not (name == "guidance" and program.meta.get("guidance_free")):
             found[name] = {k: r for k, r in ranges.items() if name != "top_k" or r[0] <= vocab}
-            if name == "top_k":
+            if name == "top_k":  # nearly all and all ids are kept, where a limit below the vocabulary would show
                 found[name]["most"] = (vocab // 2, vocab)
     return found
 
@@ -121,6 +122,7 @@ def varied(found: Levels) -> list[tuple[str, Row]]:
     rows = []
     shape = {"sequences": "4-5", "length": length, "padding": "1-4"}
     for name in [n for n in PARAMETERS if n in found and n != "temperature"]:
-        for level in 2 * list(found[name])[1:]:  # each at both ends
+        others = list(found[name])[1:]
+        for level in [*others, *(n for n in others if len({*found[name][n]}) == 2)]:  # each at both ends
             rows.append((name, {**usual, **shape, **HOT, **BESIDE.get((name, level), {}), name: level}))
     return rows

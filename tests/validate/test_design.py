@@ -1,6 +1,7 @@
 """Designs cover what they say, and requests are what their levels say."""
 
 import itertools
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from aropt.cli import main as cli
 from aropt.exporters import onnx
 from aropt.loops.given import check
 from aropt.loops.runtime import room
-from aropt.validate.cases import Requests, requests
+from aropt.validate.cases import Requests, bias, requests
 from aropt.validate.design import cover
 from aropt.validate.slices import after_pass, touched
 from tests.cli.test_cli import MODEL
+from tests.conftest import VOCAB, make_program
 from tests.loops.test_unmask import capture, tiny
 from tests.mutants import optimized, reference
 
@@ -97,6 +99,13 @@ def test_after_a_pass_requests_vary_what_it_can_have_changed() -> None:
     chosen, other = (after_pass(requests, before, after, turn) for turn in (0, 1))
     assert len(chosen) < len(requests.everything(False)) / 2
     assert {c.prompts for c in chosen} != {c.prompts for c in other}
+
+
+def test_levels_come_at_both_ends_where_these_differ() -> None:
+    found = Requests(make_program(1, ("bias", "suppress-tokens", "top-k")), 0)
+    seen = {value for case in found.single for name, value in case.params if name == "bias"}
+    assert seen == {bias(kind, VOCAB) for kind in range(1, 5)} and len(seen) == 4
+    assert Counter(found.singled) == {"bias": 4, "suppress_tokens": 1, "top_k": 6}
 
 
 @pytest.mark.exhaustive
