@@ -291,7 +291,7 @@ def test_the_reference_answers_a_request_once(plain: Program) -> None:
 def test_logits_of_two_cases_take_little_memory(plain: Program, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Of a large vocabulary, the logits of a few prompts are gigabytes."""
     oracle, most = Oracle(plain), 0
-    monkeypatch.setattr("aropt.oracle.AT_ONCE", room)
+    monkeypatch.setattr("aropt.validate.oracle.AT_ONCE", room)
     fresh = oracle.logits
 
     def measured(ids: Tensor) -> tuple[Tensor, Tensor]:
