@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from aropt.bench.timing import IN_A_ROW, PAUSE
+from aropt.ir.executor import Executor
 from aropt.targets.ort.threads import own_process
 from aropt.targets.scratch import Scratch
 from perf.canvas import ROOT, environment
@@ -117,7 +118,7 @@ def prepared(args: argparse.Namespace, variant: Variant, target: str, folder: Pa
     return lambda: program.generate(prompts, n, **options), counter.found
 
 
-class Counted:
+class Counted(Executor):
     """An executor that counts the calls of the forward, and the sequences that they run on."""
 
     def __init__(self, executor: Any) -> None:

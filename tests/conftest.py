@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aropt.ir.interpreter import Values
+from aropt.ir.executor import Values
 from aropt.ir.program import Program
 from tests.support.run import generate
 from tests.support.targets import ORT

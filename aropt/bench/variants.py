@@ -10,14 +10,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
 from aropt.targets import find_target
-from aropt.targets.scratch import Scratch
 
 NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", *PEERS)
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
@@ -70,27 +68,12 @@ def variant(spec: Spec) -> Generate:
     applied = {e.name for e in program.ledger}
     if able is not None and any(name in applied and not able.has(word) for name, word in EIGHT_BITS.items()):
         return stepping(again(spec, [], able.name), spec)  # there it makes floats of all weights in each round
-    if target == "onnxruntime":
-        program.executor.whole = whole_loop(program) if spec.variant == "one-call" else None
-        program.executor.rounds = {}
-    if getattr(program.executor, "whole", None) is not None:
-        return one_call(program, spec)
-    return several_rounds(program, spec) if getattr(program.executor, "rounds", None) else stepping(program, spec)
-
-
-def whole_loop(program: Any) -> Any:
-    """The program as one model, in a folder that lives as long as its session; checked against stepping."""
-    from aropt.exporters.whole_loop import export_program
-    from aropt.targets.ort import run_loop
-    from aropt.targets.ort.single_call import Whole
-
-    kept = Scratch()
-    path = Path(kept.name) / "model.onnx"
-    export_program(program, path, contrib=True, graphs=program.executor.translated)
-    run_loop.compare(path, program)
-    whole = Whole(path, program.executor.threads)
-    whole.kept = kept
-    return whole
+    if target is not None:
+        program = program.replace(executor=program.executor.stepping())
+    if spec.variant == "one-call":
+        program = program.replace(executor=program.executor.single_call(program))
+    generate = {"stepping": stepping, "multi-step": several_rounds, "single-call": one_call}
+    return generate[program.executor.way](program, spec)
 
 
 def stepping(program: Any, spec: Spec) -> Generate:

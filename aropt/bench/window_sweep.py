@@ -39,9 +39,7 @@ def curve(
     if twin is None or not done.meta.get("window"):
         return []
     own, side = int(done.meta["window"]), int(done.meta["side"])
-    runner: Any = done.executor
-    if hasattr(runner, "like"):
-        done = done.replace(executor=runner.like({}, None))
+    done = done.replace(executor=done.executor.stepping())
     programs = {}
     for window in windows(side):
         say(f"window {window}")

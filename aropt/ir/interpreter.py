@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -12,25 +11,13 @@ from aropt.errors import Unsupported
 from aropt.ir import ops
 from aropt.ir.control import Call, Control, If, Loop, Seq, calls
 from aropt.ir.dims import resolve
+from aropt.ir.executor import Executor, OnRound, Values
 from aropt.ir.program import Program, sizes_of
 
-Values = dict[str, Tensor]
 DRAFT = "draft"  # a loop whose rounds are none of the generation
 
 
-OnRound = Callable[[Values], bool | None]
-
-
-class Executor(Protocol):
-    """Runs one graph. Values in `donated` may be overwritten: the program does not read them again."""
-
-    def call(self, graph: str, inputs: Values) -> Values: ...
-
-    # An executor may also have `loop(control, values, on_round) -> bool`, which runs a whole loop if it can, and
-    # `create(name, state, sizes) -> Tensor`, which makes a state's initial value, valid until the next generation.
-
-
-class Eager:
+class Eager(Executor):
     """Executes graphs by calling their ATen ops one by one; pure, nothing is overwritten."""
 
     def __init__(self, program: Program) -> None:
@@ -61,10 +48,10 @@ def run(
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)
-    create = getattr(executor, "create", lambda _, state, sizes: state.create(sizes))
+    executor = executor or Eager(program)
     for name, state in program.state.items():
         if state.init is not None:
-            values[name] = create(name, state, sizes)
+            values[name] = executor.create(name, state, sizes)
 
     def nothing(name: str) -> Tensor:
         """What a loop without rounds emits of a value."""
@@ -72,7 +59,7 @@ def run(
         first, *rest = [resolve(d, sizes) for d in specs[name].dims]
         return torch.zeros([first, 0, *rest], dtype=specs[name].dtype)
 
-    step(program.control, values, executor or Eager(program), on_round, nothing)
+    step(program.control, values, executor, on_round, nothing)
     return values
 
 
@@ -94,7 +81,7 @@ def step(
                 step(part, values, executor, on_round, nothing)
         case If(cond, then, orelse):
             step(then if bool(values[cond]) else orelse, values, executor, on_round, nothing)
-        case Loop(kind) if getattr(executor, "loop", refuse)(control, values, None if kind == DRAFT else on_round):
+        case Loop(kind) if executor.loop(control, values, None if kind == DRAFT else on_round):
             pass
         case Loop(kind, until, body, emits):
             on_round = None if kind == DRAFT else on_round
@@ -125,8 +112,3 @@ def endless(control: Loop, most: int) -> Unsupported:
         why=f"it has run {most} rounds, more than what was asked for can take",
         hint="make the program again, or report the model and its rule",
     )
-
-
-def refuse(control: Loop, values: Values, on_round: OnRound | None) -> bool:
-    """An executor without loops of its own."""
-    return False

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from aropt.errors import AroptError, Unsupported, UsageError
-from aropt.ir.interpreter import Executor, OnRound, Values, run
+from aropt.ir.executor import Executor, OnRound, Values
+from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Input, Program
 from aropt.ir.units import flat, ids_of, rows, rows_for
 from aropt.loops.defaults import usual_length, with_defaults
@@ -104,7 +105,7 @@ def generate(
             where="streams",
             hint="give one for each prompt, or leave streams out",
         )
-    executor = executor or program.executor
+    executor = executor or program.executor or Eager(program)
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):
         drawn = group if streams is None else [streams[i] for i in group]
@@ -119,11 +120,9 @@ def generate(
             params,
             None if fill is None else [fill[i] for i in group],
         )
-        whole = getattr(executor, "whole", None)
-        with host_threads(getattr(executor, "host_threads", None)):
-            if whole is not None and on_round is None:  # the target found one call to be faster
-                generated = whole.generate(inputs)
-            else:
+        with host_threads(executor.host_threads()):
+            generated = executor.generate(inputs) if on_round is None else None
+            if generated is None:
                 generated = run(program, inputs, slots(program, inputs), executor, on_round)["generated"]
             for i, row in zip(group, flat(generated), strict=True):
                 results[i] = [t for t in row if t >= 0][:n]

@@ -34,8 +34,7 @@ from aropt.pipeline.uncached import uncached
 from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result
 from aropt.targets import DEFAULT as DEFAULT_TARGET
-from aropt.targets import check_target, lower
-from aropt.targets.ort.single_call import pick
+from aropt.targets import check_target, find_target, lower
 from aropt.validate.compare import Verdict, probe, validate, with_probe
 from aropt.validate.drift import Drift, check_budget
 from aropt.validate.drift import measure as drift_of
@@ -198,21 +197,16 @@ def optimize(
         if reference is not program and "needs_finetune" not in optimized.meta:
             instruments.say("check: drift")
             drift = drift_of(program, probed, executor)
-        executor = (
-            executor.without(probe(optimized))
-            if hasattr(executor, "without")
-            else lower(optimized, target, folder, threads=threads)
-        )
-    wanted = measure and (verdict.passed or not check) and hasattr(executor, "whole")
-    calls = pick(optimized, executor, instruments.say) if wanted else {}
+        executor = executor.without(probe(optimized)) or lower(optimized, target, folder, threads=threads)
+    wanted = measure and (verdict.passed or not check)
+    executor, calls = executor.tuned(optimized, instruments.say) if wanted else (executor, {})
     meta = {**optimized.meta, "target": target}
     finished = optimized.replace(
         executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
     )
-    runner: Any = executor
-    if hasattr(runner, "executed"):
-        finished.report["nodes"] = {n: runner.executed(n) for n in runner.hot if n.startswith("step")}
-        finished.report["notes"] += [nodes_note(name, found) for name, found in finished.report["nodes"].items()]
+    if ran := executor.executed():
+        finished.report["nodes"] = ran
+        finished.report["notes"] += [nodes_note(name, found, find_target(target).called) for name, found in ran.items()]
     if drift is not None:
         missed = drift.misses(instruments.budget)
         finished.report["drift"] = {**asdict(drift), "budget": dict(instruments.budget), "missed": missed}
@@ -256,10 +250,10 @@ def reverted_note(result: Result, budget: Mapping[str, float]) -> str:
     return f"{result.name} is not in the result: {reason}." + (over if result.drift else "")
 
 
-def nodes_note(graph: str, found: dict[str, int]) -> str:
+def nodes_note(graph: str, found: dict[str, int], runtime: str) -> str:
     """What a session runs each round, for people: the most frequent kinds of nodes."""
     most = ", ".join(f"{count} {kind}" for kind, count in list(found.items())[:6])
-    return f"{graph} runs {sum(found.values())} nodes after ONNX Runtime's own optimization: {most}, ..."
+    return f"{graph} runs {sum(found.values())} nodes after {runtime}'s own optimization: {most}, ..."
 
 
 def calls_note(calls: dict[str, Any]) -> str:

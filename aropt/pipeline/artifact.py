@@ -35,9 +35,9 @@ def write(
     from aropt.ir.serialize import to_json
 
     report = report if report is not None else program.report
-    built = getattr(program.executor, "folder", None)
-    if built is not None and Path(built) != folder and (Path(built) / "models").is_dir():
-        shutil.copytree(Path(built) / "models", folder / "models", dirs_exist_ok=True)
+    built = program.executor.folder if program.executor is not None else None
+    if built is not None and built != folder and (built / "models").is_dir():
+        shutil.copytree(built / "models", folder / "models", dirs_exist_ok=True)
     (folder / "program.txt").write_text(text(program))
     (folder / "program.json").write_text(json.dumps(to_json(program), indent=1))
     save_file({n: w.detach().contiguous() for n, w in unique(program.weights).items()}, folder / "weights.safetensors")

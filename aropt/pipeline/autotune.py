@@ -11,12 +11,10 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt.errors import Unsupported
 from aropt.ir.control import Control, If, Seq, calls
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload
@@ -165,12 +163,8 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
 def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Program:
     """The program as it would run: in calls of several rounds, where it can."""
     from aropt.targets import lower
-    from aropt.targets.ort import multi_step
 
-    executor = lower(program, target, folder, threads=threads)
-    with suppress(Unsupported):  # then it steps, as it would without this trial
-        executor.rounds = multi_step.build(program, executor)  # type: ignore[attr-defined]
-    return program.replace(executor=executor)
+    return program.replace(executor=lower(program, target, folder, threads=threads).multi_step(program))
 
 
 def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:

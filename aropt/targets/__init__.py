@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aropt.errors import UsageError
 
 if TYPE_CHECKING:  # the command line's help imports this package, and not torch
-    from aropt.ir.interpreter import Executor
+    from aropt.ir.executor import Executor
     from aropt.ir.program import Program
     from aropt.rewriting.target import Target
 

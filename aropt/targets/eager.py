@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from aropt.ir import ops
-from aropt.ir.interpreter import Executor, Values
+from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Graph, Program, donated
 from aropt.rewriting.target import Target
 
@@ -31,7 +31,7 @@ def in_place(graph: Graph, aliases: Mapping[str, str]) -> fx.Graph:
     return copy
 
 
-class InPlace:
+class InPlace(Executor):
     """Executes graphs eagerly; values under an alias are overwritten."""
 
     def __init__(self, program: Program) -> None:

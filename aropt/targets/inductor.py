@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from aropt.ir import ops
 from aropt.ir.control import calls, loops
-from aropt.ir.interpreter import Executor, Values
+from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.rewriting.target import Target
 from aropt.targets.eager import InPlace, in_place

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aropt.errors import MissingTool, Unsupported
-from aropt.ir.interpreter import Executor
+from aropt.ir.executor import Executor
 from aropt.ir.program import Program
 from aropt.rewriting.target import Target
-from aropt.targets.ort import files
+from aropt.targets.ort import files, plan
 from aropt.targets.ort.executor import OnnxRuntime
 from aropt.targets.ort.files import file
 from aropt.targets.ort.graphs import hot_graphs
@@ -47,6 +47,4 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
             except Unsupported:
                 if name in hot:  # others run eagerly
                     raise
-    executor = OnnxRuntime(program, folder, threads)
-    executor.kept = kept
-    return executor
+    return OnnxRuntime(program, folder, threads, plan.found(folder, hot), kept)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aropt.frontend.generation_config import SUPPRESSED
-from aropt.ir.interpreter import Values
+from aropt.ir.executor import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
 from aropt.loops.runtime import batches, make_inputs

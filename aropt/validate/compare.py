@@ -19,7 +19,8 @@ from torch import Tensor
 
 from aropt.errors import AroptError, UsageError
 from aropt.ir.control import Call, calls
-from aropt.ir.interpreter import Eager, Executor, Values, run
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, rows_for
 from aropt.loops.runtime import slots

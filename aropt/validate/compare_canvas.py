@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aropt.ir.control import calls, loops
-from aropt.ir.interpreter import Executor, Values, run
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import run
 from aropt.ir.program import Program
 from aropt.loops.runtime import slots
 from aropt.validate.cases import Case
@@ -91,7 +92,7 @@ class Reply:
         return sum(x.nbytes for x in [*read, *(one.logits for one in self.rounds)])
 
 
-class Forced:
+class Forced(Executor):
     """Runs the reference's control on the candidate's canvases."""
 
     def __init__(self, oracle: Oracle, steps: Sequence[Step]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from aropt.errors import UsageError
 from aropt.ir import units
-from aropt.ir.interpreter import Eager, Executor, run
+from aropt.ir.executor import Executor
+from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload as own_prompts
 from aropt.loops.unmask.blocks import current_block

@@ -7,14 +7,14 @@ the failing case and compared value by value, each against its own noise floor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from aropt.ir.interpreter import Eager, Executor, Values, run
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Graph, Program, dict_root
 from aropt.ir.units import rows, rows_for
 from aropt.loops.runtime import slots
@@ -209,20 +209,19 @@ def relative(found: tuple[float, float]) -> float:
 
 def first_in_target(candidate: Program, executor: Executor, case: Case, row: int) -> dict[str, Any] | None:
     """Compares what the target's graphs compute with the same graphs run eagerly, if the target can show it."""
-    if not hasattr(executor, "intermediates"):
+    if not executor.shows_values:
         return None
-    show: Callable[[str, Values, list[str]], Values] = executor.intermediates
     recorder = Recorder(candidate)
     inputs = case.inputs(candidate, next(g for g in case.groups(candidate) if row in g))
     problem: dict[str, Any] = {}
 
-    class Both:
+    class Both(Executor):
         def call(self, graph: str, values: Values) -> Values:
             kept = {n: v.clone() for n, v in values.items()}
             results = recorder.call(graph, values)
             floats = (n for n, v in recorder.values[graph].items() if isinstance(v, Tensor) and v.is_floating_point())
             nodes = {n.name: n for n in floats}
-            for name, mine in show(graph, kept, list(nodes)).items():
+            for name, mine in executor.intermediates(graph, kept, list(nodes)).items():
                 node, value = nodes[name], recorder.values[graph][nodes[name]]
                 error, floor = distance(mine, value, value.double(), 0) if mine.shape == value.shape else (0.0, 1.0)
                 if error > 64 * floor:

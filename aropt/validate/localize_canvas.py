@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from aropt.ir.control import calls
-from aropt.ir.interpreter import Values, run
+from aropt.ir.executor import Values
+from aropt.ir.interpreter import run
 from aropt.ir.program import Program
 from aropt.restrict.axes import op_name
 from aropt.validate.cases import Case

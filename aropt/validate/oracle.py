@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from aropt.ir import ops
 from aropt.ir.control import calls, loops
-from aropt.ir.interpreter import Eager, Values, run
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
 from aropt.loops.rules import inside
@@ -214,7 +215,7 @@ def forced(oracle: Oracle, ids: Tensor, tokens: list[int]) -> Tensor:
     return joined[:, : ids.shape[1] + rows - (not tokens)]
 
 
-class Forced:
+class Forced(Executor):
     """Runs the reference's control on the candidate's tokens: one full forward; the rule decides, but is overruled."""
 
     def __init__(self, oracle: Oracle, tokens: list[int]) -> None:

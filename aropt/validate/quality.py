@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from aropt.errors import UsageError
 from aropt.frontend.examples import FORM, Example, refused, wrong
-from aropt.ir.interpreter import Eager, Executor
+from aropt.ir.executor import Executor
+from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.runtime import generate
 

@@ -22,6 +22,7 @@ from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.targets.ort import multi_step
 from aropt.targets.ort.executor import OnnxRuntime
+from aropt.targets.ort.plan import Plan
 from tests.exporters.test_whole_loop import small_llama
 from tests.support.run import generate
 
@@ -37,8 +38,8 @@ class Pair:
         self.plain = plain
         self.fast: Program = run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))[0]
         made: Any = lower(self.fast, "onnxruntime", threads=1)
-        self.stepping: OnnxRuntime = made.like({}, None)
-        self.several = made.like(multi_step.build(self.fast, self.stepping), None)
+        self.stepping: OnnxRuntime = made.stepping()
+        self.several = made.with_plan(Plan(multi_step.build(self.fast, self.stepping)))
         self.kept = made
 
     def both(self, prompts: list[list[int]], n: int, **options: Any) -> list[list[int]]:
@@ -160,7 +161,7 @@ def test_what_is_not_repeated(pair: Pair) -> None:
     plain = pair.plain
     assert not multi_step.eligible(plain)  # the body is a sequence of graphs
     fast = pair.fast
-    assert set(multi_step.eligible(fast)) == set(pair.several.rounds)
+    assert set(multi_step.eligible(fast)) == set(pair.several.plan.multi_step)
     assert isinstance(fast.control, Seq)
     graph, value = next(iter(multi_step.eligible(fast))), "count"
     reader = Call(graph, {"limit": value}, {})
@@ -179,6 +180,6 @@ def test_a_difference_is_found(pair: Pair) -> None:
             values["limit"] = values["limit"] - int(values["limit"] == K + 1)
             return super().loop(control, values, on_round)
 
-    other = Other(pair.fast, pair.several.folder, 1)
+    other = Other(pair.fast, pair.several.folder, 1, pair.several.plan)
     with pytest.raises(VerificationFailed, match="other tokens than stepping"):
         multi_step.compare(pair.fast, pair.stepping, other)

@@ -18,7 +18,7 @@ from aropt.pipeline.artifact import write
 from aropt.pipeline.registry import PIPELINE, make
 from aropt.rewriting.contract import Applies
 from aropt.targets import lower
-from aropt.targets.ort import single_call
+from aropt.targets.ort.files import file
 from tests.conftest import make_program, make_stages
 from tests.support.targets import EAGER
 
@@ -64,7 +64,7 @@ def written(program: Program, target: str, out: Path, loop: bool = False) -> Pat
     program = program.replace(meta=meta)
     lower(program, target, out)
     if loop:
-        export_program(program, single_call.file(out), contrib=True)
+        export_program(program, file(out, "whole"), contrib=True)
     write(program, out, {})
     return out
 

@@ -14,6 +14,7 @@ import aropt
 from aropt.bench.variants import Origin, Spec
 from aropt.errors import Unsupported, UsageError
 from aropt.ir import units
+from aropt.ir.executor import Executor
 from aropt.ir.interpreter import run
 from aropt.loops.runtime import make_inputs, room, slots
 from aropt.models.digits import Block, RMSNorm
@@ -179,7 +180,7 @@ def test_the_whole_pipeline_is_valid(program: aropt.Program) -> None:
 def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
     executor = lower(cached, "eager")
 
-    class Wrong:
+    class Wrong(Executor):
         """The third id of the second window is another one."""
 
         rounds = 0

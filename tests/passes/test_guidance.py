@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import aropt
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
-from aropt.ir.interpreter import Eager, Values
+from aropt.ir.executor import Values
+from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.rules import ALWAYS

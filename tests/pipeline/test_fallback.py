@@ -16,26 +16,25 @@ from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
-from aropt.targets.ort import run_loop, single_call
+from aropt.targets.ort import pick, run_loop, single_call
+from aropt.targets.ort.plan import Plan, Planned
 from tests.conftest import Tiny, make_program
 from tests.loops.test_unmask import tiny
 
 
-class Stub(Eager):
+class Stub(Planned, Eager):
     """An executor that has what `pick` asks for."""
 
-    def __init__(self, program: Program, folder: Path) -> None:
+    def __init__(self, program: Program, folder: Path, plan: Plan) -> None:
         super().__init__(program)
-        self.folder, self.threads, self.whole, self.rounds = folder, 1, "something", {"step": folder}
-        self.sessions: dict[str, Any] = {}
+        self.folder, self.threads, self.plan = folder, 1, plan
 
-    def like(self, several: dict[str, Path], one: Any) -> Stub:
-        other = Stub(self.program, self.folder)
-        other.rounds, other.whole = several, one
-        return other
+    def with_plan(self, plan: Plan) -> Stub:
+        return Stub(self.program, self.folder, plan)
 
     def generate(self, inputs: Any) -> Any:
-        return super().generate(inputs) if self.whole is None else self.whole.generate(inputs)
+        one = self.plan.single_call
+        return super().generate(inputs) if one is None else single_call.SingleCall(one, 1).generate(inputs)
 
     def translated(self, name: str) -> None:
         return None
@@ -65,14 +64,13 @@ def test_stepping_where_one_call_fails(
 
     monkeypatch.setattr("aropt.exporters.whole_loop.export_program", writes)
     monkeypatch.setattr(run_loop, "compare", fails if where == "compare" else lambda *_: {})
-    monkeypatch.setattr(single_call.Whole, "generate", fails)
+    monkeypatch.setattr(single_call.SingleCall, "generate", fails)
     program = make_program(1)
     program = program.replace(meta={**program.meta, "prompts": [[1]]})
-    executor = Stub(program, tmp_path)
-    found = single_call.pick(program, executor)
+    executor, found = pick.pick(program, Stub(program, tmp_path, Plan({"step": tmp_path}, tmp_path)))
     reason = (str(error).splitlines() or ["KeyError"])[0]
     assert found["picked"] == "stepping" and found["reason"].endswith(f"one call: {reason}") and not found["graphs"]
-    assert executor.whole is None and not executor.rounds and not list(tmp_path.rglob("*.onnx"))
+    assert executor.plan == Plan() and not list(tmp_path.rglob("*.onnx"))
 
 
 @pytest.mark.parametrize(("longer", "picked"), [(1.2, "stepping"), (0.9, "one call")])
@@ -82,16 +80,17 @@ def test_one_call_must_win_with_longer_answers_too(
     """It copies caches, which grow."""
     program = make_program(1)
     program = program.replace(meta={**program.meta, "prompts": [[1]], "capacity": 100})
-    executor, lengths = Stub(program, tmp_path), []
+    executor, lengths = Stub(program, tmp_path, Plan()), []
 
     def timed(_: object, ways: dict[str, Any], prompts: object, n: int, *turns: int) -> dict[str, float]:
         lengths.append(n)
         return {way: 1.0 if way == "stepping" else 0.8 if n <= 64 else longer for way in ways}
 
-    monkeypatch.setattr(single_call, "several", lambda *_: 1 / 0)
-    monkeypatch.setattr(single_call, "one_call", lambda *_: (executor.like({}, None), {}))
-    monkeypatch.setattr(single_call, "timed", timed)
-    found = single_call.pick(program, executor)
+    monkeypatch.setattr(pick, "several", lambda *_: 1 / 0)
+    monkeypatch.setattr(pick, "one_call", lambda *_: (executor.with_plan(Plan(single_call=tmp_path)), {}))
+    monkeypatch.setattr(pick, "timed", timed)
+    made, found = pick.pick(program, executor)
+    assert bool(made.plan.single_call) == (picked == "one call")
     assert (found["picked"], found["tokens"]) == (picked, 100) and lengths[-2:] == [64, 100]
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import aropt
-from aropt.ir.interpreter import Eager, Executor
+from aropt.ir.executor import Executor
+from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes

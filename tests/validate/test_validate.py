@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from aropt.errors import MissingTool
 from aropt.frontend.trace import capture_model
-from aropt.ir.interpreter import Eager, Values
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.positions import autoregressive
 from aropt.pipeline.checks import describe
@@ -167,7 +168,7 @@ def test_tolerance_is_a_multiple_of_the_floor(plain: Program) -> None:
 
 
 def test_a_candidate_that_raises_has_failed(plain: Program) -> None:
-    class Broken:
+    class Broken(Executor):
         def call(self, graph: str, inputs: Values) -> Values:
             raise error
 

@@ -1,13 +1,12 @@
 """Runs a program's graphs as sessions, state bound to them and updated in place.
 
-Where `aropt.targets.ort.multi_step` found it to be faster, another session runs several rounds a call, on the same
-buffers.
+Where its plan says so, another session runs several rounds a call, on the same buffers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,41 +14,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt.errors import Unsupported
 from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
 from aropt.ir.dims import resolve
-from aropt.ir.interpreter import Eager, OnRound, Values, most_rounds
+from aropt.ir.executor import Executor, OnRound, Values
+from aropt.ir.interpreter import Eager, most_rounds
 from aropt.ir.program import Program, StateSpec, donated
 from aropt.targets.ort import multi_step, single_call
 from aropt.targets.ort.files import file
 from aropt.targets.ort.graphs import hot_graphs, starting_graphs
+from aropt.targets.ort.pick import pick
+from aropt.targets.ort.plan import Plan, Planned
 from aropt.targets.ort.rounds import Emitted, take_turns
 from aropt.targets.ort.session import SHAPES, Session
-from aropt.targets.ort.single_call import Whole
+from aropt.targets.ort.single_call import SingleCall
 from aropt.targets.ort.threads import options, share
 from aropt.targets.scratch import Scratch
 
 
-class OnnxRuntime:
-    """Runs the graphs as sessions, those inside loops on buffers of their own."""
+class OnnxRuntime(Planned):
+    """Runs the graphs as sessions, those inside loops on buffers of their own.
 
-    def __init__(self, program: Program, folder: Path, threads: int | None) -> None:
+    `kept`: a temporary folder that lives as long as this.
+    """
+
+    shows_values = True
+
+    def __init__(
+        self, program: Program, folder: Path, threads: int | None, plan: Plan, kept: Scratch | None = None
+    ) -> None:
         self.eager = Eager(program)
         threads = threads or torch.get_num_threads()  # now: while sessions generate, torch itself has one
-        self.program, self.folder, self.threads = program, folder, threads
+        self.program, self.folder, self.threads, self.plan, self.kept = program, folder, threads, plan, kept
         share(threads)
         self.sessions: dict[str, Session] = {}
         self.hot, self.aliases = hot_graphs(program), donated(program)
         self.turns = {c.graph for p in loops(program.control) for c in calls(p.body) if not isinstance(p.body, Call)}
         ran = Counter(p.body.graph for p in loops(program.control) if isinstance(p.body, Call))
         self.turns |= {graph for graph, count in ran.items() if count > 1}  # another loop runs in between
-        self.host_threads = 1  # of torch, while sessions generate
-        self.kept: Any = None  # a temporary folder that lives as long as this
-        self.whole = Whole(single_call.file(folder), threads) if single_call.file(folder).exists() else None
-        self.rounds = multi_step.files(folder, self.hot)  # graphs that have models of several rounds
+        self.way, self.whole = plan.way, SingleCall(plan.single_call, threads) if plan.single_call else None
         self.several: dict[Path, Session] = {}
-        self.ran = ""  # the graph of the last loop
         self.states: dict[tuple[Any, ...], Tensor] = {}
         self.starts = starting_graphs(program)
+
+    def host_threads(self) -> int:
+        """One: those of the sessions wait busily, and torch's would have to wait for a core."""
+        return 1
+
+    def generate(self, inputs: Values) -> Tensor | None:
+        return self.whole.generate(inputs) if self.whole is not None else None
 
     def call(self, graph: str, inputs: Values) -> Values:
         if graph in self.hot:
@@ -113,7 +126,7 @@ class OnnxRuntime:
 
     def more(self, graph: str) -> Session | None:
         """The session that runs several rounds of a graph a call, if there is one."""
-        path = self.rounds.get(graph)
+        path = self.plan.multi_step.get(graph)
         if path is not None and path not in self.several:
             self.several[path] = Session(self.program.graphs[graph], self.aliases[graph], path, self.threads)
         return self.several[path] if path is not None else None
@@ -125,7 +138,10 @@ class OnnxRuntime:
         path = file(self.folder, graph)
         return ir.load(path) if path.exists() else None
 
-    def executed(self, graph: str) -> dict[str, int]:
+    def executed(self) -> dict[str, dict[str, int]]:
+        return {graph: self.nodes(graph) for graph in self.hot if graph.startswith("step")}
+
+    def nodes(self, graph: str) -> dict[str, int]:
         """Kinds of nodes that a graph's session runs, read back after ONNX Runtime's optimization: {kind: count}."""
         import onnx
         import onnxruntime as ort
@@ -138,11 +154,26 @@ class OnnxRuntime:
             model = onnx.load(made.optimized_model_filepath, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
-    def like(self, several: dict[str, Path], one: Whole | None) -> OnnxRuntime:
-        """The same with other ways to generate, and sessions of its own."""
-        other = OnnxRuntime(self.program, self.folder, self.threads)
-        other.rounds, other.whole, other.kept = several, one, self.kept
-        return other
+    def with_plan(self, plan: Plan) -> OnnxRuntime:
+        return OnnxRuntime(self.program, self.folder, self.threads, plan, self.kept)
+
+    def stepping(self) -> OnnxRuntime:
+        return self.with_plan(Plan())
+
+    def multi_step(self, program: Program) -> OnnxRuntime:
+        try:
+            return self.with_plan(Plan(multi_step.build(program, self)))
+        except Unsupported:  # no graph can be repeated, or it can't pay
+            return self
+
+    def single_call(self, program: Program) -> OnnxRuntime:
+        kept = Scratch()
+        path = Path(kept.name) / "model.onnx"
+        single_call.build(program, self.stepping(), path)
+        return self.with_plan(Plan(single_call=path, kept=kept))
+
+    def tuned(self, program: Program, say: Callable[[str], None]) -> tuple[Executor, dict[str, Any]]:
+        return pick(program, self, say)
 
     def without(self, output: str) -> OnnxRuntime:
         """The same sessions with an output less: what validation looked at is not in the product."""
@@ -164,9 +195,8 @@ class OnnxRuntime:
             return [replace(call, writes={o: v for o, v in call.writes.items() if o in graphs[call.graph].outputs})]
 
         control = rewrite(self.program.control, shorter)
-        executor = OnnxRuntime(self.program.replace(graphs=graphs, control=control), self.folder, self.threads)
-        executor.kept = self.kept
-        return executor
+        program = self.program.replace(graphs=graphs, control=control)
+        return OnnxRuntime(program, self.folder, self.threads, self.plan, self.kept)
 
     def intermediates(self, graph: str, inputs: Values, names: list[str]) -> Values:
         """Values inside a graph's session by name, for localisation; those that the session still has."""

@@ -7,7 +7,7 @@ generates (compared here over the cases that validation knows, and lengths aroun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,18 @@ import torch
 
 from aropt.errors import Unsupported, VerificationFailed
 from aropt.ir.control import Call, Control, If, Loop, Seq, loops, reads
-from aropt.ir.interpreter import Values
+from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
 from aropt.loops.runtime import room
+from aropt.targets.ort.files import file
+from aropt.targets.ort.plan import Planned
 from aropt.validate.cases import Case, cases
 from aropt.validate.compare import Outcome, Verdict
 from aropt.validate.stops import with_stops
 
 ROUNDS = 4  # a call, of which each round then pays a quarter
 LARGEST = 32 * 2**20  # bytes of weights, which take a millisecond or more to read: a call is next to nothing of it
-
-
-def files(folder: Path, graphs: Sequence[str]) -> dict[str, Path]:
-    """The models of several rounds in an artifact, by graph."""
-    found = {graph: sorted((folder / "models" / graph / "onnxruntime").glob("rounds-*.onnx")) for graph in graphs}
-    return {graph: paths[0] for graph, paths in found.items() if paths}
 
 
 def spare(program: Program, call: Call, values: Values) -> int:
@@ -77,7 +73,7 @@ def read_after(control: Control, loop: Loop) -> set[str]:
     return set()
 
 
-def build(program: Program, stepping: Any) -> dict[str, Path]:
+def build(program: Program, stepping: Planned) -> dict[str, Path]:
     """Writes the models, by graph. Raises Unsupported for a graph that can't be repeated, or where it can't pay."""
     from aropt.exporters.onnx import save
     from aropt.exporters.unroll import unroll
@@ -90,13 +86,13 @@ def build(program: Program, stepping: Any) -> dict[str, Path]:
         raise Unsupported(what=f"a round reads {size / 2**20:.0f} MiB of weights, beside which a call takes no time")
     made = {}
     for graph, loop in found.items():
-        made[graph] = stepping.folder / "models" / graph / "onnxruntime" / f"rounds-{ROUNDS}.onnx"
+        made[graph] = file(stepping.folder, graph).with_name(f"rounds-{ROUNDS}.onnx")
         model = unroll(stepping.translated(graph), program.graphs[graph], loop, stepping.aliases[graph], ROUNDS)
         save(model, made[graph])
     return made
 
 
-def compare(program: Program, stepping: Any, several: Any) -> dict[str, Any]:
+def compare(program: Program, stepping: Executor, several: Executor) -> dict[str, Any]:
     """Whether two executors generate the same. Raises VerificationFailed if a token differs."""
     verdict, tokens = Verdict(), 0
     for case in with_stops([*lengths(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
@@ -121,12 +117,12 @@ def lengths(program: Program) -> list[Case]:
     return [replace(example, name=f"{n} tokens", n=n) for n in sizes if n <= most]
 
 
-def generated(program: Program, executor: Any, case: Case) -> list[list[int]]:
+def generated(program: Program, executor: Executor, case: Case) -> list[list[int]]:
     """What a case generates."""
     return program.generate([list(p) for p in case.prompts], case.n, executor=executor, plain=True, **case.options())
 
 
-def clean(folder: Path, used: dict[str, Path]) -> None:
+def clean(folder: Path, used: Mapping[str, Path]) -> None:
     """Removes the models that are not used."""
     for path in folder.glob("models/*/onnxruntime/rounds-*"):
         if path.with_name(path.name.removesuffix(".data")) not in used.values():

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from aropt.ir.control import Call, Loop
-from aropt.ir.interpreter import Values, endless
+from aropt.ir.executor import Values
+from aropt.ir.interpreter import endless
 from aropt.targets.ort.session import Session
 
 

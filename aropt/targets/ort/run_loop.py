@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aropt.errors import MissingTool, VerificationFailed
-from aropt.ir.interpreter import Values
+from aropt.ir.executor import Values
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, window
 from aropt.loops.defaults import with_defaults

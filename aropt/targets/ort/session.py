@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.dims import resolve
-from aropt.ir.interpreter import Values
+from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Spec, own_sizes, sizes_of
 from aropt.targets.ort.threads import options
 

@@ -1,141 +1,42 @@
-"""Stepping, several rounds a call, or one call: the onnxruntime target generates in the way that is faster here.
-
-Stepping calls the step's session once a round and updates caches in place, but the host takes part in each round. A
-session of several rounds (`aropt.targets.ort.multi_step`) shares a call's cost among them. One call runs the exported
-whole loop (`aropt.exporters.whole_loop`): no host, but ONNX's Loop copies caches from round to round. Which wins
-depends on the model and the machine, so all are timed, in turns.
-"""
+"""The whole loop in one call: the model that `aropt.exporters.whole_loop` writes, as the onnxruntime target runs it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.ir.interpreter import Values, most_rounds
+from aropt.ir.executor import Values
+from aropt.ir.interpreter import most_rounds
 from aropt.ir.program import Program
-from aropt.loops.runtime import fitted, room
-from aropt.targets.ort import multi_step
-
-ROUNDS = 15
-PAUSE = 0.05  # seconds before each run: the threads of the one before wait busily for a while
-MARGIN = 1.03  # what another way than stepping must win by to be worth its files and its session
-LONGER = 4  # times as many tokens, in which one call must win too
-STEPPING, ONE_CALL, SEVERAL = "stepping", "one call", f"{multi_step.ROUNDS} rounds a call"
+from aropt.targets.ort import run_loop
+from aropt.targets.ort.plan import Planned
 
 
-def file(folder: Path) -> Path:
-    return folder / "models" / "whole" / "onnxruntime" / "model.onnx"
-
-
-class Whole:
+class SingleCall:
     """The whole loop's session, made at its first call."""
 
     def __init__(self, path: Path, threads: int | None) -> None:
         self.path, self.threads = path, threads
         self.session: Any = None
-        self.kept: Any = None  # a temporary folder that lives as long as this
 
     def generate(self, inputs: Values) -> Tensor:
         """The generated rows, int64 [B, N] or [B, N, W], -1 after a sequence's end."""
-        from aropt.targets.ort.run_loop import session
-
         if self.session is None:
-            self.session = session(self.path, self.threads)
+            self.session = run_loop.session(self.path, self.threads)
         values = {**inputs, "chunk": torch.tensor(most_rounds(inputs))}
         (rows,) = self.session.run(["generated"], {n: v.numpy() for n, v in values.items()})
         return torch.from_numpy(rows)
 
 
-def pick(program: Program, executor: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Builds, checks and times other ways than stepping; the executor keeps what is faster. Returns what was measured.
-
-    A way that can't be had is left out, and why is in the result.
-    """
-    stepping = executor.like({}, None)
-    ways, verify, reasons = {STEPPING: stepping}, {}, []
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(64, room(program, prompt))
-    for way, make in ((SEVERAL, several), (ONE_CALL, one_call)):
-        say(f"{way}: export and compare")
-        try:
-            made, verify[way] = make(program, stepping)
-            timed(program, {way: made}, [prompt], n, 1)
-        except Exception as error:  # of the exporter or of ONNX Runtime, which has its own kinds
-            reasons.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
-        else:
-            ways[way] = made
-    say("time " + ", ".join(ways))
-    ms = timed(program, ways, [prompt], n)
-    picked = fastest(ms)
-    if picked == ONE_CALL:  # it copies caches, and of longer answers these are larger
-        n = min(LONGER * n, room(program, prompt))
-        ms = timed(program, ways, [prompt], n)
-        picked = fastest(ms)
-    executor.rounds, executor.whole = ways[picked].rounds, ways[picked].whole
-    if picked == SEVERAL:
-        executor.rounds = faster(program, ways, prompt, n)
-    executor.sessions.clear()  # they are opened again, for the way that was picked
-    multi_step.clean(executor.folder, executor.rounds)
-    if picked != ONE_CALL:
-        discard(file(executor.folder))
-    found: dict[str, Any] = {"picked": picked, "verify": verify, "tokens": n, "n": ROUNDS, "ms": ms}
-    return {**found, "reason": "; ".join(reasons), "graphs": sorted(executor.rounds)}
-
-
-def fastest(ms: Mapping[str, float]) -> str:
-    """The way to take."""
-    return min(ms, key=lambda way: ms[way] * (1.0 if way == STEPPING else MARGIN))
-
-
-def several(program: Program, stepping: Any) -> Any:
-    """An executor of several rounds a call, and what comparing it found."""
-    executor = stepping.like(multi_step.build(program, stepping), None)
-    return executor, multi_step.compare(program, stepping, executor)
-
-
-def one_call(program: Program, stepping: Any) -> Any:
-    """An executor of the whole loop, and what comparing it found."""
+def build(program: Program, stepping: Planned, path: Path) -> dict[str, Any]:
+    """Writes the model to `path`, and returns what comparing it with stepping found."""
     from aropt.exporters.whole_loop import export_program
-    from aropt.targets.ort import run_loop
 
-    path = file(stepping.folder)
     export_program(program, path, contrib=True, graphs=stepping.translated)
-    verify = run_loop.compare(path, program.replace(executor=stepping))
-    return stepping.like({}, Whole(path, stepping.threads)), verify
-
-
-def timed(
-    program: Program, ways: Mapping[str, Any], prompts: list[list[int]], n: int, turns: int = ROUNDS, /, **params: Any
-) -> dict[str, float]:
-    """Milliseconds of a generation in each way, in turns: lower quartiles, as what disturbs a run only adds to it."""
-    if "negative" in program.inputs and program.meta.get("null") is None:
-        params["negative"] = prompts
-    runs: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(turns + 1):
-        for way, executor in ways.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            program.generate(prompts, n, executor=executor, plain=True, **params)
-            runs[way].append((time.perf_counter() - start) * 1e3)
-    return {way: float(np.quantile(times[1:], 0.25)) for way, times in runs.items()}
-
-
-def faster(program: Program, ways: Mapping[str, Any], prompt: list[int], n: int) -> dict[str, Path]:
-    """The models of several rounds that are faster: those for drawing and for prompts of several lengths may not be."""
-    executor = ways[SEVERAL]
-    kept, first = dict(executor.rounds), executor.ran
-    for prompts in ([prompt], [prompt, prompt[1:] or prompt]):
-        for params in (dict[str, Any](), {"temperature": 0.9}):
-            ms = timed(program, {way: ways[way] for way in (STEPPING, SEVERAL)}, prompts, n, ROUNDS, **params)
-            if executor.ran != first and ms[STEPPING] <= MARGIN * ms[SEVERAL]:
-                kept.pop(executor.ran, None)
-    return kept
+    return run_loop.compare(path, program.replace(executor=stepping))
 
 
 def discard(path: Path) -> None:

@@ -7,21 +7,22 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from onnxscript import opset20 as op
+from torch import Tensor
 
 from aropt.errors import VerificationFailed
 from aropt.exporters import onnx as exporter
 from aropt.exporters.whole_loop import export_program
 from aropt.ir import ops
+from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program
 from aropt.targets import lower
 from aropt.targets.ort import run_loop
-from aropt.targets.ort.single_call import Whole
+from aropt.targets.ort.single_call import SingleCall
 from tests.mutants.corners import slips
 from tests.mutants.corners.slips import Request, ask
 
@@ -32,6 +33,16 @@ NOISE, KEEP, CACHED, COMMIT, SELECT = (
     ops.load(name).overload
     for name in ("noise", "keep_top", "cached_attention", "canvas_commit", "canvas_select")
 )  # fmt: skip
+
+
+class AsOne(Executor):
+    """Runs a program as one loop, in no other way."""
+
+    def __init__(self, whole: SingleCall) -> None:
+        self.whole = whole
+
+    def generate(self, inputs: Values) -> Tensor:
+        return self.whole.generate(inputs)
 
 
 @contextmanager
@@ -62,7 +73,7 @@ def lowered(target: Any, function: Translation, whole: bool, program: Program) -
             run_loop.compare(path, program)
         except VerificationFailed as error:
             problem = str(error)
-        yield SimpleNamespace(whole=Whole(path, 1)), problem
+        yield AsOne(SingleCall(path, 1)), problem
 
 
 def slip(
