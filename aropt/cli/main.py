@@ -14,6 +14,7 @@ from aropt.bench.timing import AGAINST
 from aropt.cli.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.errors import UsageError
 from aropt.pipeline import interrupts
+from aropt.targets import DEFAULT, TARGETS
 from aropt.targets.ort.threads import own_process
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ def split(values: list[str] | None) -> list[str]:
 def optimize(
     model: ModelArg,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    target: Annotated[str, typer.Option(help="eager, inductor or onnxruntime.")] = "onnxruntime",
+    target: Annotated[str, typer.Option(help=", ".join(TARGETS))] = DEFAULT,
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")
     ] = None,

@@ -35,7 +35,7 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips
-from aropt.targets import find_target
+from aropt.targets import DEFAULT, find_target
 from aropt.validate.drift import budget
 
 Say = Callable[[str], None]
@@ -49,7 +49,7 @@ class Request:
 
     model: str
     out: Path
-    target: str = "onnxruntime"
+    target: str = DEFAULT
     passes: Sequence[str] = ()
     dropped: Sequence[str] = ()
     rules: Sequence[str] | None = None
