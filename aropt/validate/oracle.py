@@ -20,7 +20,7 @@ from aropt.ir import ops
 from aropt.ir.control import calls, loops
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
-from aropt.ir.program import Program, dict_root
+from aropt.ir.program import Program, Spec, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
 from aropt.loops.rules import inside
 from aropt.validate.cases import Case, Requests, requests
@@ -203,7 +203,7 @@ def answer(oracle: Oracle, case: Case, i: int, tokens: list[int]) -> Reply:
     first, read = len(rows(meta, case.prompts[i])) - 1, [forced.read(n) for n in range(len(forced.rules))]
     rules = [(graph, {n: v for n, v in values.items() if n != "logits"}) for graph, values in forced.rules]
     chosen = single[:, first : first + len(rules)].to(torch.float32, copy=True)
-    return Reply("", forced.decided, rules, read, chosen, noise_floor(single, double))
+    return Reply("", forced.decided(), rules, read, chosen, noise_floor(single, double))
 
 
 def forced(oracle: Oracle, ids: Tensor, tokens: list[int]) -> Tensor:
@@ -222,8 +222,7 @@ class Forced(Executor):
         self.oracle, self.tokens = oracle, tokens
         self.forwards: list[tuple[Tensor, Tensor]] = []  # logits of each branch, in fp32 and in fp64
         self.asked = 0  # calls of the forward
-        self.decided: list[int] = []
-        self.rules: list[tuple[str, Values]] = []
+        self.rules: list[tuple[str, Values]] = []  # of each round, and what it reads
 
     def call(self, graph: str, inputs: Values) -> Values:
         tokens = self.tokens
@@ -236,16 +235,44 @@ class Forced(Executor):
             if ids.shape[1] > single.shape[1]:
                 raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
             return {"logits": single[:, : ids.shape[1]]}
-        results = self.oracle.eager.call(graph, inputs)
         if graph in ("greedy", "sample"):
-            own = results["token"].flatten().tolist()
-            step, self.decided = len(self.decided), [*self.decided, *own]
-            self.rules.append((graph, inputs))
-            if step >= len(tokens):
-                raise Mismatch(f"stops after {len(tokens)} tokens, the reference goes on")
-            theirs = tokens[step : step + len(own)]
-            return {"token": torch.tensor([theirs + own[len(theirs) :]]).reshape(1, *window(self.oracle.program.meta))}
-        return results
+            return {"token": self.overruled(graph, inputs)}
+        return self.oracle.eager.call(graph, inputs)
+
+    def overruled(self, graph: str, inputs: Values) -> Tensor:
+        """The candidate's tokens of a round; what the rule reads is kept, see `decided`."""
+        row = window(self.oracle.program.meta)
+        width = math.prod(row)
+        theirs = self.tokens[len(self.rules) * width :][:width]
+        if not theirs:
+            raise Mismatch(f"stops after {len(self.tokens)} tokens, the reference goes on")
+        self.rules.append((graph, inputs))
+        if len(theirs) < width:  # of a window that is cut, the rest is the rule's own
+            theirs += self.oracle.eager.call(graph, inputs)["token"].flatten().tolist()[len(theirs) :]
+        return torch.tensor([theirs]).reshape(1, *row)
+
+    def decided(self) -> list[int]:
+        """What the rule picks in each round: one call for all rounds that differ in nothing but their rows."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, (graph, values) in enumerate(self.rules):
+            specs = self.oracle.program.graphs[graph].inputs
+            shared = [id(values[n]) for n, spec in specs.items() if not batched(spec)]
+            groups.setdefault((graph, *shared), []).append(number)
+        found: dict[int, list[int]] = {}
+        for numbers in groups.values():
+            most = max(1, AT_ONCE // self.rules[numbers[0]][1]["logits"].numel())
+            for start in range(0, len(numbers), most):
+                found |= self.picks(numbers[start : start + most])
+        return [token for number in sorted(found) for token in found[number]]
+
+    def picks(self, numbers: list[int]) -> dict[int, list[int]]:
+        """What the rule picks in these rounds, which one call takes as a batch: of each branch the rows of all."""
+        graph, rounds = self.rules[numbers[0]][0], [self.rules[n][1] for n in numbers]
+        specs = self.oracle.program.graphs[graph].inputs
+        inputs = {n: torch.stack([v[n] for v in rounds], 1).flatten(0, 1) for n, s in specs.items() if batched(s)}
+        inputs |= {n: rounds[0][n] for n, s in specs.items() if not batched(s)}
+        tokens = self.oracle.eager.call(graph, inputs)["token"].reshape(len(numbers), -1)
+        return dict(zip(numbers, tokens.tolist(), strict=True))
 
     def read(self, step: int) -> int:
         """How many branches the rule of that round depends on: outside the interval of guidance, one."""
@@ -253,6 +280,12 @@ class Forced(Executor):
         if "guidance_from" in values and not inside(*(values[n] for n in ("guidance_from", "guidance_to", "count"))):
             return 1
         return 1 if "guidance" in values and float(values["guidance"]) == 1 else self.oracle.branches
+
+
+def batched(spec: Spec) -> bool:
+    """Whether a value has rows of each sequence of a batch."""
+    first = str(spec.dims[0]) if spec.dims else ""
+    return first == "B" or first.endswith("*B")
 
 
 def held(kept: Sequence[tuple[Tensor, Tensor]]) -> int:

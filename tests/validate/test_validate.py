@@ -310,3 +310,28 @@ def test_logits_of_two_cases_take_little_memory(plain: Program, monkeypatch: pyt
     assert validate(oracle, plain, chosen=[*chosen, *ended]).passed
     assert most <= 2 * room
     assert most > room or room == 1, "some are kept"
+
+
+@pytest.mark.parametrize("base", ["rotary", "guided", "window"])
+def test_a_rule_takes_all_rounds_at_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It picks what it picks round by round, also after tokens that are not its own."""
+    program, calls = reference(base), 0
+    params: list[tuple[str, float]] = [("temperature", 1.0), ("top_k", 4), ("repetition_penalty", 1.5), ("guidance", 3)]
+    given = tuple((n, v) for n, v in params if n in program.inputs)
+    case = Case("drawn", "sampled", ((1, 2, 3), (4,)), 8, 5, given)
+    tokens = [[(5 * i + j) % int(program.meta["vocab"]) for j in range(8)] for i in range(2)]
+    whole, single = Oracle(program), Oracle(program)
+    call = whole.eager.call
+
+    def counted(graph: str, inputs: Values) -> Values:
+        nonlocal calls
+        calls += graph == "sample"
+        return call(graph, inputs)
+
+    whole.eager.call = counted  # type: ignore[method-assign]
+    found = [whole.reply(case, i, tokens[i]) for i in range(2)]
+    monkeypatch.setattr("aropt.oracle.AT_ONCE", 1)
+    apart = [single.reply(case, i, tokens[i]) for i in range(2)]
+    assert calls == 2 and [r.problem for r in found] == ["", ""]
+    assert [r.decided for r in found] == [r.decided for r in apart]
+    assert all(len(r.decided) == 8 and r.decided != t for r, t in zip(found, tokens))
