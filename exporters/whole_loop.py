@@ -29,7 +29,7 @@ from aropt.exporters.onnx import OPSET, save, translate
 from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, sequence, writes
 from aropt.ir.dims import symbols
 from aropt.ir.program import Program, Spec, StateSpec
 from aropt.loops.defaults import exported_defaults
@@ -202,8 +202,8 @@ class Writer:
 
     def branch(self, control: If, graph: Any, values: dict[str, Any], nested: bool) -> None:
         """Two subgraphs with the same outputs."""
-        both = written(control, lasting=True)
-        names = sorted(n for n in written(control) if n in values or n in both)
+        both = writes(control, certain=True)
+        names = sorted(n for n in writes(control) if n in values or n in both)
         subgraphs = []
         for part in (control.then, control.orelse):
             inner, kept = self.ir.Graph([], [], nodes=[], name=self.name("branch")), dict(values)
@@ -256,7 +256,7 @@ class Writer:
 
         -> what is emitted in each of these rounds, [times, ...].
         """
-        carried = sorted(n for n in written(control.body) if n in values)
+        carried = sorted(n for n in writes(control.body) if n in values)
         inputs = [self.typed(self.name("round"), Spec(I64)), self.typed(self.name("go"), Spec(torch.bool))]
         inputs += [self.typed(self.name(n), self.spec(n)) for n in carried]
         body = self.ir.Graph(inputs, [], nodes=[], name=self.name("body"))
@@ -291,7 +291,7 @@ class Writer:
         A few rounds after a sequence's last token change nothing that is read later; the limit is not passed.
         """
         call, until, params = control.body, control.until, control.params
-        counted = until == "finished" and "limit" in params and "count" in written(control.body)
+        counted = until == "finished" and "limit" in params and "count" in writes(control.body)
         if not isinstance(call, Call) or not counted or loops(self.program.control, "speculate"):
             return None
         part = self.program.graphs[call.graph]
@@ -334,7 +334,7 @@ class Writer:
         for name, state in self.program.state.items():
             if state.axis is None or state.spec.dims[state.axis] != "S":
                 continue
-            if name not in written(control.body) or values[name] in self.roomy or self.appends(control, name):
+            if name not in writes(control.body) or values[name] in self.roomy or self.appends(control, name):
                 continue
             rank = len(state.spec.dims)
             shape = self.node(graph, "Shape", [values[name]])
@@ -372,7 +372,7 @@ class Writer:
         values: dict[str, Any] = {n: self.input(n, i.spec, i.default) for n, i in program.inputs.items()}
         values["chunk"], resume = self.input("chunk", Spec(I64), FOREVER), self.input("resume", Spec(torch.bool), False)
         given = {n: self.input(f"state.{n}", s.spec, 0) for n, s in program.state.items()}
-        body = program.control.body if isinstance(program.control, Seq) else (program.control,)
+        body = sequence(program.control)
         first = next((i for i, part in enumerate(body) if not isinstance(part, Call)), len(body))
         names = list(program.state)
         kept = self.ir.Graph([], [], nodes=[], name="resumed")
@@ -504,17 +504,3 @@ def first(problems: list[Tensor]) -> Tensor:
     for number, found in reversed(list(enumerate(problems, 1))):
         status = torch.where(found, number, status)
     return status
-
-
-def written(control: Control, lasting: bool = False) -> set[str]:
-    """Values that a control node writes; `lasting`: that exist after it even if they did not before it."""
-    match control:
-        case Call(_, _, writes):
-            return set(writes.values())
-        case Seq(body):
-            return set().union(*(written(part, lasting) for part in body))
-        case If(_, then, orelse):
-            both = written(then, lasting), written(orelse, lasting)
-            return both[0] & both[1] if lasting else both[0] | both[1]
-        case Loop(_, _, body, emits):
-            return set(emits.values()) | (set() if lasting else written(body))

@@ -78,7 +78,7 @@ def renamed(body: Control) -> Seq:
     def change(call: Call) -> list[Control]:
         names = {TOKENS: JOINED + TOKENS}
         reads, writes = ({n: names.get(v, v) for n, v in given.items()} for given in (call.reads, call.writes))
-        return [Call(call.graph, reads, writes)]
+        return [replace(call, reads=reads, writes=writes)]
 
     changed = rewrite(body, change)
     assert isinstance(changed, Seq)

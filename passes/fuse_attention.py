@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, rewrite
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, map_parts, parts, rewrite
 from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
@@ -98,23 +98,16 @@ def wait() -> Graph:
 
 def branch(control: Control, graphs: Mapping[str, Graph]) -> Control:
     """Each loop twice: the general one for ragged batches, the fused one for others."""
-    match control:
-        case Seq(body):
-            parts = [branch(part, graphs) for part in body]
-            at = [i for i, c in enumerate(parts) if isinstance(c, Call) and c.graph == "enter"]
-            entered = [compared(c) for c in parts if isinstance(c, Call) and c.graph == "enter"]
-            entered += [named(graphs["join_ends"])] if "join_ends" in graphs else []
-            return Seq((*parts[: at[-1] + 1], *entered, *parts[at[-1] + 1 :]) if at else tuple(parts))
-        case If(cond, then, orelse):
-            return If(cond, branch(then, graphs), branch(orelse, graphs))
-        case Loop() if any(c.graph == STEP for c in calls(control.body)):
-            return If(
-                "ragged",
-                replace(control, body=general(control.body)),
-                replace(control, body=even(control.body, graphs)),
-            )
-        case _:
-            return control
+    if isinstance(control, Loop) and any(c.graph == STEP for c in calls(control.body)):
+        bodies = general(control.body), even(control.body, graphs)
+        return If("ragged", *(replace(control, body=body) for body in bodies))
+    control = map_parts(control, lambda part: branch(part, graphs))
+    entered = [part for part in parts(control) if isinstance(part, Call) and part.graph == "enter"]
+    if not isinstance(control, Seq) or not entered:
+        return control
+    more = [named(graphs["join_ends"])] if "join_ends" in graphs else []
+    at = control.body.index(entered[-1]) + 1
+    return replace(control, body=(*control.body[:at], *map(compared, entered), *more, *control.body[at:]))
 
 
 def compared(entered: Call) -> Call:
@@ -137,7 +130,7 @@ def even(control: Control, graphs: Mapping[str, Graph]) -> Control:
         if call.graph == STEP:
             prefix = call.reads["ids"].removesuffix("feed")
             reads = {n: prefix + n for n in dense.inputs} | {"ids": call.reads["ids"]}
-            return [Call(STEP, reads, {n: call.writes.get(n, prefix + n) for n in dense.outputs})]
+            return [replace(call, reads=reads, writes={n: call.writes.get(n, prefix + n) for n in dense.outputs})]
         if call.graph == "pend":
             ends = {n: call.reads["feed"].removesuffix("feed") + n for n in ("last", "total")}
             return [call, Call("wait", ends, ends)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar
 
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, reads
+from aropt.ir.control import Call, Control, Loop, Seq, calls, map_parts, reads, walk
 from aropt.ir.edit import compose
 from aropt.ir.program import Graph, Program, growing, own_sizes
 from aropt.rewriting.contract import Applies, Contract, Skips
@@ -35,17 +35,12 @@ class FuseSampler:
         specs = {n: i.spec for n, i in program.inputs.items()} | {n: s.spec for n, s in program.state.items()}
 
         def fuse(control: Control, without: str = "begin") -> Control:
-            match control:
-                case Seq(body):
-                    fused = runs((fuse(part, without) for part in body), graphs)
-                    parts = [join(run, without) if len(run) > 1 else run[0] for run in fused]
-                    return parts[0] if len(parts) == 1 else Seq(tuple(parts))
-                case If(cond, then, orelse):
-                    return If(cond, fuse(then, without), fuse(orelse, without))
-                case Loop():
-                    return replace(control, body=fuse(control.body, "between"))
-                case Call():
-                    return control
+            inner = "between" if isinstance(control, Loop) else without
+            control = map_parts(control, lambda part: fuse(part, inner))
+            if not isinstance(control, Seq):
+                return control
+            parts = [join(run, without) if len(run) > 1 else run[0] for run in runs(control.body, graphs)]
+            return parts[0] if len(parts) == 1 else replace(control, body=tuple(parts))
 
         def join(run: Sequence[Control], without: str) -> Call:
             together = [call for call in run if isinstance(call, Call)]
@@ -95,18 +90,10 @@ def by_itself(call: Call, parts: Sequence[Control], graphs: Mapping[str, Graph])
 
 def fusible(control: Control, graphs: Mapping[str, Graph]) -> Iterator[list[Call]]:
     """The runs of more than one call."""
-    match control:
-        case Seq(body):
-            for run in runs(body, graphs):
-                if len(run) > 1:
-                    yield [call for call in run if isinstance(call, Call)]
-                else:
-                    yield from fusible(run[0], graphs)
-        case If(_, then, orelse):
-            yield from fusible(then, graphs)
-            yield from fusible(orelse, graphs)
-        case Loop():
-            yield from fusible(control.body, graphs)
+    for seq in (node for node in walk(control) if isinstance(node, Seq)):
+        for run in runs(seq.body, graphs):
+            if len(run) > 1:
+                yield [call for call in run if isinstance(call, Call)]
 
 
 def stem(run: Sequence[Call], without: str) -> str:

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
+from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite, sequence
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
@@ -142,11 +142,7 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
         return []
 
     drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"})
-    round_ = Seq((drafts, call_by_name(made["spread"]), *parts(rewrite(plain.body, verified))))
+    round_ = Seq((drafts, call_by_name(made["spread"]), *sequence(rewrite(plain.body, verified))))
     return Seq(
         (call_by_name(made["begin"]), Loop("speculate", "finished", round_, {"window": "windows"}, plain.params))
     )
-
-
-def parts(control: Control) -> tuple[Control, ...]:
-    return control.body if isinstance(control, Seq) else (control,)

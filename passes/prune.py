@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, rewrite
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, conditions, rewrite
 from aropt.ir.edit import inline, trim
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
@@ -72,13 +72,8 @@ def shorten(call: Call, graphs: dict[str, Graph]) -> list[Control]:
     if call.graph not in graphs:
         return []
     graph = graphs[call.graph]
-    return [
-        Call(
-            call.graph,
-            {i: call.reads[i] for i in graph.inputs},
-            {o: v for o, v in call.writes.items() if o in graph.outputs},
-        )
-    ]
+    reads = {i: call.reads[i] for i in graph.inputs}
+    return [replace(call, reads=reads, writes={o: v for o, v in call.writes.items() if o in graph.outputs})]
 
 
 def idle(graph: Graph) -> bool:
@@ -126,19 +121,6 @@ def live_before(
                 if before == around:
                     return around
                 around = before
-
-
-def conditions(control: Control) -> set[str]:
-    """Values that branches and loops test."""
-    match control:
-        case Call():
-            return set()
-        case Seq(body):
-            return set().union(*(conditions(part) for part in body))
-        case If(cond, then, orelse):
-            return {cond} | conditions(then) | conditions(orelse)
-        case Loop(_, until, body):
-            return {until} | conditions(body)
 
 
 def constants(graph: Graph) -> list[fx.Node]:

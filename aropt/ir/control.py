@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,60 +51,110 @@ class Loop:
 Control = Seq | If | Loop | Call
 
 
-def calls(control: Control) -> Iterator[Call]:
-    """All calls, in textual order."""
+def parts(control: Control) -> tuple[Control, ...]:
+    """The nodes right inside a node."""
+    match control:
+        case Seq(body):
+            return body
+        case If(_, then, orelse):
+            return then, orelse
+        case Loop():
+            return (control.body,)
+        case Call():
+            return ()
+
+
+def map_parts(control: Control, change: Callable[[Control], Control]) -> Control:
+    """The node with each of its parts changed; a Seq in a Seq is spliced into it."""
+    match control:
+        case Seq(body):
+            return replace(control, body=tuple(node for part in body for node in sequence(change(part))))
+        case If(_, then, orelse):
+            return replace(control, then=change(then), orelse=change(orelse))
+        case Loop():
+            return replace(control, body=change(control.body))
+        case Call():
+            return control
+
+
+def sequence(control: Control) -> tuple[Control, ...]:
+    """The nodes that run one after the other: a Seq's, or the node itself."""
+    return control.body if isinstance(control, Seq) else (control,)
+
+
+def walk(control: Control) -> Iterator[Control]:
+    """All nodes in textual order, outer ones first."""
+    yield control
+    for part in parts(control):
+        yield from walk(part)
+
+
+def transform(control: Control, visit: Callable[[Control], Control]) -> Control:
+    """The control with each node replaced by what `visit` makes of it, after its parts; a Seq of one is that one."""
+    done = visit(map_parts(control, lambda part: transform(part, visit)))
+    return done.body[0] if isinstance(done, Seq) and len(done.body) == 1 else done
+
+
+def fold(
+    control: Control,
+    *,
+    call: Callable[[Call], T],
+    seq: Callable[[list[T]], T],
+    if_: Callable[[If, T, T], T],
+    loop: Callable[[Loop, T], T],
+) -> T:
+    """One value for the whole control: each function gets its node's values for the parts."""
+    again = partial(fold, call=call, seq=seq, if_=if_, loop=loop)
     match control:
         case Call():
-            yield control
+            return call(control)
         case Seq(body):
-            for part in body:
-                yield from calls(part)
+            return seq([again(part) for part in body])
         case If(_, then, orelse):
-            yield from calls(then)
-            yield from calls(orelse)
+            return if_(control, again(then), again(orelse))
         case Loop():
-            yield from calls(control.body)
+            return loop(control, again(control.body))
+
+
+def calls(control: Control) -> Iterator[Call]:
+    """All calls, in textual order."""
+    return (node for node in walk(control) if isinstance(node, Call))
 
 
 def loops(control: Control, kind: str | None = None) -> list[Loop]:
     """All loops, outer ones first."""
-    match control:
-        case Call():
-            return []
-        case Seq(body):
-            return [loop for part in body for loop in loops(part, kind)]
-        case If(_, then, orelse):
-            return loops(then, kind) + loops(orelse, kind)
-        case Loop():
-            return ([control] if kind in (None, control.kind) else []) + loops(control.body, kind)
+    return [node for node in walk(control) if isinstance(node, Loop) and kind in (None, node.kind)]
+
+
+def conditions(control: Control) -> set[str]:
+    """Values that branches and loops test."""
+    tested = {node.cond for node in walk(control) if isinstance(node, If)}
+    return tested | {loop.until for loop in loops(control)}
 
 
 def reads(control: Control) -> set[str]:
     """All values that a control node may read."""
-    match control:
-        case Seq(body):
-            return {v for part in body for v in reads(part)}
-        case If(cond, then, orelse):
-            return {cond} | reads(then) | reads(orelse)
-        case Loop():
-            return {control.until} | reads(control.body)
-        case Call():
-            return set(control.reads.values())
+    return conditions(control).union(*(call.reads.values() for call in calls(control)))
+
+
+def writes(control: Control, certain: bool = False) -> set[str]:
+    """All values that a control node may write; `certain`: that it writes on every path."""
+    return fold(
+        control,
+        call=lambda call: set(call.writes.values()),
+        seq=lambda parts: set().union(*parts),
+        if_=lambda _, then, orelse: then & orelse if certain else then | orelse,
+        loop=lambda loop, body: set(loop.emits.values()) | (set() if certain else body),
+    )
 
 
 def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Control:
     """The control with each call replaced by a list of nodes."""
-    match control:
-        case Call():
-            new = change(control)
-            return new[0] if len(new) == 1 else Seq(tuple(new))
-        case Seq(body):
-            parts: list[Control] = []
-            for part in body:
-                done = rewrite(part, change)
-                parts.extend(done.body if isinstance(done, Seq) else [done])
-            return parts[0] if len(parts) == 1 else Seq(tuple(parts))
-        case If(cond, then, orelse):
-            return If(cond, rewrite(then, change), rewrite(orelse, change))
-        case Loop():
-            return Loop(control.kind, control.until, rewrite(control.body, change), control.emits, control.params)
+
+    def visit(node: Control) -> Control:
+        if not isinstance(node, Call):
+            return node
+        new = change(node)
+        return new[0] if len(new) == 1 else Seq(tuple(new))
+
+    return transform(control, visit)

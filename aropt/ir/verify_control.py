@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from aropt.errors import VerificationFailed
-from aropt.ir.control import Call, Control, If, Loop, Seq
+from aropt.ir.control import Call, Control, If, Loop, Seq, writes
 from aropt.ir.dims import Dim, resolve, symbols
 from aropt.ir.program import Program, Spec, StateSpec
 
@@ -80,14 +80,14 @@ class ControlCheck:
     def loop(self, loop: Loop, env: Env) -> Env:
         where = f"loop '{loop.kind}'"
         self.check_flag(where, loop.until, env)
-        changed = written(loop.body, certain=False)
+        changed = writes(loop.body)
         if loop.until not in changed:
             fail("loop-until", where, f"its body never writes '{loop.until}'")
         # what a round hands to the next must be state, so that its type is known
         body = self.walk(loop.body, {n: t for n, t in env.items() if n in self.state or n not in changed})
         after = merge(env, env | body)  # there may be no round
         for name, target in loop.emits.items():
-            if name not in written(loop.body, certain=True):
+            if name not in writes(loop.body, certain=True):
                 fail("loop-emits", where, f"it emits '{name}', which its body does not write on every path")
             dtype, dims = body[name]
             after[target] = self.stored(where, target, (dtype, (*dims[:1], None, *dims[1:])))
@@ -158,17 +158,3 @@ def merge(a: Env, b: Env) -> Env:
     """The values that exist on both paths; sizes that differ are unknown."""
     both = {n: (a[n], b[n]) for n in a if n in b and a[n][0] == b[n][0] and len(a[n][1]) == len(b[n][1])}
     return {n: (x[0], tuple(i if i == j else None for i, j in zip(x[1], y[1]))) for n, (x, y) in both.items()}
-
-
-def written(control: Control, certain: bool) -> set[str]:
-    """The values that the node writes, on every path or on some."""
-    match control:
-        case Call():
-            return set(control.writes.values())
-        case Seq(body):
-            return set().union(*(written(part, certain) for part in body))
-        case If(_, then, orelse):
-            sides = written(then, certain), written(orelse, certain)
-            return sides[0] & sides[1] if certain else sides[0] | sides[1]
-        case Loop():
-            return set(control.emits.values()) | (set() if certain else written(control.body, certain))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
+from aropt.ir.control import Call, Control, Loop, Seq, calls, loops, map_parts, parts, transform
 from aropt.ir.edit import trim
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.units import window
@@ -86,35 +86,27 @@ def without(body: Control, graphs: Mapping[str, Graph]) -> Seq:
 
 def fitted(call: Call, graph: Graph) -> Call:
     """The call with another graph, which has no more inputs and outputs."""
-    return Call(graph.name, {i: call.reads[i] for i in graph.inputs}, {o: call.writes[o] for o in graph.outputs})
+    reads, writes = {i: call.reads[i] for i in graph.inputs}, {o: call.writes[o] for o in graph.outputs}
+    return replace(call, graph=graph.name, reads=reads, writes=writes)
 
 
 def bodies(control: Control, change: Callable[[Control], Control]) -> Control:
     """The control with the bodies of its loops over positions changed."""
-    match control:
-        case Seq(body):
-            return Seq(tuple(bodies(part, change) for part in body))
-        case If(cond, then, orelse):
-            return If(cond, bodies(then, change), bodies(orelse, change))
-        case Loop("positions"):
-            return replace(control, body=change(control.body))
-        case _:
-            return control
+
+    def visit(node: Control) -> Control:
+        return replace(node, body=change(node.body)) if isinstance(node, Loop) and node.kind == "positions" else node
+
+    return transform(control, visit)
 
 
-def in_rounds(control: Control, model: str, change: Callable[[Call, set[str]], list[Control]]) -> Control:
+def in_rounds(
+    control: Control, model: str, change: Callable[[Call, set[str]], list[Control]], fed: set[str] | None = None
+) -> Control:
     """The control with its calls changed; `change` is told whose tokens the forward reads in the same round."""
-    match control:
-        case If(cond, then, orelse):
-            return If(cond, in_rounds(then, model, change), in_rounds(orelse, model, change))
-        case Loop():
-            return replace(control, body=in_rounds(control.body, model, change))
-        case Seq(body):
-            fed = {c.reads["ids"] for c in body if isinstance(c, Call) and c.graph == model}
-            parts = [change(c, fed) if isinstance(c, Call) else [in_rounds(c, model, change)] for c in body]
-            return Seq(tuple(part for run in parts for part in run))
-        case Call():
-            return Seq(tuple(change(control, set())))
+    if isinstance(control, Call):
+        return Seq(tuple(change(control, fed or set())))
+    fed = {c.reads["ids"] for c in parts(control) if isinstance(c, Call) and c.graph == model}
+    return map_parts(control, lambda part: in_rounds(part, model, change, fed))
 
 
 def joining(name: str, specs: Mapping[str, Spec]) -> Graph:

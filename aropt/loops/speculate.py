@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Control, If, Loop, Seq, calls
+from aropt.ir.control import Control, If, Loop, Seq, calls, sequence, transform
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Spec
 
@@ -272,16 +272,14 @@ def beside(
 
     That is the prompt's round, and `drafting` of the loop.
     """
-    match control:
-        case Seq(body):
-            return Seq(tuple(beside(part, made, wanted, drafting) for part in body))
-        case If(cond, then, orelse):
-            return If(cond, *(beside(part, made, wanted, drafting) for part in (then, orelse)))
-        case Loop(body=Seq(body)) if wanted(control):
-            plain = replace(control, body=Seq((*body, call_by_name(made["opened"]))))
-            (emitted,) = plain.emits
-            prompt = replace(plain, until="begun", emits={emitted: "first"})
-            alone = Seq((prompt, *drafting(plain, made).body, call_by_name(made["together"])))
-            return Seq((call_by_name(made["open"]), If("alone", alone, plain)))
-        case _:
-            return control
+
+    def visit(node: Control) -> Control:
+        if not isinstance(node, Loop) or not wanted(node):
+            return node
+        plain = replace(node, body=Seq((*sequence(node.body), call_by_name(made["opened"]))))
+        (emitted,) = plain.emits
+        prompt = replace(plain, until="begun", emits={emitted: "first"})
+        alone = Seq((prompt, *drafting(plain, made).body, call_by_name(made["together"])))
+        return Seq((call_by_name(made["open"]), If("alone", alone, plain)))
+
+    return transform(control, visit)

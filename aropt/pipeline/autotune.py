@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aropt.ir.control import Control, If, Seq, calls
+from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload
 from aropt.pipeline.checks import QUIET, Instruments
@@ -129,16 +129,12 @@ def unfit(program: Program, target: str, prompts: list[list[int]], name: str) ->
 def half(program: Program, drawn: bool) -> Program:
     """The program without what draws, or without what does not: half as much to lower."""
 
-    def chosen(control: Control) -> Control:
-        match control:
-            case If("greedy", then, orelse):
-                return orelse if drawn else then
-            case Seq(body):
-                return Seq(tuple(chosen(part) for part in body))
-            case _:
-                return control
+    def chosen(node: Control) -> Control:
+        if not isinstance(node, If) or node.cond != "greedy":
+            return node
+        return node.orelse if drawn else node.then
 
-    control = chosen(program.control)
+    control = transform(program.control, chosen)
     called = {c.graph for c in calls(control)}
     return program.replace(control=control, graphs={n: g for n, g in program.graphs.items() if n in called})
 

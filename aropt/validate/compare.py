@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aropt.errors import AroptError, UsageError
-from aropt.ir.control import Call, calls
+from aropt.ir.control import calls
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
@@ -250,6 +250,6 @@ def with_probe(program: Program) -> Program:
             graphs[name] = expose(graph, {name_of: node})
     from aropt.ir.control import rewrite
 
-    control = rewrite(program.control, lambda c: [Call(c.graph, c.reads, {**c.writes, name_of: name_of})
+    control = rewrite(program.control, lambda c: [replace(c, writes={**c.writes, name_of: name_of})
                                                   if name_of in graphs[c.graph].outputs else c])  # fmt: skip
     return program.replace(graphs=graphs, control=control)

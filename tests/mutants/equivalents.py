@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def states_renamed(p: Program) -> Program:
     names = {"k_0": "k_1", "k_1": "k_0"}
 
     def change(call: Call) -> list[Any]:
-        return [Call(call.graph, *({i: names.get(v, v) for i, v in d.items()} for d in (call.reads, call.writes)))]
+        reads, writes = ({i: names.get(v, v) for i, v in given.items()} for given in (call.reads, call.writes))
+        return [replace(call, reads=reads, writes=writes)]
 
     return p.replace(control=rewrite(p.control, change))
 

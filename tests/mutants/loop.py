@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from aropt.ir.control import If, Seq
@@ -118,5 +120,5 @@ def prompt_loses_its_last_token(p: Program) -> Program:
 def branches_of_if_swapped(p: Program) -> Program:
     """Greedy generation runs the sampled loop."""
     assert isinstance(p.control, Seq)
-    parts = (If(c.cond, c.orelse, c.then) if isinstance(c, If) else c for c in p.control.body)
+    parts = (replace(c, then=c.orelse, orelse=c.then) if isinstance(c, If) else c for c in p.control.body)
     return p.replace(control=Seq(tuple(parts)))

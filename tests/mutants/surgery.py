@@ -238,7 +238,7 @@ def recall(program: Program, reads: dict[str, str] | None = None, drop: str = ""
         if call.graph not in graphs:
             return [call]
         writes = {o: v for o, v in call.writes.items() if v != drop}
-        return [Call(call.graph, {i: reads.get(v, v) for i, v in call.reads.items()}, writes)]
+        return [replace(call, reads={i: reads.get(v, v) for i, v in call.reads.items()}, writes=writes)]
 
     return program.replace(control=rewrite(program.control, change))
 
