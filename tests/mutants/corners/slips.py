@@ -176,7 +176,7 @@ def problem(name: str) -> str:
     right = base(one.base)
     wrong = one.change(right.program)
     with one.lowered(wrong) as (executor, found):
-        if executor is not None and hasattr(executor, "whole") and not hasattr(executor, "call"):
+        if executor is not None and executor.way == "single-call":
             return found  # of the whole loop, which is compared and not validated
         verdict = validate(oracle(one.base), wrong, executor, explain=False)
     failed = verdict.outcomes[-1]

@@ -38,6 +38,8 @@ NOISE, KEEP, CACHED, COMMIT, SELECT = (
 class AsOne(Executor):
     """Runs a program as one loop, in no other way."""
 
+    way = "single-call"
+
     def __init__(self, whole: SingleCall) -> None:
         self.whole = whole
 
