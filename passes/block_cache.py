@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.loops.unmask.cache_policy import Look, cached, plan_cache
+from aropt.loops.unmask.cache_policy import EXACT, Look, cached, plan_cache
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -22,7 +22,7 @@ from aropt.rewriting.target import Target
 @dataclass(frozen=True)
 class BlockCache:
     name: ClassVar[str] = "block-cache"
-    contract: ClassVar[Contract] = Contract("rounding", (), ("cached",))
+    contract: ClassVar[Contract] = EXACT
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         return plan_cache(program, f"blocks of {program.meta.get('block')}", by_mask=True, lossy=False)

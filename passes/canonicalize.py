@@ -36,7 +36,7 @@ class Canonicalize:
     heads: bool = True
     attention: bool = True
     name: ClassVar[str] = "canonicalize"
-    contract: ClassVar[Contract] = Contract("rounding")
+    contract: ClassVar[Contract] = Contract("rounding", after=("token-shuffle",))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [

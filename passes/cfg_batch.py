@@ -16,7 +16,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, rewrite
 from aropt.ir.edit import compose, trim
 from aropt.ir.program import Graph, Program, Spec
-from aropt.loops.guidance import TOKENS, TWICE, UNCONDITIONAL, fitted, last, unlike
+from aropt.loops.guidance import TOGETHER, TOKENS, TWICE, TWO_BRANCHES, UNCONDITIONAL, fitted, last
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -24,11 +24,12 @@ from aropt.rewriting.target import Target
 @dataclass(frozen=True)
 class CfgBatch:
     name: ClassVar[str] = "cfg-batch"
-    contract: ClassVar[Contract] = Contract("rounding", ("two branches",), ("one batch",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding", after=("canonicalize", "cfg-interval"), requires=(TWO_BRANCHES,), establishes=(TOGETHER,)
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        reason = unlike(program)
-        return Skips(reason) if reason else Applies(("2 forwards a round become 1 of twice the rows",))
+        return Applies(("2 forwards a round become 1 of twice the rows",))
 
     def run(self, program: Program) -> Program:
         tokens = program.state[TOKENS]

@@ -12,24 +12,29 @@ from typing import ClassVar
 from aropt.ir.control import Call, Control, rewrite
 from aropt.ir.edit import trim
 from aropt.ir.program import Program
-from aropt.loops.guidance import INPUTS, UNCONDITIONAL, alone, bodies, fitted, unlike, without
+from aropt.loops.guidance import INPUTS, TOGETHER, TWO_BRANCHES, UNCONDITIONAL, alone, bodies, fitted, without
 from aropt.loops.rules import GUIDED
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
 RECIPE = "python -m aropt.models.train digits-ar --cca"
+NEEDED = f"the weights need guidance; those that don't come from CCA fine-tuning: {RECIPE}"
+GUIDANCE_FREE = Fact("guidance-free weights", lambda p: "" if p.meta.get("guidance_free") else NEEDED)
 
 
 @dataclass(frozen=True)
 class CfgEliminate:
     name: ClassVar[str] = "cfg-eliminate"
-    contract: ClassVar[Contract] = Contract("rounding", ("two branches", "guidance-free weights"), ("one branch",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        when="asked",
+        after=("canonicalize",),
+        requires=(TWO_BRANCHES, GUIDANCE_FREE),
+        establishes=(TOGETHER,),
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        reason = unlike(program)
-        if not reason and not program.meta.get("guidance_free"):
-            reason = f"the weights need guidance; those that don't come from CCA fine-tuning: {RECIPE}"
-        return Skips(reason) if reason else Applies(("2 forwards a round become 1; guidance is 1",))
+        return Applies(("2 forwards a round become 1; guidance is 1",))
 
     def run(self, program: Program) -> Program:
         start = program.graphs["start"]

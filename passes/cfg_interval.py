@@ -17,26 +17,44 @@ from torch import Tensor
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, If, Seq, rewrite
 from aropt.ir.program import Graph, Program, Spec, StateSpec
-from aropt.loops.guidance import JOINED, TOKENS, TWICE, alone, bodies, joining, named, parting, rebatch, unlike, without
+from aropt.loops.guidance import (
+    JOINED,
+    TOGETHER,
+    TOKENS,
+    TWICE,
+    TWO_BRANCHES,
+    alone,
+    bodies,
+    joining,
+    named,
+    parting,
+    rebatch,
+    without,
+)
 from aropt.loops.rules import inside
 from aropt.passes.cfg_batch import append
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
 BOOL, I64 = torch.bool, torch.int64
 RULE = "guidance-interval"
+NONE = f"guidance has no interval: capture the model with the rule '{RULE}'"
+INTERVAL = Fact("an interval of guidance", lambda p: "" if RULE in p.meta["rules"] else NONE)
 
 
 @dataclass(frozen=True)
 class CfgInterval:
     name: ClassVar[str] = "cfg-interval"
-    contract: ClassVar[Contract] = Contract("rounding", ("two branches",), ("no idle branch",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        when="asked",
+        after=("canonicalize", "cfg-eliminate"),
+        requires=(TWO_BRANCHES, INTERVAL),
+        establishes=(TOGETHER,),
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        reason = unlike(program)
-        if not reason and RULE not in program.meta["rules"]:
-            reason = f"guidance has no interval: capture the model with the rule '{RULE}'"
-        return Skips(reason) if reason else Applies(("both branches inside the interval, as one batch; 1 outside",))
+        return Applies(("both branches inside the interval, as one batch; 1 outside",))
 
     def run(self, program: Program) -> Program:
         tokens = program.state[TOKENS]

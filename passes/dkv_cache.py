@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache
+from aropt.loops.unmask.cache_policy import STALE, Look, cached, check_least, plan_cache
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -22,7 +22,7 @@ class DkvCache:
     refresh: int = 8  # all rows are computed every so many rounds of a block
 
     name: ClassVar[str] = "dkv-cache"
-    contract: ClassVar[Contract] = Contract("lossy", (), ("cached",), ("kl", "top1"))
+    contract: ClassVar[Contract] = STALE
 
     def __post_init__(self) -> None:
         check_least(self.name, refresh=(self.refresh, 1))

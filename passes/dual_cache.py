@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from aropt.ir.program import Program
-from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
+from aropt.loops.unmask.cache_policy import STALE, Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -21,7 +21,7 @@ class DualCache:
     refresh: int = 0  # all rows are computed every so many rounds too; 0: never
 
     name: ClassVar[str] = "dual-cache"
-    contract: ClassVar[Contract] = Contract("lossy", (), ("cached",), ("kl", "top1"))
+    contract: ClassVar[Contract] = STALE
 
     def __post_init__(self) -> None:
         check_least(self.name, refresh=(self.refresh, 0))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aropt.ir.program import Program
 from aropt.loops.unmask.blocks import FAR
-from aropt.loops.unmask.cache_policy import Look, cached, check_least, plan_cache, refreshed
+from aropt.loops.unmask.cache_policy import STALE, Look, cached, check_least, plan_cache, refreshed
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -26,7 +26,7 @@ class FreeCache:
     refresh: int = 0  # all rows are computed every so many rounds too; 0: never
 
     name: ClassVar[str] = "free-cache"
-    contract: ClassVar[Contract] = Contract("lossy", (), ("cached",), ("kl", "top1"))
+    contract: ClassVar[Contract] = STALE
 
     def __post_init__(self) -> None:
         check_least(self.name, refresh=(self.refresh, 0), left=(self.left, 0), right=(self.right, int(self.left > 0)))

@@ -22,7 +22,7 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, map_par
 from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
-from aropt.loops.guidance import joining, named, parting
+from aropt.loops.guidance import NEW_ROWS, joining, named, parting
 from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
@@ -36,7 +36,7 @@ ENDS = {"join_cache": ("join_ends", joining), "part_cache": ("part_ends", partin
 @dataclass(frozen=True)
 class FuseAttention:
     name: ClassVar[str] = "fuse-attention"
-    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("one op an attention",))
+    contract: ClassVar[Contract] = Contract("rounding", after=("kv-cache", "merge-linears"), requires=(NEW_ROWS,))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not target.has("grouped-query-attention"):

@@ -18,6 +18,7 @@ from aropt.ir.control import calls, loops
 from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
+from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
 from aropt.passes.fuse_attention import features, table_weights
 from aropt.rewriting.attention import PLACES, Match, NotThis, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
@@ -29,7 +30,7 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class FuseCanvas:
     name: ClassVar[str] = "fuse-canvas"
-    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("one op an attention",))
+    contract: ClassVar[Contract] = Contract("rounding", after=("block-cache", "merge-linears"), requires=(CHOSEN_ROWS,))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not target.has("multi-head-attention"):

@@ -29,7 +29,7 @@ SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether th
 @dataclass(frozen=True)
 class FuseRules:
     name: ClassVar[str] = "fuse-rules"
-    contract: ClassVar[Contract] = Contract("rounding", ("rules of logits",), ("one op a rule",))
+    contract: ClassVar[Contract] = Contract("rounding", when="asked", after=("int8-draft", "ngram-draft"))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         reasons = {name: reason(program, name) for name in SAMPLED}

@@ -15,16 +15,29 @@ from typing import ClassVar
 from aropt.ir.control import Call, Control, Loop, Seq, calls, map_parts, reads, walk
 from aropt.ir.edit import compose
 from aropt.ir.program import Graph, Program, growing, own_sizes
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
 RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
 
 
+def several_calls(program: Program) -> str:
+    """Why rounds take more calls than they need; "" if they don't."""
+    found = next(fusible(program.control, program.graphs), None)
+    return f"{' and '.join(call.graph for call in found)} follow each other" if found else ""
+
+
+FEWEST = Fact("as few calls as there may be", several_calls)
+
+
 @dataclass(frozen=True)
 class FuseSampler:
     name: ClassVar[str] = "fuse-sampler"
-    contract: ClassVar[Contract] = Contract("bitwise", (), ("one call a round",))
+    contract: ClassVar[Contract] = Contract(
+        "bitwise",
+        after=("fuse-attention", "fuse-canvas", "fuse-rules", "int8-draft", "ngram-draft"),
+        establishes=(FEWEST,),
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = tuple(" + ".join(call.graph for call in run) for run in fusible(program.control, program.graphs))

@@ -23,7 +23,7 @@ from aropt.loops.unmask.ar_verifier import PREFIX as WEIGHTS
 from aropt.loops.unmask.blocks import FAR, current_block, places
 from aropt.loops.unmask.cache_policy import sized
 from aropt.restrict.rewrite import Restricted, restrict
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
 I64 = torch.int64
@@ -31,14 +31,19 @@ CANVAS, PICKED, ROWS = Spec(I64, ("B", "T")), Spec(I64, ("B", "R")), Spec(I64, (
 PREFIX = "guide_"  # of its state
 
 
+NO_GUIDE, ALL = "no guide runs a full forward over drafts", "the guide runs the full forward over drafts"
+WHOLE_GUIDE = Fact("a guide's full forward", lambda p: "" if whole(p.control) else NO_GUIDE)
+GUIDE_ROWS = Fact("a guide's new rows alone", lambda p: ALL if whole(p.control) else "")
+
+
 @dataclass(frozen=True)
 class GuideCache:
     name: ClassVar[str] = "guide-cache"
-    contract: ClassVar[Contract] = Contract("rounding", (), ("cached guide",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding", after=("canonicalize", "block-cache"), requires=(WHOLE_GUIDE,), establishes=(GUIDE_ROWS,)
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        if not whole(program.control):
-            return Skips("no guide runs a full forward over drafts")
         try:
             reach = restricted(program).facts["reach"]
         except Unsupported as error:

@@ -24,9 +24,11 @@ from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite, sequence
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
+from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.speculate import STEP, Draft, beside, from_model, steps
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.facts import DRAFTS, NO_DRAFTS
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.target import Target
 
@@ -44,7 +46,14 @@ class Int8Draft:
     group: int = 128
     least: int = 2**16
     name: ClassVar[str] = "int8-draft"
-    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("several rows a round",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        when="tried",
+        after=("fuse-attention", "kv-cache"),
+        requires=(NEW_ROWS, NO_DRAFTS),
+        establishes=(DRAFTS,),
+        tries=("drafts=8", "drafts=16"),
+    )
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
@@ -57,8 +66,8 @@ class Int8Draft:
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [loop for loop in loops(program.control, "positions") if drawn(loop)]
-        if not found or loops(program.control, "speculate"):
-            return Skips("no loop over positions runs a cached step, straight, without drafts")
+        if not found:
+            return Skips("no loop over positions runs a cached step, straight")
         other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
         if other:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")

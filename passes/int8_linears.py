@@ -15,14 +15,18 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from aropt.ir.control import calls, loops
+from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
+from aropt.rewriting.facts import FORWARD, forward
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.linears import product
 from aropt.rewriting.patch_projections import NotThis, joint, source
 from aropt.rewriting.target import Target
+
+NO_LAYER = "no graph holds a layer of eight bits"
+EIGHT_BITS = Fact("layers of eight bits", lambda p: "" if any(map(eight_bits, p.graphs.values())) else NO_LAYER)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,14 @@ class Int8Linears:
     group: int = 64
     least: int = 2**16
     name: ClassVar[str] = "int8-linears"
-    contract: ClassVar[Contract] = Contract("lossy", ("full forward",), ("int8 weights",), ("kl", "top1"))
+    contract: ClassVar[Contract] = Contract(
+        "lossy",
+        when="asked",
+        after=("canonicalize",),
+        requires=(FORWARD,),
+        establishes=(EIGHT_BITS,),
+        budget=("kl", "top1"),
+    )
 
     def __post_init__(self) -> None:
         self.bits.check()
@@ -45,8 +56,7 @@ class Int8Linears:
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         graph = forward(program)
-        if graph is None:
-            return Skips("no loop runs a full forward")
+        assert graph is not None  # FORWARD
         found, rejected = self.layers(graph, program)
         if not found:
             reasons = list(dict.fromkeys(why for _, why in rejected)) or ["the forward has no linear layer"]
@@ -74,12 +84,6 @@ class Int8Linears:
 PASS = Int8Linears
 
 
-def forward(program: Program) -> Graph | None:
-    """The graph of the model's full forward, where a loop runs it."""
-    found = (c for loop in loops(program.control) for c in calls(loop.body) if "ids" in c.reads)
-    return next((program.graphs[c.graph] for c in found if "slots" not in c.reads), None)
-
-
 def ends(graph: Graph) -> set[Any]:
     """Nodes on the ways in and out of a model of windows: up to its rows, and from its last row on."""
     output: Any = next(n for n in reversed(graph.fx.nodes) if n.op == "output")
@@ -101,3 +105,8 @@ def reached(node: fx.Node, backwards: bool) -> set[Any]:
         found |= set(fresh)
         todo += fresh
     return found
+
+
+def eight_bits(graph: Graph) -> bool:
+    """Whether some linear layer takes weights of eight bits."""
+    return any(node.target is ops.load("linear_int8").overload for node in graph.fx.nodes)

@@ -17,7 +17,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
-from aropt.loops.guidance import JOINED, forwards, in_rounds, joining, named, parting, rebatch
+from aropt.loops.guidance import GROWING, JOINED, NEW_ROWS, forwards, in_rounds, joining, named, parting, rebatch
 from aropt.restrict.rewrite import Restricted, restrict
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
@@ -34,17 +34,19 @@ class KvCache:
 
     rows: str = "last"
     name: ClassVar[str] = "kv-cache"
-    contract: ClassVar[Contract] = Contract("rounding", ("full forward in a positions loop",), ("cached", "ragged"))
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        after=("canonicalize", "cfg-batch", "int8-linears"),
+        requires=(GROWING,),
+        establishes=(NEW_ROWS,),
+    )
 
     def __post_init__(self) -> None:
         if self.rows not in ("last", "all"):
             raise UsageError(what=f"kv-cache:rows={self.rows}", why="it is last or all", hint="leave it out")
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        models = forwards(program)
-        if not models:
-            return Skips("no loop runs a full forward over growing tokens")
-        found = self.restricted(program, next(iter(models.values())).graph)
+        found = self.restricted(program, next(iter(forwards(program).values())).graph)
         matches = f"{found.facts['attentions']} attentions, mask {', '.join(found.facts['masks'])}"
         return Applies((matches,), make=lambda: self.cached(program, found))
 

@@ -31,7 +31,9 @@ class MergeLinears:
 
     limit: int = 512
     name: ClassVar[str] = "merge-linears"
-    contract: ClassVar[Contract] = Contract("rounding")
+    contract: ClassVar[Contract] = Contract(
+        "rounding", after=("block-cache", "guide-cache", "int8-linears", "kv-cache", "token-shuffle-fusion")
+    )
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = tuple(

@@ -22,10 +22,11 @@ from aropt.errors import UsageError
 from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
-from aropt.ir.units import window
+from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.speculate import STEP, Draft, beside, from_text, steps
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.facts import DRAFTS, NO_DRAFTS, ROWS_OF_ONE
 from aropt.rewriting.target import Target
 
 
@@ -35,7 +36,14 @@ class NgramDraft:
 
     drafts: int = 4
     name: ClassVar[str] = "ngram-draft"
-    contract: ClassVar[Contract] = Contract("rounding", ("cached",), ("several ids a round",))
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        when="tried",
+        after=("fuse-attention", "kv-cache"),
+        requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
+        establishes=(DRAFTS,),
+        tries=("drafts=4",),
+    )
 
     def __post_init__(self) -> None:
         if self.drafts < 1:
@@ -43,10 +51,8 @@ class NgramDraft:
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = [loop for loop in loops(program.control, "positions") if greedy(loop)]
-        if not found or loops(program.control, "speculate"):
+        if not found:
             return Skips("no greedy loop over positions runs a cached step")
-        if window(program.meta):
-            return Skips("a row holds several ids")
         if set(program.graphs["greedy"].inputs) - {"logits", "bias"}:
             return Skips("the rule depends on more than a row's logits")
         if wide(program.graphs[STEP], program.weights) is None:

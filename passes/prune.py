@@ -29,7 +29,7 @@ class Prune:
     fold: bool = True
     limit: int = 64
     name: ClassVar[str] = "prune"
-    contract: ClassVar[Contract] = Contract("bitwise", (), ("no dead values",))
+    contract: ClassVar[Contract] = Contract("bitwise", after=("fuse-sampler",))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         dead = sorted(n for n, kept in outputs_needed(program).items() if kept < set(program.graphs[n].outputs))

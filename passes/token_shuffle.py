@@ -23,6 +23,7 @@ from aropt.loops.positions import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.restrict.axes import op_name
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.facts import WINDOWS
 from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ class TokenShuffle:
     seed: int = 0
 
     name: ClassVar[str] = "token-shuffle"
-    contract: ClassVar[Contract] = Contract("retrained", ("full forward in a positions loop",), ("rows of windows",))
+    contract: ClassVar[Contract] = Contract("retrained", when="asked", establishes=(WINDOWS,))
 
     def __post_init__(self) -> None:
         for option, least in (("window", 1), ("blocks", 0), ("seed", 0)):

@@ -20,6 +20,7 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.ir.units import window
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.facts import WINDOWS
 from aropt.rewriting.patch_projections import (
     NotThis,
     joint,
@@ -42,11 +43,9 @@ class TokenShuffleFusion:
     limit: int = 256
 
     name: ClassVar[str] = "token-shuffle-fusion"
-    contract: ClassVar[Contract] = Contract("rounding", ("rows of windows",))
+    contract: ClassVar[Contract] = Contract("rounding", after=("kv-cache",), requires=(WINDOWS,))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        if not window(program.meta):
-            return Skips("a row is one id")
         changed, matches, rejected = self.fused(program)
         if not matches:
             return Skips("; ".join(dict.fromkeys(why for _, why in rejected)) or "no forward reads ids", rejected)

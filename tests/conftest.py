@@ -66,13 +66,13 @@ def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> 
 
 def make_stages(program: Program) -> dict[str, Program]:
     """The program as captured, and after each pass of the pipeline."""
-    from aropt.pipeline.registry import PIPELINE, make
-    from aropt.rewriting.contract import Applies
+    from aropt.pipeline.registry import make, names
+    from aropt.rewriting.contract import Applies, planned
 
     stages = {"captured": program}
-    for name in PIPELINE:
+    for name in names("default"):
         one = make(name)
-        program = one.run(program) if isinstance(one.plan(program, ORT), Applies) else program
+        program = one.run(program) if isinstance(planned(one, program, ORT), Applies) else program
         stages[name] = program
     return stages
 

@@ -23,7 +23,7 @@ from aropt.cli import main as cli
 from aropt.errors import AroptError
 from aropt.pipeline import store
 from aropt.pipeline.manifest import foreign, proven
-from aropt.pipeline.registry import PASSES
+from aropt.pipeline.registry import known
 from aropt.targets.scratch import Scratch
 from tests.cli.test_cli import MODEL
 
@@ -47,7 +47,7 @@ IMPORTED = [
         "aropt.targets.onnxruntime",
     ),
     *("aropt.exporters.onnx", "aropt.exporters.whole_loop", "aropt.targets.ort.run_loop", "onnxruntime", "onnxscript"),
-    *(f"aropt.passes.{module}" for module in set(PASSES.values())),
+    *known().values(),
 ]
 PATIENCE = 300.0  # seconds that a command may take
 

@@ -337,22 +337,26 @@ def models(as_json: Json = False, verbose: Verbose = 0) -> None:
 
 @app.command()
 def passes(as_json: Json = False, verbose: Verbose = 0) -> None:
-    """List the passes with their level and options."""
+    """List the passes in order, with their level, when they run, and their options."""
     import dataclasses
 
-    from aropt.pipeline.registry import PASSES, pass_class
+    from aropt.pipeline.registry import names, pass_class
 
     found = []
-    for name in PASSES:
+    for name in names():
         cls = pass_class(name)
+        what = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0].partition(": ")[2]
         options = {f.name: f.default for f in dataclasses.fields(cls)}
-        first = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-        found.append({"name": name, "level": cls.contract.level, "options": options, "what": first.partition(": ")[2]})
+        facts = {"level": cls.contract.level, "when": cls.contract.when, "after": cls.contract.after}
+        found.append({"name": name, **facts, "options": options, "what": what})
     if as_json:
         print(json.dumps(found, indent=1))
         return
     for p in found:
-        print(f"{p['name']:<14} {p['level']:<9} {p['what']}" + (f" Options: {p['options']}" if p["options"] else ""))
+        print(
+            f"{p['name']:<20} {p['level']:<9} {p['when']:<7} {p['what']}"
+            + (f" Options: {p['options']}" if p["options"] else "")
+        )
 
 
 @app.command()

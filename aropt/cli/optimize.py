@@ -34,7 +34,7 @@ from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.registry import pipeline, untold
-from aropt.rewriting.contract import Skips
+from aropt.rewriting.contract import Skips, planned
 from aropt.targets import DEFAULT, find_target
 from aropt.validate.drift import budget
 
@@ -349,14 +349,14 @@ def plan(request: Request) -> list[dict[str, Any]]:
         }
         found.append(entry)
         try:
-            planned = one.plan(program, find_target(request.target))
+            found_plan = planned(one, program, find_target(request.target))
         except Unsupported as refused:
             entry |= {"status": "refused", "reason": str(refused), "rejected": [[refused.where, refused.why]]}
             break
-        entry["rejected"] = [list(r) for r in planned.rejected]
-        if isinstance(planned, Skips):
-            entry |= {"status": "skips", "reason": planned.reason}
+        entry["rejected"] = [list(r) for r in found_plan.rejected]
+        if isinstance(found_plan, Skips):
+            entry |= {"status": "skips", "reason": found_plan.reason}
         else:
-            entry |= {"status": "applies", "matches": list(planned.matches)}
+            entry |= {"status": "applies", "matches": list(found_plan.matches)}
             program = one.run(program)
     return found

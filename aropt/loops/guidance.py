@@ -19,6 +19,7 @@ from aropt.ir.edit import trim
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.units import window
 from aropt.loops.rules import GUIDED, chosen, rule
+from aropt.rewriting.contract import Fact
 
 NEGATIVE, JOINED, TWICE = "negative_", "joined_", "2*B"
 TOKENS, UNCONDITIONAL = "tokens", NEGATIVE + "tokens"
@@ -46,6 +47,24 @@ def unlike(program: Program) -> str:
     if set(forwards(program)) != {TOKENS, UNCONDITIONAL}:
         return "no round runs the forward on two branches"
     return ""
+
+
+TWO_BRANCHES = Fact("two branches", unlike)
+TOGETHER = Fact("branches together", lambda p: "" if unlike(p) else "rounds run the forward on each branch by itself")
+GROWING = Fact(
+    "a full forward over growing tokens",
+    lambda p: "" if forwards(p) else "no loop runs a full forward over growing tokens",
+)
+
+
+def whole_rows(program: Program) -> str:
+    """Why rounds of a loop over positions do not compute new rows alone; "" if they do."""
+    if not loops(program.control, "positions"):
+        return "there is no loop over positions"
+    return "each round runs the full forward, no cached step" if forwards(program) else ""
+
+
+NEW_ROWS = Fact("new rows alone", whole_rows)
 
 
 def guided(program: Program) -> bool:

@@ -20,8 +20,9 @@ from aropt.ir.program import Program
 from aropt.loops.runtime import workload
 from aropt.pipeline.checks import QUIET, Instruments
 from aropt.pipeline.lossy import unpaid
-from aropt.pipeline.registry import PASSES, TRIED
-from aropt.rewriting.contract import Pass, Skips
+from aropt.pipeline.registry import inserted
+from aropt.rewriting.contract import Pass, Skips, planned
+from aropt.rewriting.facts import DRAFTS
 from aropt.targets import find_target
 from aropt.targets.scratch import Scratch
 
@@ -74,14 +75,13 @@ def trial(
     """
     passes, found = list(passes), Trial(ways[0].name)
     prompts, tokens = workload(program, PROMPTS, TOKENS)
-    others = [one.name for one in passes if one.name in TRIED]
+    others = [p.name for p in passes if DRAFTS in p.contract.establishes and DRAFTS in ways[0].contract.establishes]
     found.reason = f"{others[0]} makes drafts already" if others else unfit(program, target, prompts, found.name)
     found.reason = found.reason or ("" if tokens > 1 else "no prompt leaves room for an answer")
     if found.reason:
         return passes, found
     instruments.say(f"{found.name}: is it worth it?")
-    places = list(PASSES)
-    lists = {written(one): sorted([*passes, one], key=lambda p: places.index(p.name)) for one in ways}
+    lists = {written(one): inserted(passes, one) for one in ways}
     drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
     with Scratch() as folder:
         made: dict[str, Program] = {}
@@ -146,7 +146,7 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
     """
     skipped = {}
     for one in passes:
-        plan = one.plan(program, find_target(target))
+        plan = planned(one, program, find_target(target))
         if isinstance(plan, Skips):
             skipped[one.name] = plan.reason
         elif (plan.level or one.contract.level) == "lossy" and not paid:

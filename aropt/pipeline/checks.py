@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aropt.errors import AroptError
 from aropt.ir.program import Program
-from aropt.rewriting.contract import Result
+from aropt.rewriting.contract import Pass, Result, unkept
 from aropt.validate.compare import Verdict, validate, with_probe
 from aropt.validate.oracle import Oracle
 from aropt.validate.slices import after_pass
@@ -32,7 +32,9 @@ class Instruments:
 QUIET = Instruments()
 
 
-def check(oracle: Oracle, before: Program, changed: Program, result: Result, instruments: Instruments) -> str:
+def check(
+    one: Pass, oracle: Oracle, before: Program, changed: Program, result: Result, instruments: Instruments
+) -> str:
     """What is wrong with the program that a pass changed, or nothing."""
     from aropt.ir.verify import verify
 
@@ -40,8 +42,9 @@ def check(oracle: Oracle, before: Program, changed: Program, result: Result, ins
         verify(changed)
     except AroptError as error:
         return str(error)
-    if not instruments.check:
-        return ""
+    lacking = unkept(one, changed)
+    if lacking or not instruments.check:
+        return lacking
     instruments.say(f"{result.name}: check")
     chosen = after_pass(oracle.requests, before, changed, len(before.ledger))
     verdict = validate(oracle, with_probe(changed), chosen=chosen)

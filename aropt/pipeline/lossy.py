@@ -11,7 +11,6 @@ from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.pipeline.checks import Instruments, check
 from aropt.pipeline.cost import nodes, step_bytes
-from aropt.pipeline.registry import REFRESHES
 from aropt.rewriting.contract import Pass, Result
 from aropt.validate.compare import with_probe
 from aropt.validate.oracle import Oracles
@@ -26,7 +25,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     from aropt.validate import quality
     from aropt.validate.drift import measure
 
-    refreshes = "refresh" in result.options
+    refreshes = bool(one.contract.refresh)
     if not instruments.budget:
         raise unpaid(one)
     if instruments.trust:
@@ -41,15 +40,15 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     known = quality.measure(program) if wanted else None
     result.status, result.verify = "reverted", {}
     given: int = result.options["refresh"] if refreshes else -1  # type: ignore[assignment]
-    tries = [given, *(r for r in REFRESHES if not given or r < given)]
+    tries = [given, *(r for r in one.contract.refresh if not given or r < given)]
     if refreshes:
-        result.reason = check(oracles.of(program), program, at_refresh(one, 1).run(program), result, instruments)
+        result.reason = check(one, oracles.of(program), program, at_refresh(one, 1).run(program), result, instruments)
     for refresh in [] if result.reason else tries:
         changed = (at_refresh(one, refresh) if refreshes else one).run(program)
         instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
         result.reason = check(
-            oracles.of(changed), program, changed, result, instruments
+            one, oracles.of(changed), program, changed, result, instruments
         )  # batches against sequences alone
         if result.reason:
             break
@@ -73,7 +72,7 @@ def unpaid(one: Pass) -> UsageError:
         what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
         where=f"--pass {one.name}",
         why="its rows see the whole canvas, and stored ones are not refreshed each round"
-        if hasattr(one, "refresh")
+        if one.contract.refresh
         else does,
         hint="give a budget: --budget kl=0.05,top1=0.95",
     )

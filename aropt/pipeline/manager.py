@@ -13,7 +13,8 @@ from aropt.ir.program import Entry, Program
 from aropt.pipeline.checks import QUIET, Instruments, check, dump
 from aropt.pipeline.cost import nodes, step_bytes
 from aropt.pipeline.lossy import spend
-from aropt.rewriting.contract import Pass, Result, Skips
+from aropt.pipeline.registry import check_order
+from aropt.rewriting.contract import Pass, Result, Skips, planned
 from aropt.targets import find_target
 from aropt.validate.oracle import Oracles
 
@@ -39,8 +40,9 @@ def run_passes(
     """Runs the passes in order; each one that changes the program is verified and validated.
 
     Raises AroptError where one that was planned fails, unless `instruments.keep_going`: then it is reverted. A lossy
-    one that costs more than its budget is reverted too.
+    one that costs more than its budget is reverted too. Raises UsageError for passes in a wrong order, before any runs.
     """
+    check_order(passes)
     reference, results, oracles, goal = program, [], oracles or Oracles(), find_target(target)
     for number, one in enumerate(passes):
         instruments.say(one.name)
@@ -49,7 +51,7 @@ def run_passes(
         result.nodes = (nodes(program), nodes(program))
         result.bytes = (step_bytes(program), step_bytes(program))
         results.append(result)
-        plan = one.plan(program, goal)
+        plan = planned(one, program, goal)
         result.rejected = plan.rejected
         if isinstance(plan, Skips):
             result.reason = plan.reason
@@ -67,7 +69,7 @@ def run_passes(
         dump(program, changed, number, one.name, instruments)
         if problem and not instruments.keep_going:
             for later in passes[number + 1 :]:
-                later.plan(program, goal)  # its refusal says more: what can't be cached can't be checked at once
+                planned(later, program, goal)  # its refusal says more: what can't be cached can't be checked at once
             raise failure(one, program, problem)
         if problem:
             result.status, result.reason = "reverted", problem
@@ -107,7 +109,7 @@ def attempt(
         result.seconds = time.perf_counter() - start
     result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
     wanted = changed if result.level == "retrained" else reference  # what follows is held to the new model
-    return changed, check(oracles.of(wanted), program, changed, result, instruments)
+    return changed, check(one, oracles.of(wanted), program, changed, result, instruments)
 
 
 def failure(one: Pass, program: Program, problem: str) -> AroptError:

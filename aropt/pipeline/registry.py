@@ -1,64 +1,94 @@
-"""Which passes there are, in which order they run, and how one is made of text."""
+"""Which passes there are, in which order they run, and how one is made of text.
+
+A pass is a file of passes/, named as the pass, that holds `PASS`. When it runs and what it comes after stand in its
+contract: the order is computed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import pkgutil
+from collections.abc import Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from typing import Any
 
+import aropt.passes
 from aropt.errors import UsageError
-from aropt.rewriting.contract import Pass, broken
+from aropt.rewriting.contract import Contract, Pass, broken
 
-PASSES = {
-    "token-shuffle": "token_shuffle",
-    "canonicalize": "canonicalize",
-    "int8-linears": "int8_linears",
-    "cfg-eliminate": "cfg_eliminate",
-    "cfg-interval": "cfg_interval",
-    "cfg-batch": "cfg_batch",
-    "kv-cache": "kv_cache",
-    "prefix-cache": "prefix_cache",
-    "dual-cache": "dual_cache",
-    "free-cache": "free_cache",
-    "dkv-cache": "dkv_cache",
-    "vicinity": "vicinity",
-    "block-cache": "block_cache",
-    "guide-cache": "guide_cache",
-    "token-shuffle-fusion": "token_shuffle_fusion",
-    "merge-linears": "merge_linears",
-    "fuse-attention": "fuse_attention",
-    "ngram-draft": "ngram_draft",
-    "int8-draft": "int8_draft",
-    "fuse-canvas": "fuse_canvas",
-    "fuse-rules": "fuse_rules",
-    "fuse-sampler": "fuse_sampler",
-    "prune": "prune",
-}  # name -> module, in pipeline order
-# Only where --pass names them: lossy or retrained ones, and those that give something up for what the caller knows of.
-ASKED = (
-    "token-shuffle", "int8-linears", "cfg-eliminate", "cfg-interval",
-    "prefix-cache", "dual-cache", "free-cache", "dkv-cache", "vicinity", "ngram-draft",
-    "int8-draft", "fuse-rules",
-)  # fmt: skip
-# Of these, applied too where that is found to be faster (aropt.pipeline.autotune), in one of these ways.
-TRIED: dict[str, list[dict[str, str]]] = {"int8-draft": [{"drafts": "8"}, {"drafts": "16"}], "ngram-draft": [{}]}
-REFRESHES = (16, 8, 4, 2)  # what is tried while the budget is missed; 1 would save nothing
-PIPELINE = tuple(name for name in PASSES if name not in ASKED)
+
+def known() -> dict[str, str]:
+    """{name: module} of all passes; nothing is imported."""
+    return {m.name.replace("_", "-"): f"aropt.passes.{m.name}" for m in pkgutil.iter_modules(aropt.passes.__path__)}
 
 
 def pass_class(name: str) -> Any:
     """The pass of that name. Raises UsageError for an unknown one, and for a file that holds no pass."""
-    if name not in PASSES:
-        raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(PASSES))
+    module = known().get(name)
+    if module is None:
+        raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(sorted(known())))
     try:
-        found = import_module(f"aropt.passes.{PASSES[name]}").PASS
-        lacking = [part for part in ("name", "contract", "plan", "run") if not hasattr(found, part)]
-        if lacking or not dataclasses.is_dataclass(found):
-            raise TypeError(f"PASS is no dataclass with {', '.join(lacking) or 'its options as fields'}")
+        return checked(import_module(module).PASS, name)
     except Exception as error:  # whatever its author wrote
-        raise broken(name, f"passes/{PASSES[name]}.py", error) from error
+        raise broken(name, module.removeprefix("aropt.").replace(".", "/") + ".py", error) from error
+
+
+def checked(found: Any, name: str) -> Any:
+    """A class that is to be the pass of that name. Raises TypeError for one that can't be."""
+    lacking = [part for part in ("name", "contract", "plan", "run") if not hasattr(found, part)]
+    if lacking or "__dataclass_fields__" not in vars(found):
+        raise TypeError(f"PASS is no dataclass with {', '.join(lacking) or 'its options as fields'}")
+    if found.name != name or not isinstance(found.contract, Contract):
+        raise TypeError(f"PASS has no Contract, or another name than '{name}'")
     return found
+
+
+def names(when: str = "") -> list[str]:
+    """The passes that run `when` ("default", "tried", "asked"; all by default), each as early as `after` allows."""
+    contracts = {name: pass_class(name).contract for name in sorted(known())}
+    sorter = TopologicalSorter({n: [b for b in c.after if b in contracts] for n, c in contracts.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise UsageError(what="passes that come after each other", why=" after ".join(error.args[1])) from error
+    found: list[str] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        found += ready
+        sorter.done(*ready)
+    return [name for name in found if when in ("", contracts[name].when)]
+
+
+def before(one: Pass) -> set[str]:
+    """All passes that run before this one where they run."""
+    found, left = set[str](), list(one.contract.after)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += pass_class(name).contract.after if name in known() else ()
+    return found
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raises UsageError where a pass stands before one that it comes after."""
+    for number, one in enumerate(passes):
+        earlier = before(one)
+        late = next((p.name for p in passes[number + 1 :] if p.name in earlier), None)
+        if late is not None:
+            raise UsageError(
+                what=f"the pass {one.name} can't run before {late}",
+                where="passes",
+                why=f"its contract says that it comes after {', '.join(one.contract.after)}",
+                hint=f"put {late} first; aropt.pipeline.registry.pipeline orders passes by itself",
+            )
+
+
+def inserted(passes: Sequence[Pass], one: Pass) -> list[Pass]:
+    """The passes with one more, before those that come after it."""
+    at = next((i for i, later in enumerate(passes) if one.name in before(later)), len(passes))
+    return [*passes[:at], one, *passes[at:]]
 
 
 def make(name: str, options: dict[str, str] | None = None) -> Pass:
@@ -97,19 +127,20 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pass]:
-    """The default passes and those of `chosen` ("name:k=v"), without `dropped`, in the order of PASSES."""
+    """The default passes and those of `chosen` ("name:k=v"), without `dropped`, in order."""
     options = dict(parse(text) for text in chosen)
     dropped = set(dropped)
     for name in (*options, *dropped):
         pass_class(name)
-    return [
-        make(name, options.get(name))
-        for name in PASSES
-        if name not in dropped and (name in PIPELINE or name in options)
-    ]
+    wanted = ({*names("default"), *options}) - dropped
+    return [make(name, options.get(name)) for name in names() if name in wanted]
 
 
 def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[list[Pass]]:
-    """The passes of TRIED that the caller neither wants nor declines, each in its ways."""
+    """The passes to be tried that the caller neither wants nor declines, each with the options to try."""
     told = {parse(text)[0] for text in chosen} | set(dropped)
-    return [[make(name, options) for options in ways] for name, ways in TRIED.items() if name not in told]
+    return [
+        [make(*parse(f"{name}:{options}")) for options in pass_class(name).contract.tries]
+        for name in names("tried")
+        if name not in told
+    ]

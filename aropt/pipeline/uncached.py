@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from aropt.ir.program import Program
-from aropt.pipeline.registry import PASSES, pass_class
-from aropt.rewriting.contract import Result
+from aropt.loops.guidance import NEW_ROWS
+from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
+from aropt.pipeline.registry import names, pass_class
+from aropt.rewriting.contract import Contract, Result
 
 STORED = ("append-kv", "canvas-kv")
 
@@ -17,8 +18,8 @@ def uncached(program: Program, results: Sequence[Result]) -> str:
     if any(state.kind in STORED for state in program.state.values()):
         return ""
     canvas, found = program.meta.get("loop") == "unmask", {r.name: r for r in results}
-    caches: dict[str, Any] = {n: c for n in PASSES if "cached" in (c := pass_class(n).contract).establishes}
-    fitting = {n: c for n, c in caches.items() if canvas != ("full forward in a positions loop" in c.requires)}
+    wanted = CHOSEN_ROWS if canvas else NEW_ROWS
+    fitting: dict[str, Contract] = {n: c for n in names() if wanted in (c := pass_class(n).contract).establishes}
     if any(found[n].status == "applied" for n in fitting if n in found):
         return ""  # new rows alone are computed: there is no attention, and nothing to store
     told = [f"{n} {said(found[n])}" for n in fitting if n in found]

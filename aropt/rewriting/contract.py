@@ -1,4 +1,8 @@
-"""What a pass is: a frozen dataclass whose fields are its options, with a contract, `plan` and `run`."""
+"""What a pass is: a frozen dataclass whose fields are its options, with a contract, `plan` and `run`.
+
+When a pass runs, what it comes after, and the facts that it requires and establishes stand in its contract and nowhere
+else: the registry computes the order, and the manager checks the facts.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,45 @@ from aropt.ir.program import Program
 from aropt.rewriting.target import Target
 
 LEVELS = ("bitwise", "rounding", "distribution", "lossy", "retrained")
+WHEN = ("default", "tried", "asked")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What may hold of a program: `lacking` says why it does not, or "" if it does."""
+
+    name: str
+    lacking: Callable[[Program], str] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Contract:
     """`level`: bitwise (same bits), rounding (same function up to reassociation), distribution (same sampling
     distribution), lossy (spends from a budget, and must name its metrics), retrained (another model, whose new weights
-    are to be trained: `meta["needs_finetune"]` says how, and until then nothing ships)."""
+    are to be trained: `meta["needs_finetune"]` says how, and until then nothing ships).
+
+    `when`: by default, where the caller asks for it, or tried: timed with the options of each of `tries`
+    ("drafts=8,group=64"), and kept where it pays. `after`: names of passes that run before this one. `requires`: facts
+    without which the pass is skipped; `establishes`: facts that hold after it. `refresh`: values of the option
+    `refresh` that a lossy pass falls back on, one after the other, while it misses the budget.
+    """
 
     level: str
-    requires: tuple[str, ...] = ()
-    establishes: tuple[str, ...] = ()
+    when: str = "default"
+    after: tuple[str, ...] = ()
+    requires: tuple[Fact, ...] = ()
+    establishes: tuple[Fact, ...] = ()
     budget: tuple[str, ...] = ()
+    tries: tuple[str, ...] = ()
+    refresh: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS or (self.level == "lossy") != bool(self.budget):
             raise ValueError(f"a contract's level is one of {LEVELS}, and lossy ones name their budget")
+        if self.when not in WHEN or (self.when == "tried") != bool(self.tries):
+            raise ValueError(f"a pass runs when it is one of {WHEN}, and tried ones say with which options")
+        if self.level in ("lossy", "retrained") and self.when != "asked":
+            raise ValueError(f"a {self.level} pass runs where it is asked for")
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,18 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
+def planned(one: Pass, program: Program, target: Target) -> Applies | Skips:
+    """The plan of a pass, or the first fact that it requires and the program lacks."""
+    lacking = next(filter(None, (fact.lacking(program) for fact in one.contract.requires)), "")
+    return Skips(lacking) if lacking else one.plan(program, target)
+
+
+def unkept(one: Pass, program: Program) -> str:
+    """The first fact that a pass establishes by its contract and the program that it made lacks, or ""."""
+    lacking = ((fact.name, fact.lacking(program)) for fact in one.contract.establishes)
+    return next((f"its contract establishes '{name}', but {why}" for name, why in lacking if why), "")
+
+
 @dataclass
 class Result:
     """What the manager saw of one pass. `seconds` of the pass alone, `verify` what validation measured."""
@@ -95,5 +134,5 @@ def broken(name: str, file: str, error: Exception) -> UsageError:
         what=f"the pass '{name}' can't be loaded",
         where=file + (f":{line}" if line else ""),
         why=f"{type(error).__name__}: {error}",
-        hint=f"mend the file (docs/writing_passes.md says what it holds), or take '{name}' out of PASSES",
+        hint="mend the file (docs/writing_passes.md says what it holds), or take it away",
     )

@@ -15,8 +15,8 @@ from typing import Any
 import aropt
 from aropt.ir.program import Program
 from aropt.pipeline.artifact import write
-from aropt.pipeline.registry import PIPELINE, make
-from aropt.rewriting.contract import Applies
+from aropt.pipeline.registry import make, names
+from aropt.rewriting.contract import Applies, planned
 from aropt.targets import lower
 from aropt.targets.ort.files import file
 from tests.conftest import make_program, make_stages
@@ -49,9 +49,9 @@ def canvas() -> Program:
     from tests.loops.test_unmask import tiny
 
     program = aropt.capture(tiny(), mask=259, capacity=16)
-    for name in PIPELINE:
+    for name in names("default"):
         one = make(name)
-        program = one.run(program) if isinstance(one.plan(program, EAGER), Applies) else program
+        program = one.run(program) if isinstance(planned(one, program, EAGER), Applies) else program
     return program
 
 

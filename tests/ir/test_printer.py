@@ -18,7 +18,6 @@ from aropt.ir.fold_text import folded
 from aropt.ir.printer import diff, digest, graph_text, text
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
-from aropt.pipeline.registry import PIPELINE
 from tests.conftest import make_program, make_stages
 
 aten = torch.ops.aten
@@ -31,11 +30,6 @@ def small_stages() -> dict[str, Program]:
     return make_stages(make_program(layers=1))
 
 
-def only(program: Program, *graphs: str) -> Program:
-    """The program with just these graphs."""
-    return program.replace(graphs={n: g for n, g in program.graphs.items() if n in graphs})
-
-
 def test_text(tiny_program: Program, golden: Golden) -> None:
     golden(text(tiny_program))
 
@@ -43,19 +37,6 @@ def test_text(tiny_program: Program, golden: Golden) -> None:
 def test_text_unfolded(tiny_program: Program, golden: Golden) -> None:
     assert re.search(r"@layers.1.out.weight: f32\[4, 4\] #[0-9a-f]{8}\)", text(tiny_program, fold=False))
     golden(re.sub(r"#[0-9a-f]{8}", "#hash", graph_text(tiny_program.graphs["model"], tiny_program.weights, fold=False)))
-
-
-@pytest.mark.parametrize("name", ["kv-cache", "fuse-sampler", "prune"])
-def test_pass(name: str, small_stages: dict[str, Program], golden: Golden) -> None:
-    """What a pass changes in the control and in some graphs; the other passes are in test_attention."""
-    after = small_stages[name]
-    before = small_stages[["captured", *PIPELINE][PIPELINE.index(name)]]
-    kept = (
-        ("model", "start", "enter", "begin", "place", "feed", "step", "step_greedy") if name != "fuse-sampler" else ()
-    )
-    result = diff(only(before, *kept), only(after, *kept))
-    assert len(result.splitlines()) < 200
-    golden(result)
 
 
 def test_fused_step(small_stages: dict[str, Program], golden: Golden) -> None:

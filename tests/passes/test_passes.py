@@ -21,7 +21,7 @@ from aropt.passes.prune import Prune, outputs_needed
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
-from aropt.pipeline.registry import PIPELINE, make, parse, pipeline
+from aropt.pipeline.registry import make, names, parse, pipeline
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 from tests.support.run import generate
@@ -175,7 +175,7 @@ def test_bisect_names_the_pass(plain: Program, monkeypatch: pytest.MonkeyPatch) 
 
 def test_options_are_parsed_and_checked() -> None:
     assert make(*parse("prune:fold=false,limit=3")) == Prune(fold=False, limit=3)
-    assert [p.name for p in pipeline(dropped=["prune"])] == [n for n in PIPELINE if n != "prune"]
+    assert [p.name for p in pipeline(dropped=["prune"])] == [n for n in names("default") if n != "prune"]
     for text, message in (
         ("prune:fold=maybe", "no value"),
         ("prune:limits=1", "no option"),

@@ -20,7 +20,7 @@ from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline import api
 from aropt.pipeline import autotune as trial
 from aropt.pipeline.checks import Instruments
-from aropt.pipeline.registry import TRIED, pipeline, untold
+from aropt.pipeline.registry import names, pipeline, untold
 from tests.conftest import make_program
 from tests.support.run import generate
 
@@ -92,7 +92,7 @@ def test_nothing_is_lowered_where_nothing_can_be_learned(
 def test_a_pass_that_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lowered", None)
     passes, found = trial.trial(texts(), pipeline(dropped=["kv-cache"]), [NgramDraft()], "onnxruntime")
-    assert NgramDraft() not in passes and "no greedy loop" in found.told()
+    assert NgramDraft() not in passes and "no cached step" in found.told()
 
 
 def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +166,9 @@ def test_small_weights_need_no_drafts_of_eight_bits(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_the_caller_decides_is_not_tried() -> None:
-    assert [ways[0].name for ways in untold()] == list(TRIED) == ["int8-draft", "ngram-draft"]
+    assert [ways[0].name for ways in untold()] == names("tried") == ["int8-draft", "ngram-draft"]
     assert not untold(chosen=["ngram-draft:drafts=2"], dropped=["int8-draft"])
-    assert not {p.name for p in pipeline()} & set(TRIED)
+    assert not {p.name for p in pipeline()} & set(names("tried"))
 
 
 def test_turns_alternate_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.unmask.ar_verifier import whole
 from aropt.loops.unmask.blocks import FAR, block_of, current_block, places
 from aropt.restrict.rewrite import Restricted, restrict
-from aropt.rewriting.contract import Applies, Skips
+from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 CANVAS, ROWS, SCALAR = Spec(I64, ("B", "T")), Spec(I64, ("B",)), Spec(I64)
@@ -73,6 +73,37 @@ def full_forward(program: Program) -> Call | None:
     """The call that runs the forward over the whole canvas, in an unmasking loop."""
     found = (c for loop in loops(program.control, "unmask") for c in calls(loop.body))
     return next((c for c in found if c.reads.get("ids") == "tokens"), None)
+
+
+WHOLE_CANVAS = Fact(
+    "a full forward over a canvas",
+    lambda p: "" if full_forward(p) else "no loop runs a full forward over a canvas",
+)
+
+
+def all_rows(program: Program) -> str:
+    """Why rounds of an unmasking loop do not compute chosen rows alone; "" if they do."""
+    if not loops(program.control, "unmask"):
+        return "there is no loop over a canvas"
+    return "each round runs the forward over the whole canvas" if full_forward(program) else ""
+
+
+CHOSEN_ROWS = Fact("chosen rows alone", all_rows)
+EXACT = Contract(  # of a cache whose rows see nothing that is stale
+    "rounding",
+    after=("canonicalize", "int8-linears", "dkv-cache", "dual-cache", "free-cache", "prefix-cache", "vicinity"),
+    requires=(WHOLE_CANVAS,),
+    establishes=(CHOSEN_ROWS,),
+)
+STALE = Contract(  # of one whose rows see stored ones that would be others by now
+    "lossy",
+    when="asked",
+    after=("canonicalize", "int8-linears"),
+    requires=(WHOLE_CANVAS,),
+    establishes=(CHOSEN_ROWS,),
+    budget=("kl", "top1"),
+    refresh=(16, 8, 4, 2),  # 1 would save nothing
+)
 
 
 def restricted(program: Program) -> Restricted:
@@ -201,8 +232,7 @@ def plan_cache(program: Program, schedule: str, by_mask: bool, lossy: bool = Tru
     `lossy`: it may be used elsewhere too, as a lossy one.
     """
     model = full_forward(program)
-    if model is None:
-        return Skips("no loop runs a full forward over a canvas")
+    assert model is not None  # WHOLE_CANVAS
     try:
         why = exact_by_mask(program)
     except Unsupported as error:
