@@ -20,7 +20,7 @@ from aropt.loops.unmask.ar_verifier import OFFERS, PRODUCT
 from aropt.models.canvas import MASK, VOCAB
 from aropt.passes.guide_cache import GuideCache
 from aropt.pipeline.registry import make
-from aropt.rewriting.contract import Applies, Skips
+from aropt.rewriting.contract import Applies, Skips, planned
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import rounds, tiny
 from tests.support.run import generate
@@ -224,9 +224,9 @@ def test_batches_equal_the_request_alone(
 
 
 def test_the_cache_is_legal_by_the_mask(plain: Program, fast: Program) -> None:
-    assert isinstance(GuideCache().plan(plain, EAGER), Applies)
-    assert isinstance(GuideCache().plan(fast, EAGER), Skips)
-    both_ways = GuideCache().plan(guided(guide=Judge(causal=False)), EAGER)
+    assert isinstance(planned(GuideCache(), plain, EAGER), Applies)
+    assert isinstance(planned(GuideCache(), fast, EAGER), Skips)
+    both_ways = planned(GuideCache(), guided(guide=Judge(causal=False)), EAGER)
     assert isinstance(both_ways, Skips) and both_ways.reason == "row 0 of the guide sees row 63"
 
 

@@ -23,7 +23,7 @@ from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK, CanvasLM
 from aropt.passes.block_cache import BlockCache
 from aropt.restrict.rewrite import restrict
-from aropt.rewriting.contract import Applies, Skips
+from aropt.rewriting.contract import Applies, Skips, planned
 from aropt.validate.compare import cases, validate, with_probe
 from tests.loops.test_unmask import capture, tiny
 from tests.support.run import generate
@@ -43,7 +43,7 @@ def fast(plain: Program) -> Program:
 
 
 def test_it_applies_to_models_with_blocks(plain: Program) -> None:
-    assert isinstance(BlockCache().plan(plain, EAGER), Applies)
+    assert isinstance(planned(BlockCache(), plain, EAGER), Applies)
 
 
 def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
@@ -55,14 +55,14 @@ def test_sizes_that_only_values_tell_are_read(fast: Program) -> None:
 @pytest.mark.exhaustive
 def test_it_asks_the_mask(plain: Program) -> None:
     """The captured mask decides, not what the model says of itself."""
-    found = BlockCache().plan(plain.replace(meta={**plain.meta, "block": 3}), EAGER)
+    found = planned(BlockCache(), plain.replace(meta={**plain.meta, "block": 3}), EAGER)
     assert isinstance(found, Skips) and found.reason == "row 0 sees row 3, which is in a later block of 3"
-    assert isinstance(BlockCache().plan(plain.replace(meta={**plain.meta, "block": 8}), EAGER), Applies)
+    assert isinstance(planned(BlockCache(), plain.replace(meta={**plain.meta, "block": 8}), EAGER), Applies)
     everything = capture(tiny(0))
-    found = BlockCache().plan(everything.replace(meta={**everything.meta, "block": 4}), EAGER)
+    found = planned(BlockCache(), everything.replace(meta={**everything.meta, "block": 4}), EAGER)
     assert isinstance(found, Skips) and found.reason == "row 0 sees row 63, which is in a later block of 4"
-    assert "no blocks" in BlockCache().plan(everything, EAGER).reason  # type: ignore[union-attr]
-    assert isinstance(BlockCache().plan(BlockCache().run(plain), EAGER), Skips), "it does not fire twice"
+    assert "no blocks" in planned(BlockCache(), everything, EAGER).reason  # type: ignore[union-attr]
+    assert isinstance(planned(BlockCache(), BlockCache().run(plain), EAGER), Skips), "it does not fire twice"
 
 
 prompts = st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=11), min_size=1, max_size=4)

@@ -21,7 +21,7 @@ from aropt.models.canvas import MASK
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import Rewritten, run_passes
 from aropt.pipeline.registry import make, parse, pipeline
-from aropt.rewriting.contract import Applies, Result, Skips
+from aropt.rewriting.contract import Applies, Result, Skips, planned
 from aropt.validate.compare import Case, cases, validate, with_probe
 from aropt.validate.compare_canvas import Step, Trace
 from aropt.validate.drift import budget, ledger, measure
@@ -171,7 +171,7 @@ def test_lossy_caches_lose(plain: Program, fast: dict[str, Program], name: str) 
 def test_by_the_mask_some_are_exact(name: str) -> None:
     """Where blocks don't see later ones, what these leave alone is not stale: level rounding, no budget needed."""
     blocks = capture(tiny(BLOCK), "threshold")
-    plan = make(name).plan(blocks, EAGER)
+    plan = planned(make(name), blocks, EAGER)
     assert isinstance(plan, Applies) and plan.level == "rounding"
     result = applied(blocks, name)[1]
     assert (result.status, result.level) == ("applied", "rounding")
@@ -179,7 +179,7 @@ def test_by_the_mask_some_are_exact(name: str) -> None:
 
 
 def test_a_pass_applies_once(fast: dict[str, Program]) -> None:
-    assert isinstance(make("dual-cache").plan(fast["dual-cache"], EAGER), Skips)
+    assert isinstance(planned(make("dual-cache"), fast["dual-cache"], EAGER), Skips)
 
 
 def applied(program: Program, text: str, **bounds: float) -> tuple[Rewritten, Result]:

@@ -23,7 +23,7 @@ from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
-from aropt.rewriting.contract import Skips
+from aropt.rewriting.contract import Skips, planned
 from aropt.targets import lower
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import validate, with_probe
@@ -57,7 +57,7 @@ def passed(program: Program, *names: str) -> Program:
     """The program after these passes, each of which must apply."""
     for name in names:
         one = make(name)
-        assert not isinstance(planned := one.plan(program, ORT), Skips), planned
+        assert not isinstance(plan := planned(one, program, ORT), Skips), plan
         program = one.run(program)
     return program
 
@@ -144,7 +144,7 @@ def test_the_default_pipeline_makes_one_batch(plain: Program) -> None:
     fast, results, _ = run_passes(plain, pipeline(), "eager", Instruments(check=False))
     assert {r.name: r.status for r in results}["cfg-batch"] == "applied"
     assert "negative_tokens" not in fast.state and "negative_feed" not in fast.state
-    unguided = make("cfg-batch").plan(make_program(1), EAGER)
+    unguided = planned(make("cfg-batch"), make_program(1), EAGER)
     assert isinstance(unguided, Skips) and unguided.reason == "there is no guidance"
 
 
@@ -203,9 +203,9 @@ def test_the_branch_catches_up_once_and_then_ends(skipping: dict[str, Program], 
 
 
 def test_who_takes_the_pass(plain: Program, interval: Program) -> None:
-    no = make("cfg-interval").plan(plain, EAGER)
+    no = planned(make("cfg-interval"), plain, EAGER)
     assert isinstance(no, Skips) and "capture the model with the rule 'guidance-interval'" in no.reason
-    chosen = make("cfg-batch").plan(passed(interval, "cfg-interval"), EAGER)
+    chosen = planned(make("cfg-batch"), passed(interval, "cfg-interval"), EAGER)
     assert isinstance(chosen, Skips) and "cfg-interval chose" in chosen.reason
     both = passed(interval, "cfg-batch", *FUSED)
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
@@ -387,8 +387,8 @@ def test_elimination_is_validated(free: Program, alone: Program) -> None:
 
 
 def test_elimination_needs_weights_that_say_so(plain: Program) -> None:
-    planned = CfgEliminate().plan(plain, EAGER)
-    assert isinstance(planned, Skips) and "python -m aropt.models.train digits-ar --cca" in planned.reason
+    plan = planned(CfgEliminate(), plain, EAGER)
+    assert isinstance(plan, Skips) and "python -m aropt.models.train digits-ar --cca" in plan.reason
     assert "cfg-eliminate" not in [p.name for p in pipeline()]
 
 

@@ -23,7 +23,7 @@ from aropt.passes.kv_cache import KvCache
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
-from aropt.rewriting.contract import Skips
+from aropt.rewriting.contract import Skips, planned
 from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
@@ -207,13 +207,13 @@ def test_a_step_after_wrong_drafts_reads_its_own_keys_and_values() -> None:
 def test_skips_what_it_is_not_for() -> None:
     cached = KvCache().run(plain())
     one = Int8Draft(least=1000)
-    assert isinstance(one.plan(plain(), EAGER), Skips), "without a cache there is no step"
-    assert isinstance(one.plan(one.run(cached), EAGER), Skips), "drafts are there already"
+    assert isinstance(planned(one, plain(), EAGER), Skips), "without a cache there is no step"
+    assert isinstance(planned(one, one.run(cached), EAGER), Skips), "drafts are there already"
     guided = run_passes(images(), pipeline([ASKED]), "onnxruntime", Instruments(check=False))[1]
     assert "two of it" in next(r.reason for r in guided if r.name == "int8-draft")
-    few = Int8Draft().plan(cached, EAGER)
+    few = planned(Int8Draft(), cached, EAGER)
     assert isinstance(few, Skips) and few.rejected and "eight bits" in few.reason
-    other = one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), EAGER)
+    other = planned(one, KvCache().run(make_program(1, ("repetition-penalty",))), EAGER)
     assert isinstance(other, Skips) and "seen" in other.reason
     for options, why in (({"drafts": 0}, "drafts=0"), ({"group": 48}, "group=48")):
         with pytest.raises(UsageError, match=why):

@@ -26,7 +26,7 @@ from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
-from aropt.rewriting.contract import Skips
+from aropt.rewriting.contract import Skips, planned
 from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, make_program, rounds_of
@@ -182,9 +182,11 @@ def test_validation_passes_whatever_is_drafted() -> None:
 def test_skips_what_it_is_not_for() -> None:
     cached = KvCache().run(plain())
     one = NgramDraft()
-    assert isinstance(one.plan(plain(), EAGER), Skips), "without a cache there is no step"
-    assert isinstance(one.plan(one.run(cached), EAGER), Skips), "drafts are there already"
-    assert isinstance(one.plan(KvCache().run(make_program(1, ("repetition-penalty",))), EAGER), Skips)
-    assert isinstance(one.plan(cached.replace(meta={**cached.meta, "unit": 4}), EAGER), Skips), "rows of several ids"
+    assert isinstance(planned(one, plain(), EAGER), Skips), "without a cache there is no step"
+    assert isinstance(planned(one, one.run(cached), EAGER), Skips), "drafts are there already"
+    assert isinstance(planned(one, KvCache().run(make_program(1, ("repetition-penalty",))), EAGER), Skips)
+    assert isinstance(planned(one, cached.replace(meta={**cached.meta, "unit": 4}), EAGER), Skips), (
+        "rows of several ids"
+    )
     with pytest.raises(UsageError, match="drafts=0"):
         NgramDraft(drafts=0).plan(cached, EAGER)

@@ -22,7 +22,7 @@ from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, names, parse, pipeline
-from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.contract import Applies, Contract, Skips, planned
 from aropt.rewriting.target import Target
 from tests.support.run import generate
 from tests.support.targets import EAGER
@@ -125,7 +125,7 @@ def test_kv_cache_refuses_a_bidirectional_model() -> None:
 
 
 def test_kv_cache_does_not_fire_twice(plain: Program) -> None:
-    assert isinstance(KvCache().plan(KvCache().run(plain), EAGER), Skips)
+    assert isinstance(planned(KvCache(), KvCache().run(plain), EAGER), Skips)
 
 
 def test_fuse_alone_keeps_the_full_forward(plain: Program) -> None:

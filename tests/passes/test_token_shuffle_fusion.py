@@ -19,7 +19,7 @@ from aropt.ir.interpreter import Eager
 from aropt.models.shuffle import Layout, Shape, ShuffleAR
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.token_shuffle_fusion import TokenShuffleFusion
-from aropt.rewriting.contract import Applies, Skips
+from aropt.rewriting.contract import Applies, Skips, planned
 from aropt.validate.compare import TOLERANCE, cases, validate, with_probe
 from aropt.validate.oracle import Oracle, noise_floor
 from tests.support.run import generate
@@ -82,7 +82,7 @@ def counts(program: aropt.Program, graph: str = "model") -> tuple[int, int]:
 def fused(plain: aropt.Program, limit: int = 256) -> tuple[Applies | Skips, aropt.Program]:
     """What the pass says and makes; both agree on which sides are fused, and the logits stay the same."""
     one = TokenShuffleFusion(limit)
-    plan, made = one.plan(plain, EAGER), one.run(plain)
+    plan, made = planned(one, plain, EAGER), one.run(plain)
     matches = plan.matches if isinstance(plan, Applies) else ()
     assert counts(made) == tuple(sum(f"model, {side}:" in m for m in matches) for side in ("in", "out"))
     assert len(matches) + len(plan.rejected) == 2
@@ -370,18 +370,18 @@ class Halves(Written):
 
 
 def test_a_program_without_a_side_is_skipped_with_the_reason() -> None:
-    plan = TokenShuffleFusion().plan(captured(Biased()), EAGER)
+    plan = planned(TokenShuffleFusion(), captured(Biased()), EAGER)
     assert isinstance(plan, Skips) and "more than one row" in plan.reason
 
 
 def test_a_module_in_bfloat16_is_fused_as_it_is_computed() -> None:
-    plan = TokenShuffleFusion().plan(captured(Halves()), EAGER)
+    plan = planned(TokenShuffleFusion(), captured(Halves()), EAGER)
     assert isinstance(plan, Applies) and len(plan.matches) == 2
 
 
 def test_rows_of_one_id_are_left() -> None:
     program = loop(W, LEVELS)
-    plan = TokenShuffleFusion().plan(program.replace(meta={**program.meta, "unit": None}), EAGER)
+    plan = planned(TokenShuffleFusion(), program.replace(meta={**program.meta, "unit": None}), EAGER)
     assert plan == Skips("a row is one id")
 
 
