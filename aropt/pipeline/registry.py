@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pkgutil
 from collections.abc import Iterable, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from typing import Any
@@ -18,11 +19,13 @@ from aropt.errors import UsageError
 from aropt.rewriting.contract import Contract, Pass, broken
 
 
+@cache
 def known() -> dict[str, str]:
     """{name: module} of all passes; nothing is imported."""
     return {m.name.replace("_", "-"): f"aropt.passes.{m.name}" for m in pkgutil.iter_modules(aropt.passes.__path__)}
 
 
+@cache
 def pass_class(name: str) -> Any:
     """The pass of that name. Raises UsageError for an unknown one, and for a file that holds no pass."""
     module = known().get(name)

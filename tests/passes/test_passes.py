@@ -205,10 +205,3 @@ def test_instruments_dump_each_stage(plain: Program, tmp_path: Any) -> None:
     assert (
         sum(s.startswith("// after prune") for s in shown) == 1 and sum(s.startswith("// diff of") for s in shown) == 5
     )
-
-
-def test_contracts_are_checked() -> None:
-    with pytest.raises(ValueError, match="level"):
-        Contract("exact")
-    with pytest.raises(ValueError, match="budget"):
-        Contract("lossy")

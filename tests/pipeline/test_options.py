@@ -18,8 +18,6 @@ from aropt.cli import optimize as command
 from aropt.cli.infill import answers, stops
 from aropt.errors import UsageError
 from aropt.ir.program import Program
-from aropt.pipeline import registry
-from aropt.rewriting import contract as passbase
 
 MASK = 11
 
@@ -130,18 +128,3 @@ def test_texts_of_answers_and_stops(tiny_program: Program) -> None:
     assert stops(["7", "x"], encode) == [7, 120] and stops([""], encode) == []
     with pytest.raises(UsageError, match="a sequence ends at one token"):
         stops(["xy"], encode)
-
-
-def test_a_broken_pass_names_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(registry.PASSES, "mine", "mine")
-    folder = tmp_path / "passes"
-    folder.mkdir()
-    monkeypatch.setattr("aropt.passes.__path__", [str(folder)])
-    for text, words in (("x = 1\nPASS = nothing\n", "mine.py:2"), ("def (:\n", "mine.py:1"), ("", "mine.py"),
-                        ("class PASS:\n    pass\n", "PASS is no dataclass with name, contract")):  # fmt: skip
-        (folder / "mine.py").write_text(text)
-        sys.modules.pop("aropt.passes.mine", None)
-        with pytest.raises(UsageError, match=r"the pass 'mine' can't be loaded[\s\S]*passes/mine.py") as told:
-            registry.pass_class("mine")
-        assert words in str(told.value)
-    assert passbase.broken("mine", "passes/mine.py", ValueError("x")).code == 2
