@@ -257,23 +257,24 @@ def serve(job: dict[str, Any]) -> None:
     own_process()
     with Scratch() as folder:
         try:
-            program = built(job, Path(folder))
+            made = built(job, Path(folder))
         except Exception as error:  # a variant that fails is a line of the result
             say(error=f"{type(error).__name__}: {error}".splitlines()[0])
             return
-        params = {"threshold": job["threshold"]} | ({} if program.meta.get("block") else {"block": BLOCK})
-        counts = [counted(program, prompt, params) for prompt in job["prompts"]]
+        params = {"threshold": job["threshold"]} | ({} if made.program.meta.get("block") else {"block": BLOCK})
+        counts = [counted(made, prompt, params) for prompt in job["prompts"]]
         say(ready=job["name"])
         for line in sys.stdin:
             prompt, (forwards, rows) = job["prompts"][int(line)], counts[int(line)]
             start = time.perf_counter()
-            (tokens,) = program.generate([prompt], NEW, **params)
+            (tokens,) = made.generate([prompt], NEW, **params)
             say(ms=(time.perf_counter() - start) * 1e3, tokens=tokens, nfe=forwards, rows=rows)
 
 
 def built(job: dict[str, Any], folder: Path) -> Any:
     """The program of a variant, lowered."""
     import aropt
+    from aropt.ir.interpreter import Eager
     from aropt.pipeline.checks import Instruments
     from aropt.pipeline.registry import pipeline
 
@@ -285,7 +286,7 @@ def built(job: dict[str, Any], folder: Path) -> Any:
     else:
         program = aropt.capture(job["model"], rules=("threshold",))
     if job["target"] == "eager":
-        return program
+        return aropt.Compiled(program, Eager(program))
     names = [job["cache"]] if job["cache"] else []
     passes = pipeline(names, () if job["cache"] else ["block-cache"])
     return aropt.optimize(
@@ -294,7 +295,7 @@ def built(job: dict[str, Any], folder: Path) -> Any:
     )  # fmt: skip
 
 
-def counted(program: Any, prompt: list[int], params: dict[str, float]) -> tuple[int, int]:
+def counted(made: Any, prompt: list[int], params: dict[str, float]) -> tuple[int, int]:
     """Forwards and computed rows of a generation."""
     rounds: list[int] = []
 
@@ -302,7 +303,7 @@ def counted(program: Any, prompt: list[int], params: dict[str, float]) -> tuple[
         width = values["tokens"].shape[1]
         rounds.append(int((values["slots"] < width).sum()) if "slots" in values else width)
 
-    program.generate([prompt], NEW, on_round=count, **params)
+    made.generate([prompt], NEW, on_round=count, **params)
     return len(rounds), sum(rounds)
 
 

@@ -159,20 +159,20 @@ def measured(name: str, texts: list[list[int]], judge: NGram, folder: Path, thre
     params = {"block": BLOCK, **params}
     guided = rule.startswith("guide")
     print(name, file=sys.stderr, flush=True)
-    program = aropt.capture("text-mdlm", rules=(rule,), guide="text-ar" if guided else None, examples=[])
-    program = aropt.optimize(
-        program, "onnxruntime", pipeline(["free-cache"]), check=False, folder=folder / name.replace(" ", "-"),
+    plain = aropt.capture("text-mdlm", rules=(rule,), guide="text-ar" if guided else None, examples=[])
+    made = aropt.optimize(
+        plain, "onnxruntime", pipeline(["free-cache"]), check=False, folder=folder / name.replace(" ", "-"),
         threads=threads, instruments=Instruments(budget={"kl": float("inf")}),
     )  # fmt: skip
-    reverted = [p["name"] for p in program.report["passes"] if p["status"] == "reverted"]
+    reverted = [p["name"] for p in made.report["passes"] if p["status"] == "reverted"]
     if reverted:
         raise SystemExit(f"{name}: {', '.join(reverted)} was reverted")
     result = Measured()
     for ids in texts:
         rounds: list[int] = []
-        program.generate([ids[:PROMPT]], NEW, on_round=lambda _, r=rounds: r.append(1), **params)
+        made.generate([ids[:PROMPT]], NEW, on_round=lambda _, r=rounds: r.append(1), **params)
         start = time.perf_counter()
-        (answer,) = program.generate([ids[:PROMPT]], NEW, **params)
+        (answer,) = made.generate([ids[:PROMPT]], NEW, **params)
         result.ms.append((time.perf_counter() - start) * 1e3)
         result.forwards.append(len(rounds))
         result.nll.append(judge.nll([*ids[:PROMPT], *answer], PROMPT))

@@ -83,8 +83,8 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
     from aropt.bench import timing as bench
     from aropt.loops.runtime import room
-    from aropt.pipeline import artifact
     from aropt.pipeline.api import environment
+    from aropt.pipeline.reading import load
 
     variants, ratios = WORKS[work]
     outs = {model: built(model, threads) for model in dict.fromkeys(m for m, _ in variants)}
@@ -92,7 +92,7 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     timings = {name: bench.Timing(name) for name in names}
     specs, rounds = [], {}
     for name, (model, variant) in zip(names, variants, strict=True):
-        program = artifact.load(outs[model], target="eager")
+        program = load(outs[model], target="eager").program
         prompt = [int(t) for t in program.meta["prompts"][0]]
         rounds[name] = int(program.meta["capacity"])
         n = room(program, prompt)

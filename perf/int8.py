@@ -60,13 +60,13 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     """{rows: {variant: {ms, first, agreement, version}}, drift}."""
     from aropt.bench import timing as bench
     from aropt.loops.runtime import fitted, room
-    from aropt.pipeline import artifact
     from aropt.pipeline.api import environment
+    from aropt.pipeline.reading import load
 
     folder = ROOT / "build" / "bench"
     outs = {FLOAT: built(model, folder / f"{model}-float32", threads)}
     outs[INT8] = built(model, folder / f"{model}-int8", threads, **LOSSY)
-    program = artifact.load(outs[FLOAT], target="eager")
+    program = load(outs[FLOAT], target="eager").program
     prompt = models.PROMPT if model in models.SHAPES else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
     timings = {name: bench.Timing(variant) for name, variant in VARIANTS.items()}

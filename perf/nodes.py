@@ -105,7 +105,7 @@ def whole_loop(artifact: Path, threads: int) -> dict[str, Any]:
     from aropt.exporters.whole_loop import export_program
     from aropt.loops.runtime import make_inputs
 
-    program = load(artifact)
+    program = load(artifact).program
     prompt = [int(t) for t in program.meta["prompts"][0]][:1]
     rounds = min(SLOTS, int(program.meta["capacity"])) - 1
     feeds = {n: v.numpy() for n, v in make_inputs(program, [prompt], rounds, 0, (), [0], None, {}).items()}
@@ -155,7 +155,7 @@ def main() -> None:
     artifact, threads = ROOT / "build" / "bench" / model, 2
     if not artifact.is_dir():
         sys.exit(f"{artifact} is not there: run python -m perf.run {model}")
-    program = load(artifact)
+    program = load(artifact).program
     size = int(program.state["k_0"].spec.dims[3])
     middle = min(SLOTS, int(program.meta["capacity"])) // 2, size
     paths = {"aropt, a step": artifact / "models/step_greedy/onnxruntime/model.onnx"}

@@ -75,8 +75,8 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     from aropt.cli.optimize import Request, add_roofline, add_timings, optimize
     from aropt.ir.units import rows_for
     from aropt.loops.runtime import fitted, room
-    from aropt.pipeline import artifact
     from aropt.pipeline.cost import step_bytes
+    from aropt.pipeline.reading import load
 
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
     drawn = model in models.SHAPES
@@ -85,7 +85,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     large = model in LARGE
     request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=True)
     report = optimize(request)
-    program = artifact.load(out)
+    program = load(out).program
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))
     size, rates = step_bytes(program, len(prompt) + rows_for(program.meta, n) // 2), list[float]()

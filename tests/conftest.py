@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aropt.ir.executor import Values
 from aropt.ir.program import Program
+from aropt.pipeline.compiled import Compiled
 from tests.support.run import generate
 from tests.support.targets import ORT
 
@@ -121,7 +122,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return check
 
 
-def rounds_of(program: Program, prompts: list[list[int]], n: int, **options: Any) -> list[Values]:
+def rounds_of(program: Program | Compiled, prompts: list[list[int]], n: int, **options: Any) -> list[Values]:
     """What each round of a generation saw."""
     seen: list[Values] = []
     generate(program, prompts, n, on_round=lambda values: seen.append(dict(values)), **options)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
 from aropt.targets import find_target
+
+if TYPE_CHECKING:  # a spec is read without torch
+    from aropt.pipeline.compiled import Compiled
 
 NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", *PEERS)
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
@@ -64,19 +67,19 @@ def variant(spec: Spec) -> Generate:
 
     target = TARGETS.get(spec.variant)
     able = find_target(target) if target else None
-    program = load(spec.artifact, target=target, threads=spec.threads)
-    applied = {e.name for e in program.ledger}
+    made = load(spec.artifact, target=target, threads=spec.threads)
+    applied = {e.name for e in made.program.ledger}
     if able is not None and any(name in applied and not able.has(word) for name, word in EIGHT_BITS.items()):
         return stepping(again(spec, [], able.name), spec)  # there it makes floats of all weights in each round
     if target is not None:
-        program = program.replace(executor=program.executor.stepping())
+        made = replace(made, executor=made.executor.stepping())
     if spec.variant == "one-call":
-        program = program.replace(executor=program.executor.single_call(program))
+        made = replace(made, executor=made.executor.single_call(made.program))
     generate = {"stepping": stepping, "multi-step": several_rounds, "single-call": one_call}
-    return generate[program.executor.way](program, spec)
+    return generate[made.executor.way](made, spec)
 
 
-def stepping(program: Any, spec: Spec) -> Generate:
+def stepping(made: Compiled, spec: Spec) -> Generate:
     """The program's own loop, a call a round."""
 
     def generate() -> tuple[list[int], float]:
@@ -87,7 +90,7 @@ def stepping(program: Any, spec: Spec) -> Generate:
             stamps.append(time.perf_counter())
             return False  # only the first round is of interest, and watching the others would slow them down
 
-        tokens = program.generate([spec.prompt], spec.n, on_round=stamp, temperature=spec.temperature, stop=())
+        tokens = made.generate([spec.prompt], spec.n, on_round=stamp, temperature=spec.temperature, stop=())
         return tokens[0], (stamps[0] - start) * 1e3
 
     return generate
@@ -97,7 +100,7 @@ class Enough(Exception):
     """Ends a generation that has shown its first token."""
 
 
-def several_rounds(program: Any, spec: Spec) -> Generate:
+def several_rounds(made: Compiled, spec: Spec) -> Generate:
     """Several rounds a call, where nothing is streamed: the first token's time is that of a streamed generation."""
 
     def first() -> float:
@@ -106,12 +109,11 @@ def several_rounds(program: Any, spec: Spec) -> Generate:
 
         start = time.perf_counter()
         with suppress(Enough):
-            program.generate([spec.prompt], spec.n, on_round=stop, temperature=spec.temperature, stop=())
+            made.generate([spec.prompt], spec.n, on_round=stop, temperature=spec.temperature, stop=())
         return (time.perf_counter() - start) * 1e3
 
     def generated() -> list[list[int]]:
-        found: list[list[int]] = program.generate([spec.prompt], spec.n, temperature=spec.temperature, stop=())
-        return found
+        return made.generate([spec.prompt], spec.n, temperature=spec.temperature, stop=())
 
     def generate() -> tuple[list[int], float, float]:
         shown = [first() for _ in range(3)][-1]
@@ -123,12 +125,12 @@ def several_rounds(program: Any, spec: Spec) -> Generate:
     return generate
 
 
-def one_call(program: Any, spec: Spec) -> Generate:
+def one_call(made: Compiled, spec: Spec) -> Generate:
     """The whole loop in one call, which shows no first token: that is the time of a generation of one."""
 
     def timed(n: int) -> tuple[list[int], float]:
         start = time.perf_counter()
-        tokens = program.generate([spec.prompt], n, temperature=spec.temperature, stop=())
+        tokens = made.generate([spec.prompt], n, temperature=spec.temperature, stop=())
         return tokens[0], (time.perf_counter() - start) * 1e3
 
     def generate() -> tuple[list[int], float, float]:
@@ -144,7 +146,7 @@ def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     from aropt.frontend.sources import resolve
     from aropt.pipeline.reading import load
 
-    meta = load(spec.artifact, target="eager").meta
+    meta = load(spec.artifact, target="eager").program.meta
     if not spec.origin.model:
         raise UsageError(what="no model is named", hint="--model MODEL")
     source = resolve(spec.origin.model, int(meta["capacity"]), spec.origin.trusted, meta.get("loop"))
@@ -164,12 +166,14 @@ def eager(spec: Spec) -> Generate:
     import torch
 
     from aropt.frontend.forwards import Forward
+    from aropt.ir.interpreter import Eager
     from aropt.pipeline.api import capture
+    from aropt.pipeline.compiled import Compiled
 
     source, meta = model(spec)
     if meta.get("loop") == "unmask":
-        guide = guided(spec, meta)
-        return stepping(capture(source, loop="unmask", rules=meta.get("rules"), guide=guide), spec)
+        plain = capture(source, loop="unmask", rules=meta.get("rules"), guide=guided(spec, meta))
+        return stepping(Compiled(plain, Eager(plain)), spec)
     forward, prompt = Forward(source.module), rows(source.meta, spec.prompt)
 
     def generate() -> tuple[list[int], float]:
@@ -189,11 +193,12 @@ def lossy(spec: Spec) -> list[str]:
     """The lossy passes of an artifact, as the command line has them."""
     from aropt.pipeline.reading import load
 
-    found = [e for e in load(spec.artifact, target="eager", threads=spec.threads).ledger if e.level == "lossy"]
+    ledger = load(spec.artifact, target="eager", threads=spec.threads).program.ledger
+    found = [e for e in ledger if e.level == "lossy"]
     return [f"{e.name}:" + ",".join(f"{k}={v}" for k, v in e.options.items()) for e in found]
 
 
-def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any:
+def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Compiled:
     """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
     artifact's.
     """
@@ -206,7 +211,7 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Any
     program = capture(source, rules=meta.get("rules"))
     trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
     made = optimize(program, target, pipeline(chosen), check=False, threads=spec.threads, instruments=trusting)
-    if "ngram-draft" in chosen and not loops(made.control, "speculate"):
+    if "ngram-draft" in chosen and not loops(made.program.control, "speculate"):
         raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
     return made
 

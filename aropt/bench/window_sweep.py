@@ -9,14 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from aropt.ir.program import Program
 from aropt.loops.runtime import room
 from aropt.pipeline.api import capture, optimize
 from aropt.pipeline.checks import Instruments
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.registry import pipeline
 
 MOST = 8  # windows: larger ones leave a handful of rounds
@@ -28,7 +29,7 @@ def windows(side: int) -> list[int]:
 
 
 def curve(
-    module: nn.Module, done: Program, target: str, threads: int, runs: int, say: Callable[[str], None]
+    module: nn.Module, done: Compiled, target: str, threads: int, runs: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """[{window, rounds, median, p10, p90, n}] of one image each, in milliseconds; windows take turns.
 
@@ -36,15 +37,16 @@ def curve(
     call a round, also where `done` would run in one call.
     """
     twin: Any = getattr(module, "twin", None)
-    if twin is None or not done.meta.get("window"):
+    meta = done.program.meta
+    if twin is None or not meta.get("window"):
         return []
-    own, side = int(done.meta["window"]), int(done.meta["side"])
-    done = done.replace(executor=done.executor.stepping())
+    own, side = int(meta["window"]), int(meta["side"])
+    done = replace(done, executor=done.executor.stepping())
     programs = {}
     for window in windows(side):
         say(f"window {window}")
         programs[window] = done if window == own else optimize(
-            capture(twin(window), rules=tuple(done.meta["rules"])), target, pipeline(), check=False, threads=threads,
+            capture(twin(window), rules=tuple(meta["rules"])), target, pipeline(), check=False, threads=threads,
             instruments=Instruments(check=False),
         )  # fmt: skip
     times = timed(programs, runs)
@@ -55,13 +57,14 @@ def curve(
     ]  # fmt: skip
 
 
-def timed(programs: dict[int, Program], runs: int) -> dict[int, list[float]]:
+def timed(programs: dict[int, Compiled], runs: int) -> dict[int, list[float]]:
     """Milliseconds of so many images by each program, in turns; a first one is not counted."""
     times: dict[int, list[float]] = {window: [] for window in programs}
     for run in range(runs + 1):
-        for window, program in programs.items():
+        for window, made in programs.items():
+            program = made.program
             prompt = program.meta["prompts"][0]
             start = time.perf_counter()
-            program.generate([prompt], room(program, prompt), temperature=1.0, seed=run, plain=True)
+            made.generate([prompt], room(program, prompt), temperature=1.0, seed=run, plain=True)
             times[window] += [(time.perf_counter() - start) * 1e3] if run else []
     return times

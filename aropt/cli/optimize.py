@@ -25,13 +25,14 @@ from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
-from aropt.loops.runtime import fitted, room
+from aropt.loops.runtime import fitted, generate, room
 from aropt.models import REFERENCES
 from aropt.pipeline import artifact, store
 from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips, planned
@@ -121,10 +122,10 @@ def optimize(request: Request) -> dict[str, Any]:
         report = done.report
         if request.check and report["verify"]["status"] == "fail":
             failed.append(report)
-            artifact.write(done, folder, report, source.files)
+            artifact.write(done.program, folder, report, source.files)
             aside = store.put_aside(folder, request.out)
-            if "needs_finetune" in done.meta:
-                raise untrained(done)
+            if "needs_finetune" in done.program.meta:
+                raise untrained(done.program)
             raise VerificationFailed(
                 what=f"the optimized program does not match '{request.model}'",
                 where=str(aside / "report.html"),
@@ -133,7 +134,7 @@ def optimize(request: Request) -> dict[str, Any]:
             )
         missed = report.get("drift", {}).get("missed", "")
         if missed:
-            artifact.write(done, folder, report, source.files)
+            artifact.write(done.program, folder, report, source.files)
             aside = store.put_aside(folder, request.out)
             raise BudgetMissed(
                 what=f"the program lowered to {request.target} misses the budget",
@@ -143,11 +144,11 @@ def optimize(request: Request) -> dict[str, Any]:
             )
         say("samples")
         report["samples"] = samples(program, done, source)
-        artifact.write(done, folder, {}, source.files)
-        timed(report, folder, done, source, request, threads)
+        artifact.write(done.program, folder, {}, source.files)
+        timed(report, folder, done.program, source, request, threads)
         if request.runs:
             report["windows"] = curve(source.module, done, request.target, threads, request.runs, say)
-        artifact.write(done, folder, report, source.files)
+        artifact.write(done.program, folder, report, source.files)
     return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -297,14 +298,17 @@ def add_roofline(
     report["roofline"] = {"variant": variant, "bytes_per_step": size, "bandwidth_gb_s": rate, "share": share}
 
 
-def samples(reference: Program, program: Program, source: Source) -> list[dict[str, Any]]:
+def samples(reference: Program, made: Compiled, source: Source) -> list[dict[str, Any]]:
     """The same prompts through the reference interpreter and through the result: pictures or texts."""
+    program, found = made.program, []
     prompts = [fitted(program, p) for p in program.meta["prompts"]]
-    found = []
     for i, prompt in enumerate(prompts[:10]):
         n = min(64, room(program, prompt))
-        options = {"seed": i, "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0}
-        before, after = (p.generate([prompt], n, **options)[0] for p in (reference, program))
+        options: dict[str, Any] = {
+            "seed": i,
+            "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0,
+        }
+        before, after = generate(reference, [prompt], n, **options)[0], made.generate([prompt], n, **options)[0]
         image = program.meta["modality"] == "image"
         found.append(
             {

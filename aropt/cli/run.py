@@ -16,8 +16,10 @@ from aropt.ir.program import Program
 from aropt.ir.units import rows
 from aropt.loops.given import check_parameters
 from aropt.loops.runtime import fitted, room
-from aropt.pipeline import artifact, store
+from aropt.pipeline import store
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manifest import listing
+from aropt.pipeline.reading import load
 
 
 def run(
@@ -37,7 +39,8 @@ def run(
 
     `stop`: ids, or texts of one id. `fill`: answers with blanks in them (see aropt.cli.infill).
     """
-    program, coder = artifact.load(out, target), tokenizer(out)
+    made, coder = load(out, target), tokenizer(out)
+    program = made.program
     check_parameters(program, params)
 
     def part(text: str) -> list[int]:
@@ -53,7 +56,7 @@ def run(
         path = image or beside(out, ".png")
         pictures.check_free(path, force)
         given = {**params, **options, "seed": seed}
-        return run_images(program, 10 if n is None else n, prompts, given, path, grid, force)
+        return run_images(made, 10 if n is None else n, prompts, given, path, grid, force)
     if grid or image:
         raise UsageError(
             what=f"'{out.name}' makes no pictures", where="--grid, --image", why="its tokens are no grey levels",
@@ -62,7 +65,7 @@ def run(
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
     if fill is not None:
         n = max(map(len, options["fill"]))
-    tokens = program.generate(ids, n, seed=seed, **options, **params)
+    tokens = made.generate(ids, n, seed=seed, **options, **params)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
         result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]
@@ -76,7 +79,7 @@ def beside(out: Path, ending: str) -> Path:
 
 
 def run_images(
-    program: Program,
+    made: Compiled,
     n: int,
     prompts: Sequence[str] | None,
     options: dict[str, Any],
@@ -87,13 +90,14 @@ def run_images(
     """n pictures, classes in turn, side by side in one PNG."""
     if n < 1 and not prompts:
         raise UsageError(what=f"can't draw {n} pictures", where="-n", hint="give a number of 1 or more")
+    program = made.program
     classes = [list(map(int, p)) for p in program.meta["prompts"]]
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
     columns, _ = pictures.layout(columns_by_rows, len(ids))
     most = min(room(program, p) for p in ids)
-    tokens = program.generate(ids, most, **{"temperature": 0.8, **options})
-    made = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
-    pictures.write(pictures.grid(made, columns, int(program.meta["vocab"])), path, force)
+    tokens = made.generate(ids, most, **{"temperature": 0.8, **options})
+    drawn = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
+    pictures.write(pictures.grid(drawn, columns, int(program.meta["vocab"])), path, force)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}
 
 
@@ -143,7 +147,7 @@ def bench(
     from aropt.pipeline.api import environment
 
     timing.check(against, origin)
-    program = artifact.load(out)
+    program = load(out).program
     threads = threads or torch.get_num_threads()
     report: dict[str, Any] = {"env": environment(threads), "target": program.meta["target"], "notes": []}
     left = [] if against else [v for v in timing.DEFAULT_AGAINST if v in NEED_MODEL and not origin.model]
@@ -176,7 +180,8 @@ def export(
     from aropt.exporters.onnx import export as export_graph
     from aropt.ir.serialize import to_json
 
-    program = artifact.load(out, target="eager")
+    made = load(out, target="eager")
+    program = made.program
     verify: dict[str, Any] = {}
     with store.staged_export(folder, force, [out]) as staging:
         if whole_loop:
@@ -186,7 +191,7 @@ def export(
             say("export the loop")
             export_program(program, staging / "model.onnx", ort)
             say("compare it with the program")
-            verify = run_loop.compare(staging / "model.onnx", program)
+            verify = run_loop.compare(staging / "model.onnx", program, made.executor, made.home)
         else:
             for name, graph in program.graphs.items():
                 say(f"export {name}")
@@ -212,7 +217,7 @@ def inspect(model: str, graph: str | None, fold: bool, capacity: int | None, tru
                 why=f"'{model}' is an artifact, whose caches have that size",
                 hint="leave it out, or name the model",
             )
-        program = artifact.load(model, target="eager")
+        program = load(model, target="eager").program
     else:
         from aropt.pipeline.api import capture
 

@@ -157,29 +157,9 @@ class Program:
     weights: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     ledger: tuple[Entry, ...] = ()
-    executor: Any = None  # what generate() runs on; None is the reference interpreter. Not part of the program
-    report: dict[str, Any] = field(default_factory=dict)  # what optimize() measured. Not part of the program
-    home: str = ""  # the artifact that it was read from. Not part of the program
 
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
-
-    def generate(self, prompts: Any, n: int | None = None, **options: Any) -> list[list[int]]:
-        """Up to `n` new token ids for each prompt; see `aropt.loops.runtime.generate` for the options."""
-        from aropt.loops.runtime import generate
-
-        return generate(self, prompts, n, **options)
-
-    def save(self, path: str, force: bool = False) -> None:
-        """Writes the artifact folder; see `aropt.pipeline.artifact.save`."""
-        from aropt.pipeline.artifact import save
-
-        save(self, path, force)
-
-    def __str__(self) -> str:
-        from aropt.ir.printer import text
-
-        return text(self)
 
 
 def output_node(graph: fx.Graph) -> Node:

@@ -23,8 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
-def blaming(program: Program, on_round: OnRound | None) -> Iterator[OnRound | None]:
-    """Raises Unsupported where a program that was read fails as it runs; what `on_round` raises goes on."""
+def blaming(home: str, on_round: OnRound | None) -> Iterator[OnRound | None]:
+    """Raises Unsupported where a program of the artifact `home` fails as it runs; what `on_round` raises goes on."""
     own: list[BaseException] = []
 
     def watched(values: Values) -> bool | None:
@@ -35,15 +35,15 @@ def blaming(program: Program, on_round: OnRound | None) -> Iterator[OnRound | No
             raise
 
     try:
-        yield watched if program.home and on_round is not None else on_round
+        yield watched if home and on_round is not None else on_round
     except AroptError:
         raise
     except Exception as error:  # of torch or ONNX Runtime, which have many kinds
-        if not program.home or error in own:
+        if not home or error in own:
             raise
         raise Unsupported(
             what="the artifact's program fails as it runs",
-            where=program.home,
+            where=home,
             why=(str(error).splitlines() or [type(error).__name__])[0][:300],
             hint="make the artifact again: aropt optimize MODEL -o OUT; report it if that fails too",
         ) from error
@@ -53,8 +53,8 @@ def blames(function: F) -> F:
     """The function of a program, with `blaming`."""
 
     @functools.wraps(function)
-    def wrapped(program: Program, *args: Any, on_round: OnRound | None = None, **options: Any) -> Any:
-        with blaming(program, on_round) as watched:
+    def wrapped(program: Program, *args: Any, on_round: OnRound | None = None, home: str = "", **options: Any) -> Any:
+        with blaming(home, on_round) as watched:
             return function(program, *args, on_round=watched, **options)
 
     return wrapped  # type: ignore[return-value]
@@ -74,6 +74,7 @@ def generate(
     executor: Executor | None = None,
     on_round: OnRound | None = None,
     plain: bool = False,
+    home: str = "",
     **params: Any,
 ) -> list[list[int]]:
     """Up to `n` new token ids for each prompt (the stop token included).
@@ -86,6 +87,8 @@ def generate(
     Prompts of different lengths run as one left-padded batch where the program has positions apart from slots,
     otherwise one by one; the tokens are the same. `streams`: which noise each sequence draws (default: its
     index). `fill`: what the answers of a program that unmasks hold already, `n` ids each, the mask id elsewhere.
+    `executor`: what runs the graphs (default: the reference interpreter). `home`: the artifact that the program was
+    read from, which is to blame where it fails as it runs.
     Raises UsageError for a bad prompt or parameter.
     """
     params, stop = with_defaults(program.meta, params, stop, plain)
@@ -105,7 +108,7 @@ def generate(
             where="streams",
             hint="give one for each prompt, or leave streams out",
         )
-    executor = executor or program.executor or Eager(program)
+    executor = executor or Eager(program)
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):
         drawn = group if streams is None else [streams[i] for i in group]

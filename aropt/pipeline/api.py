@@ -28,6 +28,7 @@ from aropt.loops.unmask.ar_verifier import make as make_guide
 from aropt.loops.unmask.build import unmasking
 from aropt.pipeline.autotune import trial
 from aropt.pipeline.checks import Instruments, describe
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.pipeline.uncached import uncached
@@ -150,7 +151,7 @@ def optimize(
     budget: Mapping[str, float] | None = None,
     keep_going: bool = False,
     thorough: bool = False,
-) -> Program:
+) -> Compiled:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
     Lossy passes spend from `budget` ({metric: bound}, see `aropt.validate.drift`), measured against `program`; the
@@ -200,10 +201,8 @@ def optimize(
         executor = executor.without(probe(optimized)) or lower(optimized, target, folder, threads=threads)
     wanted = measure and (verdict.passed or not check)
     executor, calls = executor.tuned(optimized, instruments.say) if wanted else (executor, {})
-    meta = {**optimized.meta, "target": target}
-    finished = optimized.replace(
-        executor=executor, meta=meta, report=describe_run(program, optimized, target, results, verdict, threads)
-    )
+    report = describe_run(program, optimized, target, results, verdict, threads)
+    finished = Compiled(optimized.replace(meta={**optimized.meta, "target": target}), executor, report)
     if ran := executor.executed():
         finished.report["nodes"] = ran
         finished.report["notes"] += [nodes_note(name, found, find_target(target).called) for name, found in ran.items()]

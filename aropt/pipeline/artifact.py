@@ -17,14 +17,21 @@ from aropt import __version__
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
 from aropt.pipeline.manifest import listing, write_manifest
-from aropt.pipeline.reading import load as load  # what is written here is read there
 from aropt.pipeline.store import staged
 
 
-def save(program: Program, path: str | Path, force: bool = False) -> None:
-    """Writes the program with whatever its report holds; a lowered program brings its built files along."""
+def save(
+    program: Program,
+    path: str | Path,
+    force: bool = False,
+    report: dict[str, Any] | None = None,
+    built: Path | None = None,
+) -> None:
+    """Writes the program with its report; `built` is the folder with what a target built, which is brought along."""
     with staged(Path(path), force) as folder:
-        write(program, folder)
+        if built is not None and (built / "models").is_dir():
+            shutil.copytree(built / "models", folder / "models")
+        write(program, folder, report)
 
 
 def write(
@@ -34,10 +41,6 @@ def write(
     from aropt.ir.printer import text
     from aropt.ir.serialize import to_json
 
-    report = report if report is not None else program.report
-    built = program.executor.folder if program.executor is not None else None
-    if built is not None and built != folder and (built / "models").is_dir():
-        shutil.copytree(built / "models", folder / "models", dirs_exist_ok=True)
     (folder / "program.txt").write_text(text(program))
     (folder / "program.json").write_text(json.dumps(to_json(program), indent=1))
     save_file({n: w.detach().contiguous() for n, w in unique(program.weights).items()}, folder / "weights.safetensors")

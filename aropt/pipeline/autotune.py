@@ -19,6 +19,7 @@ from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload
 from aropt.pipeline.checks import QUIET, Instruments
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.lossy import unpaid
 from aropt.pipeline.registry import inserted
 from aropt.rewriting.contract import Pass, Skips, planned
@@ -84,7 +85,7 @@ def trial(
     lists = {written(one): inserted(passes, one) for one in ways}
     drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
     with Scratch() as folder:
-        made: dict[str, Program] = {}
+        made: dict[str, Compiled] = {}
         for number, (way, chosen) in enumerate((lists | {WITHOUT: passes}).items()):
             one, skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))
             if way != WITHOUT and found.name in skipped:
@@ -156,28 +157,28 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
     return program, skipped
 
 
-def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Program:
+def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Compiled:
     """The program as it would run: in calls of several rounds, where it can."""
     from aropt.targets import lower
 
-    return program.replace(executor=lower(program, target, folder, threads=threads).multi_step(program))
+    return Compiled(program, lower(program, target, folder, threads=threads).multi_step(program))
 
 
-def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:
+def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:
     """Milliseconds of a turn, which generates the answer to each prompt by itself: medians, the first turn apart."""
     runs: dict[str, list[float]] = {way: [] for way in ways}
     options: list[dict[str, Any]] = [{"temperature": 1.0} if drawn else {} for _ in prompts]
-    some = next(iter(ways.values()))
+    some = next(iter(ways.values())).program
     if "negative" in some.inputs and some.meta.get("null") is None:
         options = [{**given, "negative": [prompt]} for given, prompt in zip(options, prompts, strict=True)]
     began = time.perf_counter()
     while min(map(len, runs.values())) <= TURNS and (
         min(map(len, runs.values())) < 2 or time.perf_counter() - began < PATIENCE
     ):
-        for way, program in ways.items():
+        for way, made in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
             for prompt, given in zip(prompts, options, strict=True):
-                program.generate([prompt], n, plain=True, **given)
+                made.generate([prompt], n, plain=True, **given)
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: statistics.median(times[1:]) for way, times in runs.items()}

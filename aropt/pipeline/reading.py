@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aropt.errors import AroptError, UsageError, VerificationFailed, WrongMachine
-from aropt.ir.program import Program
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manifest import EDITABLE, MANIFEST, SCHEMA
 
 NEEDED = ("program.json", "weights.safetensors")
@@ -31,7 +31,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 AGAIN = "get the artifact again, or make it again: aropt optimize MODEL -o OUT"
 
 
-def load(path: str | Path, target: str | None = None, threads: int | None = None, check: bool = True) -> Program:
+def load(path: str | Path, target: str | None = None, threads: int | None = None, check: bool = True) -> Compiled:
     """The program of an artifact, ready to generate on its target (or another one).
 
     `check=False` leaves out the hashes, for an artifact that was just written.
@@ -47,13 +47,13 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     data, weights = read_json(folder / "program.json"), read_weights(folder / "weights.safetensors")
     home = folder if target in (None, manifest["target"]) else None  # another target builds its files elsewhere
     try:
-        program = from_json(data, weights).replace(home=str(folder))
-        executor = lower(program, target or manifest["target"], home, threads=threads)
+        program = from_json(data, weights)
+        executor = lower(program, target or manifest["target"], home, threads=threads, read=home is not None)
     except AroptError:
         raise
     except Exception as error:  # whatever a check or a target meets in what nobody foresaw
         bad(folder / "program.json", f"{type(error).__name__}: {error}")
-    return program.replace(executor=executor, report=read_report(folder, manifest))
+    return Compiled(program, executor, read_report(folder, manifest), str(folder))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

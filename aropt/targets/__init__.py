@@ -30,11 +30,15 @@ def lower(
     folder: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
     threads: int | None = None,
+    read: bool = False,
 ) -> Executor:
-    """An executor for the program. `folder` holds (or receives) the built files, under models/<graph>/<target>/."""
+    """An executor for the program. `folder` holds (or receives) the built files, under models/<graph>/<target>/.
+
+    `read`: the folder is an artifact, in which nothing is written.
+    """
     check_target(target)
     module = import_module(f"aropt.targets.{target}")
-    executor: Executor = module.build(program, folder, progress, threads)
+    executor: Executor = module.build(program, folder, progress, threads, read)
     return executor
 
 

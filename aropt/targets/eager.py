@@ -55,5 +55,7 @@ class InPlace(Executor):
             return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
 
 
-def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
+def build(
+    program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None, read: bool
+) -> Executor:
     return InPlace(program)

@@ -71,5 +71,7 @@ def inline_ops(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
+def build(
+    program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None, read: bool
+) -> Executor:
     return Inductor(program)

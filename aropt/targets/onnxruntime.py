@@ -19,8 +19,10 @@ ABLE = ("autotuning", "grouped-query-attention", "int8-drafts", "int8-weights", 
 TARGET = Target("onnxruntime", "ONNX Runtime", frozenset(ABLE))
 
 
-def build(program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None) -> Executor:
-    """Exports the graphs that are missing in `folder` (a temporary one by default)."""
+def build(
+    program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None, read: bool
+) -> Executor:
+    """Exports the graphs that are missing in `folder` (a temporary one by default), or reads an artifact's."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -32,7 +34,6 @@ def build(program: Program, folder: Path | None, progress: Callable[[str], None]
         kept = Scratch()
         folder = Path(kept.name)
     hot = hot_graphs(program)
-    read = program.home == str(folder)  # nothing is written into an artifact that is read
     if read:
         files.check(program, folder)
     for name in [*hot, *(g for g in program.graphs if g not in hot)]:

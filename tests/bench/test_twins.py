@@ -7,6 +7,7 @@ import torch
 
 import aropt
 from aropt.bench.window_sweep import curve, windows
+from aropt.ir.interpreter import Eager
 from aropt.models.shuffle import Shape, ShuffleAR
 from aropt.pipeline.report import html
 
@@ -27,7 +28,8 @@ def test_twins_take_a_round_a_window() -> None:
 
 
 def test_models_without_twins_have_no_curve() -> None:
-    done = aropt.capture("digits-ar")
+    plain = aropt.capture("digits-ar")
+    done = aropt.Compiled(plain, Eager(plain))
     assert curve(torch.nn.Identity(), done, "eager", 1, 2, lambda _: None) == []
 
 

@@ -46,10 +46,10 @@ def generated(out: Path) -> list[Any]:
     """What the artifact generates, greedily and drawn."""
     from aropt.cli.run import tokenizer
 
-    program = aropt.load(out)
+    made = aropt.load(out)
     tokenizer(out)
-    prompts = [fitted(program, p) for p in program.meta["prompts"]][:2]
-    return [generate(program, prompts, 4, seed=3, **given) for given in ({}, {"temperature": 0.9})]
+    prompts = [fitted(made.program, p) for p in made.program.meta["prompts"]][:2]
+    return [generate(made, prompts, 4, seed=3, **given) for given in ({}, {"temperature": 0.9})]
 
 
 def read(out: Path, expected: list[Any] | None, seconds: float = SECONDS) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def program() -> aropt.Program:
 
 
 @pytest.fixture(scope="module")
-def cached(program: aropt.Program) -> aropt.Program:
+def cached(program: aropt.Program) -> aropt.Compiled:
     return aropt.optimize(program, "eager", check=False)
 
 
@@ -111,17 +112,17 @@ def test_greedy_generation_is_the_models_own(prompts: list[list[int]], n: int) -
     assert generate(cached, prompts, n) == expected
 
 
-KEPT: dict[str, aropt.Program] = {}
+KEPT: dict[str, Any] = {}
 
 
-def plain_programs(model: nn.Module) -> tuple[aropt.Program, aropt.Program]:
+def plain_programs(model: nn.Module) -> tuple[aropt.Program, aropt.Compiled]:
     if not KEPT:
         KEPT["plain"] = aropt.capture(model)
         KEPT["cached"] = aropt.optimize(KEPT["plain"], "eager", check=False)
     return KEPT["plain"], KEPT["cached"]
 
 
-def test_a_round_is_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+def test_a_round_is_a_window(program: aropt.Program, cached: aropt.Compiled) -> None:
     for one in (program, cached):
         rounds: list[int] = []
         (row,) = generate(one, [[LEVELS]], 10, on_round=lambda _, r=rounds: r.append(1))
@@ -159,11 +160,12 @@ def test_each_id_of_a_window_has_noise_of_its_own() -> None:
             assert 0.05 < float((seen[:, i] == seen[:, j]).float().mean()) < 0.45
 
 
-def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
+def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Program, cached: aropt.Compiled) -> None:
     (free,) = generate(program, [[LEVELS]], 3 * W, temperature=1.0, seed=1)
     at = next(i for i in range(W, 2 * W - 1) if free[i] not in free[:i])
-    for one in (program, cached):
-        assert generate(one, [[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
+    for made in (program, cached):
+        assert generate(made, [[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
+    for one in (program, cached.program):
         values = run(one, make_inputs(one, [[LEVELS]], 3 * W, 1, [free[at]], [0], None, {"temperature": 1.0}), 16)
         assert values["generated"].shape == (1, at // W + 1, W)
 
@@ -177,8 +179,8 @@ def test_the_whole_pipeline_is_valid(program: aropt.Program) -> None:
     assert status["fuse-attention"] == "applied"
 
 
-def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cached: aropt.Program) -> None:
-    executor = lower(cached, "eager")
+def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cached: aropt.Compiled) -> None:
+    executor = lower(cached.program, "eager")
 
     class Wrong(Executor):
         """The third id of the second window is another one."""
@@ -195,7 +197,7 @@ def test_validation_sees_a_wrong_id_inside_a_window(program: aropt.Program, cach
                         results[name][0, 2] = (value[0, 2] + 1) % LEVELS
             return results
 
-    probed = with_probe(cached)
+    probed = with_probe(cached.program)
     executor = lower(probed, "eager")
     chosen = [c for c in cases(program, quick=True) if "temperature" in dict(c.params) and not c.ends]
     assert validate(program, probed, executor, chosen).passed
@@ -210,8 +212,8 @@ def test_the_whole_loop_runs_in_plain_onnxruntime(program: aropt.Program, tmp_pa
     done = aropt.optimize(program, "onnxruntime", check=False)
     for contrib in (False, True):
         path = tmp_path / str(contrib) / "model.onnx"
-        export_program(done, path, contrib)
-        assert run_loop.compare(path, done)["status"] == "pass"
+        export_program(done.program, path, contrib)
+        assert run_loop.compare(path, done.program, done.executor)["status"] == "pass"
 
 
 class Flat(Windows):
@@ -226,9 +228,9 @@ def test_logits_without_a_row_for_each_id_are_refused() -> None:
         aropt.capture(Flat())
 
 
-def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Program) -> None:
-    inputs = make_inputs(cached, [[LEVELS]], ROWS * W, 0, [], [0], None, {})
-    values = run(cached, inputs, slots(cached, inputs))
+def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Compiled) -> None:
+    inputs = make_inputs(cached.program, [[LEVELS]], ROWS * W, 0, [], [0], None, {})
+    values = run(cached.program, inputs, slots(cached.program, inputs), cached.executor)
     assert values["slot_positions"].amax() == ROWS - 1
 
 

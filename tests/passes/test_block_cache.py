@@ -161,7 +161,7 @@ def test_what_mixes_rows_otherwise_is_refused() -> None:
 def test_it_is_fused_and_lowered(plain: Program) -> None:
     done = aropt.optimize(plain, target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
-    assert {c.graph for c in calls(done.control)} >= {"step_greedy", "step_sample", "rows"}
+    assert {c.graph for c in calls(done.program.control)} >= {"step_greedy", "step_sample", "rows"}
     assert MASK not in generate(done, [[1, 2], [3, 4, 5]], 9, threshold=0.2)[0]
 
 
@@ -179,5 +179,5 @@ def test_the_whole_loop_is_one_model(block: int, contrib: bool, tmp_path: Path) 
 
     program = capture(tiny(block), "threshold")
     fast = aropt.optimize(program, target="onnxruntime", check=False)
-    export_program(fast, tmp_path / "model.onnx", contrib=contrib)
-    assert run_loop.compare(tmp_path / "model.onnx", fast)["status"] == "pass"
+    export_program(fast.program, tmp_path / "model.onnx", contrib=contrib)
+    assert run_loop.compare(tmp_path / "model.onnx", fast.program, fast.executor)["status"] == "pass"

@@ -16,6 +16,7 @@ from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.executor import Values
 from aropt.ir.interpreter import Eager
+from aropt.ir.printer import text
 from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.rules import ALWAYS
@@ -235,7 +236,7 @@ def test_an_interval_survives_its_file(skipping: dict[str, Program]) -> None:
     again = from_json(to_json(program), program.weights)
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
     assert generate(again, [[1, 2], [3]], 9, **options) == generate(program, [[1, 2], [3]], 9, **options)
-    assert str(again) == str(program)
+    assert text(again) == text(program)
 
 
 @pytest.fixture(scope="module")

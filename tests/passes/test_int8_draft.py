@@ -146,14 +146,15 @@ def test_whole_loop_in_one_call_and_in_chunks(of: Callable[[], Program], contrib
 
 @pytest.mark.parametrize("of", [pytest.param(plain, marks=pytest.mark.exhaustive), unguided])
 def test_onnxruntime_steps_with_drafts(of: Callable[[], Program]) -> None:
-    program = aropt.optimize(of(), "onnxruntime", pipeline([ASKED]), instruments=Instruments(check=False), threads=1)
-    assert program.report["verify"]["status"] == "pass"
+    made = aropt.optimize(of(), "onnxruntime", pipeline([ASKED]), instruments=Instruments(check=False), threads=1)
+    assert made.report["verify"]["status"] == "pass"
+    program = made.program
     assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
     assert loops(program.control, "speculate") and loops(program.control, "draft") and not multi_step.eligible(program)
     for prompt, n in (([8], 16), ([8], 1), ([8], 0), ([8, 1, 2, 3, 4], 12)):
         for options in ({}, {"temperature": 1.0, "seed": 3}):
-            assert generate(program, [prompt], n, **options) == generate(of(), [prompt], n, **options)
-    assert len(rounds_of(program, [[8]], 16)) < 16
+            assert generate(made, [prompt], n, **options) == generate(of(), [prompt], n, **options)
+    assert len(rounds_of(made, [[8]], 16)) < 16
 
 
 def without_check(p: Program) -> Program:

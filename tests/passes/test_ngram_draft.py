@@ -143,13 +143,14 @@ def test_whole_loop_in_one_call_and_in_chunks(contrib: bool, tmp_path: Path) -> 
 def test_onnxruntime_steps_with_drafts() -> None:
     reference = rotary("fused")
     reference = reference.replace(meta={**reference.meta, "name": "fused"})
-    program = aropt.optimize(reference, "onnxruntime", pipeline(["ngram-draft:drafts=1"]), check=False,
+    made = aropt.optimize(reference, "onnxruntime", pipeline(["ngram-draft:drafts=1"]), check=False,
                              instruments=Instruments(check=False))  # fmt: skip
+    program = made.program
     assert any("cached_attention" in str(g.fx) for g in program.graphs.values()), "the model should fuse"
     assert loops(program.control, "speculate") and not multi_step.eligible(program)
     for prompt, n in (([1, 2, 3], 30), ([4], 1), ([4], 0), ([2] * 9, 12)):
-        assert generate(program, [prompt], n) == generate(reference, [prompt], n)
-    assert len(rounds_of(program, [[1, 2, 3]], 30)) < 30
+        assert generate(made, [prompt], n) == generate(reference, [prompt], n)
+    assert len(rounds_of(made, [[1, 2, 3]], 30)) < 30
 
 
 def without_check(p: Program) -> Program:

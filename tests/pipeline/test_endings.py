@@ -23,6 +23,7 @@ from aropt.cli.run import beside
 from aropt.ir.program import Program
 from aropt.pipeline import artifact
 from aropt.pipeline.manifest import foreign
+from aropt.pipeline.reading import load
 from aropt.targets.scratch import Scratch, sweep_scratch
 from tests.cli.test_cli import MODEL, QUICK, aropt, refused
 from tests.pipeline.test_report import demo
@@ -33,7 +34,7 @@ def picture(tiny_program: Program, tmp_path_factory: pytest.TempPathFactory) -> 
     """An artifact that makes pictures of two by two pixels."""
     out = tmp_path_factory.mktemp("endings") / "out"
     more = {"modality": "image", "side": 2, "prompts": [[1], [2]], "target": "eager"}
-    artifact.save(tiny_program.replace(meta={**tiny_program.meta, **more}, report={}), out)
+    artifact.save(tiny_program.replace(meta={**tiny_program.meta, **more}), out)
     return out
 
 
@@ -42,7 +43,7 @@ def ids(tiny_program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path
     """An artifact that makes ids."""
     out = tmp_path_factory.mktemp("endings") / "out"
     more = {"modality": "tokens", "prompts": [[1, 2]], "target": "eager"}
-    artifact.save(tiny_program.replace(meta={**tiny_program.meta, **more}, report={}), out)
+    artifact.save(tiny_program.replace(meta={**tiny_program.meta, **more}), out)
     return out
 
 
@@ -92,13 +93,13 @@ def test_its_readme_is_right(
 
 def test_what_is_for_people_may_be_edited(ids: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    program = artifact.load(ids)
-    artifact.save(program.replace(report=demo()), copy)
-    assert artifact.load(copy).report
+    program = load(ids).program
+    artifact.save(program, copy, report=demo())
+    assert load(copy).report
     for name in ("README.md", "report.json", "report.html"):
         (copy / name).write_text('{"notes": "mine"}')
         assert aropt("run", copy).stdout == aropt("run", ids).stdout
-    artifact.save(artifact.load(copy), tmp_path / "again")
+    load(copy).save(str(tmp_path / "again"))
     for name in ("README.md", "report.json", "report.html"):
         (copy / name).unlink()
     assert aropt("run", copy).stdout == aropt("run", ids).stdout

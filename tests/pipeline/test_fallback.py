@@ -16,6 +16,7 @@ from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.runtime import fitted, room
+from aropt.pipeline.artifact import save
 from aropt.targets.ort import pick, run_loop, single_call
 from aropt.targets.ort.plan import Plan, Planned
 from tests.conftest import Tiny, make_program
@@ -105,7 +106,7 @@ def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, mon
     """Samples and timing are of prompts that fit."""
     model: Any = Tiny(1) if mask is None else tiny()
     program = aropt.capture(model, mask=mask, capacity=8, prompts=[[1] * 30], modality="tokens")
-    (sample,) = command.samples(program, program, Source(model, program.meta))
+    (sample,) = command.samples(program, aropt.Compiled(program, Eager(program)), Source(model, program.meta))
     assert sample["same"] and len(sample["after"].split()) == 8 + (mask is None)
     seen: list[Any] = []
 
@@ -139,7 +140,7 @@ def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
 
     program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
     assert room(program, [1] * 30) < 0
-    program.save(str(tmp_path / "out"))
+    save(program, tmp_path / "out")
     assert len(generation.run(tmp_path / "out", None, None, {}, 0, None, None, "eager")["tokens"][0]) == 4
     with pytest.raises(UsageError, match="prompt of 9 tokens and 1 new ones don't fit"):
         generation.run(tmp_path / "out", ["1 1 1 1 1 1 1 1 1"], None, {}, 0, None, None, "eager")

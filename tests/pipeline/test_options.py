@@ -18,6 +18,7 @@ from aropt.cli import optimize as command
 from aropt.cli.infill import answers, stops
 from aropt.errors import UsageError
 from aropt.ir.program import Program
+from aropt.pipeline.artifact import save
 
 MASK = 11
 
@@ -42,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_program: Program) -> P
     made = tmp_path_factory.mktemp("options")
     for name, program in (("canvas", aropt.capture(Places())), ("tiny", tiny_program)):
         fast = aropt.optimize(program, target="eager", passes=[], check=False)
-        fast.replace(meta={**fast.meta, "modality": "tokens", "prompts": [[1]]}).save(str(made / name))
+        meta = {**fast.program.meta, "modality": "tokens", "prompts": [[1]]}
+        save(fast.program.replace(meta=meta), made / name, report=fast.report)
     return made
 
 
@@ -106,7 +108,8 @@ def test_options_that_would_do_nothing_are_refused(called: Any, folder: Path, tm
     code, text = called("inspect", folder / "tiny", "--capacity", "5")
     assert code == 2 and "an artifact's capacity is what it was made with" in text
     image = aropt.load(str(folder / "tiny"), "eager")
-    image.replace(meta={**image.meta, "modality": "image", "side": 4}).save(str(tmp_path / "image"))
+    meta = {**image.program.meta, "modality": "image", "side": 4}
+    save(image.program.replace(meta=meta), tmp_path / "image", report=image.report)
     code, text = called("run", tmp_path / "image", "-n", "1", "--fill", "[MASK]")
     assert code == 2 and "no canvas to fill" in text and not list(tmp_path.glob("*.png"))
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from aropt.errors import AroptError, Unsupported, UsageError, VerificationFailed
 from aropt.ir.interpreter import most_rounds, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs
-from aropt.pipeline.artifact import write
+from aropt.pipeline.artifact import save, write
 from aropt.pipeline.manifest import EDITABLE, MANIFEST
 from aropt.targets import lower
 from tests.support.run import generate
@@ -28,7 +29,7 @@ def eager(tiny_stages: dict[str, Program], tmp_path_factory: pytest.TempPathFact
     """An artifact of the tiny program for the eager target."""
     out = tmp_path_factory.mktemp("eager") / "out"
     program = list(tiny_stages.values())[-1]
-    program.replace(meta={**program.meta, "target": "eager", "prompts": [[1, 2]]}).save(str(out))
+    save(program.replace(meta={**program.meta, "target": "eager", "prompts": [[1, 2]]}), out)
     return out
 
 
@@ -66,9 +67,9 @@ def state_of(folder: Path) -> dict[str, Any]:
 def test_reading_changes_nothing(kind: str, request: pytest.FixtureRequest, tiny_program: Program) -> None:
     out = request.getfixturevalue(kind)
     before = state_of(out)
-    program = aropt.load(out)
-    assert generate(program, [[1, 2]], 5) == generate(tiny_program, [[1, 2]], 5)
-    assert program.home == str(out) and state_of(out) == before
+    made = aropt.load(out)
+    assert generate(made, [[1, 2]], 5) == generate(tiny_program, [[1, 2]], 5)
+    assert made.home == str(out) and state_of(out) == before
 
 
 def test_what_is_for_people_may_be_edited(eager: Path, copied: Callable[[Path], Path]) -> None:
@@ -250,30 +251,30 @@ def test_what_no_check_foresaw_is_told(eager: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_fails_as_it_runs_is_told(eager: Path) -> None:
     """And what the caller's own `on_round` raises is the caller's."""
-    program = aropt.load(eager)
-    short = {n: w[:2] if n.startswith("embed") else w for n, w in program.weights.items()}
-    broken = program.replace(weights=short)
-    broken = broken.replace(executor=lower(broken, "eager"))
+    made = aropt.load(eager)
+    short = {n: w[:2] if n.startswith("embed") else w for n, w in made.program.weights.items()}
+    program = made.program.replace(weights=short)
+    broken = replace(made, program=program, executor=lower(program, "eager"))
     with pytest.raises(Unsupported, match="fails as it runs"):
         generate(broken, [[5, 6]], 3)
     with pytest.raises(IndexError):
-        generate(broken.replace(home=""), [[5, 6]], 3)
+        generate(replace(broken, home=""), [[5, 6]], 3)
 
     def fails(_: object) -> None:
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        generate(program, [[1, 2]], 3, on_round=fails)
+        generate(made, [[1, 2]], 3, on_round=fails)
 
 
 @pytest.mark.parametrize("kind", ["eager", "onnx"])
 def test_a_loop_that_does_not_end_is_told(kind: str, request: pytest.FixtureRequest, monkeypatch: Any) -> None:
     """The limit of 5 tokens counts for nothing here: each round is told that many are left."""
-    program = aropt.load(request.getfixturevalue(kind))
-    inputs = make_inputs(program, [[1, 2]], 5, 0, [], [0], None, {})
+    made = aropt.load(request.getfixturevalue(kind))
+    inputs = make_inputs(made.program, [[1, 2]], 5, 0, [], [0], None, {})
     most = most_rounds(inputs)
     assert 5 < most < 10_000
     for module in ("aropt.ir.interpreter", "aropt.targets.ort.executor"):
         monkeypatch.setattr(f"{module}.most_rounds", lambda _: 3)
     with pytest.raises(AroptError, match="does not end"):
-        run(program, inputs, 16, program.executor)
+        run(made.program, inputs, 16, made.executor)

@@ -20,6 +20,7 @@ from aropt.passes.ngram_draft import NgramDraft
 from aropt.pipeline import api
 from aropt.pipeline import autotune as trial
 from aropt.pipeline.checks import Instruments
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.registry import names, pipeline, untold
 from tests.conftest import make_program
 from tests.support.run import generate
@@ -32,11 +33,11 @@ def texts(**meta: Any) -> Program:
     return program.replace(meta={**program.meta, "modality": "text", "prompts": REPEATING, **meta})
 
 
-def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> list[dict[str, Program]]:
+def told(monkeypatch: pytest.MonkeyPatch, without: float, with_it: float) -> list[dict[str, Compiled]]:
     """Puts milliseconds in the clock's place. Returns what will have been timed."""
-    seen: list[dict[str, Program]] = []
+    seen: list[dict[str, Compiled]] = []
 
-    def timed(ways: dict[str, Program], prompts: list[list[int]], n: int, drawn: bool) -> dict[str, float]:
+    def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bool) -> dict[str, float]:
         seen.append(ways)
         options = {"temperature": 1.0} if drawn else {}
         want = generate(ways["without"], prompts[:1], n, **options)
@@ -56,11 +57,12 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
     made = api.optimize(program, "onnxruntime", pipeline(), measure=True, tries=untold(), threads=1)
     entry = next(p for p in made.report["passes"] if p["name"] == "ngram-draft")
     assert entry["status"] == ("applied" if kept else "skipped")
-    assert bool(loops(made.control, "speculate")) == kept == any(e.name == "ngram-draft" for e in made.ledger)
+    assert bool(loops(made.program.control, "speculate")) == kept
+    assert any(e.name == "ngram-draft" for e in made.program.ledger) == kept
     words = [entry["reason"], *made.report["notes"]]
     assert any(f"{100 / with_it:.2f} times as fast" in text and "--prompts" in text for text in words)
     assert list(seen[0]) == ["ngram-draft", "without"], "int8-draft is for large weights"
-    assert [bool(loops(p.control, "speculate")) for p in seen[0].values()] == [True, False]
+    assert [bool(loops(p.program.control, "speculate")) for p in seen[0].values()] == [True, False]
     assert made.report["verify"]["status"] == "pass"
     assert generate(made, REPEATING, 6) == generate(program, REPEATING, 6)
 
@@ -102,7 +104,7 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
     budget = Instruments(budget={"kl": 1.0})
     passes, found = trial.trial(wide(), pipeline(lossy), [NgramDraft()], "onnxruntime", 1, budget)
     assert found.kept and NgramDraft() in passes
-    assert all(any("int8" in n for n in p.weights) for p in seen[0].values())
+    assert all(any("int8" in n for n in p.program.weights) for p in seen[0].values())
 
 
 def test_a_budget_is_missed_before_anything_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modal
     assert list(seen[0]) == ["int8-draft:drafts=2,least=1", "int8-draft:drafts=3,least=1", "without"]
     assert ways[1] in passes and ways[0] not in passes and found.kept == "int8-draft:drafts=3,least=1"
     assert "int8-draft:drafts=3,least=1 was kept: the program is" in found.told()
-    rules = {n for p in seen[0].values() for g in p.graphs for n in ("greedy", "sample") if n in g}
+    rules = {n for p in seen[0].values() for g in p.program.graphs for n in ("greedy", "sample") if n in g}
     assert rules == {"sample" if modality == "image" else "greedy"}
 
 
@@ -176,9 +178,7 @@ def test_turns_alternate_and_the_first_is_left_out(monkeypatch: pytest.MonkeyPat
 
     class Fake:
         def __init__(self, name: str) -> None:
-            self.name = name
-
-        inputs: tuple[str, ...] = ()
+            self.name, self.program = name, texts()
 
         def generate(self, prompts: list[list[int]], n: int, **options: float) -> None:
             order.append(self.name)

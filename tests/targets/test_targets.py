@@ -74,8 +74,8 @@ def test_inductor_takes_all_shapes(tiny_program: Program, monkeypatch: pytest.Mo
         prompts = [[1 + i % 9 for i in range(length + j % 2)] for j in range(sequences)]
         for temperature in (0.0, 1.0):
             options: dict[str, Any] = {"temperature": temperature, "stop": [10, 9][:stops]}
-            found = fast.generate(prompts, 3, executor=executor, **options)
-            assert found == tiny_program.generate(prompts, 3, **options)
+            found = generate(fast, prompts, 3, executor=executor, **options)
+            assert found == generate(tiny_program, prompts, 3, **options)
     assert torch._dynamo.config.recompile_limit == limit
 
 

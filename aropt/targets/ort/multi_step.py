@@ -19,7 +19,7 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, loops, reads
 from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
-from aropt.loops.runtime import room
+from aropt.loops.runtime import generate, room
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import Planned
 from aropt.validate.cases import Case, cases
@@ -119,7 +119,7 @@ def lengths(program: Program) -> list[Case]:
 
 def generated(program: Program, executor: Executor, case: Case) -> list[list[int]]:
     """What a case generates."""
-    return program.generate([list(p) for p in case.prompts], case.n, executor=executor, plain=True, **case.options())
+    return generate(program, [list(p) for p in case.prompts], case.n, executor=executor, plain=True, **case.options())
 
 
 def clean(folder: Path, used: Mapping[str, Path]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from aropt.ir.executor import Executor
 from aropt.ir.program import Program
-from aropt.loops.runtime import fitted, room
+from aropt.loops.runtime import fitted, generate, room
 from aropt.targets.ort import multi_step, single_call
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import SINGLE_CALL, Plan, Planned
@@ -101,7 +101,7 @@ def timed(
         for way, executor in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
-            program.generate(prompts, n, executor=executor, plain=True, **params)
+            generate(program, prompts, n, executor=executor, plain=True, **params)
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: float(np.quantile(times[1:], 0.25)) for way, times in runs.items()}
 

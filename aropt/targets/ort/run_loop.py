@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aropt.errors import MissingTool, VerificationFailed
-from aropt.ir.executor import Values
+from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, window
+from aropt.loops import runtime
 from aropt.loops.defaults import with_defaults
 from aropt.loops.runtime import batches, make_inputs, room
 from aropt.targets.ort.threads import options, share
@@ -92,8 +93,8 @@ def batch(session: Any, generated: str, values: Values, chunk: int | None) -> li
         feeds["resume"] = torch.tensor(True).numpy()
 
 
-def compare(path: Path, program: Program) -> dict[str, Any]:
-    """Checks an exported loop against the program's reference: in chunks, and what programs are validated on.
+def compare(path: Path, program: Program, executor: Executor | None = None, home: str = "") -> dict[str, Any]:
+    """Checks an exported loop against its program on an executor: in chunks, and what programs are validated on.
 
     Raises VerificationFailed if a token differs.
     """
@@ -105,7 +106,7 @@ def compare(path: Path, program: Program) -> dict[str, Any]:
     made, verdict = session(path), Verdict()
     for case in with_stops([*chunked(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
         prompts = [list(p) for p in case.prompts]
-        want = program.generate(prompts, case.n, plain=True, **case.options())
+        want = runtime.generate(program, prompts, case.n, executor=executor, home=home, plain=True, **case.options())
         verdict.outcomes.append(Outcome(case, tokens=sum(map(len, want)), generated=want))
         for chunk in (None, ROUNDS + 1) if case.kind == "chunks" else (None,):
             if generate(made, program, prompts, case.n, chunk=chunk, plain=True, **case.options()) != want:

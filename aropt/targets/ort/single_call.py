@@ -36,7 +36,7 @@ def build(program: Program, stepping: Planned, path: Path) -> dict[str, Any]:
     from aropt.exporters.whole_loop import export_program
 
     export_program(program, path, contrib=True, graphs=stepping.translated)
-    return run_loop.compare(path, program.replace(executor=stepping))
+    return run_loop.compare(path, program, stepping)
 
 
 def discard(path: Path) -> None:

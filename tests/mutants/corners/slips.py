@@ -24,7 +24,7 @@ Stop = int | tuple[int, int] | str
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts of these lengths, what else `Program.generate` takes, and ids to stop at.
+    """Prompts of these lengths, what else `generate` takes, and ids to stop at.
 
     A stop is an id; (row, i), what the right program emits there; "late N", the id that comes up last in most of row N;
     "in N", one that the prompt of row N holds and its answer too; or "none", an id that is not emitted.
