@@ -68,6 +68,10 @@ def optimize(
         Path | None,
         typer.Option(metavar="FILE", help="To time it, try drafts, measure drift on: a JSON text or ids a line."),
     ] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A Python file that holds a pass or an op; it runs."),
+    ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[
         list[str] | None,
@@ -128,7 +132,10 @@ def optimize(
     """Optimize a model: derive its cache, fuse, lower, prove equal to eager, time, and write OUT."""
     from aropt.bench import timing as bench
     from aropt.cli import optimize as command
+    from aropt.pipeline import plugins
 
+    for file in plugin or []:
+        plugins.load(file)
     with Progress() as progress:
         request = command.Request(
             model,

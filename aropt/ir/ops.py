@@ -1,44 +1,57 @@
-"""aropt's own ops by name: an explicit list, and nothing is imported before it's asked for."""
+"""Ops by name: the files of kernels/, entry points of other packages, and plugins; imported when they are asked for."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
+
+import aropt.kernels
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
     from aropt.ir.opdef import OpDef
 
-NAMES: tuple[str, ...] = (
-    "noise",
-    "cached_attention",
-    "due_slots",
-    "canvas_select",
-    "canvas_commit",
-    "write_rows",
-    "canvas_attention",
-    "token_shuffle",
-    "token_unshuffle",
-    "fused_sample",
-    "linear_int8",
-    "keep_top",
-)
+GROUP = "aropt.ops"
+NAMES: tuple[str, ...] = tuple(sorted(m.name for m in pkgutil.iter_modules(aropt.kernels.__path__)))
+ADDED: dict[str, OpDef] = {}  # ops of plugins' files
+
+
+@cache
+def installed() -> dict[str, EntryPoint]:
+    """The ops of other packages by their names; nothing is imported."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in NAMES}
+
+
+def add(op: OpDef) -> None:
+    """An op more, registered. Raises ValueError where its name is taken."""
+    from aropt.ir.opdef import register
+
+    if op.name in NAMES or op.name in installed():
+        raise ValueError(f"there is an op '{op.name}' already")
+    register(op)
+    ADDED[op.name] = op
 
 
 def load(name: str) -> OpDef:
-    """The definition in `kernels/<name>.py`; registers the op as `torch.ops.aropt.<name>`."""
+    """The definition in `kernels/<name>.py`, or another's; registers the op as `torch.ops.aropt.<name>`."""
     from aropt.ir.opdef import register
 
-    op: OpDef = import_module(f"aropt.kernels.{name}").OP
+    if name in ADDED:
+        return ADDED[name]
+    elsewhere = installed().get(name)
+    op: OpDef = elsewhere.load() if elsewhere else import_module(f"aropt.kernels.{name}").OP
     register(op)
     return op
 
 
 def load_all() -> dict[str, OpDef]:
     """All ops, registered. Needed before a captured program that calls them is loaded from a file."""
-    return {name: load(name) for name in NAMES}
+    return {name: load(name) for name in (*NAMES, *installed(), *ADDED)}
 
 
 def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., Any]]:

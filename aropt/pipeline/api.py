@@ -30,6 +30,7 @@ from aropt.pipeline.autotune import trial
 from aropt.pipeline.checks import Instruments, describe
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manager import run_passes
+from aropt.pipeline.plugins import load as load_plugin
 from aropt.pipeline.registry import pipeline
 from aropt.pipeline.uncached import uncached
 from aropt.restrict import excluded
@@ -151,6 +152,7 @@ def optimize(
     budget: Mapping[str, float] | None = None,
     keep_going: bool = False,
     thorough: bool = False,
+    plugins: Sequence[str | Path] = (),
 ) -> Compiled:
     """Runs the passes, lowers to `target`, validates the result against `program`. Returns it, lowered.
 
@@ -161,10 +163,13 @@ def optimize(
     is validated, and the report says so. `measure` lets the target choose by timing where it has a choice, and adds
     those passes of `tries` with which answers to the model's own prompts are generated faster (of several ways of one,
     the fastest).
-    `thorough` validates on several times as many requests.
+    `thorough` validates on several times as many requests. `plugins` are files that bring a pass or an op along
+    (`aropt.pipeline.plugins`).
     Raises AroptError where a pass that was planned fails; with `keep_going` the rest goes on without it.
     Raises VerificationFailed if the lowered program differs, or needs fine-tuning, and `strict` is set.
     """
+    for file in plugins:
+        load_plugin(file)
     check_target(target)
     if threads is not None and integer(threads, "threads") < 1:
         raise UsageError(what=f"can't run with {threads} threads", where="threads", hint="give a number of 1 or more")

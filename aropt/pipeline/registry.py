@@ -1,7 +1,8 @@
 """Which passes there are, in which order they run, and how one is made of text.
 
-A pass is a file of passes/, named as the pass, that holds `PASS`. When it runs and what it comes after stand in its
-contract: the order is computed.
+A pass is a file of passes/, named as the pass, that holds `PASS`; other packages have passes as entry points of the
+group "aropt.passes", and a plugin's file brings one along (`aropt.pipeline.plugins`). When a pass runs and what it
+comes after stand in its contract: the order is computed.
 """
 
 from __future__ import annotations
@@ -11,30 +12,47 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import aropt.passes
 from aropt.errors import UsageError
 from aropt.rewriting.contract import Contract, Pass, broken
 
-
-@cache
-def known() -> dict[str, str]:
-    """{name: module} of all passes; nothing is imported."""
-    return {m.name.replace("_", "-"): f"aropt.passes.{m.name}" for m in pkgutil.iter_modules(aropt.passes.__path__)}
+GROUP = "aropt.passes"
+ADDED: dict[str, Any] = {}  # passes of plugins' files
 
 
 @cache
+def known() -> dict[str, EntryPoint]:
+    """All passes by their names, those of plugins' files apart; nothing is imported."""
+    files = [m.name for m in pkgutil.iter_modules(aropt.passes.__path__)]
+    here = [EntryPoint(f.replace("_", "-"), f"aropt.passes.{f}:PASS", GROUP) for f in files]
+    return {point.name: point for point in (*entry_points(group=GROUP), *here)}  # none takes a name of ours
+
+
+def add(found: Any) -> None:
+    """A pass more. Raises TypeError for what is none, and for a name that is taken."""
+    name = getattr(found, "name", "")
+    checked(found, name)
+    if name in known() or ADDED.get(name, found) is not found:
+        raise TypeError(f"there is a pass '{name}' already")
+    ADDED[name] = found
+
+
 def pass_class(name: str) -> Any:
     """The pass of that name. Raises UsageError for an unknown one, and for a file that holds no pass."""
-    module = known().get(name)
-    if module is None:
-        raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(sorted(known())))
+    if name in ADDED:
+        return ADDED[name]
+    point = known().get(name)
+    if point is None:
+        every = sorted({*known(), *ADDED})
+        raise UsageError(what=f"unknown pass '{name}'", hint="aropt passes lists them: " + ", ".join(every))
     try:
-        return checked(import_module(module).PASS, name)
+        return checked(point.load(), name)
     except Exception as error:  # whatever its author wrote
-        raise broken(name, module.removeprefix("aropt.").replace(".", "/") + ".py", error) from error
+        file = point.module.removeprefix("aropt.").replace(".", "/") + ".py"
+        raise broken(f"the pass '{name}'", file, error) from error
 
 
 def checked(found: Any, name: str) -> Any:
@@ -49,7 +67,7 @@ def checked(found: Any, name: str) -> Any:
 
 def names(when: str = "") -> list[str]:
     """The passes that run `when` ("default", "tried", "asked"; all by default), each as early as `after` allows."""
-    contracts = {name: pass_class(name).contract for name in sorted(known())}
+    contracts = {name: pass_class(name).contract for name in sorted({*known(), *ADDED})}
     sorter = TopologicalSorter({n: [b for b in c.after if b in contracts] for n, c in contracts.items()})
     try:
         sorter.prepare()
@@ -70,7 +88,7 @@ def before(one: Pass) -> set[str]:
         name = left.pop()
         if name not in found:
             found.add(name)
-            left += pass_class(name).contract.after if name in known() else ()
+            left += pass_class(name).contract.after if name in known() or name in ADDED else ()
     return found
 
 

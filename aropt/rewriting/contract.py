@@ -126,12 +126,12 @@ class Result:
         return f"{self.name} failed and was left out, please report it: {self.reason}" if broke else ""
 
 
-def broken(name: str, file: str, error: Exception) -> UsageError:
-    """What to tell of a file in passes/ that holds no pass: the innermost line of it that failed."""
+def broken(what: str, file: str, error: Exception) -> UsageError:
+    """What to tell of a file that does not hold what it should: the innermost line of it that failed."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(file)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     return UsageError(
-        what=f"the pass '{name}' can't be loaded",
+        what=f"{what} can't be loaded",
         where=file + (f":{line}" if line else ""),
         why=f"{type(error).__name__}: {error}",
         hint="mend the file (docs/writing_passes.md says what it holds), or take it away",

@@ -136,5 +136,5 @@ def test_a_broken_pass_names_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (folder / "mine.py").write_text(text)
         sys.modules.pop("aropt.passes.mine", None)
         with pytest.raises(UsageError, match=r"the pass 'mine' can't be loaded[\s\S]*passes/mine.py") as told:
-            pass_class.__wrapped__("mine")
+            pass_class("mine")
         assert words in str(told.value) and told.value.code == 2
