@@ -60,8 +60,8 @@ class Executor:
         """The same in the fastest way that there is, and what was measured."""
         return self, {}
 
-    def without(self, output: str) -> Executor | None:
-        """The same without an output that only validation reads; None: it has to be built again."""
+    def without_probe(self, program: Program) -> Executor | None:
+        """The same for the program without outputs that only validation reads; None: it has to be built again."""
         return None
 
     def intermediates(self, graph: str, inputs: Values, names: list[str]) -> Values:

@@ -37,7 +37,7 @@ from aropt.restrict import excluded
 from aropt.rewriting.contract import Pass, Result
 from aropt.targets import DEFAULT as DEFAULT_TARGET
 from aropt.targets import check_target, find_target, lower
-from aropt.validate.compare import Verdict, probe, validate, with_probe
+from aropt.validate.compare import Verdict, validate, with_probe
 from aropt.validate.drift import Drift, check_budget
 from aropt.validate.drift import measure as drift_of
 from aropt.validate.oracle import Oracles
@@ -203,7 +203,7 @@ def optimize(
         if reference is not program and "needs_finetune" not in optimized.meta:
             instruments.say("check: drift")
             drift = drift_of(program, probed, executor)
-        executor = executor.without(probe(optimized)) or lower(optimized, target, folder, threads=threads)
+        executor = executor.without_probe(optimized) or lower(optimized, target, folder, threads=threads)
     wanted = measure and (verdict.passed or not check)
     executor, calls = executor.tuned(optimized, instruments.say) if wanted else (executor, {})
     report = describe_run(program, optimized, target, results, verdict, threads)

@@ -54,6 +54,13 @@ class InPlace(Executor):
         with torch.no_grad():
             return dict(zip(spec.outputs, self.modules[graph](*[inputs[n] for n in spec.inputs]), strict=True))
 
+    def without_probe(self, program: Program) -> InPlace:
+        """What was made of graphs that validation did not change stays; others are made when they are called."""
+        other = type(self)(program)
+        same = [name for name in self.modules if program.graphs[name] is self.program.graphs[name]]
+        other.modules = {name: self.modules[name] for name in same}
+        return other
+
 
 def build(
     program: Program, folder: Path | None, progress: Callable[[str], None], threads: int | None, read: bool

@@ -46,7 +46,8 @@ def test_an_executor_that_only_runs_graphs() -> None:
     plain = lower(program, "eager")
     assert plain.generate({}) is None and plain.host_threads() is None and not plain.executed()
     assert plain.tuned(program, print) == (plain, {}) and plain.stepping() is plain.multi_step(program) is plain
-    assert plain.without("logits") is None and not plain.shows_values and not plain.intermediates("step", {}, ["x"])
+    assert not plain.shows_values and not plain.intermediates("step", {}, ["x"])
+    assert Executor().without_probe(program) is None
     with pytest.raises(Unsupported, match="no whole loop"):
         plain.single_call(program)
     with pytest.raises(NotImplementedError):

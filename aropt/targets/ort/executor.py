@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aropt.errors import Unsupported
-from aropt.ir.control import Call, Control, Loop, calls, loops, rewrite
+from aropt.ir.control import Call, Loop, calls, loops
 from aropt.ir.dims import resolve
 from aropt.ir.executor import Executor, OnRound, Values
 from aropt.ir.interpreter import Eager, most_rounds
@@ -175,27 +174,18 @@ class OnnxRuntime(Planned):
     def tuned(self, program: Program, say: Callable[[str], None]) -> tuple[Executor, dict[str, Any]]:
         return pick(program, self, say)
 
-    def without(self, output: str) -> OnnxRuntime:
-        """The same sessions with an output less: what validation looked at is not in the product."""
+    def without_probe(self, program: Program) -> OnnxRuntime:
+        """The same models with fewer outputs: what validation looked at is not in the product."""
         import onnx
 
-        graphs = dict(self.program.graphs)
         for name in self.hot:
-            if output in graphs[name].outputs:
+            outputs = {"out." + o for o in program.graphs[name].outputs}
+            if len(outputs) < len(self.program.graphs[name].outputs):
                 model = onnx.load(file(self.folder, name), load_external_data=False)
-                kept = [o for o in model.graph.output if o.name != "out." + output]
+                kept = [o for o in model.graph.output if o.name in outputs]
                 del model.graph.output[:]
                 model.graph.output.extend(kept)
                 onnx.save(model, file(self.folder, name))
-                graphs[name] = replace(
-                    graphs[name], outputs={o: s for o, s in graphs[name].outputs.items() if o != output}
-                )
-
-        def shorter(call: Call) -> list[Control]:
-            return [replace(call, writes={o: v for o, v in call.writes.items() if o in graphs[call.graph].outputs})]
-
-        control = rewrite(self.program.control, shorter)
-        program = self.program.replace(graphs=graphs, control=control)
         return OnnxRuntime(program, self.folder, self.threads, self.plan, self.kept)
 
     def intermediates(self, graph: str, inputs: Values, names: list[str]) -> Values:
