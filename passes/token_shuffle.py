@@ -16,12 +16,12 @@ from torch import Tensor, fx
 
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_module
+from aropt.ir.calls import op_name
 from aropt.ir.edit import inline
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops.positions import autoregressive
 from aropt.models.shuffle import Shuffle, Unshuffle
-from aropt.restrict.axes import op_name
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import WINDOWS
 from aropt.rewriting.target import Target

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from aropt.ir.calls import op_name
 from aropt.ir.control import If, calls, loops
 from aropt.ir.program import Graph, Program
-from aropt.restrict.axes import op_name
 
 LOOKUPS = ("embedding", "index", "index_select", "gather", "token_shuffle", "cached_attention", "canvas_attention")
 

@@ -1,7 +1,7 @@
 """The legality query of `restrict`: which axis of each value is the sequence, which ops mix rows, what masks hide.
 
 Runs over a captured `forward(ids[B, T]) -> logits[B, T, V]`. The result says for every content node what its axes are;
-each op is on the whitelist of `axes`, or is one of attention's products (written out or SDPA), or is refused by name.
+each op is in the table of `rules`, or is one of attention's products (written out or SDPA), or is refused by name.
 An append cache is exact if no row sees a later one; the masks' tables are evaluated to find that out (see `bounds`).
 """
 
@@ -15,31 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt.errors import Unsupported
-from aropt.restrict.axes import (
-    COLUMN,
-    RESHAPES,
-    ROW,
-    Axes,
-    B,
-    NotRowwise,
-    align,
-    bind,
-    broadcast,
-    check,
-    count,
-    draws,
-    find,
-    from_sizes,
-    has,
-    op_name,
-    plain,
-    pointwise,
-    positive,
-    reduced_axes,
-    rule_for,
-    tensor_inputs,
-    without,
-)  # fmt: skip
+from aropt.ir.calls import bind, draws, op_name, tensor_inputs
 from aropt.restrict.bounds import (
     CONTENT,
     FRESH,
@@ -56,8 +32,26 @@ from aropt.restrict.bounds import (
     transfer,
     use_of,
 )  # fmt: skip
+from aropt.restrict.dims import (
+    COLUMN,
+    ROW,
+    Axes,
+    B,
+    NotRowwise,
+    align,
+    broadcast,
+    check,
+    count,
+    find,
+    free,
+    from_sizes,
+    has,
+    positive,
+    without,
+)
 from aropt.restrict.moves import moved
 from aropt.restrict.positions import HINT, Positions, content_nodes, is_number, refusal
+from aropt.restrict.rules import RESHAPES, named_axes, pointwise, rule_for
 
 SDPA = "aten::scaled_dot_product_attention"
 PRODUCTS = {"aten::matmul", "aten::bmm"}
@@ -134,7 +128,7 @@ class Analysis:
 
     def classify(self, node: fx.Node) -> Info:
         if node.op == "placeholder":
-            return Info((B, ROW, *(plain(d) for d in self.dims(node)[2:])))  # ids, or values of each row
+            return Info((B, ROW, *(free(d) for d in self.dims(node)[2:])))  # ids, or values of each row
         name = op_name(node)
         if name == "getitem":
             of, which = bind(node).values()
@@ -163,7 +157,7 @@ class Analysis:
         return info
 
     def check_numbers(self, node: fx.Node, name: str) -> None:
-        """A number that depends on the length may only be a size of a shape (`axes.check` decides if it is right)."""
+        """A number that depends on the length may only be a size of a shape (`dims.check` decides if it is right)."""
         if name not in SIZED and not (name == "aten::slice" and self.drops_columns(node)):
             for source in node.all_input_nodes:
                 if source not in self.content and is_number(source):
@@ -172,7 +166,7 @@ class Analysis:
                     raise NotRowwise("takes a number from the tokens")
 
     def drops_columns(self, node: fx.Node) -> bool:
-        """Whether a slice is along the columns (`axes.slice_` then decides if it is right)."""
+        """Whether a slice is along the columns (`rules.slice_` then decides if it is right)."""
         x = bind(node)
         return has(self.info[x["self"]].axes[x["dim"]], "c")
 
@@ -242,7 +236,7 @@ class Analysis:
 
     def over_columns(self, node: fx.Node, bound: Mapping[str, Any], info: Info) -> bool:
         """A softmax or reduction over columns. False: over other axes."""
-        axes, over = bound["self"], reduced_axes(bound)
+        axes, over = bound["self"], named_axes(bound)
         column = next((i for i in over if has(axes[i], "c")), None)
         if column is None:
             return False

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.restrict.axes import NotRowwise, bind, op_name, tensor_inputs
+from aropt.ir.calls import bind, op_name, tensor_inputs
+from aropt.restrict.dims import NotRowwise
 from aropt.restrict.positions import hides_future
 
 Range = tuple[float, float]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.ir.program import Graph
-from aropt.restrict.axes import bind, op_name, tensor_inputs
 
 COMPARES = {"aten::ne", "aten::eq"}
 COUNTS = {"aten::cumsum", "aten::sum", "aten::any", "aten::all", "aten::argmax", "aten::argmin", "aten::mean"}

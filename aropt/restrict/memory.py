@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.restrict.axes import bind, op_name, tensor_inputs
+from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.restrict.positions import Positions
 
 aten = torch.ops.aten

@@ -14,20 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from aropt.restrict.axes import (
-    ROW,
-    Axes,
-    Axis,
-    NotRowwise,
-    bind,
-    find,
-    has,
-    op_name,
-    plain,
-    positive,
-    replaced,
-    tensor_inputs,
-)
+from aropt.ir.calls import bind, op_name, tensor_inputs
+from aropt.restrict.dims import ROW, Axes, Axis, Factor, NotRowwise, find, free, has, over_slots, positive, replaced
 
 if TYPE_CHECKING:
     from aropt.restrict.analysis import Info
@@ -80,7 +68,7 @@ def sliced(x: Mapping[str, Any], axes: Axes, row: int) -> tuple[Axes, int] | Non
         return None
     count = start or end
     if axes[row] == ROW:
-        return replaced(axes, row, ((DROPPED, count),)), max(count, 0)
+        return replaced(axes, row, (Factor(DROPPED, count),)), max(count, 0)
     return back(axes, row, PADDED, -count)
 
 
@@ -97,13 +85,13 @@ def padded(x: Mapping[str, Any], axes: Axes, row: int) -> tuple[Axes, int] | Non
         return None
     count = front or -after
     if axes[row] == ROW:
-        return replaced(axes, row, ((PADDED, count),)), max(-count, 0)
+        return replaced(axes, row, (Factor(PADDED, count),)), max(-count, 0)
     return back(axes, row, DROPPED, -count)
 
 
 def back(axes: Axes, row: int, kind: str, count: int) -> tuple[Axes, int] | None:
     """The sequence's own length again, where `count` rows were dropped or added at the other end."""
-    return (replaced(axes, row, ROW), 0) if axes[row] == ((kind, count),) else None
+    return (replaced(axes, row, ROW), 0) if axes[row] == (Factor(kind, count),) else None
 
 
 def convolved(node: fx.Node, axes: Axes, row: int) -> tuple[Axes, int] | None:
@@ -115,7 +103,7 @@ def convolved(node: fx.Node, axes: Axes, row: int) -> tuple[Axes, int] | None:
     around = int(x["dilation"][i]) * (int(size[row]) - 1)
     if x["stride"][i] != 1 or 2 * int(x["padding"][i]) != around:
         raise NotRowwise("makes a sequence of another length")
-    rest: list[Axis] = [plain(d) if isinstance(d, int) else () for d in node.meta["val"].shape]
+    rest: list[Axis] = [free(d) if isinstance(d, int) else () for d in node.meta["val"].shape]
     if any(has(axis, "br?") for j, axis in enumerate(axes) if j not in (0, row)):
         raise NotRowwise("mixes sequences")
     return (axes[0], *(ROW if j == row else rest[j] for j in range(1, len(axes)))), around // 2
@@ -148,8 +136,7 @@ def filled(made: Restriction, source: fx.Node) -> fx.Node:
 
 def write_filled(made: Restriction, source: fx.Node) -> fx.Node:
     stored = made.cached(source, f"rows_{sum(name.startswith('rows_') for name in made.state)}")
-    axes = tuple(tuple(("c", 0) if kind == "r" else (kind, n) for kind, n in axis) for axis in made.info[source].axes)
     written = made.memoized("slots written", lambda: made.call(aten.ge.Scalar, made.columns, 0))
-    seen = made.layout(written, ["b", "c"], axes, False)
+    seen = made.layout(written, ["b", "c"], over_slots(made.info[source].axes), False)
     nothing = made.constant(source, torch.zeros((), dtype=source.meta["val"].dtype), "_nothing")
     return made.call(aten.where.self, seen, stored, nothing)

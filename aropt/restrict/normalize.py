@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.calls import bind, draws, op_name
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import build, propagate
-from aropt.restrict.axes import bind, draws, op_name
 from aropt.restrict.positions import content_nodes
 
 aten = torch.ops.aten

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from aropt.errors import Unsupported
+from aropt.ir.calls import draws, op_name
 from aropt.ir.torch_compat import named_expression, symbol_named
-from aropt.restrict.axes import Axes, Dims, NotRowwise, draws, op_name
+from aropt.restrict.dims import Axes, Dims, NotRowwise
 from aropt.restrict.excluded import settled
 
 SHAPE_ONLY = {

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from aropt.errors import Unsupported
+from aropt.ir.calls import op_name
 from aropt.ir.printer import symbol_names
 from aropt.ir.program import Graph
-from aropt.restrict.axes import op_name
 from aropt.restrict.excluded import counted
 from aropt.restrict.positions import Positions, content_nodes
 

@@ -26,32 +26,32 @@ from torch import Tensor, fx
 
 from aropt.errors import Unsupported
 from aropt.ir import ops
+from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
 from aropt.restrict import moves
 from aropt.restrict.analysis import FULL_SIZE, Analysis, Info, unsupported
-from aropt.restrict.axes import (
+from aropt.restrict.bounds import Hide
+from aropt.restrict.dims import (
     COLUMN,
-    RESHAPES,
     Axes,
     Axis,
     B,
+    Factor,
     NotRowwise,
-    bind,
     count,
     elements,
     find,
     from_sizes,
     has,
-    op_name,
+    over_slots,
     positive,
     replaced,
-    tensor_inputs,
-)  # fmt: skip
-from aropt.restrict.bounds import Hide
+)
 from aropt.restrict.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.restrict.prepare import prepared
+from aropt.restrict.rules import RESHAPES
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -309,7 +309,7 @@ class Restriction:
         source = chain[0].args[0] if chain else node
         value = self.cached(source, name)  # type: ignore[arg-type]
         for step in chain:
-            axes = tuple(tuple(("c", n) if k == "r" else (k, n) for k, n in axis) for axis in self.info[step].axes)
+            axes = over_slots(self.info[step].axes)
             value = self.memoized(("full", step), partial(self.emit, step, partial(always, value), axes, False))
         return value
 
@@ -518,7 +518,7 @@ class Restriction:
         sizes: list[Any] = []  # one entry an axis of `beside`
         for axis, names in zip(beside, keys, strict=True):
             held = [key in present for key in names]
-            for factor, kept in zip(axis, held) if any(held) else [((".", 1), False)]:
+            for factor, kept in zip(axis, held) if any(held) else [(Factor(".", 1), False)]:
                 if not kept:
                     value = self.call(aten.unsqueeze.default, value, len(wide))
                 wide.append(-1 if kept or not any(held) else self.size((factor,), tail))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from aropt.restrict.axes import bind, op_name, tensor_inputs
+from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.restrict.bounds import HIDES
 from aropt.restrict.positions import Positions, close
 

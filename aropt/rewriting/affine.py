@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from aropt.restrict.axes import bind, op_name
+from aropt.ir.calls import bind, op_name
 
 MOVES = {
     "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::transpose", "aten::unsqueeze",

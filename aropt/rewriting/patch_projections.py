@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
+from aropt.ir.calls import op_name
 from aropt.ir.torch_compat import elements
-from aropt.restrict.axes import op_name
 from aropt.rewriting.affine import affine, between, constant, dominates, evaluate, floating, rank
 
 NEAR = 1e-5  # of the largest value: what sums in another order may differ by

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from aropt.ir.calls import op_name
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Graph, Program, dict_root
 from aropt.ir.units import rows, rows_for
 from aropt.loops.runtime import slots
-from aropt.restrict.axes import op_name
 
 if TYPE_CHECKING:
     from aropt.validate.cases import Case

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from aropt.ir.calls import op_name
 from aropt.ir.control import calls
 from aropt.ir.executor import Values
 from aropt.ir.interpreter import run
 from aropt.ir.program import Program
-from aropt.restrict.axes import op_name
 from aropt.validate.cases import Case
 from aropt.validate.compare import TOLERANCE
 from aropt.validate.compare_canvas import Forced, Step, Trace

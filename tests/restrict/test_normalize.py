@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 
 from aropt.frontend.trace import capture_model
-from aropt.restrict.axes import op_name
+from aropt.ir.calls import op_name
 from aropt.restrict.normalize import normalize_attention
 from aropt.restrict.rewrite import restrict
 from tests.support import grammar

@@ -18,12 +18,12 @@ from torch import Tensor, fx
 
 from aropt.errors import Unsupported
 from aropt.frontend.trace import capture_function
+from aropt.ir.calls import op_name
 from aropt.ir.edit import inline
 from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.loops.unmask.blocks import current_block
-from aropt.restrict.axes import op_name
 from aropt.restrict.positions import LIKE, SHAPE_ONLY
 
 aten = torch.ops.aten
