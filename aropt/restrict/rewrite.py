@@ -51,7 +51,7 @@ from aropt.restrict.dims import (
 )
 from aropt.restrict.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.restrict.prepare import prepared
-from aropt.restrict.rules import RESHAPES
+from aropt.restrict.rules import RESHAPES, named_axes
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -215,10 +215,20 @@ class Restriction:
         if name == "aten::repeat_interleave":
             x = bind(node)
             return self.call(node.target, lookup(x["self"]), x["repeats"], x["dim"], like=node)
+        if name == "aten::squeeze":
+            return self.squeezed(node, lookup(node.args[0]))  # type: ignore[arg-type]
         if name == "aten::slice" and (extra := self.appended(node)) and bind(node)["start"] != -extra:
             return self.call(node.target, lookup(node.args[0]), node.args[1], 0, -extra, like=node)  # type: ignore[arg-type]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lookup)
         return self.call(node.target, *args, like=node, **kwargs)
+
+    def squeezed(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Without the axes that are one element at any length; one sequence, or one row, stays an axis."""
+        axes = self.info[node.args[0]].axes  # type: ignore[index]
+        named = named_axes({"self": axes, "dim": bind(node).get("dim")})
+        for i in sorted(named, reverse=True):
+            value = value if axes[i] else self.call(aten.squeeze.dim, value, i, like=node)
+        return value
 
     def appended(self, node: fx.Node) -> int:
         """How many appended columns a slice drops; 0 if it is along another axis."""
