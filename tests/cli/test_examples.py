@@ -20,6 +20,7 @@ from aropt.cli import main as cli
 from aropt.cli.optimize import check_names
 from aropt.frontend.sources import findable
 from aropt.models import CHECKPOINTS
+from aropt.pipeline import plugins, registry
 from aropt.pipeline.registry import pipeline
 from aropt.validate.drift import budget
 
@@ -61,13 +62,19 @@ ALL = [
 
 
 @pytest.mark.parametrize("words", ALL)
-def test_commands_parse_and_name_what_there_is(words: list[str]) -> None:
+def test_commands_parse_and_name_what_there_is(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app: Any = typer.main.get_command(cli.app)
     with app.make_context("aropt", list(words)) as context:
         name, found, rest = app.resolve_command(context, list(words))
         given = found.make_context(name, rest).params
     if name == "optimize":
         check_names(given["target"], given["loop"], given["rule"] or (), given["guide"], given["print_after"] or ())
+        monkeypatch.setattr(registry, "ADDED", {})
+        for name in given["plugin"] or ():  # the page says what it holds
+            (tmp_path / name).write_text(blocks(ROOT / "docs" / "writing_passes.md")[0])
+            plugins.load(tmp_path / name)
         pipeline(given["passes"] or (), given["no_pass"] or ())
         budget(given["budget"])
         assert findable(given["model"]) or given["model"] in GIVEN | {"mymodel.py:build", "exported.pt2"}
