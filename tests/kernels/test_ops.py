@@ -1,4 +1,4 @@
-"""What holds for every op of aropt. An op listed in `aropt.ir.ops.NAMES` gets all of these tests."""
+"""What holds for every op of aropt. An op that lies in kernels/ gets all of these tests."""
 
 import os
 import re
@@ -87,7 +87,7 @@ def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
     return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
 
 
-def test_every_file_is_listed() -> None:
+def test_every_file_is_an_op_of_its_name() -> None:
     assert {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")} == set(ops.NAMES)
     assert all(name == op.name for name, op in ops.load_all().items())
 
