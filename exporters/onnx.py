@@ -21,7 +21,7 @@ from aropt.frontend.trace import dynamic
 from aropt.ir import ops
 from aropt.ir.opdef import onnx_node
 from aropt.ir.program import Graph
-from aropt.ir.torch_compat import example_sizes, examples, onnx_registry, to_onnx
+from aropt.ir.torch_compat import examples, onnx_registry, to_onnx
 
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given
@@ -104,11 +104,7 @@ def registry(contrib: bool) -> Any:
 
 def traced(graph: Graph, weights: Mapping[str, Tensor], contrib: bool) -> Any:
     """The model by torch's exporter, with its decompositions."""
-    known = {s: torch.export.Dim(s) for s in example_sizes(graph.inputs)}
-    shapes = tuple(
-        {i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in graph.inputs.values()
-    )
-    inputs = tuple(examples(graph.inputs).values())
+    inputs, shapes = tuple(examples(graph.inputs).values()), dynamic(graph.inputs)
     exported = torch.export.export(graph.bind(weights), inputs, dynamic_shapes=shapes, strict=False)
     table = translations(contrib)
     program = torch.onnx.export(

@@ -15,6 +15,7 @@ from typing import Any
 from aropt.errors import Unsupported
 from aropt.ir.control import Call, Loop
 from aropt.ir.program import Graph
+from aropt.ir.torch_compat import replaced_in
 
 
 def unroll(model: Any, graph: Graph, control: Loop, aliases: Mapping[str, str], rounds: int) -> Any:
@@ -79,11 +80,9 @@ def between(graph: Graph, call: Call) -> dict[str, int]:
 
 def settle(body: list[Any], sizes: Mapping[str, int]) -> None:
     """Puts numbers for symbols into all shapes."""
-    import onnx_ir as ir
-
     for value in (v for node in body for v in node.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([sizes.get(getattr(d, "value", None) or "", d) for d in value.shape])
+            value.shape = replaced_in(value.shape, sizes)
 
 
 def repeated(node: Any, known: dict[Any, Any], number: int) -> Any:

@@ -17,6 +17,7 @@ small models do several rounds a turn (`Writer.several`), then the last ones one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, sequence, writes
-from aropt.ir.dims import symbols
+from aropt.ir.dims import Dim, parse, symbols
 from aropt.ir.program import Program, Spec, StateSpec
 from aropt.loops.defaults import exported_defaults
 
@@ -122,21 +123,15 @@ class Writer:
             if v == name
         )
 
-    def size(self, graph: Any, values: Mapping[str, Any], dim: Any) -> Any:
-        """A dim of an initial state as int64 [1]: numbers, inputs' symbols, products, sums of these; no slots yet."""
-        if isinstance(dim, int) or dim == "S":
-            return self.constant(graph, [0 if dim == "S" else dim])
-        if "+" in dim:
-            first, _, rest = dim.partition("+")
-            return self.node(graph, "Add", [self.size(graph, values, d) for d in (first, rest)])
+    def size(self, graph: Any, values: Mapping[str, Any], dim: Dim) -> Any:
+        """A dim of an initial state as int64 [1], by the sizes of inputs; there are no slots yet."""
         total = None
-        for factor in dim.split("*"):
-            if factor.isdigit():
-                one = self.constant(graph, [int(factor)])
-            else:
-                name, axis = self.place[factor]
-                one = self.node(graph, "Shape", [values[name]], start=axis, end=axis + 1)
-            total = one if total is None else self.node(graph, "Mul", [total, one])
+        for product, factor in parse(dim).subs({"S": 0}).terms or [((), 0)]:
+            places = [self.place[symbol] for symbol in product]
+            parts = [self.node(graph, "Shape", [values[n]], start=axis, end=axis + 1) for n, axis in places]
+            parts = parts if parts and factor == 1 else [self.constant(graph, [factor]), *parts]
+            one = functools.reduce(lambda a, b: self.node(graph, "Mul", [a, b]), parts)
+            total = one if total is None else self.node(graph, "Add", [total, one])
         return total
 
     # --- control -----------------------------------------------------------------------------------------------------

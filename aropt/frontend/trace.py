@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from aropt.errors import Unsupported, UsageError
@@ -27,10 +27,11 @@ from aropt.frontend.export import (
     torch_reason,
 )
 from aropt.frontend.forwards import HINT, Forward
+from aropt.ir.dims import parse
 from aropt.ir.edit import share
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec
-from aropt.ir.torch_compat import build, example_sizes, examples, settled_size, trace_function
+from aropt.ir.torch_compat import build, examples, settled_size, trace_function
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -130,20 +131,21 @@ def capture_module(
     name: str, module: nn.Module, inputs: dict[str, Spec], outputs: list[str]
 ) -> tuple[Graph, dict[str, Tensor]]:
     """Captures part of a model: its graph, and its weights as "NAME.<path>"."""
-    known = {s: Dim(s) for s in example_sizes(inputs)}
-    shapes = tuple({i: dynamic(d, known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values())
+    shapes = (dynamic(inputs),)
     holder = nn.Module()
     holder.add_module(name, module.eval().requires_grad_(False))
     holder.forward = lambda *values: module(*values)
-    exported = export(holder, tuple(examples(inputs).values()), (shapes,))
+    exported = export(holder, tuple(examples(inputs).values()), shapes)
     return from_exported(name, exported, inputs, outputs)
 
 
-def dynamic(dim: str, known: dict[str, Any]) -> Any:
-    """torch.export's Dim of "B" or "2*B"."""
-    factor, _, name = dim.rpartition("*")
-    root = known.setdefault(name, Dim(name))
-    return int(factor) * root if factor else root
+def dynamic(inputs: Mapping[str, Spec]) -> tuple[dict[int, Any], ...]:
+    """The sizes of inputs that are not numbers, by axis, as torch.export's Dims."""
+    known: dict[str, Any] = {}
+    exported = [
+        {i: parse(d).to_export(known) for i, d in enumerate(s.dims) if isinstance(d, str)} for s in inputs.values()
+    ]
+    return tuple(exported)
 
 
 def check_weights(model: nn.Module) -> None:

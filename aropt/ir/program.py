@@ -7,7 +7,6 @@ A `Graph` is a functional ATen graph without hidden state. A `Program` says whic
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,7 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node  # the field `fx` of Graph hides the module's name
 
 from aropt.ir.control import Call, Control, calls
-from aropt.ir.dims import Dim, resolve, symbols
-
-MULTIPLE = re.compile(r"(\d+)\*([A-Za-z_]\w*)")
+from aropt.ir.dims import Dim, resolve, solved, symbols
 
 
 @dataclass(frozen=True)
@@ -210,13 +207,13 @@ def donated(program: Program) -> dict[str, dict[str, str]]:
 
 
 def sizes_of(specs: Mapping[str, Spec], values: Mapping[str, Tensor]) -> dict[str, int]:
-    """Binds the symbols of `specs` to the sizes of `values`: those that stand alone, or in multiples ("2*B")."""
+    """Binds the symbols of `specs` to the sizes of `values`: those that stand alone, or in expressions like "2*B"."""
     sizes: dict[str, int] = {}
-    multiples: dict[str, int] = {}
+    others: dict[str, int] = {}
     for name, spec in specs.items():
         for dim, size in zip(spec.dims, values[name].shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier():
                 sizes.setdefault(dim, size)
-            elif isinstance(dim, str) and (found := MULTIPLE.fullmatch(dim)):
-                multiples[found[2]] = size // int(found[1])
-    return multiples | sizes
+            else:
+                others |= solved(dim, size)
+    return others | sizes

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from aropt.errors import AroptError
 from aropt.ir import limits, ops
 from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops
-from aropt.ir.dims import Dim
+from aropt.ir.dims import Dim, parse
 from aropt.ir.encode_args import (
     DEPTH,
     constant_name,
@@ -166,9 +166,19 @@ def scalar(kind: Any, value: Any, where: str) -> Any:
         allowed = (type(None), bool, int, float, str)
     if type(value) not in allowed and not (type(value) is int and float in allowed):
         refuse(where, f"a {type(value).__name__} can't be here")
-    if kind == Dim and not (DIM.fullmatch(value) if isinstance(value, str) else 0 <= value < 2**31):
+    if kind == Dim and not is_size(value):
         refuse(where, f"{value!r} is no size")
     return value
+
+
+def is_size(value: Any) -> bool:
+    """Whether a dim is a number or the text of an expression, both of a size that a program has."""
+    if isinstance(value, int):
+        return 0 <= value < 2**31
+    try:
+        return bool(DIM.fullmatch(value) and parse(value).symbols())
+    except ValueError:
+        return False
 
 
 def read_weights(declared: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

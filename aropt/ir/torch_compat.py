@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from aropt.ir.dims import Dim, resolve, symbols
+from aropt.ir.dims import Dim, parse, replaced, resolve, symbols
 from aropt.ir.program import Graph, Spec
 
 HINTS = (
@@ -147,10 +148,8 @@ def dim_text(size: Any, names: Mapping[Any, str]) -> Dim:
     """A size as an int or as text over named symbols."""
     if isinstance(size, int):
         return size
-    expr = size.node.expr
-    if expr.is_number:
-        return int(expr)
-    return str(expr.subs({symbol: named_expression(name) for symbol, name in names.items()})).replace(" ", "")
+    expr = size.node.expr.subs({symbol: named_expression(name) for symbol, name in names.items()})
+    return parse(str(expr)).dim()
 
 
 def elements(value: Tensor) -> int:
@@ -174,10 +173,7 @@ def symbol_named(name: str) -> Any:
 
 def named_expression(text: str) -> Any:
     """ "2*B" as a sympy expression over named symbols."""
-    total = 1
-    for part in text.split("*"):
-        total *= int(part) if part.isdigit() else symbol_named(part)
-    return total
+    return parse(text).at({name: symbol_named(name) for name in symbols(text)})
 
 
 def spec_of(value: Any, names: Mapping[Any, str]) -> Spec:
@@ -243,12 +239,10 @@ def to_onnx(graph: Graph, weights: Mapping[str, Tensor], registry: Any, opset: i
         name = value.name = lifted[value.name]
         value.const_value = _core.TorchTensor(weights[name].contiguous(), name=name)
         model.graph.initializers[name] = value
-    text = {str(symbol): name for symbol, name in names.items()}
+    text: dict[str, Dim] = {str(symbol): name for symbol, name in names.items()}
     for value in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape(
-                [text.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            )
+            value.shape = replaced_in(value.shape, text)
     _ir_passes.add_opset_imports(model)
     onnxscript.optimizer.optimize(model)
     moved = {"GridSample", "DFT"} & {node.op_type for node in model.graph}  # what changed its meaning in between
@@ -256,6 +250,18 @@ def to_onnx(graph: Graph, weights: Mapping[str, Tensor], registry: Any, opset: i
         raise ValueError(f"{', '.join(sorted(moved))} changed between the opsets")
     model.graph.opset_imports[""] = opset  # after torchlib's functions, written for an older one, were inlined
     return model
+
+
+def replaced_in(shape: Any, given: Mapping[str, Dim]) -> Any:
+    """An ONNX shape with other sizes in place of symbols; what can't be read as a size stays."""
+    import onnx_ir as ir
+
+    dims = []
+    for dim in (d if isinstance(d, int) else d.value for d in shape):
+        with contextlib.suppress(ValueError):
+            dim = dim if dim is None else replaced(dim, given)
+        dims.append(dim)
+    return ir.Shape(dims)
 
 
 def lift(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, Loop, Seq, calls, loops, map_parts, parts, transform
+from aropt.ir.dims import replaced
 from aropt.ir.edit import trim
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.units import window
@@ -159,7 +160,4 @@ def named(graph: Graph) -> Call:
 
 def rebatch(spec: Spec, batch: str) -> Spec:
     """The spec with the program's batch in place of the graph's B."""
-    dims = tuple(
-        "*".join(batch if p == "B" else p for p in d.split("*")) if isinstance(d, str) else d for d in spec.dims
-    )
-    return Spec(spec.dtype, dims)
+    return Spec(spec.dtype, tuple(replaced(d, {"B": batch}) for d in spec.dims))

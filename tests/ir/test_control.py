@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aropt.ir.control import (
@@ -97,12 +97,14 @@ def kind(control: Control) -> str:
     return type(control).__name__
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_walk_sees_each_node_once_outer_ones_first(control: Control) -> None:
     assert [id(n) for n in walk(control)] == [id(n) for n in nodes(control)]
     assert all(part in walk(node) for node in walk(control) for part in parts(node))
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_identity_only_flattens(control: Control) -> None:
     """Fields that the algebra does not know are kept."""
@@ -112,6 +114,7 @@ def test_identity_only_flattens(control: Control) -> None:
     assert list(calls(control)) == list(calls(transform(control, lambda node: node)))
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_transform_visits_each_node_after_its_parts(control: Control) -> None:
     seen: list[Control] = []
@@ -126,6 +129,7 @@ def test_transform_visits_each_node_after_its_parts(control: Control) -> None:
     assert seen[-1] is result or sequence(seen[-1]) == (result,)
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_fold_agrees_with_walk(control: Control) -> None:
     def one(*given: Any) -> Counter[str]:
@@ -136,6 +140,7 @@ def test_fold_agrees_with_walk(control: Control) -> None:
     assert counted == Counter("Seq" if isinstance(n, Seq) else kind(n) for n in walk(control))
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_what_is_read_and_written(control: Control) -> None:
     found = list(nodes(control))
@@ -150,6 +155,7 @@ def test_what_is_read_and_written(control: Control) -> None:
     assert writes(control) == emitted | {v for c in called for v in c.writes.values()}
 
 
+@settings(deadline=None)
 @given(CONTROLS)
 def test_what_is_written_on_every_path(control: Control) -> None:
     """All paths of up to one round a loop, each with what it writes."""
@@ -172,6 +178,7 @@ def test_what_is_written_on_every_path(control: Control) -> None:
     assert writes(control, certain=True) == frozenset.intersection(*paths(control))
 
 
+@settings(deadline=None)
 @given(CONTROLS, st.integers(0, 2))
 def test_rewrite_replaces_each_call(control: Control, times: int) -> None:
     want = [call for call in calls(control) for _ in range(times)]
