@@ -201,6 +201,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "state of any rank": put("state", "tokens", "spec", "dims", [1] * 20),
     "state of no number": put("state", "tokens", "init", {"float": "nan"}),
     "a size that can't be read": put("state", "tokens", "spec", "dims", ["B**"]),
+    "half a size": put("graphs", "last", "outputs", "row", "dims", ["B", "Max(1,T"]),
+    "a size to a high power": put("inputs", "prompt", "spec", "dims", ["B", "T**99"]),
     "a default out of its range": put("inputs", "temperature", "default", -1.0),
     "no capacity": lambda d: d["meta"].pop("capacity"),
     "capacity": put("meta", "capacity", 2**40),
