@@ -150,8 +150,7 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
                 return [call_by_name(made["accept"])]
         return []
 
-    drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"})
+    drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"}, internal=True)
     round_ = Seq((drafts, call_by_name(made["spread"]), *sequence(rewrite(plain.body, verified))))
-    return Seq(
-        (call_by_name(made["begin"]), Loop("speculate", "finished", round_, {"window": "windows"}, plain.params))
-    )
+    rounds = Loop("speculate", "finished", round_, {"window": "windows"}, plain.params, "window", plain.evidence)
+    return Seq((call_by_name(made["begin"]), rounds))

@@ -98,7 +98,8 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
             return [replace(call, reads=reads, writes={o: instead.get(v, v) for o, v in call.writes.items()})]
         return [call_by_name(made["accept"])] if call.graph == "commit" else []
 
-    checked = Loop("speculate", "settled", rewrite(plain.body, change), {"window": "windows"}, plain.params)
+    body = rewrite(plain.body, change)
+    checked = Loop("speculate", "settled", body, {"window": "windows"}, plain.params, "window", plain.evidence)
     (emitted,) = plain.emits
     return Seq(
         (call_by_name(made["recall"]), checked, call_by_name(made["resume"]), replace(plain, emits={emitted: "rest"}))

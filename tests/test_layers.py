@@ -17,7 +17,7 @@ LAYERS = (
 LEVEL = {folder: i for i, folders in enumerate(LAYERS) for folder in folders}
 KERNELS = {"errors", "ir.opdef"}  # what a kernel may import besides kernels: it runs on a bare GPU machine
 CIRCLES = {  # modules that import each other; it only shrinks
-    *("validate.cases_canvas", "validate.cases", "validate.localize_canvas", "validate.localize", "validate.stops"),
+    *("validate.cases_canvas", "validate.cases", "validate.localize_rounds", "validate.localize", "validate.stops"),
     *("validate.compare", "validate.compare_canvas", "restrict.analysis", "restrict.rewrite", "restrict.moves"),
 }
 

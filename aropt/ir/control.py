@@ -38,7 +38,10 @@ class Loop:
     """Runs `body` while the bool[] value `until` is false (tested before each round).
 
     `emits` maps a value written in the body to the value that collects it over the rounds, stacked along axis 1.
-    `kind` ("positions", "blocks", "unmask", ...) and `params` carry the intent that passes match on.
+    `kind` is for people. What a round means is said by roles, which are names of values: `decides` is what it decided
+    (ids, of which -1 is none, or latents), `evidence` is what it decided them from (logits, a velocity), both with the
+    batch first. A pass may fuse them away; validation exposes them again. The rounds of an `internal` loop (drafts) are
+    none of the generation: nobody watches them.
     """
 
     kind: str
@@ -46,6 +49,14 @@ class Loop:
     body: Control
     emits: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
+    decides: str = ""
+    evidence: str = ""
+    internal: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The value that holds what a round decided, for who watches it: every program has it."""
+        return next(iter(self.emits), self.decides)
 
 
 Control = Seq | If | Loop | Call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from aropt.ir.dims import resolve
 from aropt.ir.executor import Executor, OnRound, Values
 from aropt.ir.program import Program, sizes_of
 
-DRAFT = "draft"  # a loop whose rounds are none of the generation
+Watch = Callable[[Loop, Values], bool | None]  # sees a round's values, until it returns False
 
 
 class Eager(Executor):
@@ -39,12 +40,11 @@ def run(
     inputs: Mapping[str, Tensor],
     slots: int,
     executor: Executor | None = None,
-    on_round: OnRound | None = None,
+    watch: Watch | None = None,
 ) -> Values:
     """Runs the control from `inputs`, with caches of `slots` slots. Returns all values at the end.
 
-    `on_round` sees the values after each round of a loop that is no DRAFT (for streaming and for
-    validation), until it returns False.
+    `watch` sees the values after each round of each loop that is not internal, until it returns False.
     """
     sizes = sizes_of({n: i.spec for n, i in program.inputs.items()}, inputs) | {"S": slots}
     values: Values = dict(inputs)
@@ -59,7 +59,7 @@ def run(
         first, *rest = [resolve(d, sizes) for d in specs[name].dims]
         return torch.zeros([first, 0, *rest], dtype=specs[name].dtype)
 
-    step(program.control, values, executor, on_round, nothing)
+    step(program.control, values, executor, watch, nothing)
     return values
 
 
@@ -67,7 +67,7 @@ def step(
     control: Control,
     values: Values,
     executor: Executor,
-    on_round: OnRound | None,
+    watch: Watch | None,
     nothing: Callable[[str], Tensor],
 ) -> None:
     """Executes one control node, updating `values`. `nothing(value)`: what a loop without rounds emits."""
@@ -78,25 +78,30 @@ def step(
                 values[value] = results[output]
         case Seq(body):
             for part in body:
-                step(part, values, executor, on_round, nothing)
+                step(part, values, executor, watch, nothing)
         case If(cond, then, orelse):
-            step(then if bool(values[cond]) else orelse, values, executor, on_round, nothing)
-        case Loop(kind) if executor.loop(control, values, None if kind == DRAFT else on_round):
+            step(then if bool(values[cond]) else orelse, values, executor, watch, nothing)
+        case Loop() if executor.loop(control, values, watching(control, watch)):
             pass
-        case Loop(kind, until, body, emits):
-            on_round = None if kind == DRAFT else on_round
+        case Loop(_, until, body, emits):
+            on_round = watching(control, watch)
             emitted: dict[str, list[Tensor]] = {name: [] for name in emits}
             most, done = most_rounds(values), 0
             while not bool(values[until]):
                 if (done := done + 1) > most:
                     raise endless(control, most)
-                step(body, values, executor, on_round, nothing)
+                step(body, values, executor, watch, nothing)
                 for name, kept in emitted.items():
                     kept.append(values[name].clone())
                 if on_round is not None and on_round(values) is False:
                     on_round = None
             for name, kept in emitted.items():
                 values[emits[name]] = torch.stack(kept, 1) if kept else nothing(name)
+
+
+def watching(loop: Loop, watch: Watch | None) -> OnRound | None:
+    """What watches the rounds of this loop; None if nothing does."""
+    return None if watch is None or loop.internal else functools.partial(watch, loop)
 
 
 def most_rounds(values: Values) -> int:

@@ -14,6 +14,7 @@ from aropt.ir.control import Call, If, Loop, Seq
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
+from aropt.loops.scheme import Scheme
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -124,7 +125,7 @@ def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
     if penalized:
         body.append(same("mark"))
     body.append(same("commit"))
-    return Loop("positions", "finished", Seq(tuple(body)), {"emitted": "generated"}, {"limit": "limit"})
+    return Loop("positions", "finished", Seq(tuple(body)), {"emitted": "generated"}, {"limit": "limit"}, "token", "row")
 
 
 def start(guided: bool, row: tuple[int, ...] = ()) -> Graph:
@@ -204,3 +205,13 @@ def mark(vocab: int, row: tuple[int, ...] = ()) -> Graph:
 
     inputs = {"seen": Spec(BOOL, ("B", vocab)), "token": Spec(I64, ("B", *row))}
     return capture_function("mark", function, inputs, ["seen"])
+
+
+class Positions(Scheme):
+    """Rounds decide the next row of each sequence, from its logits; the forward is causal."""
+
+    kind = "positions"
+    forced = True
+
+
+SCHEME = Positions()

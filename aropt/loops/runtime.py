@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.ir.executor import Executor, OnRound, Values
-from aropt.ir.interpreter import Eager, run
+from aropt.ir.interpreter import Eager, Watch, run
 from aropt.ir.program import Input, Program
 from aropt.ir.units import flat, ids_of, rows, rows_for
 from aropt.loops.defaults import usual_length, with_defaults
@@ -109,6 +109,7 @@ def generate(
             hint="give one for each prompt, or leave streams out",
         )
     executor = executor or Eager(program)
+    watch: Watch | None = None if on_round is None else lambda _, values: on_round(values)
     results: dict[int, list[int]] = {}
     for group in batches(program, prompts):
         drawn = group if streams is None else [streams[i] for i in group]
@@ -126,7 +127,7 @@ def generate(
         with host_threads(executor.host_threads()):
             generated = executor.generate(inputs) if on_round is None else None
             if generated is None:
-                generated = run(program, inputs, slots(program, inputs), executor, on_round)["generated"]
+                generated = run(program, inputs, slots(program, inputs), executor, watch)["generated"]
             for i, row in zip(group, flat(generated), strict=True):
                 results[i] = [t for t in row if t >= 0][:n]
     return [results[i] for i in range(len(prompts))]

@@ -11,73 +11,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from aropt.errors import AroptError, UsageError
-from aropt.ir.control import calls
+from aropt.ir.control import Loop, calls, loops, rewrite
+from aropt.ir.edit import expose
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
-from aropt.ir.units import flat, ids_of, rows_for
+from aropt.ir.units import flat, ids_of, rows_for, window
 from aropt.loops.runtime import slots
+from aropt.loops.scheme import Mismatch, scheme_of
 from aropt.validate.cases import Case, cases
-from aropt.validate.oracle import Mismatch, Oracle, Reply
+from aropt.validate.oracle import Oracle, Reply
+from aropt.validate.replay import compare_rounds
 from aropt.validate.shrink import shrink
 from aropt.validate.slices import whole
 from aropt.validate.stops import with_stops
+from aropt.validate.verdict import TOLERANCE, Outcome, Verdict
 
 __all__ = [
     "TOLERANCE", "Case", "Mismatch", "Oracle", "Outcome", "Trace", "Verdict", "cases", "compare", "fails", "probe",
     "shrink", "validate", "with_probe", "with_stops",
 ]  # fmt: skip
-TOLERANCE = 16.0  # times the noise floor: two roundings in other orders, over many rows
-
-
-@dataclass
-class Outcome:
-    """What a case measured. `error` and `floor` are in logits; `ratio` is error / floor."""
-
-    case: Case
-    error: float = 0.0
-    floor: float = 0.0
-    ties: int = 0
-    tokens: int = 0
-    problem: str = ""
-    row: int = 0  # the prompt that it is about
-    generated: list[list[int]] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float:
-        return self.error / self.floor if self.floor else 0.0
-
-    @property
-    def passed(self) -> bool:
-        return not self.problem
-
-
-@dataclass
-class Verdict:
-    """All outcomes, and where the first failing case diverges."""
-
-    outcomes: list[Outcome] = field(default_factory=list)
-    diverges: dict[str, Any] | None = None
-    coverage: dict[str, Any] | None = None  # of the requests, see `Requests.coverage`
-
-    @property
-    def passed(self) -> bool:
-        """Whether something was compared, and nothing failed."""
-        return bool(self.outcomes) and all(o.passed for o in self.outcomes)
-
-    def metrics(self) -> dict[str, float]:
-        return {
-            "cases": len(self.outcomes), "tokens": sum(o.tokens for o in self.outcomes),
-            "ties": sum(o.ties for o in self.outcomes), "max_error": max((o.error for o in self.outcomes), default=0.0),
-            "max_ratio": max((o.ratio for o in self.outcomes), default=0.0), "tolerance_ratio": TOLERANCE,
-        }  # fmt: skip
 
 
 def validate(
@@ -125,20 +84,21 @@ class Trace:
     def __init__(self, candidate: Program, case: Case, executor: Executor) -> None:
         self.tokens: list[list[int]] = [[] for _ in case.prompts]
         self.logits: list[list[Tensor]] = [[] for _ in case.prompts]
-        self.alone = 0
+        self.alone, self.row = 0, len(window(candidate.meta))
         for group in case.groups(candidate):
             inputs = case.inputs(candidate, group)
 
-            def keep(values: Values, group: list[int] = group) -> None:
-                if "window" not in values:
-                    self.alone = len(values["row"])  # rows of a round without drafts
-                elif len(values["row"]) > self.alone:  # a row for each draft, of each branch
-                    drafted = values["row"].reshape(self.alone, -1, *values["row"].shape[1:])
-                    rounds = values["window"][0, : drafted.shape[1]].reshape(drafted.shape[1], -1)
+            def keep(loop: Loop, values: Values, group: list[int] = group) -> None:
+                decided, seen = values[loop.shown], values[loop.evidence]
+                if decided.dim() == 1 + self.row:
+                    self.alone = len(seen)  # rows of a round without drafts
+                elif len(seen) > self.alone:  # a row for each draft, of each branch
+                    drafted = seen.reshape(self.alone, -1, *seen.shape[1:])
+                    rounds = decided[0, : drafted.shape[1]].reshape(drafted.shape[1], -1)
                     counted = rounds.amax(1) >= 0
                     self.logits[group[0]] += drafted[:, counted].transpose(0, 1).clone().unbind()
                     return
-                branches = values["row"].reshape(-1, len(group), *values["row"].shape[1:])
+                branches = seen.reshape(-1, len(group), *seen.shape[1:])
                 for j, i in enumerate(group):
                     self.logits[i].append(branches[:, j].clone())
                 if len(self.logits[group[0]]) > rows_for(candidate.meta, case.n):
@@ -154,9 +114,7 @@ class Trace:
 def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) -> Outcome:
     """Runs one case on both and measures. A candidate that raises an error has failed."""
     outcome = Outcome(case)
-    measure = compare_rows
-    if oracle.program.meta.get("loop") == "unmask":
-        from aropt.validate.compare_canvas import compare_rows as measure
+    measure = compare_rows if scheme_of(oracle.program).forced else compare_rounds
     try:
         measure(oracle, candidate, executor, outcome)
     except Mismatch as mismatch:
@@ -232,14 +190,12 @@ def ties(oracle: Oracle, reply: Reply, number: int, mine: Tensor, token: int, pl
 
 
 def probe(program: Program) -> str:
-    """The value that holds the logits that a round's rule sees."""
-    return "logits" if program.meta.get("loop") == "unmask" else "row"
+    """The value that holds what the rounds decide from."""
+    return next(loop.evidence for loop in loops(program.control) if loop.evidence)
 
 
 def with_probe(program: Program) -> Program:
-    """The program with the logits that each round's rule sees as the value `probe(program)`, for validation only."""
-    from aropt.ir.edit import expose
-
+    """The program with what its rounds decide from as the value `probe(program)`, for validation only."""
     name_of = probe(program)
     if any(name_of in c.writes.values() for c in calls(program.control)):
         return program
@@ -248,8 +204,6 @@ def with_probe(program: Program) -> Program:
         node = next((n for n in graph.fx.nodes if n.meta.get("value") == name_of), None)
         if node is not None:
             graphs[name] = expose(graph, {name_of: node})
-    from aropt.ir.control import rewrite
-
     control = rewrite(program.control, lambda c: [replace(c, writes={**c.writes, name_of: name_of})
                                                   if name_of in graphs[c.graph].outputs else c])  # fmt: skip
     return program.replace(graphs=graphs, control=control)

@@ -21,13 +21,14 @@ from aropt.ir.executor import Executor
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload as own_prompts
+from aropt.loops.scheme import Round
 from aropt.loops.unmask.blocks import current_block
 from aropt.loops.unmask.smoothing import forward
 from aropt.validate import compare as validate
 from aropt.validate import quality
 from aropt.validate.cases import Case
-from aropt.validate.compare_canvas import Step, Trace
 from aropt.validate.oracle import Forced, Oracle
+from aropt.validate.replay import Trace
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
 TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exact forward
@@ -140,14 +141,14 @@ def measure(
     rounds: list[list[tuple[Tensor, Tensor]]] = []
     for i in range(len(case.prompts)):
         inputs = case.inputs(exact, [i])
-        for number, found in enumerate(sequence(exact, eager, inputs, mine.steps[i])):
+        for number, found in enumerate(sequence(exact, eager, inputs, mine.rounds[i])):
             if number == len(rounds):
                 rounds.append([])
             rounds[number].append(found)
     kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
     per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
-    forwards, exact_forwards = (sum(map(len, trace.steps)) for trace in (mine, theirs))
-    computed, all_rows = (sum(len(s.rows) for steps in t.steps for s in steps) for t in (mine, theirs))
+    forwards, exact_forwards = (sum(map(len, trace.rounds)) for trace in (mine, theirs))
+    computed, all_rows = (sum(len(s.rows) for rounds in t.rounds for s in rounds) for t in (mine, theirs))
     scored: tuple[Any, ...] = ()
     if exact.meta.get("examples"):
         best, judged = known or quality.measure(exact, eager)
@@ -201,7 +202,7 @@ def guided(program: Program, logits: Tensor) -> Tensor:
     return logits[1] + float(scale) * (logits[0] - logits[1])
 
 
-def agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[float, int]:
+def agreement(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> tuple[float, int]:
     """The share of equal ids of answers, and the first position where one differs (-1: none)."""
     pairs = [(a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=False)]
     found = [[a != b for a, b in zip(x, y, strict=False)] for x, y in zip(mine, theirs, strict=True)]
@@ -214,7 +215,7 @@ def mean(parts: list[Tensor]) -> float:
 
 
 def sequence(
-    exact: Program, eager: Eager, inputs: Mapping[str, Any], steps: Sequence[Step]
+    exact: Program, eager: Eager, inputs: Mapping[str, Any], steps: Sequence[Round]
 ) -> list[tuple[Tensor, Tensor]]:
     """For each round of a sequence: KL and agreement of the rows that predict the masks of the block at hand."""
     mask, shift = int(exact.meta["mask"]), int(bool(exact.meta.get("shift")))
@@ -237,7 +238,7 @@ def sequence(
             active = current_block(canvas[None], inputs["lengths"], inputs["origin"], inputs["block"], mask)[0][0]
             sources = (active.nonzero().flatten() - shift).clamp(min=0)
             at = {int(row): i for i, row in enumerate(step.rows)}
-            found.append(distance(want[sources], step.logits[[at[int(s)] for s in sources]], mask))
+            found.append(distance(want[sources], step.evidence[[at[int(s)] for s in sources]], mask))
     return found
 
 
@@ -249,7 +250,7 @@ def distance(exact: Tensor, cached: Tensor, mask: int = -1) -> tuple[Tensor, Ten
     return terms.sum(-1).clamp(min=0), p.argmax(-1) == q.argmax(-1)
 
 
-def ledger(steps: Sequence[Step]) -> Tensor:
+def ledger(steps: Sequence[Round]) -> Tensor:
     """Which version of each row's keys and values each round of a sequence read: the round that computed them, -1 for
     none, int64 [rounds, T]."""
     versions = torch.full((len(steps), len(steps[0].before)), -1)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir.calls import op_name
+from aropt.ir.control import Loop
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Graph, Program, dict_root
 from aropt.ir.units import rows, rows_for
 from aropt.loops.runtime import slots
+from aropt.loops.scheme import scheme_of
 
 if TYPE_CHECKING:
     from aropt.validate.cases import Case
@@ -69,8 +71,8 @@ def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], 
 def localize(oracle: Oracle, candidate: Program, executor: Executor, case: Case, row: int = 0) -> dict[str, Any] | None:
     """The first op that differs for prompt `row`: {module, node, op, error, round, repro}, or no node and `where`."""
     first = first_in_program
-    if oracle.program.meta.get("loop") == "unmask":
-        from aropt.validate.localize_canvas import first_in_canvas as first
+    if not scheme_of(oracle.program).forced:
+        from aropt.validate.localize_rounds import first_in_rounds as first
     found = first(oracle, candidate, case, row)
     if found is None:
         found = first_in_target(candidate, executor, case, row)
@@ -120,19 +122,21 @@ def rounds(candidate: Program, case: Case, group: list[int], place: int, pads: i
     """Runs the candidate eagerly on a batch, until the prompt at `place` ends or an op fails."""
     recorder, inputs, kept = History(candidate), case.inputs(candidate, group), []
     ids = torch.stack([inputs[n][place, pads:] for n in ("prompt", "negative") if n in inputs])
+    first = ids.shape[1]
 
     def latest() -> Round:
         found = [(n, v) for values in recorder.found for n, v in values.items() if "origin" in n.meta]
         recorder.found = []
         return Round(ids, found)
 
-    def keep(values: Values) -> None:
+    def keep(loop: Loop, values: Values) -> None:
         nonlocal ids
         kept.append(latest())
-        token = values["token" if "token" in values else "emitted"][place]
-        if (token < 0).any() or len(kept) >= rows_for(candidate.meta, case.n):
+        new = values[loop.shown][place].reshape(-1, *ids.shape[2:])  # one row, or those of a draft that count
+        new = new[(new >= 0).reshape(len(new), -1).all(1)]
+        if not len(new) or ids.shape[1] + len(new) >= first + rows_for(candidate.meta, case.n):
             raise Enough
-        ids = torch.cat([ids, token.expand(len(ids), 1, *token.shape)], 1)
+        ids = torch.cat([ids, new.expand(len(ids), *new.shape)], 1)
 
     try:
         with contextlib.suppress(Enough):
@@ -232,7 +236,7 @@ def first_in_target(candidate: Program, executor: Executor, case: Case, row: int
 
     seen = 0
 
-    def keep(values: Values) -> None:
+    def keep(_: Loop, values: Values) -> None:
         nonlocal seen
         seen += 1
         if seen >= case.n:

@@ -23,6 +23,7 @@ from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program, Spec, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
 from aropt.loops.rules import inside
+from aropt.loops.scheme import Mismatch
 from aropt.validate.cases import Case, Requests, requests
 
 NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
@@ -31,10 +32,6 @@ EPS = torch.finfo(torch.float32).eps
 KEPT = 2**28  # bytes of logits
 AT_ONCE = 2**22  # logits of one forward for several prompts, and of what is kept of a case
 Ids = tuple[int, ...]
-
-
-class Mismatch(Exception):
-    """The candidate's sequence can't be the reference's."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aropt.validate.cases import Case
 
 if TYPE_CHECKING:
-    from aropt.validate.compare import Verdict
+    from aropt.validate.verdict import Verdict
 
 Answers = MutableMapping[Case, list[list[int]]]
 PLACES = (

@@ -105,6 +105,15 @@ def one_branch(program: Program) -> Program:
     return program.replace(control=Seq((If("done", first, Seq(())), loop)))
 
 
+def sometimes(program: Program) -> Program:
+    """Decides x in some rounds only: `start` writes it again where nothing is done."""
+    first, loop = program.control.body
+    step = dataclasses.replace(loop.body, writes=loop.body.writes | {"total": "sums"})
+    body = Seq((step, If("done", dataclasses.replace(first, writes={"x": "total"}), Seq(()))))
+    return program.replace(control=Seq((first, dataclasses.replace(loop, body=body, emits={}, decides="total"))),
+                           outputs=("x",))  # fmt: skip
+
+
 def carried(program: Program) -> Program:
     """x survives the round without being state."""
     return program.replace(state={n: s for n, s in program.state.items() if n != "x"})
@@ -203,6 +212,7 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "until unknown": ("value-missing", with_loop(until="nothing")),
     "until never written": ("loop-until", with_step(lambda c: Call(c.graph, c.reads, c.writes | {"done": "over"}))),
     "emits nothing": ("loop-emits", with_loop(emits={"given": "totals"})),
+    "decides sometimes": ("loop-roles", sometimes),
     "state dtype": ("state-type", with_state("x", spec=Spec(torch.float16, ("B", 2)))),
     "state rank": ("state-type", with_state("x", spec=Spec(F32, ("B", 2, 1)))),
     "state size": ("state-type", with_state("x", spec=Spec(F32, ("B", 3)))),

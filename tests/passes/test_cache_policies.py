@@ -16,6 +16,7 @@ from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.loops.runtime import make_inputs
+from aropt.loops.scheme import Round
 from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK
 from aropt.pipeline.checks import Instruments
@@ -23,8 +24,8 @@ from aropt.pipeline.manager import Rewritten, run_passes
 from aropt.pipeline.registry import make, parse, pipeline
 from aropt.rewriting.contract import Applies, Result, Skips, planned
 from aropt.validate.compare import Case, cases, validate, with_probe
-from aropt.validate.compare_canvas import Step, Trace
 from aropt.validate.drift import budget, ledger, measure
+from aropt.validate.replay import Trace
 from tests.loops.test_unmask import capture, tiny
 from tests.support.run import generate
 from tests.support.targets import EAGER
@@ -51,13 +52,13 @@ def fast(plain: Program) -> dict[str, Program]:
     return {name: make(name.split()[0], options).run(plain) for name, options in OPTIONS.items()}
 
 
-def rounds(program: Program, prompts: list[list[int]], n: int, **params: float) -> list[list[Step]]:
+def rounds(program: Program, prompts: list[list[int]], n: int, **params: float) -> list[list[Round]]:
     """The rounds of each prompt."""
     case = Case("", "greedy", tuple(map(tuple, prompts)), n, params=tuple(params.items()))
-    return Trace(with_probe(program), case, Eager(program)).steps
+    return Trace(with_probe(program), case, Eager(program)).rounds
 
 
-def declared(name: str, steps: list[Step], prompt: int, block: int) -> list[set[int]]:
+def declared(name: str, steps: list[Round], prompt: int, block: int) -> list[set[int]]:
     """The rows of each round as the papers describe them, in plain Python."""
     size, found, was, began = len(steps[0].before), [], -1, 0
     window = set(range(size))
@@ -115,7 +116,7 @@ def test_what_is_stored_is_what_the_ledger_says(fast: dict[str, Program], name: 
     program, kept = fast[name], []
     values = make_inputs(program, [[1, 2, 3]], 12, 0, (), [0], None, {"threshold": 2.0, "block": BLOCK})
 
-    def keep(found: Any) -> None:
+    def keep(_: Any, found: Any) -> None:
         kept.append((found["slots"][0].tolist(), found["k_1"].clone()))
 
     run(program, values, 16, Eager(program), keep)

@@ -17,7 +17,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
 from aropt.validate.localize import localize
-from aropt.validate.localize_canvas import first_in_canvas
+from aropt.validate.localize_rounds import first_in_rounds
 from tests.loops.test_unmask import capture, tiny
 
 aten = torch.ops.aten
@@ -70,8 +70,8 @@ def test_in_any_batch_the_op_is_named_or_nothing(kind: str) -> None:
     oracle, wrong = Oracle(reference), changed(candidate, "layers.1.attention_norm")
     for case in (c for c in cases(reference, quick=True) if c.kind == "ragged"):  # infilled and sampled too
         for row in range(len(case.prompts)):
-            assert first_in_canvas(oracle, candidate, case, row) is None
-            found = first_in_canvas(oracle, wrong, case, row)
+            assert first_in_rounds(oracle, candidate, case, row) is None
+            found = first_in_rounds(oracle, wrong, case, row)
             assert found is not None and (found["module"], found["round"]) == ("layers.1.attention_norm", 0)
             assert found["error"] > 16 * found["floor"]
 
@@ -95,7 +95,7 @@ def test_the_round_is_that_of_the_change() -> None:
 
     case = Case("", "greedy", ((1, 2, 3, 4), (5, 6)), 8, params=(("threshold", 2.0),))
     wrong = changed(candidate, "layers.0.up", later)
-    found = [first_in_canvas(Oracle(reference), wrong, case, row) for row in (0, 1)]
+    found = [first_in_rounds(Oracle(reference), wrong, case, row) for row in (0, 1)]
     assert [f and (f["module"], f["round"]) for f in found] == [("layers.0.up", 4), ("layers.0.up", 6)]
 
 

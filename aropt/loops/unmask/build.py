@@ -115,7 +115,8 @@ def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     else:
         body.append(replace(chosen, writes=chosen.writes | {"picked": "candidate", "sure": "confidence"}))
     body += guides.calls(graphs) if "guide" in graphs else []
-    return Loop("unmask", "finished", Seq((*body, call_by_name(graphs["commit"]))), {}, {"block": "block"})
+    rounds = Seq((*body, call_by_name(graphs["commit"])))
+    return Loop("unmask", "finished", rounds, {}, {"block": "block"}, "tokens", "logits")
 
 
 def start(mask: int) -> Graph:

@@ -1,0 +1,114 @@
+"""Schemes: what a kind of loop means to those around it. One file a kind; `scheme_of` finds a program's.
+
+The defaults are for rounds that decide values of all sequences at once, with no padding and no state but what the round
+reads. A kind overrides what is otherwise with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.control import Loop
+from aropt.ir.executor import Values
+from aropt.ir.program import Program
+
+MODULES = {"positions": "aropt.loops.positions", "unmask": "aropt.loops.unmask.scheme"}  # each has a SCHEME
+REGISTERED: dict[str, Scheme] = {}  # of other files
+
+
+NOTHING = torch.zeros(0)
+
+
+class Mismatch(Exception):
+    """The candidate's rounds can't be the reference's."""
+
+
+@dataclass
+class Round:
+    """A round of one sequence, without padding: the loop's `decides` before and after it, the rows int64 [N] that were
+    computed, and their `evidence` [N, ...].
+    """
+
+    loop: str  # its `decides`
+    decided: Tensor
+    evidence: Tensor
+    rows: Tensor
+    before: Tensor = NOTHING
+
+    @property
+    def ids(self) -> bool:
+        return not self.decided.is_floating_point()
+
+
+Look = Callable[[Loop, Values], list[Round]]  # a round's values, as rounds of each sequence
+
+
+class Scheme:
+    """What validation, and all others who do not know a loop's kind, ask about it."""
+
+    kind = ""
+    forced = False  # whether one forward on the ids of all rounds answers them all (teacher forcing)
+
+    def observe(self, program: Program, inputs: Values) -> Look:
+        """Takes apart what a batch's rounds decide."""
+
+        def look(loop: Loop, values: Values) -> list[Round]:
+            shown, seen = values[loop.shown], values[loop.evidence]
+            rows = torch.arange(seen.shape[1] if seen.dim() > 1 else 1)
+            pairs = zip(shown.clone().unbind(), seen.clone().unbind(), strict=True)
+            return [Round(loop.decides, decided, evidence, rows) for decided, evidence in pairs]
+
+        return look
+
+    def most_rounds(self, inputs: Values) -> int:
+        """More rounds than the generation can have."""
+        return 2**20
+
+    def foreseen(self, program: Program, rounds: Sequence[Round]) -> Tensor | None:
+        """What the forward reads in each round, int64 [rounds, T]; None where it reads more than that."""
+        return None
+
+    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Tensor, Tensor]:
+        """Rows of the reference's evidence, which read `inputs`, and which of the round's own rows these are.
+
+        Raises Mismatch where the round computed other rows.
+        """
+        return round.rows, torch.ones(len(round.rows), dtype=torch.bool)
+
+    def overrule(self, program: Program, results: Values, output: str, round: Round) -> Values:
+        """The results of the call that decides, with the round's decision in the place of its own."""
+        return {**results, output: round.decided[None]}
+
+    def nudged(self, program: Program, evidence: Tensor, round: Round, decided: Tensor, by: float) -> list[Tensor]:
+        """Evidence from which the reference's rule may decide as the candidate did.
+
+        `evidence` [1, N, ...] is the reference's, from which it `decided`; `by` is what two logits may differ by.
+        """
+        mine, nudged = evidence.clone(), evidence.clone()
+        mine[0] = round.evidence.to(mine.dtype)
+        for at in (round.decided != decided).nonzero().tolist():
+            nudged[(0, *at, int(round.decided[tuple(at)]))] += by
+        return [mine, nudged]
+
+    def idle(self, round: Round) -> bool:
+        """Whether a round after the reference's end, as other sequences of the batch go on, changed nothing."""
+        return True
+
+
+def scheme_of(program: Program) -> Scheme:
+    """The scheme of a program's outer loop."""
+    return scheme(str(program.meta.get("loop") or "positions"))
+
+
+def scheme(kind: str) -> Scheme:
+    """The scheme of a kind of loop."""
+    if kind not in REGISTERED:
+        module: Any = import_module(MODULES[kind])
+        REGISTERED[kind] = module.SCHEME
+    return REGISTERED[kind]
