@@ -106,7 +106,7 @@ def test_dkv_stores_a_row_after_it_was_written(fast: dict[str, Program]) -> None
     for steps in rounds(fast["dkv-cache"], [[1, 2, 3], [4]], 16, threshold=0.1, block=8):
         versions = ledger(steps)
         for number, step in enumerate(steps[:-1]):
-            written = ((step.before == MASK) & (step.after != MASK)).nonzero().flatten()
+            written = ((step.before == MASK) & (step.decided != MASK)).nonzero().flatten()
             assert (versions[number + 1 :, written] >= number + 1).all()
 
 
