@@ -23,9 +23,9 @@ from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, rows_for, window
+from aropt.loops.requests.cases import Case, cases
 from aropt.loops.runtime import slots
 from aropt.loops.scheme import Mismatch, scheme_of
-from aropt.validate.cases import Case, cases
 from aropt.validate.oracle import Oracle, Reply
 from aropt.validate.replay import compare_rounds
 from aropt.validate.shrink import shrink

@@ -20,13 +20,13 @@ from aropt.ir import units
 from aropt.ir.executor import Executor
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
+from aropt.loops.requests.cases import Case
 from aropt.loops.runtime import workload as own_prompts
 from aropt.loops.scheme import Round
 from aropt.loops.unmask.blocks import current_block
 from aropt.loops.unmask.smoothing import forward
 from aropt.validate import compare as validate
 from aropt.validate import quality
-from aropt.validate.cases import Case
 from aropt.validate.oracle import Forced, Oracle
 from aropt.validate.replay import Trace
 

@@ -23,7 +23,7 @@ from aropt.loops.runtime import slots
 from aropt.loops.scheme import scheme_of
 
 if TYPE_CHECKING:
-    from aropt.validate.cases import Case
+    from aropt.loops.requests.cases import Case
     from aropt.validate.oracle import Oracle
 
 

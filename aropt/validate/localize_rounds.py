@@ -17,8 +17,8 @@ from aropt.ir.control import calls, loops
 from aropt.ir.executor import Values
 from aropt.ir.interpreter import run
 from aropt.ir.program import Program
+from aropt.loops.requests.cases import Case
 from aropt.loops.scheme import Mismatch, Round
-from aropt.validate.cases import Case
 from aropt.validate.localize import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.validate.oracle import Oracle
 from aropt.validate.replay import Replay, Trace

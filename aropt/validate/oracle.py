@@ -22,9 +22,9 @@ from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program, Spec, dict_root
 from aropt.ir.units import flat, ids_of, rows, rows_for, window
+from aropt.loops.requests.cases import Case, Requests, requests
 from aropt.loops.rules import inside
 from aropt.loops.scheme import Mismatch
-from aropt.validate.cases import Case, Requests, requests
 
 NUDGE = 1e-5  # a thousandth of a step of the largest values of eight bits
 NUDGED = "nudge."  # before the names of factors

@@ -19,9 +19,9 @@ from aropt.ir.control import Loop, calls, loops
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import run
 from aropt.ir.program import Program
+from aropt.loops.requests.cases import Case
 from aropt.loops.runtime import slots
 from aropt.loops.scheme import Look, Mismatch, Round, scheme_of
-from aropt.validate.cases import Case
 from aropt.validate.oracle import AT_ONCE, EPS, Oracle, noise_floor
 from aropt.validate.verdict import TOLERANCE, Outcome
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from aropt.validate.cases import Case
+from aropt.loops.requests.cases import Case
 
 
 def shrink(fails: Callable[[Case], bool], case: Case, runs: int = 20) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aropt.ir.control import loops
 from aropt.ir.program import Program
-from aropt.validate.cases import Case, Requests, named
+from aropt.loops.requests.cases import Case, Requests, named
 
 SHAPES = frozenset({"sequences", "length", "padding", "new", "blocks", "block", "fill"})
 LOOP = frozenset({"text", "stop", "steps"})  # what decides how often and on which rows a loop runs

@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aropt.validate.cases import Case
+from aropt.loops.requests.cases import Case
 
 if TYPE_CHECKING:
     from aropt.validate.verdict import Verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from aropt.validate.cases import Case
+from aropt.loops.requests.cases import Case
 
 TOLERANCE = 16.0  # times the noise floor: two roundings in other orders, over many rows
 

@@ -19,10 +19,10 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, loops, reads
 from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
+from aropt.loops.requests.cases import Case, cases
 from aropt.loops.runtime import generate, room
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import Planned
-from aropt.validate.cases import Case, cases
 from aropt.validate.compare import Outcome, Verdict
 from aropt.validate.stops import with_stops
 

@@ -18,7 +18,7 @@ from aropt.loops.runtime import batches, make_inputs, room
 from aropt.targets.ort.threads import options, share
 
 if TYPE_CHECKING:
-    from aropt.validate.cases import Case
+    from aropt.loops.requests.cases import Case
 
 NEEDS = {20: (1, 17)}  # the first onnxruntime that has an opset
 
@@ -99,7 +99,7 @@ def compare(path: Path, program: Program, executor: Executor | None = None, home
     Raises VerificationFailed if a token differs.
     """
     from aropt.exporters.whole_loop import ROUNDS
-    from aropt.validate.cases import cases
+    from aropt.loops.requests.cases import cases
     from aropt.validate.compare import Outcome, Verdict
     from aropt.validate.stops import with_stops
 
@@ -123,7 +123,7 @@ def compare(path: Path, program: Program, executor: Executor | None = None, home
 def chunked(program: Program) -> list[Case]:
     """One, several and ragged, greedy and drawn, for longer than a chunk."""
     from aropt.exporters.whole_loop import ROUNDS
-    from aropt.validate.cases import Case
+    from aropt.loops.requests.cases import Case
 
     rows = example(program)
     n = min(2 * ROUNDS + 4, room(program, joined(rows)))

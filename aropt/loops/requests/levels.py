@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from aropt.ir.program import Program
 from aropt.ir.units import window
+from aropt.loops.requests.design import Row
 from aropt.loops.rules import PROCESSORS
-from aropt.validate.design import Row
 
 Range = tuple[float, float]
 Levels = dict[str, dict[str, Range]]

@@ -14,10 +14,10 @@ from aropt.frontend.generation_config import SUPPRESSED
 from aropt.ir.executor import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
+from aropt.loops.requests.design import Row, cover
+from aropt.loops.requests.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
+from aropt.loops.requests.prompts import like, prompt
 from aropt.loops.runtime import batches, make_inputs
-from aropt.validate.design import Row, cover
-from aropt.validate.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
-from aropt.validate.prompts import like, prompt
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 aten = torch.ops.aten
@@ -107,7 +107,7 @@ def named(found: Sequence[Case]) -> list[Case]:
 def requests(program: Program, seed: int = 0, thorough: bool = False) -> Requests:
     """What a program is compared on, and the design behind it; `thorough`: several designs, each of all pairs."""
     if program.meta.get("loop") == "unmask":
-        from aropt.validate.cases_canvas import Canvases
+        from aropt.loops.unmask.cases import Canvases
 
         return Canvases(program, seed, thorough)
     return Requests(program, seed, thorough)

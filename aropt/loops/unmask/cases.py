@@ -6,10 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from aropt.loops.given import RESERVED
-from aropt.validate.cases import Case, Requests, Value
-from aropt.validate.design import Row
-from aropt.validate.levels import ENDS, LONG, MANY, PARAMETERS, SEED, STOP, STREAMS, TEXT, Levels, Range, drawing, first
-from aropt.validate.prompts import prompt
+from aropt.loops.requests.cases import Case, Requests, Value
+from aropt.loops.requests.design import Row
+from aropt.loops.requests.levels import (
+    ENDS,
+    LONG,
+    MANY,
+    PARAMETERS,
+    SEED,
+    STOP,
+    STREAMS,
+    TEXT,
+    Levels,
+    Range,
+    drawing,
+    first,
+)
+from aropt.loops.requests.prompts import prompt
 
 SHORT, WHOLE = 5, 24  # rows of the design after a pass, and at the end: each round costs a forward of each sequence
 SEQUENCES: dict[str, Range] = {"1": (1, 1), "2-3": (2, 3), "5": (5, 5), "9": (9, 9)}

@@ -10,9 +10,9 @@ import pytest
 from aropt.cli import main as cli
 from aropt.exporters import onnx
 from aropt.loops.given import check
+from aropt.loops.requests.cases import Requests, bias, requests
+from aropt.loops.requests.design import cover
 from aropt.loops.runtime import room
-from aropt.validate.cases import Requests, bias, requests
-from aropt.validate.design import cover
 from aropt.validate.slices import after_pass, touched
 from tests.cli.test_cli import MODEL
 from tests.conftest import VOCAB, make_program
