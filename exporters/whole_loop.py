@@ -34,6 +34,7 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, sequenc
 from aropt.ir.dims import Dim, parse, symbols
 from aropt.ir.program import Program, Spec, StateSpec
 from aropt.loops.defaults import exported_defaults
+from aropt.loops.speculate import checks_drafts
 
 I64 = torch.int64
 FOREVER = 2**62
@@ -287,7 +288,7 @@ class Writer:
         """
         call, until, params = control.body, control.until, control.params
         counted = until == "finished" and "limit" in params and "count" in writes(control.body)
-        if not isinstance(call, Call) or not counted or loops(self.program.control, "speculate"):
+        if not isinstance(call, Call) or not counted or checks_drafts(self.program.control):
             return None
         part = self.program.graphs[call.graph]
         ids = [self.spec(name).dtype == I64 and self.known(name) for name in control.emits]  # -1 after the end
@@ -349,7 +350,7 @@ class Writer:
 
     def appends(self, control: Loop, name: str) -> bool:
         """Whether the operators in use append to this cache."""
-        drafts = loops(self.program.control, "speculate") and control.until != "begun"
+        drafts = checks_drafts(self.program.control) and control.until != "begun"
         if not self.contrib or drafts:  # what was appended could not be taken back
             return False
         for call in calls(control.body):

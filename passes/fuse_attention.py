@@ -18,11 +18,12 @@ from torch import Tensor, fx
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, map_parts, parts, rewrite
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, map_parts, parts, rewrite
 from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.loops.guidance import NEW_ROWS, joining, named, parting
+from aropt.loops.positions import decoding
 from aropt.rewriting.attention import PLACES, Match, NotThis, Source, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
@@ -75,7 +76,7 @@ PASS = FuseAttention
 
 def restricted(program: Program) -> bool:
     """Whether a loop over positions runs the step that kv-cache derived."""
-    called = any(c.graph == STEP for loop in loops(program.control, "positions") for c in calls(loop.body))
+    called = any(c.graph == STEP for loop in decoding(program.control) for c in calls(loop.body))
     return called and set(PLACES) <= set(program.graphs[STEP].inputs)
 
 

@@ -18,6 +18,7 @@ from aropt.ir.control import calls, loops
 from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
+from aropt.loops.scheme import scheme_of
 from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
 from aropt.passes.fuse_attention import features, table_weights
 from aropt.rewriting.attention import PLACES, Match, NotThis, matches
@@ -62,7 +63,9 @@ PASS = FuseCanvas
 
 def restricted(program: Program) -> list[Graph]:
     """The forwards over chosen rows that unmasking loops run."""
-    names = dict.fromkeys(c.graph for loop in loops(program.control, "unmask") for c in calls(loop.body))
+    if not scheme_of(program).fills:
+        return []
+    names = dict.fromkeys(c.graph for loop in loops(program.control) for c in calls(loop.body))
     made = ops.load("canvas_attention").overload
     found = [program.graphs[n] for n in names if set(PLACES) <= set(program.graphs[n].inputs)]
     return [g for g in found if all(node.target is not made for node in g.fx.nodes)]

@@ -19,6 +19,7 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
 from aropt.loops.rules import SHIPPED, rule
+from aropt.loops.scheme import scheme_of
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
@@ -47,7 +48,7 @@ PASS = FuseRules
 
 def reason(program: Program, name: str) -> str:
     """Why the graph of that name stays as it is, or nothing."""
-    if name not in program.graphs or program.meta.get("loop") == "unmask":
+    if name not in program.graphs or not scheme_of(program).forced:
         return "no rule picks the next token by itself"
     names: list[str] = program.meta["rules"]
     foreign = [n for n in names if n not in KNOWN]

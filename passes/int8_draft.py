@@ -20,15 +20,15 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite, sequence
+from aropt.ir.control import Call, Control, Loop, Seq, rewrite, sequence
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.guidance import NEW_ROWS
-from aropt.loops.speculate import STEP, Draft, beside, from_model, steps
+from aropt.loops.positions import decoding
+from aropt.loops.speculate import DRAFTS, NO_DRAFTS, STEP, Draft, beside, checking, from_model, sketching, steps
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rewriting.facts import DRAFTS, NO_DRAFTS
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.target import Target
 
@@ -65,7 +65,7 @@ class Int8Draft:
         return EightBits(self.group, self.least, self.name)
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        found = [loop for loop in loops(program.control, "positions") if drawn(loop)]
+        found = [loop for loop in decoding(program.control) if drawn(loop)]
         if not found:
             return Skips("no loop over positions runs a cached step, straight")
         other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
@@ -150,7 +150,6 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
                 return [call_by_name(made["accept"])]
         return []
 
-    drafts = Loop("draft", "ready", rewrite(plain.body, sketched), {}, {"limit": "ahead"}, internal=True)
+    drafts = sketching("ready", rewrite(plain.body, sketched))
     round_ = Seq((drafts, call_by_name(made["spread"]), *sequence(rewrite(plain.body, verified))))
-    rounds = Loop("speculate", "finished", round_, {"window": "windows"}, plain.params, "window", plain.evidence)
-    return Seq((call_by_name(made["begin"]), rounds))
+    return Seq((call_by_name(made["begin"]), checking("finished", round_, plain)))

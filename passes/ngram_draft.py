@@ -19,14 +19,15 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Call, Control, Loop, Seq, loops, rewrite
+from aropt.ir.control import Call, Control, Loop, Seq, rewrite
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.guidance import NEW_ROWS
-from aropt.loops.speculate import STEP, Draft, beside, from_text, steps
+from aropt.loops.positions import decoding
+from aropt.loops.speculate import DRAFTS, NO_DRAFTS, STEP, Draft, beside, checking, from_text, steps
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rewriting.facts import DRAFTS, NO_DRAFTS, ROWS_OF_ONE
+from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.target import Target
 
 
@@ -50,7 +51,7 @@ class NgramDraft:
             raise UsageError(what=f"ngram-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        found = [loop for loop in loops(program.control, "positions") if greedy(loop)]
+        found = [loop for loop in decoding(program.control) if greedy(loop)]
         if not found:
             return Skips("no greedy loop over positions runs a cached step")
         if set(program.graphs["greedy"].inputs) - {"logits", "bias"}:
@@ -98,8 +99,7 @@ def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
             return [replace(call, reads=reads, writes={o: instead.get(v, v) for o, v in call.writes.items()})]
         return [call_by_name(made["accept"])] if call.graph == "commit" else []
 
-    body = rewrite(plain.body, change)
-    checked = Loop("speculate", "settled", body, {"window": "windows"}, plain.params, "window", plain.evidence)
+    checked = checking("settled", rewrite(plain.body, change), plain)
     (emitted,) = plain.emits
     return Seq(
         (call_by_name(made["recall"]), checked, call_by_name(made["resume"]), replace(plain, emits={emitted: "rest"}))

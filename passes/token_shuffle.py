@@ -21,6 +21,7 @@ from aropt.ir.edit import inline
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops.positions import autoregressive
+from aropt.loops.scheme import scheme_of
 from aropt.models.shuffle import Shuffle, Unshuffle
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import WINDOWS
@@ -56,7 +57,7 @@ class TokenShuffle:
         side, vocab = program.meta.get("side"), int(program.meta["vocab"])
         if program.meta.get("unit"):
             return Skips(f"rows are windows of {program.meta['unit']} ids already")
-        if not side or program.meta.get("loop") == "unmask":
+        if not side or not scheme_of(program).forced:
             raise Unsupported(
                 what="token-shuffle takes the ids of images, written one after the other",
                 where=str(program.meta.get("name")),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
+from aropt.loops.scheme import scheme_in
 from aropt.targets import find_target
 
 if TYPE_CHECKING:  # a spec is read without torch
@@ -149,7 +150,7 @@ def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     meta = load(spec.artifact, target="eager").program.meta
     if not spec.origin.model:
         raise UsageError(what="no model is named", hint="--model MODEL")
-    source = resolve(spec.origin.model, int(meta["capacity"]), spec.origin.trusted, meta.get("loop"))
+    source = resolve(spec.origin.model, int(meta["capacity"]), spec.origin.trusted, scheme_in(meta).masked)
     source.meta |= {k: meta[k] for k in ("mask", "block", "shift") if k in meta}
     return source, meta
 
@@ -171,8 +172,9 @@ def eager(spec: Spec) -> Generate:
     from aropt.pipeline.compiled import Compiled
 
     source, meta = model(spec)
-    if meta.get("loop") == "unmask":
-        plain = capture(source, loop="unmask", rules=meta.get("rules"), guide=guided(spec, meta))
+    if not scheme_in(meta).forced:  # rounds of their own, as the plain program has them
+        kind, guide = scheme_in(meta).kind, guided(spec, meta)
+        plain = capture(source, loop=kind, rules=meta.get("rules"), guide=guide)
         return stepping(Compiled(plain, Eager(plain)), spec)
     forward, prompt = Forward(source.module), rows(source.meta, spec.prompt)
 
@@ -202,7 +204,7 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Com
     """The artifact's model with these passes and the usual ones, not validated: its tokens are compared with the
     artifact's.
     """
-    from aropt.ir.control import loops
+    from aropt.loops.speculate import checks_drafts
     from aropt.pipeline.api import capture, optimize
     from aropt.pipeline.checks import Instruments
     from aropt.pipeline.registry import pipeline
@@ -211,7 +213,7 @@ def again(spec: Spec, chosen: Sequence[str], target: str = "onnxruntime") -> Com
     program = capture(source, rules=meta.get("rules"))
     trusting = Instruments(check=False, trust=True, budget={"kl": float("inf")})
     made = optimize(program, target, pipeline(chosen), check=False, threads=spec.threads, instruments=trusting)
-    if "ngram-draft" in chosen and not loops(made.program.control, "speculate"):
+    if "ngram-draft" in chosen and not checks_drafts(made.program.control):
         raise UsageError(what="the pass ngram-draft does not apply to this model", hint="leave it out of --against")
     return made
 

@@ -9,8 +9,8 @@ from aropt.errors import UsageError
 from aropt.frontend.directory import no_model
 from aropt.frontend.sources import findable
 from aropt.loops.rules import PROCESSORS
+from aropt.loops.scheme import kinds
 from aropt.loops.unmask import commit
-from aropt.pipeline.api import LOOPS
 from aropt.pipeline.registry import pass_class
 from aropt.targets import check_target
 
@@ -20,7 +20,7 @@ def check_names(target: str, loop: str | None, rules: Iterable[str], guide: str 
     rule_names = (*PROCESSORS, *commit.KNOWN)
     check_target(target)
     for kind, option, given, known in (
-        ("rule", "--rule", rules, rule_names), ("loop", "--loop", [loop] if loop else [], LOOPS),
+        ("rule", "--rule", rules, rule_names), ("loop", "--loop", [loop] if loop else [], kinds()),
     ):  # fmt: skip
         for name in given:
             if name not in known:

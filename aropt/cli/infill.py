@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from aropt.errors import UsageError
 from aropt.ir.program import Program
+from aropt.loops.scheme import scheme_of
 
 BLANK = re.compile(r"\[MASK(?:\*(\d{1,6}))?\]")
 Encode = Callable[[str], list[int]]
@@ -17,7 +18,7 @@ def answers(texts: Sequence[str], n: int | None, program: Program, encode: Encod
 
     Raises UsageError for a program without a canvas, and for an answer without a blank.
     """
-    if program.meta.get("loop") != "unmask":
+    if not scheme_of(program).fills:
         raise UsageError(
             what="the program has no canvas to fill",
             where="--fill",

@@ -21,11 +21,13 @@ from aropt.frontend.examples import prompts, read, texts
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import decoder
-from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
+from aropt.loops.positions import decoding
 from aropt.loops.runtime import fitted, generate, room
+from aropt.loops.scheme import scheme, scheme_for, scheme_of
+from aropt.loops.speculate import checks_drafts
 from aropt.models import REFERENCES
 from aropt.pipeline import artifact, store
 from aropt.pipeline.api import capture, untrained
@@ -163,8 +165,8 @@ def find(request: Request) -> Source:
     """The model that was asked for, once the other options are checked."""
     check_names(request.target, request.loop, request.rules or (), request.guide, request.print_after)
     check_paths(request.examples, request.prompts, request.dump_dir)
-    loop = request.loop or ("unmask" if request.mask is not None else None)
-    source = resolve(request.model, request.capacity, request.trust_remote_code, loop)
+    chosen = scheme(request.loop) if request.loop else scheme_for({"mask": request.mask})
+    source = resolve(request.model, request.capacity, request.trust_remote_code, chosen.masked)
     there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder
     source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
     given = {"mask": request.mask, "block": request.block, "shift": request.shift}
@@ -186,7 +188,7 @@ def captured(request: Request, source: Source) -> Program:
         guide=guide_of(request),
     )
     check_ids(program, program.meta["prompts"] if request.prompts is not None else [], f"{request.prompts}, prompt")
-    if request.examples is not None and program.meta.get("loop") != "unmask":
+    if request.examples is not None and not scheme_of(program).fills:
         raise UsageError(
             what="examples are for models that unmask a canvas",
             where="--examples",
@@ -287,9 +289,9 @@ def add_roofline(
     A program with drafts takes a number of rounds that is not known from here: the one without them is looked at.
     `rates`: the bandwidth in GB/s as it was measured meanwhile; without them it is measured here.
     """
-    variant = "no-draft" if loops(program.control, "speculate") else "aropt"
+    variant = "no-draft" if checks_drafts(program.control) else "aropt"
     own = timings.get(variant)
-    if own is None or not own.runs or not loops(program.control, "positions"):  # others don't go step by step
+    if own is None or not own.runs or not decoding(program.control):  # others don't go step by step
         return
     size = step_bytes(program, prompt + rows_for(program.meta, n) // 2)
     rate = statistics.median(rates) if rates else bench.bandwidth(size, threads)

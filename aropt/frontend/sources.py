@@ -22,9 +22,7 @@ from aropt.frontend.pt2_data import vetted
 from aropt.frontend.texts import CONFIG, FAST, stored_tokenizer
 
 
-def resolve(
-    model: str, capacity: int | None = None, trust_remote_code: bool = False, loop: str | None = None
-) -> Source:
+def resolve(model: str, capacity: int | None = None, trust_remote_code: bool = False, masked: bool = False) -> Source:
     """Loads MODEL. Raises UsageError for what isn't there or is damaged, Unsupported for what aropt can't take."""
     from aropt.models import REFERENCES
 
@@ -33,7 +31,7 @@ def resolve(
     if model in REFERENCES:
         return reference(model, capacity)
     if path.is_dir():
-        return huggingface(path, capacity, trust_remote_code, loop == "unmask")
+        return huggingface(path, capacity, trust_remote_code, masked)
     if ".py:" in model:
         return factory(model, capacity)
     if path.suffix == ".pt2" and path.is_file():

@@ -19,6 +19,7 @@ from aropt.ir.torch_compat import HINTS, elements, example_sizes
 MOST = 2**24  # elements of a value beside a tiny model: 64 MiB of float32
 TIMES = 16  # as many of a value as the weights have
 RANK = 16
+MODALITIES = ("image", "text", "tokens")
 LARGE = 2**31
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
@@ -54,9 +55,10 @@ def check_meta(meta: Mapping[str, Any]) -> None:
     own = meta.get("defaults") or {}
     if not isinstance(own, dict) or not all(number_or_ids(v) for v in own.values()):
         refuse("meta.defaults", f"{str(own)[:40]} are no parameters, each a number or a list of ids")
-    for name, values in (("loop", (None, "positions", "unmask")), ("modality", (None, "image", "text", "tokens"))):
-        if meta.get(name) not in values:
-            refuse(f"meta.{name}", f"it is {str(meta[name])[:40]!r}, none of {', '.join(filter(None, values))}")
+    if meta.get("modality") not in (None, *MODALITIES):
+        refuse("meta.modality", f"it is {str(meta['modality'])[:40]!r}, none of {', '.join(MODALITIES)}")
+    if type(meta.get("loop") or "") is not str:
+        refuse("meta.loop", f"it is {str(meta['loop'])[:40]!r}, no name")
 
 
 def number_or_ids(value: Any) -> bool:

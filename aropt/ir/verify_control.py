@@ -91,7 +91,7 @@ class ControlCheck:
                 fail("loop-emits", where, f"it emits '{name}', which its body does not write on every path")
             dtype, dims = body[name]
             after[target] = self.stored(where, target, (dtype, (*dims[:1], None, *dims[1:])))
-        certain = written(loop.body, certain=True)
+        certain = writes(loop.body, certain=True)
         for role in (loop.decides, loop.evidence):  # fused away, or written in each round
             if role in changed - certain:
                 fail("loop-roles", where, f"it says what '{role}' means, which its body does not write on every path")

@@ -11,6 +11,7 @@ import torch
 from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.ir.units import rows, window
+from aropt.loops.scheme import scheme_of
 
 INTERVAL = ("guidance_from", "guidance_to")
 RESERVED = {
@@ -81,18 +82,18 @@ def check(
 ) -> None:
     """Raises UsageError for prompts, lengths or parameters that the program can't take. `room`: the most new tokens."""
     capacity = int(program.meta["capacity"])
-    unmask = program.meta.get("loop") == "unmask"
-    if unmask and n < 1:
-        raise UsageError(what=f"can't unmask {n} tokens", hint="give a number of new tokens of 1 or more")
+    least = scheme_of(program).least
+    if least > n >= 0:
+        raise UsageError(what=f"can't generate {n} tokens", hint=f"give a number of new tokens of {least} or more")
     if not prompts or any(len(p) == 0 for p in prompts):
         raise UsageError(
             what="a prompt is empty", why="generation starts from at least one token", hint="give a prompt"
         )
     if n < 0:
-        raise UsageError(what=f"can't generate {n} tokens", hint="give a number of new tokens of 0 or more")
+        raise UsageError(what=f"can't generate {n} tokens", hint=f"give a number of new tokens of {least} or more")
     check_ids(program, prompts, "prompt")
     longest = max(prompts, key=lambda p: len(rows(program.meta, p)))
-    if max(n, 0 if unmask else 1) > room:
+    if max(n, 1 - least) > room:
         raise UsageError(
             what=f"prompt of {len(longest)} tokens and {n} new ones don't fit",
             where="the model's capacity",
@@ -150,7 +151,7 @@ def check_negative(program: Program, prompts: Sequence[Sequence[int]], negative:
 
 def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill: Sequence[Sequence[int]]) -> None:
     """Raises UsageError for answers that are not `n` ids for each prompt, or where there is no canvas."""
-    if program.meta.get("loop") != "unmask":
+    if not scheme_of(program).fills:
         raise UsageError(
             what="the program has no canvas to fill",
             where="fill",

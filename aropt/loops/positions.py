@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.control import Call, Control, If, Loop, Seq, loops
+from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
-from aropt.ir.units import window
+from aropt.ir.units import rows, rows_for, window
+from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
+from aropt.loops.given import check_parameters
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
-from aropt.loops.scheme import Scheme
+from aropt.loops.runtime import constant, padded
+from aropt.loops.scheme import Prompts, Scheme
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -207,11 +213,41 @@ def mark(vocab: int, row: tuple[int, ...] = ()) -> Graph:
     return capture_function("mark", function, inputs, ["seen"])
 
 
+def decoding(control: Control) -> list[Loop]:
+    """The loops that write a row of each sequence a round."""
+    return loops(control, "positions")
+
+
 class Positions(Scheme):
     """Rounds decide the next row of each sequence, from its logits; the forward is causal."""
 
     kind = "positions"
-    forced = True
+    forced, unread = True, 1
+
+    def check_rules(self, rules: Sequence[str] | None, guided: bool) -> None:
+        chosen(tuple(rules or ()))
+        if guided:
+            raise UsageError(
+                what="a guide judges the rounds of a canvas",
+                where="--guide",
+                why="this loop writes one token after the other",
+                hint="leave it out, or choose --loop unmask",
+            )
+
+    def build(
+        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+    ) -> Program:
+        program = autoregressive(model, weights, meta, followed_rules(meta) if rules is None else tuple(rules))
+        program = program.replace(meta=program.meta | unfollowed(program.meta, program.inputs))
+        check_parameters(program, with_defaults(program.meta, {}, None, False)[0])
+        return program
+
+    def inputs(
+        self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Prompts | None
+    ) -> Values:
+        made = [rows(program.meta, p) for p in prompts]
+        limit = constant(rows_for(program.meta, n))
+        return {"prompt": padded(made), "lengths": constant(tuple(map(len, made))), "limit": limit}
 
 
 SCHEME = Positions()

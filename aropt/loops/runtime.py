@@ -15,9 +15,10 @@ from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.ir.executor import Executor, OnRound, Values
 from aropt.ir.interpreter import Eager, Watch, run
 from aropt.ir.program import Input, Program
-from aropt.ir.units import flat, ids_of, rows, rows_for
+from aropt.ir.units import flat, ids_of, rows
 from aropt.loops.defaults import usual_length, with_defaults
 from aropt.loops.given import check, id_list, id_lists, integer
+from aropt.loops.scheme import scheme_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,13 +163,13 @@ def host_threads(count: int | None) -> Iterator[None]:
 
 def slots(program: Program, inputs: Values) -> int:
     """Cache slots for a generation: what it needs, rounded up so that few shapes occur."""
-    needed = inputs["canvas"].shape[1] if "canvas" in inputs else inputs["prompt"].shape[1] + int(inputs["limit"])
+    needed = scheme_of(program).rows(inputs)
     return min(-(-needed // 64) * 64, max(needed, int(program.meta["capacity"])))
 
 
 def room(program: Program, prompt: Sequence[int]) -> int:
-    """The most new tokens after a prompt: the last row of a loop over positions is never read."""
-    left = int(program.meta["capacity"]) - len(rows(program.meta, prompt)) + (program.meta.get("loop") != "unmask")
+    """The most new tokens after a prompt."""
+    left = int(program.meta["capacity"]) - len(rows(program.meta, prompt)) + scheme_of(program).unread
     return ids_of(program.meta, left)
 
 
@@ -212,12 +213,7 @@ def make_inputs(
             what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed"
         )
     temperature = float(params.get("temperature", program.inputs["temperature"].default or 0.0))
-    unmask = program.meta.get("loop") == "unmask"
-    values = canvas_inputs(program, prompts, n, params, fill) if unmask else {
-        "prompt": padded([rows(program.meta, p) for p in prompts]),
-        "lengths": constant(tuple(len(rows(program.meta, p)) for p in prompts)),
-        "limit": constant(rows_for(program.meta, n)),
-    }  # fmt: skip
+    values = scheme_of(program).inputs(program, prompts, n, params, fill)
     values |= {
         "stop": constant(tuple(stop) or (-1,)),
         "greedy": constant(temperature <= 0),
@@ -240,59 +236,6 @@ def make_inputs(
         if name not in values:
             values[name] = parameter(given, params[name]) if name in params else default(given)
     return values
-
-
-def canvas_inputs(
-    program: Program,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    params: dict[str, Any],
-    fill: Sequence[Sequence[int]] | None,
-) -> Values:
-    """Prompts and masked answers as one canvas, and the grid of blocks. Raises UsageError where they don't fit.
-
-    A model with blocks of its own has them counted from the first id, others from the first id of the answer.
-    """
-    mask, own = int(program.meta["mask"]), int(program.meta.get("block") or 0)
-    fill = [[mask] * n] * len(prompts) if fill is None else fill
-    for i, prompt in enumerate(prompts):
-        if mask in prompt:
-            raise UsageError(
-                what=f"the prompt holds the mask id {mask}",
-                where=f"prompt {i}",
-                why="ids of a prompt are given; masks belong to the answer",
-                hint="give them as fill=, with the mask id where an id is to be found",
-            )
-    block = int(params.get("block", own or program.inputs["block"].default or 1))
-    if block < 1 or (own and block != own) or ("block" in params and not own and n % block):
-        raise UsageError(
-            what=f"blocks of {block} don't divide the {n} new tokens" if not own else f"blocks are of {own} ids here",
-            why="a schedule counts rounds by whole blocks" if not own else "the model was trained on them",
-            hint="choose a block that divides the number of new tokens" if not own else "leave block out",
-        )
-    values: Values = {
-        "canvas": padded([[*p, *f] for p, f in zip(prompts, fill, strict=True)]),
-        "lengths": torch.tensor([len(p) + n for p in prompts]),
-        "answers": torch.tensor([len(p) for p in prompts]),
-        "origin": torch.tensor([0 if own else len(p) for p in prompts]),
-        "block": torch.tensor(block),
-    }
-    if "steps" in program.inputs:
-        steps = int(params.get("steps", 0))
-        values["steps"] = torch.tensor(steps if own else share(steps, -(-n // block)))
-    return values
-
-
-def share(steps: int, blocks: int) -> int:
-    """Rounds of each block, of `steps` in all. Raises UsageError where they can't be shared out evenly."""
-    if steps % blocks:
-        raise UsageError(
-            what=f"{steps} steps are not a whole number for each of {blocks} blocks",
-            where="parameter steps: rounds in all (of a model with blocks of its own: rounds of each block)",
-            why="every block gets the same number of rounds, at least one",
-            hint=f"choose a multiple of {blocks}, or another block",
-        )
-    return steps // blocks
 
 
 @functools.lru_cache(maxsize=256, typed=True)

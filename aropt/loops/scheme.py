@@ -6,7 +6,7 @@ reads. A kind overrides what is otherwise with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
-from aropt.ir.program import Program
+from aropt.ir.program import Graph, Program
 
 MODULES = {"positions": "aropt.loops.positions", "unmask": "aropt.loops.unmask.scheme"}  # each has a SCHEME
 REGISTERED: dict[str, Scheme] = {}  # of other files
@@ -46,6 +47,7 @@ class Round:
         return not self.decided.is_floating_point()
 
 
+Prompts = Sequence[Sequence[int]]
 Look = Callable[[Loop, Values], list[Round]]  # a round's values, as rounds of each sequence
 
 
@@ -54,6 +56,41 @@ class Scheme:
 
     kind = ""
     forced = False  # whether one forward on the ids of all rounds answers them all (teacher forcing)
+    masked = False  # whether the model predicts ids that a mask hides (a masked language model)
+    fills = False  # whether a request may give ids of the answer
+    least = 0  # new ids of a request at least
+    unread = 0  # rows that may be generated beyond the capacity, as no forward reads them
+    requests: Any = None  # a class that makes what programs are compared on; None: Requests
+
+    def claims(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a model with these facts is generated so, where nobody says how."""
+        return False
+
+    def check_model(self, meta: Mapping[str, Any]) -> None:
+        """Raises UsageError for a model that can't be generated so."""
+
+    def check_rules(self, rules: Sequence[str] | None, guided: bool) -> None:
+        """Raises UsageError for rules, or a guide, that the loop can't have."""
+
+    def build(
+        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+    ) -> Program:
+        """The plain program of a captured forward."""
+        raise NotImplementedError
+
+    def hidden(self, meta: Mapping[str, Any]) -> set[int]:
+        """Ids that no prompt holds."""
+        return set()
+
+    def inputs(
+        self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Prompts | None
+    ) -> Values:
+        """The values of a request that are the loop's own: prompts, and how much is asked for."""
+        raise NotImplementedError
+
+    def rows(self, inputs: Values) -> int:
+        """Rows of the longest sequence at its end."""
+        return inputs["prompt"].shape[1] + int(inputs["limit"])
 
     def observe(self, program: Program, inputs: Values) -> Look:
         """Takes apart what a batch's rounds decide."""
@@ -103,12 +140,29 @@ class Scheme:
 
 def scheme_of(program: Program) -> Scheme:
     """The scheme of a program's outer loop."""
-    return scheme(str(program.meta.get("loop") or "positions"))
+    return scheme_in(program.meta)
+
+
+def scheme_in(meta: Mapping[str, Any]) -> Scheme:
+    """The scheme of a program with this meta; without a word on it, the usual one."""
+    return scheme(str(meta.get("loop") or kinds()[0]))
 
 
 def scheme(kind: str) -> Scheme:
-    """The scheme of a kind of loop."""
+    """The scheme of a kind of loop. Raises UsageError for one that there is not."""
     if kind not in REGISTERED:
+        if kind not in MODULES:
+            raise UsageError(what=f"unknown loop '{kind}'", where="--loop", hint="choose from " + ", ".join(kinds()))
         module: Any = import_module(MODULES[kind])
         REGISTERED[kind] = module.SCHEME
     return REGISTERED[kind]
+
+
+def kinds() -> list[str]:
+    """All kinds of loops, the usual one first."""
+    return list(dict.fromkeys([*MODULES, *REGISTERED]))
+
+
+def scheme_for(meta: Mapping[str, Any]) -> Scheme:
+    """The scheme by which a model with these facts is generated where nobody says how."""
+    return next((scheme(kind) for kind in kinds() if scheme(kind).claims(meta)), scheme(kinds()[0]))

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Control, If, Loop, Seq, calls, sequence, transform
+from aropt.ir.control import Control, If, Loop, Seq, calls, loops, sequence, transform
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Spec
+from aropt.rewriting.contract import Fact
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64
 STEP = "step"  # the cached step of a loop over positions
@@ -253,6 +254,25 @@ def from_model(made: Draft, feed: Spec) -> list[Graph]:
             "rewind", lambda want, **counts: tuple(moved(counts, -want)), {"want": SCALAR, **counters}, list(counters)
         ))  # fmt: skip
     return graphs
+
+
+def checks_drafts(control: Control) -> bool:
+    """Whether some rounds check drafts: they run for one sequence alone."""
+    return bool(loops(control, "speculate"))
+
+
+DRAFTS = Fact("drafts", lambda p: "" if checks_drafts(p.control) else "no round checks drafts")
+NO_DRAFTS = Fact("no drafts", lambda p: "rounds check drafts already" if checks_drafts(p.control) else "")
+
+
+def checking(until: str, body: Control, plain: Loop) -> Loop:
+    """Rounds that check drafts, in the place of those of a plain loop."""
+    return Loop("speculate", until, body, {"window": "windows"}, plain.params, "window", plain.evidence)
+
+
+def sketching(until: str, body: Control) -> Loop:
+    """Rounds that make drafts, one after the other; nobody watches them."""
+    return Loop("draft", until, body, {}, {"limit": "ahead"}, internal=True)
 
 
 def steps(loop: Loop, rule: str) -> bool:

@@ -18,14 +18,10 @@ from aropt.frontend.compute import owned
 from aropt.frontend.facts import Source, facts
 from aropt.frontend.sources import resolve
 from aropt.ir.program import Program
-from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
-from aropt.loops.given import check_parameters, integer
-from aropt.loops.positions import autoregressive
-from aropt.loops.rules import chosen
-from aropt.loops.unmask import commit
+from aropt.loops.given import integer
+from aropt.loops.scheme import scheme, scheme_for
 from aropt.loops.unmask.ar_verifier import Guide
 from aropt.loops.unmask.ar_verifier import make as make_guide
-from aropt.loops.unmask.build import unmasking
 from aropt.pipeline.autotune import trial
 from aropt.pipeline.checks import Instruments, describe
 from aropt.pipeline.compiled import Compiled
@@ -44,7 +40,6 @@ from aropt.validate.oracle import Oracles
 from aropt.validate.slices import whole
 
 Say = Callable[[str], None]
-LOOPS = ("positions", "unmask")
 
 
 def capture(
@@ -71,22 +66,15 @@ def capture(
     if isinstance(model, nn.Module):
         source = given(model, capacity)
     else:
-        kind = loop or ("unmask" if meta.get("mask") is not None else None)
-        source = resolve(model, capacity, trust_remote_code, kind) if isinstance(model, str) else model
+        masked = (scheme(loop) if loop else scheme_for(meta)).masked
+        source = resolve(model, capacity, trust_remote_code, masked) if isinstance(model, str) else model
     source.meta |= meta
-    loop = loop or ("unmask" if source.meta.get("mask") is not None else "positions")
-    check_loop(loop, source.meta)
-    check_rules(loop, rules, guide is not None)
+    chosen = scheme(loop) if loop else scheme_for(source.meta)
+    chosen.check_model(source.meta)
+    chosen.check_rules(rules, guide is not None)
     graph, weights = source.captured()
     source.meta |= excluded.facts(graph, source.meta)
-    if loop == "unmask":
-        return unmasking(graph, weights, source.meta, tuple(rules or ()), guided(guide, source, trust_remote_code))
-    program = autoregressive(
-        graph, weights, source.meta, followed_rules(source.meta) if rules is None else tuple(rules)
-    )
-    program = program.replace(meta=program.meta | unfollowed(program.meta, program.inputs))
-    check_parameters(program, with_defaults(program.meta, {}, None, False)[0])
-    return program
+    return chosen.build(graph, weights, source.meta, rules, guided(guide, source, trust_remote_code))
 
 
 def given(model: nn.Module, capacity: int | None) -> Source:
@@ -100,40 +88,10 @@ def guided(guide: str | nn.Module | Source | None, source: Source, trusted: bool
     if guide is None:
         return None
     found = given(guide, None) if isinstance(guide, nn.Module) else guide
-    found = resolve(found, None, trusted, "positions") if isinstance(found, str) else found
+    found = resolve(found, None, trusted) if isinstance(found, str) else found
     graph, weights = found.captured()
     name = str(guide) if isinstance(guide, str) else str(found.meta["name"])
     return make_guide(name, graph, weights, int(found.meta["vocab"]), int(found.meta["capacity"]))
-
-
-def check_rules(loop: str, rules: Sequence[str] | None, guided: bool) -> None:
-    """Raises UsageError for rules and a guide that the loop can't have."""
-    if loop == "unmask":
-        commit.chosen(tuple(rules or ()))
-        return
-    chosen(tuple(rules or ()))
-    if guided:
-        raise UsageError(
-            what="a guide judges the rounds of a canvas",
-            where="--guide",
-            why="this loop writes one token after the other",
-            hint="leave it out, or choose --loop unmask",
-        )
-
-
-def check_loop(loop: str, meta: dict[str, Any]) -> None:
-    """Raises UsageError for an unknown loop, or one that the model can't have."""
-    if loop not in LOOPS:
-        raise UsageError(what=f"unknown loop '{loop}'", hint="choose from " + ", ".join(LOOPS))
-    mask = meta.get("mask")
-    if loop == "unmask" and (mask is None or not 0 <= int(mask) < int(meta["vocab"])):
-        raise UsageError(
-            what="the model has no mask id" if mask is None else f"the mask id {mask} is outside the vocabulary",
-            why="unmasking starts from a canvas of masks"
-            if mask is None
-            else f"the logits have {meta['vocab']} tokens",
-            hint="give it: --mask ID, or mask= in Python",
-        )
 
 
 def optimize(

@@ -18,12 +18,13 @@ from typing import Any
 from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
 from aropt.loops.runtime import workload
+from aropt.loops.scheme import scheme_of
+from aropt.loops.speculate import DRAFTS
 from aropt.pipeline.checks import QUIET, Instruments
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.lossy import unpaid
 from aropt.pipeline.registry import inserted
 from aropt.rewriting.contract import Pass, Skips, planned
-from aropt.rewriting.facts import DRAFTS
 from aropt.targets import find_target
 from aropt.targets.scratch import Scratch
 
@@ -115,7 +116,7 @@ def unfit(program: Program, target: str, prompts: list[list[int]], name: str) ->
     """Why nothing can be learned here, or the pass can't pay; empty if something can."""
     if not find_target(target).has("autotuning"):
         return f"nothing is timed for the target {target}"
-    if program.meta.get("loop", "positions") != "positions":
+    if not scheme_of(program).forced:
         return "it is for loops over positions"
     if name == "int8-draft":
         size = sum(w.nbytes for w in program.weights.values())

@@ -8,6 +8,7 @@ from typing import Any
 from aropt.ir.calls import op_name
 from aropt.ir.control import If, calls, loops
 from aropt.ir.program import Graph, Program
+from aropt.loops.positions import decoding
 
 LOOKUPS = ("embedding", "index", "index_select", "gather", "token_shuffle", "cached_attention", "canvas_attention")
 
@@ -24,7 +25,7 @@ def step_bytes(program: Program, stored: int | None = None) -> int:
     left aside: how many ids they give is not known from here.
     """
     rows = stored or max(1, int(program.meta["capacity"]) // 2)
-    body = (loops(program.control, "positions") or loops(program.control))[0].body
+    body = (decoding(program.control) or loops(program.control))[0].body
     while isinstance(body, If):  # a guided round, where others run less
         body = body.then
     called = list(calls(body))

@@ -9,6 +9,7 @@ from typing import Any
 
 from aropt.errors import UsageError
 from aropt.ir.program import Program
+from aropt.loops.scheme import scheme_of
 from aropt.pipeline.checks import Instruments, check
 from aropt.pipeline.cost import nodes, step_bytes
 from aropt.rewriting.contract import Pass, Result
@@ -31,7 +32,7 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
     if instruments.trust:
         result.status = "applied"
         return one.run(program)
-    canvas = program.meta.get("loop") == "unmask"
+    canvas = scheme_of(program).fills
     if "quality" in instruments.budget and not canvas:
         raise UsageError(
             what="quality is measured on canvases", where="--budget", hint="bound kl, kl_max, top1 or agreement"

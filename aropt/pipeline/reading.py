@@ -39,6 +39,7 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     Unsupported for a program that aropt does not run, WrongMachine for a newer format.
     """
     from aropt.ir.serialize import from_json
+    from aropt.loops.scheme import scheme_of
     from aropt.targets import lower
 
     folder = Path(path)
@@ -48,6 +49,7 @@ def load(path: str | Path, target: str | None = None, threads: int | None = None
     home = folder if target in (None, manifest["target"]) else None  # another target builds its files elsewhere
     try:
         program = from_json(data, weights)
+        scheme_of(program)  # a kind of loop that is known
         executor = lower(program, target or manifest["target"], home, threads=threads, read=home is not None)
     except AroptError:
         raise

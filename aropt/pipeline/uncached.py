@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from aropt.ir.program import Program
 from aropt.loops.guidance import NEW_ROWS
+from aropt.loops.scheme import scheme_of
 from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
 from aropt.pipeline.registry import names, pass_class
 from aropt.rewriting.contract import Contract, Result
@@ -17,7 +18,7 @@ def uncached(program: Program, results: Sequence[Result]) -> str:
     """Why a program computes all rows in each round, in a sentence; "" if it does not."""
     if any(state.kind in STORED for state in program.state.values()):
         return ""
-    canvas, found = program.meta.get("loop") == "unmask", {r.name: r for r in results}
+    canvas, found = scheme_of(program).fills, {r.name: r for r in results}
     wanted = CHOSEN_ROWS if canvas else NEW_ROWS
     fitting: dict[str, Contract] = {n: c for n in names() if wanted in (c := pass_class(n).contract).establishes}
     if any(found[n].status == "applied" for n in fitting if n in found):

@@ -14,13 +14,6 @@ def forward(program: Program) -> Graph | None:
     return next((program.graphs[c.graph] for c in found if "slots" not in c.reads), None)
 
 
-def drafts(program: Program) -> bool:
-    """Whether some rounds check drafts."""
-    return bool(loops(program.control, "speculate"))
-
-
 FORWARD = Fact("full forward", lambda p: "" if forward(p) else "no loop runs a full forward")
 WINDOWS = Fact("rows of several ids", lambda p: "" if window(p.meta) else "a row is one id")
 ROWS_OF_ONE = Fact("rows of one id", lambda p: "a row holds several ids" if window(p.meta) else "")
-DRAFTS = Fact("drafts", lambda p: "" if drafts(p) else "no round checks drafts")
-NO_DRAFTS = Fact("no drafts", lambda p: "rounds check drafts already" if drafts(p) else "")

@@ -26,6 +26,7 @@ from aropt.ir.units import flat, ids_of, rows_for, window
 from aropt.loops.requests.cases import Case, cases
 from aropt.loops.runtime import slots
 from aropt.loops.scheme import Mismatch, scheme_of
+from aropt.validate.localize import localize
 from aropt.validate.oracle import Oracle, Reply
 from aropt.validate.replay import compare_rounds
 from aropt.validate.shrink import shrink
@@ -59,8 +60,6 @@ def validate(
         outcome = compare(oracle, candidate, executor, case)
         verdict.outcomes.append(outcome)
         if outcome.problem and explain:
-            from aropt.validate.localize import localize
-
             small = shrink(lambda c: fails(oracle, candidate, executor, c), case)
             verdict.outcomes[-1] = outcome = compare(oracle, candidate, executor, small)
             verdict.diverges = localize(oracle, candidate, executor, small, outcome.row)

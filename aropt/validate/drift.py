@@ -22,7 +22,7 @@ from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.loops.requests.cases import Case
 from aropt.loops.runtime import workload as own_prompts
-from aropt.loops.scheme import Round
+from aropt.loops.scheme import Round, scheme_of
 from aropt.loops.unmask.blocks import current_block
 from aropt.loops.unmask.smoothing import forward
 from aropt.validate import compare as validate
@@ -111,7 +111,7 @@ def workload(program: Program) -> Case:
     prompts, n = [tuple(p) for p in found], max(1, n)
     if not prompts:
         raise UsageError(what="there are no prompts to measure drift on", hint="give some: --prompts FILE, or prompts=")
-    if program.meta.get("loop") != "unmask":  # images are drawn: the likeliest ids of one are hardly any
+    if not scheme_of(program).fills:  # images are drawn: the likeliest ids of one are hardly any
         drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
         alone = "negative" in program.inputs and program.meta.get("null") is None
         return Case("drift", "greedy", tuple(prompts), n, params=(("temperature", 1.0),) if drawn else (),
@@ -134,7 +134,7 @@ def measure(
     `known`: the exact program's quality, where it has been measured. Raises UsageError for examples that are none.
     """
     case = case or workload(exact)
-    if exact.meta.get("loop") != "unmask":
+    if scheme_of(exact).forced:
         return positions(exact, candidate, executor, case)
     eager = Eager(exact)
     mine, theirs = Trace(candidate, case, executor or Eager(candidate)), Trace(exact, case, eager)

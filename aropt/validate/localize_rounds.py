@@ -19,8 +19,8 @@ from aropt.ir.interpreter import run
 from aropt.ir.program import Program
 from aropt.loops.requests.cases import Case
 from aropt.loops.scheme import Mismatch, Round
-from aropt.validate.localize import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.validate.oracle import Oracle
+from aropt.validate.record import Enough, Recorder, distance, exact_values, node_values, own
 from aropt.validate.replay import Replay, Trace
 from aropt.validate.verdict import TOLERANCE
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from aropt.ir.control import loops
 from aropt.ir.program import Program
 from aropt.loops.requests.cases import Case, Requests, named
+from aropt.loops.speculate import checks_drafts
 
 SHAPES = frozenset({"sequences", "length", "padding", "new", "blocks", "block", "fill"})
 LOOP = frozenset({"text", "stop", "steps"})  # what decides how often and on which rows a loop runs
 OVERHEAD, READ = 4, 50  # a request costs so many rounds beside its own, and one for so many ids of its prompts
-CHECKED = "speculate"  # loops that check drafts run for one sequence alone
 
 
 def touched(before: Program, after: Program) -> set[str]:
@@ -35,7 +34,7 @@ def whole(requests: Requests, candidate: Program) -> list[Case]:
 
 def drafted(requests: Requests, candidate: Program, factors: set[str], turn: int) -> list[Case]:
     """More for one sequence, where drafts are checked for one alone: after long prompts, at all temperatures."""
-    if not loops(candidate.control, CHECKED):
+    if not checks_drafts(candidate.control):
         return []
     one = requests.alone()
     return [*one.pairs, *one.long()] if factors >= set(requests.levels) else some(one, factors, turn)

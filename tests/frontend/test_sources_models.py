@@ -55,7 +55,7 @@ def test_a_mask_alone_means_a_canvas(bert: str, tmp_path: Path) -> None:
 
 def test_a_canvas_of_the_class_that_the_directory_names(llama: str) -> None:
     """AutoModelForMaskedLM knows no Llama; config.json says what the weights are."""
-    source = resolve(llama, loop="unmask")
+    source = resolve(llama, masked=True)
     assert type(source.module).__name__ == "LlamaForCausalLM"
     assert aropt.capture(llama, mask=4).meta["mask"] == 4
 
@@ -67,7 +67,7 @@ def test_a_directory_without_such_a_class_is_refused(llama: str, names: list[str
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": names}))
     with pytest.raises(Unsupported, match="as a masked language model"):
-        resolve(str(tmp_path), loop="unmask")
+        resolve(str(tmp_path), masked=True)
 
 
 @pytest.mark.parametrize("capacity", [1, 0, -3])
@@ -116,9 +116,9 @@ def test_out_of_memory_is_not_a_shorter_model(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_capacity_that_was_asked_for_is_not_shortened(tmp_path: Path) -> None:
     path = directory("Roberta", "ForMaskedLM", tmp_path, pad_token_id=1)
-    assert resolve(path, loop="unmask").meta["capacity"] == 64
+    assert resolve(path, masked=True).meta["capacity"] == 64
     with pytest.raises(UsageError, match="capacity 65 is more than the model takes"):
-        resolve(path, 65, loop="unmask")
+        resolve(path, 65, masked=True)
     with pytest.raises(UsageError, match="capacity 65 is more than the model takes"):
         resolve("digits-ar", 65)
 

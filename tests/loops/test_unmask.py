@@ -242,7 +242,7 @@ def test_generation_ends_with_the_stop_token(above: Program) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"n": 0}, "can't unmask 0"),
+        ({"n": 0}, "can't generate 0"),
         ({"prompts": [[1, MASK]]}, "mask id"),
         ({"prompts": [[]]}, "empty"),
         ({"n": 63}, "don't fit"),
@@ -366,7 +366,7 @@ def test_masked_language_models(kind: str, tmp_path: Path) -> None:
     getattr(transformers, f"{kind}ForMaskedLM")(config).eval().save_pretrained(tmp_path)
     from aropt.frontend.sources import resolve
 
-    source = resolve(str(tmp_path), loop="unmask")
+    source = resolve(str(tmp_path), masked=True)
     source.meta["mask"] = 4
     assert source.meta["capacity"] == (64 if kind == "Roberta" else 66)
     fast = aropt.optimize(aropt.capture(source, loop="unmask"), target="onnxruntime")

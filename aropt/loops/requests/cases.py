@@ -18,6 +18,7 @@ from aropt.loops.requests.design import Row, cover
 from aropt.loops.requests.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
 from aropt.loops.requests.prompts import like, prompt
 from aropt.loops.runtime import batches, make_inputs
+from aropt.loops.scheme import scheme_of
 
 PATTERN = (2.0, -2.0, 1.0)  # repeated over the vocabulary: a bias
 aten = torch.ops.aten
@@ -106,11 +107,8 @@ def named(found: Sequence[Case]) -> list[Case]:
 
 def requests(program: Program, seed: int = 0, thorough: bool = False) -> Requests:
     """What a program is compared on, and the design behind it; `thorough`: several designs, each of all pairs."""
-    if program.meta.get("loop") == "unmask":
-        from aropt.loops.unmask.cases import Canvases
-
-        return Canvases(program, seed, thorough)
-    return Requests(program, seed, thorough)
+    made: Requests = (scheme_of(program).requests or Requests)(program, seed, thorough)
+    return made
 
 
 class Requests:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from aropt.ir.program import Program
 from aropt.ir.units import window
+from aropt.loops.scheme import scheme_of
 
 PHRASE = (3, 5)  # rows of what repeats
 
@@ -37,10 +38,7 @@ def row(program: Program, chance: random.Random) -> list[int]:
 
 def allowed(program: Program) -> Sequence[int]:
     """Ids that a prompt may hold: no mask, none without which the forward counts its rows."""
-    without = {
-        *program.meta.get("never", ()),
-        *([program.meta["mask"]] if program.meta.get("loop") == "unmask" else []),
-    }
+    without = {*program.meta.get("never", ()), *scheme_of(program).hidden(program.meta)}
     every = range(vocabulary(program))
     return [t for t in every if t not in without] if without else every
 

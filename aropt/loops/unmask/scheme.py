@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
-from aropt.ir.program import Program
-from aropt.loops.scheme import Look, Mismatch, Round, Scheme
+from aropt.ir.program import Graph, Program
+from aropt.loops.runtime import padded
+from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
+from aropt.loops.unmask.build import unmasking
+from aropt.loops.unmask.cases import Canvases
+from aropt.loops.unmask.commit import chosen
+
+GIVE_MASK = "give it: --mask ID, or mask= in Python"
 
 
 class Unmask(Scheme):
     """Rounds decide a canvas, from logits of some of its rows."""
 
-    kind = "unmask"
+    kind, requests = "unmask", Canvases
+    masked, fills, least = True, True, 1
+
+    def claims(self, meta: Mapping[str, Any]) -> bool:
+        return meta.get("mask") is not None
+
+    def check_model(self, meta: Mapping[str, Any]) -> None:
+        mask = meta.get("mask")
+        if mask is None:
+            why = "unmasking starts from a canvas of masks"
+            raise UsageError(what="the model has no mask id", why=why, hint=GIVE_MASK)
+        if not 0 <= int(mask) < int(meta["vocab"]):
+            why = f"the logits have {meta['vocab']} tokens"
+            raise UsageError(what=f"the mask id {mask} is outside the vocabulary", why=why, hint=GIVE_MASK)
+
+    def check_rules(self, rules: Sequence[str] | None, guided: bool) -> None:
+        chosen(tuple(rules or ()))
+
+    def build(
+        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+    ) -> Program:
+        return unmasking(model, weights, meta, tuple(rules or ()), guide)
+
+    def hidden(self, meta: Mapping[str, Any]) -> set[int]:
+        return {int(meta["mask"])}
+
+    def rows(self, inputs: Values) -> int:
+        return inputs["canvas"].shape[1]
+
+    def inputs(
+        self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Prompts | None
+    ) -> Values:
+        return canvas_inputs(program, prompts, n, params, fill)
 
     def observe(self, program: Program, inputs: Values) -> Look:
         sizes, width, last = inputs["lengths"].tolist(), inputs["canvas"].shape[1], inputs["canvas"]
@@ -80,6 +120,59 @@ class Unmask(Scheme):
 def numbers(program: Program) -> tuple[int, int]:
     """The mask id, and how many rows before it a row predicts an id."""
     return int(program.meta["mask"]), int(program.meta.get("shift") or 0)
+
+
+def canvas_inputs(
+    program: Program,
+    prompts: Prompts,
+    n: int,
+    params: Mapping[str, Any],
+    fill: Prompts | None,
+) -> Values:
+    """Prompts and masked answers as one canvas, and the grid of blocks. Raises UsageError where they don't fit.
+
+    A model with blocks of its own has them counted from the first id, others from the first id of the answer.
+    """
+    mask, own = int(program.meta["mask"]), int(program.meta.get("block") or 0)
+    fill = [[mask] * n] * len(prompts) if fill is None else fill
+    for i, prompt in enumerate(prompts):
+        if mask in prompt:
+            raise UsageError(
+                what=f"the prompt holds the mask id {mask}",
+                where=f"prompt {i}",
+                why="ids of a prompt are given; masks belong to the answer",
+                hint="give them as fill=, with the mask id where an id is to be found",
+            )
+    block = int(params.get("block", own or program.inputs["block"].default or 1))
+    if block < 1 or (own and block != own) or ("block" in params and not own and n % block):
+        raise UsageError(
+            what=f"blocks of {block} don't divide the {n} new tokens" if not own else f"blocks are of {own} ids here",
+            why="a schedule counts rounds by whole blocks" if not own else "the model was trained on them",
+            hint="choose a block that divides the number of new tokens" if not own else "leave block out",
+        )
+    values: Values = {
+        "canvas": padded([[*p, *f] for p, f in zip(prompts, fill, strict=True)]),
+        "lengths": torch.tensor([len(p) + n for p in prompts]),
+        "answers": torch.tensor([len(p) for p in prompts]),
+        "origin": torch.tensor([0 if own else len(p) for p in prompts]),
+        "block": torch.tensor(block),
+    }
+    if "steps" in program.inputs:
+        steps = int(params.get("steps", 0))
+        values["steps"] = torch.tensor(steps if own else share(steps, -(-n // block)))
+    return values
+
+
+def share(steps: int, blocks: int) -> int:
+    """Rounds of each block, of `steps` in all. Raises UsageError where they can't be shared out evenly."""
+    if steps % blocks:
+        raise UsageError(
+            what=f"{steps} steps are not a whole number for each of {blocks} blocks",
+            where="parameter steps: rounds in all (of a model with blocks of its own: rounds of each block)",
+            why="every block gets the same number of rounds, at least one",
+            hint=f"choose a multiple of {blocks}, or another block",
+        )
+    return steps // blocks
 
 
 SCHEME = Unmask()

@@ -19,8 +19,10 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, loops, reads
 from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
+from aropt.loops.positions import decoding
 from aropt.loops.requests.cases import Case, cases
 from aropt.loops.runtime import generate, room
+from aropt.loops.speculate import checks_drafts
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import Planned
 from aropt.validate.compare import Outcome, Verdict
@@ -44,9 +46,9 @@ def eligible(program: Program) -> dict[str, Loop]:
     What a round too many writes is no harm: nothing reads the loop's state after it.
     """
     found: dict[str, Loop] = {}
-    if loops(program.control, "speculate"):  # other loops have begun before, or go on after: the limit is not theirs
+    if checks_drafts(program.control):  # other loops have begun before, or go on after: the limit is not theirs
         return found
-    for loop in loops(program.control, "positions"):
+    for loop in decoding(program.control):
         call = loop.body
         if not isinstance(call, Call) or "limit" not in loop.params or not loop.emits:
             continue
