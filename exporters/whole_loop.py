@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
@@ -34,21 +33,15 @@ from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, sequenc
 from aropt.ir.dims import Dim, parse, symbols
 from aropt.ir.program import Program, Spec, StateSpec
 from aropt.loops.defaults import exported_defaults
+from aropt.loops.guards import FOREVER
+from aropt.loops.scheme import scheme_of
 from aropt.loops.speculate import checks_drafts
 
 I64 = torch.int64
-FOREVER = 2**62
 ROUNDS = 8  # in a loop's body: what ONNX Runtime does for each turn of a Loop, and to end it, is shared among them
 SMALL = 16 * 2**20  # bytes of weights that a round reads: of larger ones a Loop's turn is no part
 PACKED = 4 * 2**30  # bytes of weights, of all graphs, that each graph may have for itself: memory for speed
 MOVES = (torch.ops.aten.cat.default, torch.ops.aten.clone.default)  # of caches as they are: branches joined and parted
-STATUS = {
-    1: "the prompt and the new tokens don't fit the model's capacity",
-    2: "a prompt or an answer is empty, or longer than its row",
-    3: "the seed is not in 0 .. 2^62 - 1",
-    4: "rows are shorter than others, or padded: this model takes prompts of one length in a batch",
-    5: "the blocks are none that the model takes",
-}
 
 
 def export_program(
@@ -411,14 +404,12 @@ class Writer:
 
     def guard(self, graph: Any, values: dict[str, Any]) -> Any:
         """Nothing is generated from what the program can't take; the status says why."""
-        check = canvas_guard if "canvas" in self.program.inputs else prompt_guard
-        function, needed = check(self.program)
-        if not all(n in values for n in needed):
+        guard = scheme_of(self.program).guard(self.program)
+        if guard is None or not all(n in values for n in guard.reads):
             return self.constant(graph, 0)
-        writes = ["status", "finished", *(["answers"] if "answers" in needed else [])]
-        made = capture_function("guard", function, {n: self.spec(n) for n in needed}, writes)
+        made = capture_function("guard", guard.function, {n: self.spec(n) for n in guard.reads}, guard.writes)
         self.program = self.program.replace(graphs={**self.program.graphs, "guard": made})
-        self.call(Call("guard", {n: n for n in needed}, {n: n for n in writes}), graph, values)
+        self.call(Call("guard", {n: n for n in guard.reads}, {n: n for n in guard.writes}), graph, values)
         return values["status"]
 
     def outputs(self, values: dict[str, Any], status: Any) -> None:
@@ -451,52 +442,3 @@ class Writer:
         typed = self.typed(name, spec)
         made.name, made.type, made.shape = name, typed.type, typed.shape
         self.graph.outputs.append(made)
-
-
-Guard = tuple[Callable[..., tuple[Tensor, ...]], list[str]]  # a function, and the values that it reads
-
-
-def prompt_guard(program: Program) -> Guard:
-    """Of prompts that are continued: -> status, finished."""
-    capacity, ragged = int(program.meta["capacity"]), program.meta.get("ragged", True)
-
-    def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
-        long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity
-        wrong = ((lengths < 1) | (lengths > prompt.shape[1])).any()
-        status = first([long, wrong, outside(seed), *apart(lengths, prompt, ragged)])
-        return status, finished | (status != 0)
-
-    return check, ["prompt", "lengths", "limit", "seed", "finished"]
-
-
-def canvas_guard(program: Program) -> Guard:
-    """Of canvases: -> status, finished, answers; these begin nowhere if nothing may be generated."""
-    capacity, ragged, own = (program.meta.get(k) for k in ("capacity", "ragged", "block"))
-
-    def check(canvas: Tensor, block: Tensor, seed: Tensor, finished: Tensor, **rows: Tensor) -> tuple[Tensor, ...]:
-        lengths, answers, width = rows["lengths"], rows["answers"], torch.zeros((), dtype=I64) + canvas.shape[1]
-        wrong = ((answers < 1) | (answers >= lengths) | (lengths > width)).any()
-        blocks = block < 1
-        if own:
-            blocks = blocks | (block != int(own)) | (rows["origin"] != 0).any()
-        status = first([width > int(capacity or 0), wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
-        return status, finished | (status != 0), torch.where(status != 0, FOREVER, answers)
-
-    return check, ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
-
-
-def outside(seed: Tensor) -> Tensor:
-    return (seed < 0) | (seed >= FOREVER)
-
-
-def apart(lengths: Tensor, rows: Tensor, ragged: Any) -> list[Tensor]:
-    """Whether some row is padded, which a program without positions apart from slots can't tell from a prompt."""
-    return [torch.zeros((), dtype=torch.bool) if ragged else (lengths != rows.shape[1]).any()]
-
-
-def first(problems: list[Tensor]) -> Tensor:
-    """The number of the first problem, from 1 on; 0 if there is none: see STATUS."""
-    status = torch.zeros((), dtype=I64)
-    for number, found in reversed(list(enumerate(problems, 1))):
-        status = torch.where(found, number, status)
-    return status

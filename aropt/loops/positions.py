@@ -18,6 +18,7 @@ from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.units import rows, rows_for, window
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters
+from aropt.loops.guards import Guard, apart, first, outside
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
 from aropt.loops.runtime import constant, padded
 from aropt.loops.scheme import Prompts, Scheme
@@ -248,6 +249,17 @@ class Positions(Scheme):
         made = [rows(program.meta, p) for p in prompts]
         limit = constant(rows_for(program.meta, n))
         return {"prompt": padded(made), "lengths": constant(tuple(map(len, made))), "limit": limit}
+
+    def guard(self, program: Program) -> Guard:
+        capacity, ragged = int(program.meta["capacity"]), program.meta.get("ragged", True)
+
+        def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
+            long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity
+            wrong = ((lengths < 1) | (lengths > prompt.shape[1])).any()
+            status = first([long, wrong, outside(seed), *apart(lengths, prompt, ragged)])
+            return status, finished | (status != 0)
+
+        return Guard(check, ["prompt", "lengths", "limit", "seed", "finished"], ["status", "finished"])
 
 
 SCHEME = Positions()

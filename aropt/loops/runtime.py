@@ -130,7 +130,7 @@ def generate(
             if generated is None:
                 generated = run(program, inputs, slots(program, inputs), executor, watch)["generated"]
             for i, row in zip(group, flat(generated), strict=True):
-                results[i] = [t for t in row if t >= 0][:n]
+                results[i] = row if generated.is_floating_point() else [t for t in row if t >= 0][:n]
     return [results[i] for i in range(len(prompts))]
 
 

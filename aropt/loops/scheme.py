@@ -18,6 +18,7 @@ from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Program
+from aropt.loops.guards import Guard
 
 MODULES = {"positions": "aropt.loops.positions", "unmask": "aropt.loops.unmask.scheme"}  # each has a SCHEME
 REGISTERED: dict[str, Scheme] = {}  # of other files
@@ -87,6 +88,10 @@ class Scheme:
     ) -> Values:
         """The values of a request that are the loop's own: prompts, and how much is asked for."""
         raise NotImplementedError
+
+    def guard(self, program: Program) -> Guard | None:
+        """What the program can't take, for the one-file export; None: nothing is looked at."""
+        return None
 
     def rows(self, inputs: Values) -> int:
         """Rows of the longest sequence at its end."""

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import MissingTool, Unsupported
-from aropt.exporters.whole_loop import ROUNDS, STATUS, export_program
+from aropt.exporters.whole_loop import ROUNDS, export_program
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, If, Loop, Seq
 from aropt.ir.interpreter import run
 from aropt.ir.program import Input, Program, Spec, StateSpec
 from aropt.loops import rules
+from aropt.loops.guards import STATUS
 from aropt.loops.rules import Processor, scalar
 from aropt.models.canvas import MASK
 from aropt.pipeline.checks import Instruments

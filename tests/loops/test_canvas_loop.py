@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aropt.exporters.whole_loop import STATUS, export_program
+from aropt.exporters.whole_loop import export_program
 from aropt.ir.program import Program
+from aropt.loops.guards import STATUS
 from aropt.models.canvas import MASK
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes

@@ -12,6 +12,7 @@ from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Program
+from aropt.loops.guards import FOREVER, I64, Guard, apart, first, outside
 from aropt.loops.runtime import padded
 from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
 from aropt.loops.unmask.build import unmasking
@@ -57,6 +58,22 @@ class Unmask(Scheme):
         self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Prompts | None
     ) -> Values:
         return canvas_inputs(program, prompts, n, params, fill)
+
+    def guard(self, program: Program) -> Guard:
+        """Canvases begin nowhere if nothing may be generated."""
+        capacity, ragged, own = (program.meta.get(k) for k in ("capacity", "ragged", "block"))
+
+        def check(canvas: Tensor, block: Tensor, seed: Tensor, finished: Tensor, **rows: Tensor) -> tuple[Tensor, ...]:
+            lengths, answers, width = rows["lengths"], rows["answers"], torch.zeros((), dtype=I64) + canvas.shape[1]
+            wrong = ((answers < 1) | (answers >= lengths) | (lengths > width)).any()
+            blocks = block < 1
+            if own:
+                blocks = blocks | (block != int(own)) | (rows["origin"] != 0).any()
+            status = first([width > int(capacity or 0), wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
+            return status, finished | (status != 0), torch.where(status != 0, FOREVER, answers)
+
+        reads = ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
+        return Guard(check, reads, ["status", "finished", "answers"])
 
     def observe(self, program: Program, inputs: Values) -> Look:
         sizes, width, last = inputs["lengths"].tolist(), inputs["canvas"].shape[1], inputs["canvas"]
