@@ -212,7 +212,8 @@ def make_inputs(
         raise UsageError(
             what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed"
         )
-    temperature = float(params.get("temperature", program.inputs["temperature"].default or 0.0))
+    usual = program.inputs["temperature"].default if "temperature" in program.inputs else 0
+    temperature = float(params.get("temperature", usual or 0))
     values = scheme_of(program).inputs(program, prompts, n, params, fill)
     values |= {
         "stop": constant(tuple(stop) or (-1,)),

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from aropt.ir import ops
-from aropt.ir.control import calls, loops
+from aropt.ir.control import Call, calls, loops
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program, Spec, dict_root
@@ -60,8 +60,7 @@ class Oracle:
     def __init__(self, reference: Program, seed: int = 0, thorough: bool = False) -> None:
         self.program, self.seed, self.thorough = reference, seed, thorough
         self.eager = Eager(reference)
-        found = [c for c in calls(loops(reference.control)[0].body) if "ids" in c.reads]
-        self.model, self.branches = found[0], len(found)
+        self.model, self.branches = forward_of(reference)
         self.known: dict[Any, Any] = {}
         self.kept = 0  # bytes
         self.ahead: dict[Ids, tuple[Tensor, Tensor]] = {}  # logits of the case that is looked at
@@ -169,6 +168,15 @@ class Oracle:
         """What the reference makes of prompt `i` and these tokens."""
         made: Reply = self.once((*case.row(i), tuple(tokens)), lambda: answer(self, case, i, tokens))
         return made
+
+
+def forward_of(program: Program) -> tuple[Call, int]:
+    """The call of the model's forward in a round, which has weights and leads to the evidence; how many there are."""
+    loop = next(loop for loop in loops(program.control) if loop.evidence and not loop.internal)
+    body = list(calls(loop.body))
+    end = next(i for i, call in enumerate(body) if loop.evidence in call.writes.values())
+    found = [call for call in body[: end + 1] if program.graphs[call.graph].weights()]
+    return found[-1], sum(call.graph == found[-1].graph for call in found)
 
 
 class Oracles:

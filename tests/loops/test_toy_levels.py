@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.loops.requests.cases import cases
 from aropt.validate.compare import validate, with_probe
-from tests.loops.toys import scales
+from tests.loops.toys import flow, scales
 
-TOYS = {"scales": scales.program}
+TOYS = {"scales": scales.program, "flow": flow.program}
 
 
 @pytest.fixture(scope="module", params=TOYS)
