@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from aropt.bench.peers import PEERS, Generate
 from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
-from aropt.loops.scheme import scheme_in
 from aropt.targets import find_target
 
 if TYPE_CHECKING:  # a spec is read without torch
@@ -145,6 +144,7 @@ def one_call(made: Compiled, spec: Spec) -> Generate:
 def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The model that the command line names, as the artifact's program takes it, and that program's meta."""
     from aropt.frontend.sources import resolve
+    from aropt.loops.scheme import scheme_in
     from aropt.pipeline.reading import load
 
     meta = load(spec.artifact, target="eager").program.meta
@@ -168,6 +168,7 @@ def eager(spec: Spec) -> Generate:
 
     from aropt.frontend.forwards import Forward
     from aropt.ir.interpreter import Eager
+    from aropt.loops.scheme import scheme_in
     from aropt.pipeline.api import capture
     from aropt.pipeline.compiled import Compiled
 
