@@ -98,7 +98,7 @@ def test_any_passes_leave_the_tokens(base: tuple[str, tuple[str, ...]], passes: 
 
 @pytest.mark.exhaustive
 @given(many(), CHOSEN, TEMPERATURES)
-@settings(deadline=None, max_examples=150, suppress_health_check=SLOW)
+@settings(deadline=None, max_examples=60, suppress_health_check=SLOW)
 def test_any_rules_and_passes_leave_the_tokens(
     base: tuple[str, tuple[str, ...]], passes: list[str], temperature: float
 ) -> None:
