@@ -22,7 +22,7 @@ from aropt.loops.given import integer
 from aropt.loops.scheme import scheme, scheme_for
 from aropt.loops.unmask.ar_verifier import Guide
 from aropt.loops.unmask.ar_verifier import make as make_guide
-from aropt.pipeline.autotune import trial
+from aropt.pipeline.autotune import tried
 from aropt.pipeline.checks import Instruments, describe
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manager import run_passes
@@ -137,13 +137,10 @@ def optimize(
     if keep_going:
         instruments = replace(instruments, keep_going=True)
     chosen = pipeline() if passes is None else list(passes)
-    trials = []
-    for ways in tries if measure else ():
-        chosen, found = trial(program, chosen, ways, target, threads, instruments)
-        trials.append((ways[0], found))
+    chosen, trials = tried(program, chosen, tries if measure else (), target, threads, instruments)
     oracles = Oracles(seed, thorough)
     optimized, results, reference = run_passes(program, chosen, target, instruments, oracles)
-    results += [Result(p.name, "skipped", p.contract.level, t.told()) for p, t in trials if not t.kept]
+    results += [Result(t.name, "skipped", t.level, t.told()) for t in trials if not t.kept]
     probed = with_probe(optimized) if check else optimized
     executor = lower(probed, target, folder, lambda text: instruments.say(text), threads)
     verdict = Verdict()
@@ -179,7 +176,7 @@ def optimize(
     undone = [r for r in results if r.level == "lossy" and r.status == "reverted"]
     timed = f" It was timed with {', '.join(r.name for r in undone)}, which was reverted." if undone else ""
     finished.report["notes"] += [reverted_note(r, instruments.budget) for r in undone]
-    finished.report["notes"] += [t.told() + timed for _, t in trials if t.kept]
+    finished.report["notes"] += [t.told() + timed for t in trials if t.kept]
     if calls:
         finished.report["calls"] = calls
         finished.report["notes"].append(calls_note(calls))

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aropt.ir.control import Control, If, calls, transform
@@ -25,8 +24,7 @@ from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.lossy import unpaid
 from aropt.pipeline.registry import inserted
 from aropt.rewriting.contract import Pass, Skips, planned
-from aropt.targets import find_target
-from aropt.targets.scratch import Scratch
+from aropt.targets import find_target, lower
 
 PROMPTS, TOKENS = 4, 128  # generated in a turn: of each prompt so many new tokens
 TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many seconds in all
@@ -43,6 +41,7 @@ class Trial:
     """
 
     name: str
+    level: str
     kept: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     prompts: int = 0
@@ -62,6 +61,22 @@ class Trial:
         )
 
 
+def tried(
+    program: Program,
+    passes: Sequence[Pass],
+    tries: Sequence[Sequence[Pass]],
+    target: str,
+    threads: int | None = None,
+    instruments: Instruments = QUIET,
+) -> tuple[list[Pass], list[Trial]]:
+    """The passes with what of `tries` pays, one after the other, and what was found of each. See `trial`."""
+    passes, found, known = list(passes), list[Trial](), dict[tuple[str, ...], Compiled]()
+    for ways in tries:
+        passes, one = trial(program, passes, ways, target, threads, instruments, known)
+        found.append(one)
+    return passes, found
+
+
 def trial(
     program: Program,
     passes: Sequence[Pass],
@@ -69,13 +84,15 @@ def trial(
     target: str,
     threads: int | None = None,
     instruments: Instruments = QUIET,
+    known: dict[tuple[str, ...], Compiled] | None = None,
 ) -> tuple[list[Pass], Trial]:
     """The passes, with the best of `ways`, which are one pass with other options, in its place among them if the
     program is faster so; and what was found.
 
     Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
+    `known` has what an earlier trial lowered, by its passes, and will have the program that is kept.
     """
-    passes, found = list(passes), Trial(ways[0].name)
+    passes, found, known = list(passes), Trial(ways[0].name, ways[0].contract.level), {} if known is None else known
     prompts, tokens = workload(program, PROMPTS, TOKENS)
     others = [p.name for p in passes if DRAFTS in p.contract.establishes and DRAFTS in ways[0].contract.establishes]
     found.reason = f"{others[0]} makes drafts already" if others else unfit(program, target, prompts, found.name)
@@ -85,19 +102,27 @@ def trial(
     instruments.say(f"{found.name}: is it worth it?")
     lists = {written(one): inserted(passes, one) for one in ways}
     drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
-    with Scratch() as folder:
-        made: dict[str, Compiled] = {}
-        for number, (way, chosen) in enumerate((lists | {WITHOUT: passes}).items()):
-            one, skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))
-            if way != WITHOUT and found.name in skipped:
-                found.reason = skipped[found.name]
-                return passes, found
-            made[way] = lowered(one, target, Path(folder) / str(number), threads)
-        found.prompts, found.tokens = len(prompts), tokens
-        found.ms = timed(made, prompts, found.tokens, drawn)
+    lists[WITHOUT] = passes
+    programs: dict[str, Program] = {}
+    for way, chosen in lists.items():
+        programs[way], skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))
+        if way != WITHOUT and found.name in skipped:
+            found.reason = skipped[found.name]
+            return passes, found
+    made = {way: known.get(key(lists[way])) or lowered(one, target, threads) for way, one in programs.items()}
+    found.prompts, found.tokens = len(prompts), tokens
+    found.ms = timed(made, prompts, found.tokens, drawn)
     best = fastest(found.ms)
     found.kept = best if found.ms[WITHOUT] > MARGIN * found.ms[best] else ""
-    return (lists[best] if found.kept else passes), found
+    chosen = lists[found.kept or WITHOUT]
+    known.clear()
+    known[key(chosen)] = made[found.kept or WITHOUT]
+    return chosen, found
+
+
+def key(passes: Sequence[Pass]) -> tuple[str, ...]:
+    """What tells programs apart that were made of the same one."""
+    return tuple(map(written, passes))
 
 
 def fastest(ms: dict[str, float]) -> str:
@@ -158,11 +183,9 @@ def applied(program: Program, passes: Sequence[Pass], target: str, paid: bool) -
     return program, skipped
 
 
-def lowered(program: Program, target: str, folder: Path, threads: int | None) -> Compiled:
+def lowered(program: Program, target: str, threads: int | None) -> Compiled:
     """The program as it would run: in calls of several rounds, where it can."""
-    from aropt.targets import lower
-
-    return Compiled(program, lower(program, target, folder, threads=threads).multi_step(program))
+    return Compiled(program, lower(program, target, threads=threads).multi_step(program))
 
 
 def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:

@@ -14,6 +14,7 @@ import aropt
 from aropt.errors import UsageError
 from aropt.frontend.examples import prompts
 from aropt.ir.control import loops
+from aropt.ir.executor import Executor
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
@@ -22,6 +23,8 @@ from aropt.pipeline import autotune as trial
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.registry import names, pipeline, untold
+from aropt.targets import lower
+from aropt.targets.ort.executor import OnnxRuntime
 from tests.conftest import make_program
 from tests.support.run import generate
 
@@ -69,7 +72,8 @@ def test_what_is_faster_is_kept_and_validated(monkeypatch: pytest.MonkeyPatch, w
 
 def test_ways_to_call_are_timed_of_what_is_not_validated_too(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[Program] = []
-    monkeypatch.setattr(api, "pick", lambda program, executor, say: timed.append(program))
+    monkeypatch.setattr(Executor, "tuned", lambda self, program, say: (self, timed.append(program) or {}))
+    monkeypatch.setattr(OnnxRuntime, "tuned", Executor.tuned)
     made = api.optimize(texts(), "onnxruntime", pipeline(), check=False, measure=True, threads=1)
     assert len(timed) == 1 and made.report["verify"]["status"] == "fail"
 
@@ -151,6 +155,23 @@ def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modal
     assert "int8-draft:drafts=3,least=1 was kept: the program is" in found.told()
     rules = {n for p in seen[0].values() for g in p.program.graphs for n in ("greedy", "sample") if n in g}
     assert rules == {"sample" if modality == "image" else "greedy"}
+
+
+def test_each_way_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nothing was added to is the same program in both trials."""
+    seen, made = told(monkeypatch, 100.0, 95.0), list[Program]()
+
+    def counted(program: Program, *given: Any, **options: Any) -> Any:
+        made.append(program)
+        return lower(program, *given, **options)
+
+    monkeypatch.setattr(trial, "lower", counted)
+    monkeypatch.setattr(trial, "LARGE", 0)
+    tries = [[Int8Draft(drafts=2, least=1), Int8Draft(drafts=3, least=1)], [NgramDraft()]]
+    passes, found = trial.tried(large(), pipeline(), tries, "onnxruntime", 1)
+    assert passes == pipeline() and [t.kept for t in found] == ["", ""] and len(seen) == 2
+    assert seen[0]["without"] is seen[1]["without"]
+    assert len(made) == 4 == len({id(p) for ways in seen for p in ways.values()})
 
 
 @pytest.mark.parametrize(("there", "one"), [(Int8Draft(), NgramDraft()), (NgramDraft(), Int8Draft())])
