@@ -128,9 +128,9 @@ def main() -> None:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    from aropt.pipeline.api import environment as machine
+    from aropt.pipeline.describe import environment as machine
 
-    return machine(threads)
+    return machine(threads).model_dump()
 
 
 def prompts(model: str) -> list[list[int]]:

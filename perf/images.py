@@ -83,7 +83,7 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
     from aropt.bench import timing as bench
     from aropt.loops.runtime import room
-    from aropt.pipeline.api import environment
+    from aropt.pipeline.describe import environment
     from aropt.pipeline.reading import load
 
     variants, ratios = WORKS[work]
@@ -103,7 +103,7 @@ def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
         bench.take_turns(workers, runs // ROUNDS, lambda text: print(text, file=sys.stderr, flush=True), PATIENCE)
     rows = {name: row(t, rounds[name]) for name, t in timings.items() if t.runs}
     return {
-        "env": environment(threads), "rows": rows,
+        "env": environment(threads).model_dump(), "rows": rows,
         "drift": {model: found for model, out in outs.items() if (found := drifted(out))},
         "ratios": [[a, b, rows[a]["ms"] / rows[b]["ms"], least] for a, b, least in ratios],
         "same": [

@@ -60,7 +60,7 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     """{rows: {variant: {ms, first, agreement, version}}, drift}."""
     from aropt.bench import timing as bench
     from aropt.loops.runtime import fitted, room
-    from aropt.pipeline.api import environment
+    from aropt.pipeline.describe import environment
     from aropt.pipeline.reading import load
 
     folder = ROOT / "build" / "bench"
@@ -84,7 +84,13 @@ def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
         for name, t in timings.items() if t.runs
     }  # fmt: skip
     errors = {name: t.failure() for name, t in timings.items() if not t.runs}
-    return {"env": environment(threads), "tokens": n, "rows": rows, "drift": drifted(outs[INT8]), "errors": errors}
+    return {
+        "env": environment(threads).model_dump(),
+        "tokens": n,
+        "rows": rows,
+        "drift": drifted(outs[INT8]),
+        "errors": errors,
+    }
 
 
 def table(found: dict[str, Any]) -> str:

@@ -144,12 +144,12 @@ def bench(
     from aropt.bench import timing
     from aropt.bench.variants import NEED_MODEL
     from aropt.cli.optimize import add_roofline, add_timings
-    from aropt.pipeline.api import environment
+    from aropt.pipeline.describe import environment
 
     timing.check(against, origin)
     program = load(out).program
     threads = threads or torch.get_num_threads()
-    report: dict[str, Any] = {"env": environment(threads), "target": program.meta["target"], "notes": []}
+    report: dict[str, Any] = {"env": environment(threads).model_dump(), "target": program.meta["target"], "notes": []}
     left = [] if against else [v for v in timing.DEFAULT_AGAINST if v in NEED_MODEL and not origin.model]
     if left:
         report["notes"].append(f"{', '.join(left)} are left out: name the model with --model MODEL.")
@@ -238,9 +238,9 @@ def doctor() -> dict[str, str]:
     from importlib.util import find_spec
 
     from aropt import __version__
-    from aropt.pipeline.api import environment
+    from aropt.pipeline.describe import environment
 
-    found = environment(None)
+    found = environment(None).model_dump()
     result = {
         "aropt": __version__,
         **{k: "not installed" if v is None and k != "gpu" else str(v or "none") for k, v in found.items()},
