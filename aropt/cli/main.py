@@ -70,7 +70,7 @@ def optimize(
     ] = None,
     plugin: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="A Python file that holds a pass or an op; it runs."),
+        typer.Option(metavar="FILE", help="A Python file that holds a pass, an op or a loop; it runs."),
     ] = None,
     no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
     rule: Annotated[

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
@@ -21,7 +23,21 @@ from aropt.ir.program import Graph, Program
 from aropt.loops.guards import Guard
 
 MODULES = {"positions": "aropt.loops.positions", "unmask": "aropt.loops.unmask.scheme"}  # each has a SCHEME
-REGISTERED: dict[str, Scheme] = {}  # of other files
+REGISTERED: dict[str, Scheme] = {}  # those that were asked for, and those of other files
+GROUP = "aropt.loops"
+
+
+@cache
+def installed() -> dict[str, EntryPoint]:
+    """The kinds of loops of other packages; nothing is imported."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in MODULES}
+
+
+def add(made: Scheme) -> None:
+    """A kind of loop more. Raises ValueError where its name is taken."""
+    if made.kind in MODULES or made.kind in installed() or REGISTERED.get(made.kind, made) is not made:
+        raise ValueError(f"there is a loop '{made.kind}' already")
+    REGISTERED[made.kind] = made
 
 
 NOTHING = torch.zeros(0)
@@ -156,16 +172,16 @@ def scheme_in(meta: Mapping[str, Any]) -> Scheme:
 def scheme(kind: str) -> Scheme:
     """The scheme of a kind of loop. Raises UsageError for one that there is not."""
     if kind not in REGISTERED:
-        if kind not in MODULES:
+        if kind not in kinds():
             raise UsageError(what=f"unknown loop '{kind}'", where="--loop", hint="choose from " + ", ".join(kinds()))
-        module: Any = import_module(MODULES[kind])
-        REGISTERED[kind] = module.SCHEME
+        elsewhere = installed().get(kind)
+        REGISTERED[kind] = elsewhere.load() if elsewhere else import_module(MODULES[kind]).SCHEME
     return REGISTERED[kind]
 
 
 def kinds() -> list[str]:
     """All kinds of loops, the usual one first."""
-    return list(dict.fromkeys([*MODULES, *REGISTERED]))
+    return list(dict.fromkeys([*MODULES, *installed(), *REGISTERED]))
 
 
 def scheme_for(meta: Mapping[str, Any]) -> Scheme:

@@ -1,22 +1,26 @@
-"""Files of others that bring a pass or an op along: `aropt optimize --plugin FILE`, and `plugins=` in Python.
+"""Files of others that bring a pass, an op or a loop: `aropt optimize --plugin FILE`, and `plugins=` in Python.
 
-A file holds `PASS`, `OP`, or both. It is run as any Python file is: give only those that you trust. Installed packages
-need no option: their entry points of the groups "aropt.passes" and "aropt.ops" are found by themselves.
+A file holds one or more of `PASS`, `OP` and `SCHEME`. It is run as any Python file is: give only those that you trust.
+Installed packages need no option: their entry points of the groups "aropt.passes", "aropt.ops" and "aropt.loops" are
+found by themselves.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from aropt.errors import UsageError
 from aropt.ir import ops
+from aropt.loops import scheme
 from aropt.pipeline import registry
 from aropt.rewriting.contract import broken
 
-ADDERS = {"PASS": registry.add, "OP": ops.add}
+ADDERS: dict[str, Callable[[Any], None]] = {"OP": ops.add, "SCHEME": scheme.add, "PASS": registry.add}
 
 
 def load(path: str | Path) -> None:
@@ -24,7 +28,9 @@ def load(path: str | Path) -> None:
     file = Path(path).resolve()
     name = f"aropt_plugin_{file.stem}"
     if not file.is_file():
-        raise UsageError(what=f"no file '{path}'", where="--plugin", hint="give a Python file that holds PASS or OP")
+        raise UsageError(
+            what=f"no file '{path}'", where="--plugin", hint="give a Python file that holds PASS, OP or SCHEME"
+        )
     known = sys.modules.get(name)
     if known is not None and known.__file__ == str(file):
         return

@@ -14,6 +14,7 @@ from aropt.cli import main as cli
 from aropt.errors import UsageError
 from aropt.ir import ops
 from aropt.ir.program import Program
+from aropt.loops import scheme
 from aropt.pipeline import plugins, registry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "writing_passes.md").read_text()
@@ -63,7 +64,7 @@ def test_the_command_line_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 FAILING = {
-    "x = 1\nPASS = nothing\n": ":2", "def (:\n": ":1", "x = 1\n": "it holds none of PASS, OP",
+    "x = 1\nPASS = nothing\n": ":2", "def (:\n": ":1", "x = 1\n": "it holds none of OP, SCHEME, PASS",
     "class PASS:\n    pass\n": "PASS is no dataclass",
     EXAMPLE.replace('"title"\n', '"prune"\n'): "a pass 'prune' already",
     OP.replace("plugin_twice", "noise"): "an op 'noise' already",
@@ -91,6 +92,15 @@ def test_an_op_comes_along(tmp_path: Path) -> None:
 
     assert "plugin_twice" in ops.load_all()
     assert torch.ops.aropt.plugin_twice(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_loop_comes_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scheme, "REGISTERED", {})
+    plugins.load(Path(__file__).parents[1] / "loops" / "toys" / "scales.py")
+    assert "scales" in scheme.kinds() and scheme.scheme("scales").kind == "scales"
+    file = written(tmp_path, "from aropt.loops.positions import SCHEME\n", "mine.py")
+    with pytest.raises(UsageError, match="there is a loop 'positions' already"):
+        plugins.load(file)
 
 
 def test_an_installed_package_needs_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
