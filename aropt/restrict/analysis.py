@@ -8,7 +8,6 @@ An append cache is exact if no row sees a later one; the masks' tables are evalu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from aropt.restrict.bounds import (
     Hide,
     NotCausal,
     Operand,
-    Range,
     Scores,
     bias_of,
     column_reduction,
@@ -49,6 +47,7 @@ from aropt.restrict.dims import (
     positive,
     without,
 )
+from aropt.restrict.info import Info
 from aropt.restrict.moves import moved
 from aropt.restrict.positions import HINT, Positions, content_nodes, is_number, refusal
 from aropt.restrict.rules import RESHAPES, named_axes, pointwise, rule_for
@@ -61,19 +60,6 @@ SOFTMAX = {"aten::softmax", "aten::_softmax"}
 SIZED = RESHAPES | {"aten::repeat_interleave"}  # their size arguments are written anew
 BIDIRECTIONAL = "this model is bidirectional; it can't be decoded one token at a time"
 BIDIRECTIONAL_HINT = "a masked-diffusion model is decoded by unmasking: try --loop unmask"
-
-
-@dataclass
-class Info:
-    """Facts about a content node."""
-
-    axes: Any  # Axes, or a list of them for an op with several results
-    scores: Scores | None = None  # of a value with columns
-    range: Range = CONTENT  # of a value without
-    role: str = "row"  # row | score (q k^T) | mix (p v) | sdpa | moved
-    ahead: int = 0  # how many rows ahead it sees, where it is moved
-    operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
-    hides: dict[fx.Node, Hide] = field(default_factory=dict)  # those of them that hide entries
 
 
 class Analysis:

@@ -7,19 +7,17 @@ the last, where the op itself pads with zeros. So it is exact while nothing is d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from aropt.ir.calls import bind, op_name, tensor_inputs
+from aropt.ir.program import StateSpec
 from aropt.restrict.dims import ROW, Axes, Axis, Factor, NotRowwise, find, free, has, over_slots, positive, replaced
-
-if TYPE_CHECKING:
-    from aropt.restrict.analysis import Info
-    from aropt.restrict.rewrite import Restriction
+from aropt.restrict.info import Info
 
 aten = torch.ops.aten
 DROPPED, PADDED = "d", "p"  # kinds of factors: so many rows fewer or more at the front, or at the back (negative)
@@ -112,7 +110,31 @@ def convolved(node: fx.Node, axes: Axes, row: int) -> tuple[Axes, int] | None:
 # --- in a restricted forward -----------------------------------------------------------------------------------------
 
 
-def write(made: Restriction, node: fx.Node) -> fx.Node:
+class Writes(Protocol):
+    """What writes a restricted forward (see rewrite.py), as far as moves need it."""
+
+    info: dict[fx.Node, Info]
+    new: dict[fx.Node, fx.Node]
+    state: dict[str, StateSpec]
+    out: fx.Graph
+    columns: fx.Node
+
+    def weight(self, node: fx.Node) -> fx.Node: ...
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node: ...
+
+    def memoized(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node: ...
+
+    def spread_slots(self, axes: Axes) -> fx.Node: ...
+
+    def cached(self, source: fx.Node, name: str) -> fx.Node: ...
+
+    def layout(self, node: fx.Node, kinds: list[str], axes: Axes, rows: bool) -> fx.Node: ...
+
+    def constant(self, node: fx.Node, value: Tensor, name: str) -> fx.Node: ...
+
+
+def write(made: Writes, node: fx.Node) -> fx.Node:
     """The op over all slots; of its result the rows at hand, where it has as many rows as the sequence again."""
     axes, (source,) = made.info[node].axes, [s for s in tensor_inputs(node) if s in made.info]
     value = made.new[source] if on_the_way(made.info[source].axes) is not None else filled(made, source)
@@ -129,12 +151,12 @@ def write(made: Restriction, node: fx.Node) -> fx.Node:
     return made.call(aten.gather.default, full, row, index, like=node)
 
 
-def filled(made: Restriction, source: fx.Node) -> fx.Node:
+def filled(made: Writes, source: fx.Node) -> fx.Node:
     """A value over all slots, with zeros where they are empty."""
     return made.memoized(("filled", source), partial(write_filled, made, source))
 
 
-def write_filled(made: Restriction, source: fx.Node) -> fx.Node:
+def write_filled(made: Writes, source: fx.Node) -> fx.Node:
     stored = made.cached(source, f"rows_{sum(name.startswith('rows_') for name in made.state)}")
     written = made.memoized("slots written", lambda: made.call(aten.ge.Scalar, made.columns, 0))
     seen = made.layout(written, ["b", "c"], over_slots(made.info[source].axes), False)

@@ -31,7 +31,7 @@ from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
 from aropt.restrict import moves
-from aropt.restrict.analysis import FULL_SIZE, Analysis, Info, unsupported
+from aropt.restrict.analysis import FULL_SIZE, Analysis, unsupported
 from aropt.restrict.bounds import Hide
 from aropt.restrict.dims import (
     COLUMN,
@@ -49,6 +49,7 @@ from aropt.restrict.dims import (
     positive,
     replaced,
 )
+from aropt.restrict.info import Info
 from aropt.restrict.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.restrict.prepare import prepared
 from aropt.restrict.rules import RESHAPES, named_axes

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from aropt.ir.calls import bind
-from aropt.restrict.analysis import Info
 from aropt.restrict.dims import Axes, NotRowwise, check
+from aropt.restrict.info import Info
 from aropt.restrict.rewrite import Restriction
 from aropt.restrict.rules import RULES, rule_for
 from tests.support.op_calls import SAMPLES, SIZES, Call, Draw, Value, dims, factor_sizes, mapped, pointwise
