@@ -44,7 +44,7 @@ NAMED = {  # modules elsewhere that may name a runtime
     "bench.timing": "it describes variants, which are named after what they time",
     "bench.variants": "it says which target a variant is timed on",
     "cli.run": "doctor looks for packages by their names, and tells which targets are ready",
-    "pipeline.api": "the report holds versions of packages",
+    "pipeline.describe": "the report holds versions of packages",
 }
 
 
