@@ -139,7 +139,8 @@ def live_before(
             return sides[0] | sides[1] | {cond}
         case Loop(_, until, body, emits):
             around = (live - set(emits.values())) | {until}
-            ends = set(emits) | (roles & {control.decides, control.evidence})
+            watched = set() if control.internal else {control.shown} - {""}
+            ends = set(emits) | watched | (roles & {control.decides, control.evidence})
             while True:
                 before = live_before(body, around | ends, needed, depends, roles) | around
                 if before == around:

@@ -156,8 +156,8 @@ def each_row(name: str, function: Any, inputs: dict[str, Spec]) -> Graph:
         if "streams" in values:
             count = values.pop("count")
             places = torch.arange(rows) + at(ENDS, count)
-            values["position"] = places.repeat(logits.shape[0])
-            values["streams"] = values["streams"].repeat_interleave(rows, 0)
+            values["position"] = places.unsqueeze(0).expand(logits.shape[0], -1).flatten()
+            values["streams"] = values["streams"].unsqueeze(1).expand(-1, rows).flatten()
         return function(logits.flatten(0, 1), **values).reshape(-1, rows)
 
     given = {n: s for n, s in inputs.items() if n not in ("logits", "position")}
