@@ -15,6 +15,7 @@ from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.loops.requests.cases import cases
+from aropt.loops.scheme import add
 from aropt.pipeline.api import optimize
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import validate, with_probe
@@ -22,6 +23,8 @@ from tests.loops.toys import flow, scales
 
 aten = torch.ops.aten
 TOYS = {"scales": scales.program, "flow": flow.program}
+add(scales.SCHEME)
+add(flow.SCHEME)
 
 
 @pytest.fixture(scope="module", params=TOYS)

@@ -22,7 +22,7 @@ from aropt.loops.requests.design import Row
 from aropt.loops.requests.levels import SEED, STREAMS, Levels, Range
 from aropt.loops.rules import BOOL, F32, I64
 from aropt.loops.runtime import constant, padded
-from aropt.loops.scheme import REGISTERED, Prompts, Scheme
+from aropt.loops.scheme import Prompts, Scheme
 
 SIZE, CLASSES, WIDTH = 6, 4, 16
 SCALAR, BATCH, LATENT = Spec(I64), Spec(I64, ("B",)), Spec(F32, ("B", SIZE))
@@ -124,7 +124,7 @@ def euler() -> Graph:
     return capture_function("euler", function, inputs, ["x", "time", "count", "finished"])
 
 
-SCHEME = REGISTERED["flow"] = Flow()
+SCHEME = Flow()
 
 
 def program() -> Program:

@@ -23,7 +23,7 @@ from aropt.loops.requests.design import Row
 from aropt.loops.requests.levels import PARAMETERS, SEED, STREAMS, Levels, Range
 from aropt.loops.rules import BOOL, I64, chosen, rule
 from aropt.loops.runtime import padded
-from aropt.loops.scheme import REGISTERED, Prompts, Scheme
+from aropt.loops.scheme import Prompts, Scheme
 
 VOCAB, START, CLASSES, WIDTH = 9, 9, 4, 8
 SIZES = (1, 2, 4)
@@ -191,7 +191,7 @@ def rounds(graphs: dict[str, Graph], name: str) -> Loop:
     return Loop("scales", "finished", Seq(body), {}, {}, "token", "row")
 
 
-SCHEME = REGISTERED["scales"] = Scales()
+SCHEME = Scales()
 
 
 def program() -> Program:
