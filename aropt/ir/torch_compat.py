@@ -17,24 +17,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from aropt.ir.dims import Dim, parse, replaced, resolve, symbols
 from aropt.ir.program import Graph, Spec
 
-HINTS = (
-    3,
-    7,
-    13,
-    19,
-    29,
-    37,
-    43,
-    53,
-    61,
-    71,
-    79,
-    89,
-    101,
-    107,
-    113,
-    131,
-)  # distinct sizes, so that equal hints mean equal symbols
+# distinct sizes, so that equal hints mean equal symbols
+HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89, 101, 107, 113, 131)
 
 SIZES = (2, 3, 64, 1000, 5)  # at which conditions on sizes are tried
 PROPAGATED = "_aropt_propagated"  # an attribute of fx graphs
@@ -73,8 +57,8 @@ def propagate(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str,
 def condition(graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str, Tensor]) -> Any:
     """All that the values of its nodes follow from."""
     nodes = [(n, n.op, n.target, n.args, n.kwargs) for n in graph.nodes]
-    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    types = {w: (weights[w].dtype, *weights[w].shape, *weights[w].stride()) for w in sorted(read) if w in weights}
+    read = sorted(weights_read(graph) & set(weights))
+    types = {w: (weights[w].dtype, *weights[w].shape, *weights[w].stride()) for w in read}
     return nodes, list(inputs.items()), types
 
 
@@ -84,20 +68,26 @@ def run_on_fakes(
     """The value of each node on fake tensors, and {symbol: its name in `inputs`}."""
     fakes, names, mode = fake_inputs(inputs)
     values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = fakes[node.name]
-        elif node.op == "get_attr":
-            values[node] = mode.from_tensor(weights[str(node.target)], static_shapes=True)
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-            try:
-                with mode, torch.no_grad(), enable_python_dispatcher():  # in C++ some ops fix symbolic sizes
+    read = {n: mode.from_tensor(weights[n], static_shapes=True) for n in weights_read(graph)}
+    with mode, torch.no_grad(), enable_python_dispatcher():  # in C++ some ops fix symbolic sizes
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = fakes[node.name]
+            elif node.op == "get_attr":
+                values[node] = read[str(node.target)]
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                try:
                     values[node] = node.target(*args, **kwargs)
-            except Exception as error:  # it goes on, with the node at which it was raised
-                error.aropt_node = node  # type: ignore[attr-defined]
-                raise
+                except Exception as error:  # it goes on, with the node at which it was raised
+                    error.aropt_node = node  # type: ignore[attr-defined]
+                    raise
     return values, names
+
+
+def weights_read(graph: fx.Graph) -> set[str]:
+    """Names of the weights that the graph reads."""
+    return {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
 
 def fake_inputs(inputs: Mapping[str, Spec]) -> tuple[dict[str, Tensor], dict[Any, str], FakeTensorMode]:

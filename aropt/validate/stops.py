@@ -13,23 +13,10 @@ if TYPE_CHECKING:
     from aropt.validate.verdict import Verdict
 
 Answers = MutableMapping[Case, list[list[int]]]
-PLACES = (
-    (5, 4),
-    (4, 0),
-    (3, 2),
-    (2, 1),
-    (3, 1),
-    (1, 0),
-    (5, 0),
-    (4, 3),
-    (2, 0),
-    (5, 2),
-    (4, 1),
-    (3, 0),
-    (5, 1),
-    (4, 2),
-    (5, 3),
-)
+PLACES = (  # how many stop ids, and which of them is met: each place among up to five, mixed
+    *((5, 4), (4, 0), (3, 2), (2, 1), (3, 1), (1, 0), (5, 0), (4, 3)),
+    *((2, 0), (5, 2), (4, 1), (3, 0), (5, 1), (4, 2), (5, 3)),
+)  # fmt: skip
 
 
 def with_stops(chosen: Sequence[Case], verdict: Verdict, known: Answers, vocab: int) -> Iterator[Case]:
