@@ -56,9 +56,9 @@ def rewritten(path: Path, change: Callable[[Weights], Weights]) -> None:
     save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
 
 
-def refusal(path: Path | str, kind: type[AroptError], loop: str | None = None) -> str:
+def refusal(path: Path | str, kind: type[AroptError], masked: bool = False) -> str:
     with pytest.raises(kind) as raised:
-        resolve(str(path), loop=loop)
+        resolve(str(path), masked=masked)
     assert raised.value.hint, "a refusal says what to do"
     return str(raised.value)
 
@@ -101,7 +101,7 @@ def test_what_transformers_ignores_is_listed(llama: Path) -> None:
         assert any(told in note for note in notes), notes
     assert not any("rope_theta" in note or "gradient_checkpointing" in note for note in notes)  # the one is used
     bert = directory(llama / "bert", "Bert", "ForPreTraining")
-    notes = resolve(str(bert), loop="unmask").meta["left_out"]
+    notes = resolve(str(bert), masked=True).meta["left_out"]
     plain = resolve(str(directory(llama / "plain"))).meta["left_out"]
     assert plain == ["Prompts are token ids: the directory has no tokenizer."]
     (told,) = [note for note in notes if note not in plain]
@@ -170,10 +170,12 @@ ENCODED = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_att
         ("Bart", "ForConditionalGeneration", {}),
     ],
 )
-@pytest.mark.parametrize("loop", [None, "unmask"])
-def test_an_encoder_decoder_is_refused(kind: str, head: str, more: dict[str, Any], loop: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_decoder_is_refused(
+    kind: str, head: str, more: dict[str, Any], masked: bool, tmp_path: Path
+) -> None:
     path = directory(tmp_path, kind, head, **ENCODED, decoder_start_token_id=0, **more)
-    assert "encoder-decoder" in refusal(path, Unsupported, loop)
+    assert "encoder-decoder" in refusal(path, Unsupported, masked)
 
 
 def test_a_decoder_saved_as_one_is_taken(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_decoder_saved_as_one_is_taken(tmp_path: Path) -> None:
 def test_a_masked_model_is_not_read_as_a_causal_one(tmp_path: Path) -> None:
     path = directory(tmp_path, "Bert", "ForMaskedLM")
     assert "--loop unmask" in refusal(path, UsageError)
-    assert type(resolve(str(path), loop="unmask").module).__name__ == "BertForMaskedLM"
+    assert type(resolve(str(path), masked=True).module).__name__ == "BertForMaskedLM"
 
 
 def test_lengths_of_a_model_of_texts_and_pictures(tmp_path: Path) -> None:
