@@ -296,7 +296,14 @@ def summary(report: Report) -> str:
     )
 
 
-def merged(report: Report) -> dict[tuple[str, str], dict[bool, Measurement]]:
+class Timed(BaseModel):
+    """The measurements of a report, or of a benchmark that made nothing else."""
+
+    bench: list[Measurement]
+    speedup: dict[str, Positive] = {}
+
+
+def merged(report: Report | Timed) -> dict[tuple[str, str], dict[bool, Measurement]]:
     """The measurements of each (phase, variant): under False its latency, under True its rate."""
     found: dict[tuple[str, str], dict[bool, Measurement]] = {}
     for row in report.bench:
@@ -355,7 +362,7 @@ def html(report: Mapping[str, Any]) -> str:
 
 def table(report: Mapping[str, Any]) -> str:
     """The measurements as a markdown table that also reads well as plain text; a dash for what was not measured."""
-    r = validate(report)
+    r = Timed.model_validate(report)
     lines = [["variant", "phase", "median latency", "tokens/s", "p10-p90", "n", "speedup against it"]]
     for (phase, variant), units in merged(r).items():
         row = units.get(False) or units[True]

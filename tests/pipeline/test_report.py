@@ -417,6 +417,8 @@ def test_table() -> None:
     assert cells["aropt (onnxruntime)", "generate"] == ["14.6 ms", "4,375", "14.3-15.2 ms", "30", "-"]
     assert cells["eager", "decode"][-1] == "-"
     assert cells["a\\|b c", "prefill"][0] == "3 us"
+    benchmark = {name: value[name] for name in ("env", "bench", "speedup", "notes")}
+    assert report.table(benchmark) == report.table(value), "aropt bench has no more than this"
 
 
 @pytest.mark.parametrize(
