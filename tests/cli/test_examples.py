@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import nn
 from aropt.cli import main as cli
 from aropt.cli.optimize import check_names
 from aropt.frontend.sources import findable
+from aropt.ir.printer import text
+from aropt.ir.program import Program
+from aropt.loops import scheme
 from aropt.models import CHECKPOINTS
 from aropt.pipeline import plugins, registry
 from aropt.pipeline.registry import pipeline
@@ -47,13 +51,18 @@ build = Words
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each indented line that calls aropt, without its comment."""
-    lines = re.findall(r"^    (aropt .*)$", text, re.M)
+    """The words of each line that calls aropt, indented or in a block of shell, without its comment."""
+    shell = "".join(fenced(text, "sh"))
+    lines = re.findall(r"^    (aropt .*)$", text, re.M) + re.findall(r"^(aropt .*)$", shell, re.M)
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    return fenced(page.read_text(), "python")
 
 
 ALL = [
@@ -80,11 +89,72 @@ def test_commands_parse_and_name_what_there_is(
         assert findable(given["model"]) or given["model"] in GIVEN | {"mymodel.py:build", "exported.pt2"}
 
 
-def test_blocks_are_python() -> None:
-    found = [(page, block) for page in PAGES for block in blocks(page)]
-    assert len(found) >= 4
-    for page, block in found:
-        compile(block, str(page), "exec")
+RUN = {  # blocks of each page by language; tests/pipeline/test_plugins.py runs the Python of writing_passes
+    ("README", "sh"): 1, ("README", "python"): 1, ("onnx_loop", "python"): 3, ("adding_a_loop", "python"): 6,
+    ("writing_passes", "python"): 1, ("writing_passes", "toml"): 1, ("design", ""): 1,
+}  # fmt: skip
+
+
+def test_every_block_is_one_that_a_test_runs() -> None:
+    """Fences as `RUN` counts them; what is indented calls aropt. A page with another block needs a test of it."""
+    found: dict[tuple[str, str], int] = {}
+    for page in PAGES:
+        words = page.read_text()
+        for number, lang in enumerate(re.findall(r"^```(.*)$", words, re.M)):
+            if number % 2 == 0:
+                found[page.stem, lang] = found.get((page.stem, lang), 0) + 1
+        rest = re.sub(r"^```.*?^```$", "", words, flags=re.M | re.S)
+        assert all(line.startswith("    aropt ") for line in re.findall(r"^    .*$", rest, re.M)), page
+    assert found == RUN
+    for page in PAGES:
+        for block in blocks(page):
+            compile(block, str(page), "exec")
+
+
+def test_files_that_pages_name_are_there() -> None:
+    roots = "aropt|passes|kernels|exporters|tests|perf|docs"
+    for page in PAGES:
+        words = page.read_text()
+        for name in re.findall(rf"`((?:{roots})/[\w/.-]+)`", words):
+            assert (ROOT / name).exists(), (page, name)
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", words):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_the_glossary_is_sentences() -> None:
+    """A word a line in order; each sentence begins with a capital letter or the word as code, and ends."""
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()[6:]]
+    words, sentences = [row[0].strip() for row in rows], [row[1].strip() for row in rows]
+    assert words == sorted(words) and len(words) > 30
+    assert [s for s in sentences if not re.fullmatch(r"[A-Z`].*\.", s)] == []
+
+
+def test_the_page_on_passes_lists_all() -> None:
+    known = {name: registry.pass_class(name).contract.level for name in registry.names()}
+    listed: dict[str, str] = {}
+    for names, level in re.findall(r"^\| (`.*?) \| (\w+) \|", (ROOT / "docs" / "passes.md").read_text(), re.M):
+        listed |= dict.fromkeys(re.findall("`(.*?)`", names), level)
+    assert listed == known
+
+
+def test_entry_points_and_control_are_as_printed(tiny_program: Program) -> None:
+    """writing_passes: the group of entry points; design: the lines that `aropt inspect` prints, in order."""
+    (table,) = fenced((ROOT / "docs" / "writing_passes.md").read_text(), "toml")
+    assert tomllib.loads(table)["project"]["entry-points"] == {registry.GROUP: {"title": "package.module:PASS"}}
+    (printed,) = fenced((ROOT / "docs" / "design.md").read_text(), "")
+    lines = iter(text(tiny_program).splitlines())
+    missing = [line for line in printed.splitlines() if line.strip() != "..." and line not in lines]
+    assert not missing
+
+
+def test_the_page_on_loops_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks, one after the other, are a file with a kind of loop, which validates."""
+    monkeypatch.setattr(scheme, "REGISTERED", dict(scheme.REGISTERED))
+    scheme.REGISTERED.pop("flow", None)  # the toy of this name
+    names: dict[str, Any] = {"__name__": "flow"}
+    for block in blocks(ROOT / "docs" / "adding_a_loop.md"):
+        exec(block, names)
+    assert len(names["made"].report["verify"]["cases"]) > 3 and scheme.scheme("flow") is names["SCHEME"]
 
 
 def called(folder: Path, *words: str) -> int:
@@ -111,6 +181,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     BertForMaskedLM(bert).save_pretrained(folder / "BERT_DIR")
     (folder / "mymodel.py").write_text(MODULE)
+    (folder / "title.py").write_text(blocks(ROOT / "docs" / "writing_passes.md")[0])
     (folder / "prompts.jsonl").write_text('"def f("\n[4, 5]\n')
     shapes = ({0: torch.export.Dim("b"), 1: torch.export.Dim("s", max=64)},)
     plain = nn.Sequential(nn.Embedding(200, 16), nn.Linear(16, 200))
@@ -119,7 +190,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SECTIONS = [part for part in (ROOT / "README.md").read_text().split("\n## ") if re.search("^    aropt ", part, re.M)]
+SECTIONS = [part for page in PAGES for part in page.read_text().split("\n## ") if re.search("^    aropt ", part, re.M)]
 
 
 @pytest.mark.exhaustive
@@ -136,13 +207,29 @@ def test_commands_run_as_printed(section: str, place: Path) -> None:
 
 
 @pytest.mark.exhaustive
+def test_the_quickstart_runs_as_printed(tmp_path: Path) -> None:
+    """Twice: who pastes it again overwrites what it made."""
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, words in (("aropt", "-m aropt.cli.main"), ("python", "")):
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (tools / name).chmod(0o755)
+    (tools / "activate").write_text(f"PATH={tools}:$PATH\n")
+    (shell,) = fenced((ROOT / "README.md").read_text(), "sh")
+    for _ in range(2):
+        subprocess.run(
+            ["bash", "-e", "-c", shell], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+        )
+    assert (tmp_path / "build" / "digits.png").is_file() and (tmp_path / "build" / "digits-onnx").is_dir()
+
+
+@pytest.mark.exhaustive
 def test_blocks_and_what_they_read_run_as_printed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    (api,), (once, chunks, canvas) = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "onnx_loop.md")
     names: dict[str, Any] = {}
-    exec(MODULE, names)
-    api, once, chunks, canvas = blocks(ROOT / "README.md")
-    shutil.rmtree(place / "out", ignore_errors=True)
-    exec(api, {"model": names["Words"]()})
+    exec(api, names)
+    assert names["same"].generate([[20]], 4) == names["fast"].generate([[20]], 4)
     for model, read in (("text-ar", [once, chunks]), ("text-mdlm", [once.split("tokens, counts")[0], canvas])):
         for made in ("out", "out-onnx"):
             shutil.rmtree(place / made, ignore_errors=True)

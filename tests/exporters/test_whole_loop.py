@@ -32,7 +32,7 @@ from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
 from tests.support.run import generate
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "onnx_loop.md").read_text()
 I64, BOOL = torch.int64, torch.bool
 
 
@@ -67,19 +67,19 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def blocks() -> list[str]:
-    """The README's Python that runs an exported loop."""
-    found = re.findall(r"```python\n(.*?)```", README, re.S)
+    """The page's Python that runs an exported loop."""
+    found = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     return [code for code in found if "session.run" in code]
 
 
 def asked(code: str, prompts: list[list[int]], greedy: bool) -> str:
-    """The README's first block, with these prompts."""
+    """The page's first block, with these prompts."""
     code = re.sub(r"prompts = .*", f"prompts = {prompts}", code)
     return re.sub(r'"greedy": np.array\(\w+\)', f'"greedy": np.array({greedy})', code)
 
 
-def test_the_readme(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's own text, in one call and in chunks, gives the program's tokens."""
+def test_the_page(exported: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's own text, in one call and in chunks, gives the program's tokens."""
     program, folder = exported
     monkeypatch.chdir(folder)
     for prompts in ([[1, 2, 3]], [[1, 2, 3], [4, 5]]):
@@ -109,10 +109,10 @@ def canvas_program(name: str, cache: str) -> Program:
      pytest.param("text-mdlm", "dual-cache", True, marks=pytest.mark.exhaustive),
      pytest.param("text-bd", "block-cache", False, marks=pytest.mark.exhaustive)],
 )  # fmt: skip
-def test_the_readme_of_canvases(
+def test_the_page_on_canvases(
     name: str, cache: str, ort: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's text for a program that unmasks gives the program's tokens: one prompt and several, in chunks."""
+    """The page's text for a program that unmasks gives the program's tokens: one prompt and several, in chunks."""
     program = canvas_program(name, cache)
     assert any("slots" in g.inputs for g in program.graphs.values())
     monkeypatch.chdir(tmp_path)
