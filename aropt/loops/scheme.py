@@ -173,7 +173,8 @@ def scheme(kind: str) -> Scheme:
     """The scheme of a kind of loop. Raises UsageError for one that there is not."""
     if kind not in REGISTERED:
         if kind not in kinds():
-            raise UsageError(what=f"unknown loop '{kind}'", where="--loop", hint="choose from " + ", ".join(kinds()))
+            why, known = "neither aropt nor a plugin has one of that name", ", ".join(kinds())
+            raise UsageError(what=f"unknown loop '{kind}'", where="--loop", why=why, hint="choose from " + known)
         elsewhere = installed().get(kind)
         REGISTERED[kind] = elsewhere.load() if elsewhere else import_module(MODULES[kind]).SCHEME
     return REGISTERED[kind]

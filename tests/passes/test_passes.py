@@ -163,7 +163,7 @@ def test_a_wrong_pass_is_reverted_and_explained(plain: Program) -> None:
     assert error.value.code == 1 and "noise floor" in error.value.why and "--keep-going" in error.value.hint
     after, results, _ = run_passes(plain, [Sabotage()], "eager", Instruments(keep_going=True))
     assert after is plain and results[0].status == "reverted"
-    assert "noise floor" in results[0].reason and "repro: program.generate(" in results[0].reason
+    assert "noise floor" in results[0].reason and "repro: aropt.generate(program, " in results[0].reason
     assert "aten::linear" in results[0].reason, results[0].reason
 
 

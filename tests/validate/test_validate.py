@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import aropt
 from aropt.errors import MissingTool
 from aropt.frontend.trace import capture_model
 from aropt.ir.executor import Executor, Values
@@ -207,7 +208,7 @@ def test_repro_lines_run(base: str) -> None:
     program = optimized(base)
     for case in cases(reference(base), quick=True):
         tokens = Trace(program, case, Eager(program)).tokens
-        scope: dict[str, Any] = {"program": program}
+        scope: dict[str, Any] = {"program": program, "aropt": aropt}
         exec(f"result = {case.repro('program')}", scope)
         found = scope["result"]
         assert [[t for t in row if t >= 0] for row in found] == tokens, case.name
@@ -330,7 +331,7 @@ def test_a_rule_takes_all_rounds_at_once(base: str, monkeypatch: pytest.MonkeyPa
 
     whole.eager.call = counted  # type: ignore[method-assign]
     found = [whole.reply(case, i, tokens[i]) for i in range(2)]
-    monkeypatch.setattr("aropt.oracle.AT_ONCE", 1)
+    monkeypatch.setattr("aropt.validate.oracle.AT_ONCE", 1)
     apart = [single.reply(case, i, tokens[i]) for i in range(2)]
     assert calls == 2 and [r.problem for r in found] == ["", ""]
     assert [r.decided for r in found] == [r.decided for r in apart]

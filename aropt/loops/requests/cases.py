@@ -57,10 +57,12 @@ class Case:
         params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
         params += f", streams={list(self.streams)}" if self.streams else ""
         params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
-        return f"{name}.generate({prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params}, plain=True)"
+        return (
+            f"aropt.generate({name}, {prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params}, plain=True)"
+        )
 
     def options(self) -> dict[str, Any]:
-        """What `Program.generate` takes beside the prompts and how many new ids."""
+        """What `generate` takes beside the prompts and how many new ids."""
         given: dict[str, Any] = {"seed": self.seed, "stop": self.stop, **dict(self.params)}
         given |= {"streams": list(self.streams)} if self.streams else {}
         given |= {"negative": [list(p) for p in self.negative]} if self.negative else {}
