@@ -58,7 +58,7 @@ class Answered:
     evidence: Tensor
     own: Tensor
     floor: float
-    error: float = 0.0  # of floats that were decided
+    off: float = 0.0  # how far decided floats are apart, in noise floors of their own
     theirs: Tensor | None = None
     whole: Tensor | None = None
     read: dict[str, Values] = field(default_factory=dict)
@@ -136,8 +136,8 @@ class Replay(Executor):
             shapes = list(round.decided.shape), list(theirs.shape)
             raise Mismatch(f"round {self.number} decides {shapes[0]}, the reference {shapes[1]}")
         if not round.ids:
-            one.floor = max(one.floor, 4 * EPS * float(theirs.abs().max()))
-            one.error = float((theirs - round.decided).abs().max())
+            floor = max(one.floor, 4 * EPS * float(theirs.abs().max()))
+            one.off = float((theirs - round.decided).abs().max()) / floor
         elif not torch.equal(theirs, round.decided):
             one.theirs, one.read = theirs, dict(self.read)
         one.whole = one.whole if one.theirs is not None else None
@@ -163,10 +163,12 @@ def measure(oracle: Oracle, number: int, one: Answered, round: Round, outcome: O
     if mine.shape != one.evidence.shape:
         return f"round {number} shows {list(mine.shape)}, the reference {list(one.evidence.shape)}"
     distance = torch.where(mine == one.evidence, 0.0, (mine - one.evidence).abs())
-    error = max(float(distance.max()) if distance.numel() else 0.0, one.error)
+    error = float(distance.max()) if distance.numel() else 0.0
     if not error <= TOLERANCE * one.floor:
         times = f"{error / one.floor:.0f} times the noise floor"
         problem = f"{'logits' if round.ids else 'values'} of round {number} differ by {error:.3g}, {times}"
+    if not problem and not one.off <= TOLERANCE:  # NaN too
+        problem = f"what round {number} decides is {one.off:.0f} noise floors from the reference's"
     if not error / one.floor <= outcome.ratio:
         outcome.error, outcome.floor = error, one.floor
     if one.theirs is not None:
@@ -222,7 +224,7 @@ def compare_rounds(oracle: Oracle, candidate: Program, executor: Executor, outco
     """Generates with the candidate, then measures prompt by prompt."""
     case = outcome.case
     trace = Trace(candidate, case, executor)
-    outcome.generated = [[int(t) for t in answer] for answer in trace.answers]
+    outcome.generated = [[t for t in answer if isinstance(t, int)] for answer in trace.answers]  # ids, no floats
     for i in range(len(case.prompts)):
         outcome.tokens += len(trace.answers[i])
         problem = compare_sequence(oracle, trace, i, outcome)

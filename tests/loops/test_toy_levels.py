@@ -18,7 +18,8 @@ from aropt.loops.requests.cases import cases
 from aropt.loops.scheme import add
 from aropt.pipeline.api import optimize
 from aropt.targets.ort import run_loop
-from aropt.validate.compare import validate, with_probe
+from aropt.validate.compare import compare, validate, with_probe
+from aropt.validate.oracle import Oracle
 from tests.loops.toys import flow, scales
 
 aten = torch.ops.aten
@@ -83,3 +84,17 @@ def test_one_file(name: str, tmp_path: Path) -> None:
     found = session.run(None, {n: v.numpy() for n, v in inputs.items() if n in known})[0]
     want = run(plain, inputs, 0)[plain.outputs[0]]
     assert torch.allclose(torch.from_numpy(found).double(), want.double(), rtol=0, atol=1e-5)
+
+
+def test_a_decision_that_is_no_number_is_wrong() -> None:
+    """Not only where the next round's evidence shows it."""
+    plain = flow.program()
+    case = next(c for c in cases(plain, quick=True) if c.n == 1)
+
+    class Last(Eager):
+        def call(self, graph: str, inputs: Any) -> Any:
+            results = super().call(graph, inputs)
+            return {**results, "x": results["x"] * torch.nan} if graph == "euler" else results
+
+    outcome = compare(Oracle(plain), plain, Last(plain), case)
+    assert "decides" in outcome.problem
