@@ -16,12 +16,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from aropt.ir.dims import Dim, parse, replaced, resolve, symbols
 from aropt.ir.program import Graph, Spec
+from aropt.ir.torch_rules import LARGEST, Copies, Rules, Unshared
 
 # distinct sizes, so that equal hints mean equal symbols
 HINTS = (3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89, 101, 107, 113, 131)
 
 SIZES = (2, 3, 64, 1000, 5)  # at which conditions on sizes are tried
 PROPAGATED = "_aropt_propagated"  # an attribute of fx graphs
+RULES: dict[tuple[str, ...], Rules] = {}  # by the symbolic sizes of inputs, in their order; the last one used is last
+MOST = 32  # of these
 
 
 def example_sizes(specs: Mapping[str, Spec]) -> dict[str, int]:
@@ -66,6 +69,44 @@ def run_on_fakes(
     graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str, Tensor]
 ) -> tuple[dict[fx.Node, Any], dict[Any, str]]:
     """The value of each node on fake tensors, and {symbol: its name in `inputs`}."""
+    dims = tuple(dict.fromkeys(d for s in inputs.values() for d in s.dims if isinstance(d, str)))
+    rules = rules_for(dims)
+    with contextlib.suppress(Unshared):
+        found = rules.run(graph, inputs, weights)
+        fakes, names, mode = fake_inputs(inputs)
+        copies = Copies(mode, same_symbols(rules, inputs, fakes))
+        return {n: fakes[n.name] if n.op == "placeholder" else copies.copy(v) for n, v in found.items()}, names
+    if not rules.clean():
+        del RULES[dims]
+    return run_alone(graph, inputs, weights)
+
+
+def rules_for(dims: tuple[str, ...]) -> Rules:
+    """The shape rules for graphs whose inputs have these sizes."""
+    rules = RULES.pop(dims, None)
+    if rules is None or len(rules.answers) > LARGEST:
+        fakes, _, mode = fake_inputs({f"input_{i}": Spec(torch.float32, (d,)) for i, d in enumerate(dims)})
+        rules = Rules(mode, {d: fake.shape[0] for d, fake in zip(dims, fakes.values(), strict=True)})
+    RULES[dims] = rules
+    while len(RULES) > MOST:
+        RULES.pop(next(iter(RULES)))  # the one that was not needed for longest
+    return rules
+
+
+def same_symbols(rules: Rules, inputs: Mapping[str, Spec], fakes: Mapping[str, Tensor]) -> dict[Any, Any]:
+    """The graph's symbols by those of the rules."""
+    found: dict[Any, Any] = {}
+    for name, spec in inputs.items():
+        for dim, size in zip(spec.dims, fakes[name].shape, strict=True):
+            if isinstance(dim, str) and isinstance(size, torch.SymInt):
+                found[rules.sizes[dim].node.expr] = size.node.expr
+    return found
+
+
+def run_alone(
+    graph: fx.Graph, inputs: Mapping[str, Spec], weights: Mapping[str, Tensor]
+) -> tuple[dict[fx.Node, Any], dict[Any, str]]:
+    """As `run_on_fakes`, in a mode that nothing else knows."""
     fakes, names, mode = fake_inputs(inputs)
     values: dict[fx.Node, Any] = {}
     read = {n: mode.from_tensor(weights[n], static_shapes=True) for n in weights_read(graph)}
