@@ -26,7 +26,18 @@ from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.positions import decoding
-from aropt.loops.speculate import DRAFTS, NO_DRAFTS, STEP, Draft, beside, checking, from_model, sketching, steps
+from aropt.loops.speculate import (
+    DRAFTS,
+    NO_DRAFTS,
+    REWINDS,
+    STEP,
+    Draft,
+    beside,
+    checking,
+    from_model,
+    sketching,
+    steps,
+)
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
@@ -50,7 +61,7 @@ class Int8Draft:
         "rounding",
         when="tried",
         after=("fuse-attention", "kv-cache"),
-        requires=(NEW_ROWS, NO_DRAFTS),
+        requires=(NEW_ROWS, REWINDS, NO_DRAFTS),
         establishes=(DRAFTS,),
         tries=("drafts=8", "drafts=16"),
     )

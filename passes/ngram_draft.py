@@ -24,7 +24,7 @@ from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.positions import decoding
-from aropt.loops.speculate import DRAFTS, NO_DRAFTS, STEP, Draft, beside, checking, from_text, steps
+from aropt.loops.speculate import DRAFTS, NO_DRAFTS, REWINDS, STEP, Draft, beside, checking, from_text, steps
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
@@ -41,7 +41,7 @@ class NgramDraft:
         "rounding",
         when="tried",
         after=("fuse-attention", "kv-cache"),
-        requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
+        requires=(NEW_ROWS, REWINDS, NO_DRAFTS, ROWS_OF_ONE),
         establishes=(DRAFTS,),
         tries=("drafts=4",),
     )

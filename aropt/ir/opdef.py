@@ -38,6 +38,31 @@ class Aot(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """How an op that mixes the rows of a sequence is computed for new rows, against what is kept of earlier ones.
+
+    A causal program keeps `slots` by position, or `state` of one size. A row at position -1 is padding: it changes no
+    state, and no other row sees it. Axes are counted from the right; axis 0 is the batch.
+
+    Attributes:
+        rows: {argument: its axis of rows}; the first result has its rows where the first of these has them.
+        slots: {argument: its axis of rows} that new rows see whole: keys and values.
+        mask: the argument [..., rows, slots] that says what a row sees: a bool, or what is added to scores.
+        causal: the argument that is True where rows see no later ones without a mask.
+        state: arguments that are None in a plain forward and hold what earlier rows left behind (Gu & Dao 2023); the
+            results after the first are their new values, in this order. They start as zeros.
+        positions: the argument int64 [B, R] with the rows' positions; None in a plain forward, without padding.
+    """
+
+    rows: Mapping[str, int]
+    slots: Mapping[str, int] = field(default_factory=dict)
+    mask: str = ""
+    causal: str = ""
+    state: Sequence[str] = ()
+    positions: str = ""
+
+
+@dataclass(frozen=True)
 class OpDef:
     """The definition of `torch.ops.aropt.<name>`. All ops are functional: no argument is written to.
 
@@ -59,6 +84,7 @@ class OpDef:
         supports: why the Triton kernel can't take these arguments, or None if it can.
         aot: ahead-of-time compilations to check without a GPU.
         steps: the argument that is rounded coarsely: results jump where it moves a little (see `validate.in_double`).
+        mixer: how it is computed for new rows alone, if it mixes those of a sequence.
         own_size: whether a size of the result depends on values; compilers then leave the op whole.
         tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
     """
@@ -79,6 +105,7 @@ class OpDef:
     supports: Callable[..., str | None] = lambda *_: None
     aot: Callable[[], Sequence[Aot]] = tuple
     steps: str = ""
+    mixer: Mixer | None = None
     own_size: bool = False
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
 

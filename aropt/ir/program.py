@@ -92,6 +92,11 @@ class StateSpec:
         kept.narrow(self.axis, size, value.shape[self.axis] - size).fill_(self.init)
         return kept
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether rows that are written again at their slots take rejected ones back."""
+        return self.kind != "recurrent"
+
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes that the value takes."""
         count = 1

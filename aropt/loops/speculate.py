@@ -26,7 +26,7 @@ from torch import Tensor
 from aropt.frontend.trace import capture_function
 from aropt.ir.control import Control, If, Loop, Seq, calls, loops, sequence, transform
 from aropt.ir.edit import call_by_name
-from aropt.ir.program import Graph, Spec
+from aropt.ir.program import Graph, Program, Spec
 from aropt.rewriting.contract import Fact
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64
@@ -262,6 +262,15 @@ def checks_drafts(control: Control) -> bool:
 
 
 DRAFTS = Fact("drafts", lambda p: "" if checks_drafts(p.control) else "no round checks drafts")
+
+
+def kept(program: Program) -> str:
+    """Which state does not take rejected rows back; "" if all does."""
+    found = [name for name, state in program.state.items() if not state.rewinds]
+    return f"rejected rows can't be taken back of recurrent state ({', '.join(found)})" if found else ""
+
+
+REWINDS = Fact("state that takes rejected rows back", kept)
 NO_DRAFTS = Fact("no drafts", lambda p: "rounds check drafts already" if checks_drafts(p.control) else "")
 
 

@@ -11,7 +11,7 @@ from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
 from aropt.pipeline.registry import names, pass_class
 from aropt.rewriting.contract import Contract, Result
 
-STORED = ("append-kv", "canvas-kv")
+STORED = ("append-kv", "canvas-kv", "recurrent")
 
 
 def uncached(program: Program, results: Sequence[Result]) -> str:

@@ -16,9 +16,7 @@ from torch import Tensor, fx
 from aropt.errors import Unsupported
 from aropt.ir.calls import bind, draws, op_name, tensor_inputs
 from aropt.restrict.bounds import (
-    CONTENT,
     FRESH,
-    UNDERFLOW,
     Bias,
     Hide,
     NotCausal,
@@ -26,7 +24,6 @@ from aropt.restrict.bounds import (
     Scores,
     bias_of,
     column_reduction,
-    require_causal,
     transfer,
     use_of,
 )  # fmt: skip
@@ -48,11 +45,11 @@ from aropt.restrict.dims import (
     without,
 )
 from aropt.restrict.info import Info
+from aropt.restrict.mixers import SDPA, mixed, mixer_of
 from aropt.restrict.moves import moved
 from aropt.restrict.positions import HINT, Positions, content_nodes, is_number, refusal
 from aropt.restrict.rules import RESHAPES, named_axes, pointwise, rule_for
 
-SDPA = "aten::scaled_dot_product_attention"
 PRODUCTS = {"aten::matmul", "aten::bmm"}
 REDUCTIONS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::max", "aten::logsumexp", "aten::sum"}
 FULL_SIZE = {"aten::cat", "aten::slice_scatter", "aten::copy"}  # line up elementwise, but don't broadcast
@@ -121,7 +118,8 @@ class Analysis:
             source = self.info[of]
             return Info(source.axes[which], source.scores, source.range)
         self.check_numbers(node, name)
-        info = self.sdpa(node) if name == SDPA else self.product(node) if name in PRODUCTS else None
+        mixer = mixer_of(node)
+        info = mixed(self, node, mixer) if mixer else self.product(node) if name in PRODUCTS else None
         if info is None and self.canvas and (found := moved(node, self.info)) is not None:
             return Info(
                 found[0], role="moved", ahead=found[1]
@@ -266,61 +264,6 @@ class Analysis:
                 raise NotCausal("sums over the sequence with weights that no causal mask has zeroed")
             return info
         return None
-
-    def sdpa(self, node: fx.Node) -> Info:
-        """scaled_dot_product_attention(q, k, v, mask): each row of q over all rows of k and v."""
-        x = bind(node)
-        query, mask = x["query"], x["attn_mask"]
-        if x["dropout_p"]:
-            raise NotRowwise("has dropout; call model.eval()")
-        if any(x[k] not in self.content for k in ("query", "key", "value")):
-            raise NotRowwise("attends to something that does not depend on the tokens")
-        axes = [self.info[x[k]].axes for k in ("query", "key", "value")]
-        batches = [tuple(a if has(a, "brc") else () for a in one[:-2]) for one in axes]
-        if not all(len(a) >= 3 and a[-2] == ROW and not has(a[-1], "brc") for a in axes) or len(set(batches)) > 1:
-            raise NotRowwise("attends over something other than the sequence")
-        info = Info((*axes[0][:-1], axes[2][-1]), role="sdpa")
-        if x["is_causal"]:
-            info.hides[query] = self.causal
-        elif mask is None and self.canvas:
-            info.hides[query] = self.nothing
-        elif mask is None:
-            raise NotCausal("has no mask: each position sees later ones")
-        elif mask in self.content:
-            raise NotRowwise("has a mask that depends on the tokens")
-        else:
-            info.operands[mask] = align(self.positions.dims(mask), (*axes[0][:-1], COLUMN))
-            bias = self.operand(node, mask, info)
-            if not self.canvas:
-                self.require_causal_sdpa(bias)
-            elif self.plain(mask, info.operands[mask]):
-                info.hides[query] = self.nothing
-            else:
-                info.hides.setdefault(mask, self.bias_alone(mask))
-        return info
-
-    def plain(self, mask: fx.Node, axes: Axes) -> bool:
-        """Whether a mask given to SDPA changes nothing at any length: all of it is True, or zero."""
-        value = self.positions.table(mask, axes).value
-        return value.dim() == 0 and bool(value == (value.dtype == torch.bool))
-
-    def bias_alone(self, mask: fx.Node) -> Hide:
-        """Of a canvas: a bias that hides nothing, or not in all heads, takes its value; only empty slots are hidden."""
-        dtype = mask.meta["val"].dtype
-        return Hide(self.nothing.entries, False if dtype == torch.bool else torch.finfo(dtype).min)
-
-    @staticmethod
-    def require_causal_sdpa(bias: Operand) -> None:
-        """The check of written-out attention, for a mask given to SDPA."""
-        if not isinstance(bias, Bias) or bias.hide is None:
-            raise NotCausal("has no mask that hides later positions")
-        entries = bias.hide.entries
-        if bias.hide.value is False:
-            scores = Scores(entries, (-torch.inf, -torch.inf), CONTENT, CONTENT)
-        else:
-            regions = bias.over(entries, True), bias.over(entries, False), bias.own()
-            scores = Scores(entries, *((low + CONTENT[0], high + CONTENT[1]) for low, high in regions))
-        require_causal(scores, UNDERFLOW, "its softmax")
 
 
 def unsupported(error: Exception, what: str) -> Unsupported:

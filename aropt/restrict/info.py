@@ -18,7 +18,7 @@ class Info:
     axes: Any  # Axes, or a list of them for an op with several results
     scores: Scores | None = None  # of a value with columns
     range: Range = CONTENT  # of a value without
-    role: str = "row"  # row | score (q k^T) | mix (p v) | sdpa | moved
+    role: str = "row"  # row | score (q k^T) | mix (p v) | mixer | moved
     ahead: int = 0  # how many rows ahead it sees, where it is moved
     operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
     hides: dict[fx.Node, Hide] = field(default_factory=dict)  # those of them that hide entries

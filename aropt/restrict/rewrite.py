@@ -30,11 +30,10 @@ from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
-from aropt.restrict import moves
+from aropt.restrict import mixers, moves
 from aropt.restrict.analysis import FULL_SIZE, Analysis, unsupported
 from aropt.restrict.bounds import Hide
 from aropt.restrict.dims import (
-    COLUMN,
     Axes,
     Axis,
     B,
@@ -187,8 +186,8 @@ class Restriction:
 
     def write(self, node: fx.Node) -> fx.Node:
         info = self.info[node]
-        if info.role == "sdpa":
-            return self.write_sdpa(node, info)
+        if info.role == "mixer":
+            return mixers.written(self, node, info)
         if info.role in ("score", "mix"):
             return self.write_product(node, info)
         if info.role == "moved":
@@ -287,21 +286,6 @@ class Restriction:
 
     # --- attention -------------------------------------------------------------------------------------------------
 
-    def write_sdpa(self, node: fx.Node, info: Info) -> fx.Node:
-        """SDPA of the rows over all slots, with the mask's rows."""
-        x = bind(node)
-        query, mask = x["query"], x["attn_mask"]
-        layer = self.next_layer()
-        keys, values = self.full(x["key"], f"k_{layer}"), self.full(x["value"], f"v_{layer}")
-        beside = (*self.info[query].axes[:-1], COLUMN)
-        if query in info.hides:  # causal, or none that hides anything
-            bias = self.spread(self.visible(info.hides[query].entries), beside)
-        else:
-            bias = self.hiding(mask, info.operands[mask], info.hides[mask], beside)
-        options = {"scale": x["scale"]} if x.get("scale") is not None else {}
-        options |= {"enable_gqa": True} if x.get("enable_gqa") else {}
-        return self.call(node.target, self.new[query], keys, values, bias, like=node, **options)
-
     def write_product(self, node: fx.Node, info: Info) -> fx.Node:
         """q k^T or p v with the second operand over all slots."""
         layer = self.next_layer() if info.role == "score" else self.layers - 1
@@ -354,9 +338,7 @@ class Restriction:
         if row is None:
             raise refusal(node, "the keys or values have rows flattened into another axis", HINT)
         dims = tuple("S" if i == row else text(a) for i, a in enumerate(axes))
-        with self.out.inserting_after(self.last_input):
-            store = self.last_input = self.out.placeholder(name)
-        self.state[name] = StateSpec(self.kind, Spec(node.meta["val"].dtype, dims), 0.0, row)
+        store = self.stored(name, StateSpec(self.kind, Spec(node.meta["val"].dtype, dims), 0.0, row))
         # no "origin": it holds all slots, not the rows of the original
         if self.canvas and axes[0] == B and row > 0:
             self.updated[name] = self.call(ops.load("write_rows").overload, store, self.slots, self.new[node], row)
@@ -367,6 +349,13 @@ class Restriction:
             self.updated[name] = self.call(aten.index_copy.default, store, row, self.slots, self.new[node])
         self.updated[name].meta = {"where": node.meta.get("where", "")}
         return self.updated[name]
+
+    def stored(self, name: str, state: StateSpec) -> fx.Node:
+        """A new state of the restricted forward."""
+        with self.out.inserting_after(self.last_input):
+            self.last_input = self.out.placeholder(name)
+        self.state[name] = state
+        return self.last_input
 
     def spread_slots(self, axes: Axes) -> fx.Node:
         """The slots of the rows for each element of a value with these axes."""

@@ -20,6 +20,7 @@ from torch import nn
 from aropt.cli import main as cli
 from aropt.cli.optimize import check_names
 from aropt.frontend.sources import findable
+from aropt.ir import ops
 from aropt.ir.printer import text
 from aropt.ir.program import Program
 from aropt.loops import scheme
@@ -91,6 +92,7 @@ def test_commands_parse_and_name_what_there_is(
 
 RUN = {  # blocks of each page by language; tests/pipeline/test_plugins.py runs the Python of writing_passes
     ("README", "sh"): 1, ("README", "python"): 1, ("onnx_loop", "python"): 3, ("adding_a_loop", "python"): 6,
+    ("adding_a_mixer", "python"): 3,
     ("writing_passes", "python"): 1, ("writing_passes", "toml"): 1, ("design", ""): 1,
 }  # fmt: skip
 
@@ -155,6 +157,17 @@ def test_the_page_on_loops_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> N
     for block in blocks(ROOT / "docs" / "adding_a_loop.md"):
         exec(block, names)
     assert len(names["made"].report["verify"]["cases"]) > 3 and scheme.scheme("flow") is names["SCHEME"]
+
+
+def test_the_page_on_mixers_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are a file with an op and a model whose state is cached."""
+    monkeypatch.setattr(ops, "ADDED", dict(ops.ADDED))
+    names: dict[str, Any] = {"__name__": "decayed_sum"}
+    for block in blocks(ROOT / "docs" / "adding_a_mixer.md"):
+        exec(block, names)
+    made = names["made"]
+    assert made.report["verify"]["status"] == "pass"
+    assert [s.spec.dims for s in made.program.state.values() if s.kind == "recurrent"] == [("B", 16)]
 
 
 def called(folder: Path, *words: str) -> int:

@@ -1,0 +1,229 @@
+"""Ops that mix the rows of a sequence, by what they say of themselves (`OpDef.mixer`): which calls of them are legal,
+and how they are computed for chosen rows.
+
+What a row sees is stored by slots, and a mask says which of these; or it is folded into state of one size, which each
+row changes in turn. Torch's own scaled_dot_product_attention (SDPA) is one of the former.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from aropt.ir import ops
+from aropt.ir.calls import bind, op_name, tensor_inputs
+from aropt.ir.opdef import Mixer
+from aropt.ir.program import Spec, StateSpec
+from aropt.restrict.bounds import CONTENT, UNDERFLOW, Bias, Hide, NotCausal, Operand, Scores, require_causal
+from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, fixed, free, from_sizes, has
+from aropt.restrict.info import Info
+from aropt.restrict.positions import Positions
+
+SDPA = "aten::scaled_dot_product_attention"
+MIXERS = {
+    SDPA: Mixer(rows={"query": -2}, slots={"key": -2, "value": -2}, mask="attn_mask", causal="is_causal"),
+}
+
+
+class Analysis(Protocol):
+    """What classifies the nodes of a forward (see analysis.py), as far as mixers need it."""
+
+    canvas: bool
+    content: set[fx.Node]
+    info: dict[fx.Node, Info]
+    positions: Positions
+    causal: Hide
+    nothing: Hide
+
+    def operand(self, node: fx.Node, source: fx.Node, info: Info) -> Operand: ...
+
+    def dims(self, node: fx.Node) -> Any: ...
+
+
+class Writes(Protocol):
+    """What writes a restricted forward (see rewrite.py), as far as mixers need it."""
+
+    info: dict[fx.Node, Info]
+    new: dict[fx.Node, fx.Node]
+    rows: fx.Node
+    state: dict[str, StateSpec]
+    updated: dict[str, fx.Node]
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node: ...
+
+    def operand(self, source: fx.Node, user: fx.Node, info: Info) -> Any: ...
+
+    def full(self, node: fx.Node, name: str) -> fx.Node: ...
+
+    def next_layer(self) -> int: ...
+
+    def stored(self, name: str, state: StateSpec) -> fx.Node: ...
+
+    def visible(self, hidden: Tensor) -> fx.Node: ...
+
+    def spread(self, value: fx.Node, beside: Axes) -> fx.Node: ...
+
+    def hiding(self, mask: fx.Node, axes: Axes, hide: Hide, beside: Axes) -> fx.Node: ...
+
+
+def mixer_of(node: fx.Node) -> Mixer | None:
+    """What the op of a call says of the rows that it mixes."""
+    own = ops.called(node)
+    return own.mixer if own else MIXERS.get(op_name(node))
+
+
+def mixed(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
+    """The axes of a mixer's results. Raises NotRowwise where its call can't be computed for some rows alone."""
+    return attended(analysis, node, mixer) if mixer.slots else carried(analysis, node, mixer)
+
+
+def written(made: Writes, node: fx.Node, info: Info) -> fx.Node:
+    """The mixer's call for the rows at hand."""
+    mixer = mixer_of(node)
+    assert mixer is not None
+    return write_attended(made, node, mixer, info) if mixer.slots else write_carried(made, node, mixer, info)
+
+
+# --- by slots: attention ---------------------------------------------------------------------------------------------
+
+
+def attended(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
+    """Each row of the queries over all rows of keys and values, as a mask says."""
+    x = bind(node)
+    query, (_, value) = next(iter(mixer.rows)), list(mixer.slots)[:2]
+    names = (*mixer.rows, *mixer.slots)
+    if x.get("dropout_p"):
+        raise NotRowwise("has dropout; call model.eval()")
+    if any(x[k] not in analysis.content for k in names):
+        raise NotRowwise("attends to something that does not depend on the tokens")
+    axes = {k: analysis.info[x[k]].axes for k in names}
+    batches = [tuple(a if has(a, "brc") else () for a in one[:-2]) for one in axes.values()]
+    if not all(len(a) >= 3 and a[-2] == ROW and not has(a[-1], "brc") for a in axes.values()) or len(set(batches)) > 1:
+        raise NotRowwise("attends over something other than the sequence")
+    info = Info((*axes[query][:-1], axes[value][-1]), role="mixer")
+    hide(analysis, node, x[query], x[mixer.mask], bool(x.get(mixer.causal)), info)
+    return info
+
+
+def hide(analysis: Analysis, node: fx.Node, query: fx.Node, mask: Any, causal: bool, info: Info) -> None:
+    """Notes what a mask hides. Raises NotRowwise where it is not one that an append cache is exact with."""
+    if causal:
+        info.hides[query] = analysis.causal
+    elif mask is None and analysis.canvas:
+        info.hides[query] = analysis.nothing
+    elif mask is None:
+        raise NotCausal("has no mask: each position sees later ones")
+    elif mask in analysis.content:
+        raise NotRowwise("has a mask that depends on the tokens")
+    else:
+        info.operands[mask] = align(analysis.positions.dims(mask), (*analysis.info[query].axes[:-1], COLUMN))
+        bias = analysis.operand(node, mask, info)
+        if not analysis.canvas:
+            require_causal_mask(bias)
+        elif plain(analysis.positions, mask, info.operands[mask]):
+            info.hides[query] = analysis.nothing
+        else:
+            info.hides.setdefault(mask, bias_alone(analysis.nothing, mask))
+
+
+def plain(positions: Positions, mask: fx.Node, axes: Axes) -> bool:
+    """Whether a mask changes nothing at any length: all of it is True, or zero."""
+    value = positions.table(mask, axes).value
+    return value.dim() == 0 and bool(value == (value.dtype == torch.bool))
+
+
+def bias_alone(nothing: Hide, mask: fx.Node) -> Hide:
+    """Of a canvas: a bias that hides nothing, or not in all heads, takes its value; only empty slots are hidden."""
+    dtype = mask.meta["val"].dtype
+    return Hide(nothing.entries, False if dtype == torch.bool else torch.finfo(dtype).min)
+
+
+def require_causal_mask(bias: Operand) -> None:
+    """Raises NotRowwise unless the mask hides each row's future and the row itself is seen."""
+    if not isinstance(bias, Bias) or bias.hide is None:
+        raise NotCausal("has no mask that hides later positions")
+    entries = bias.hide.entries
+    if bias.hide.value is False:
+        scores = Scores(entries, (-torch.inf, -torch.inf), CONTENT, CONTENT)
+    else:
+        regions = bias.over(entries, True), bias.over(entries, False), bias.own()
+        scores = Scores(entries, *((low + CONTENT[0], high + CONTENT[1]) for low, high in regions))
+    require_causal(scores, UNDERFLOW, "its softmax")
+
+
+def write_attended(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.Node:
+    """The rows' queries over all slots, with the mask's rows."""
+    x, layer = bind(node), made.next_layer()
+    query, (key, value), mask = x[next(iter(mixer.rows))], list(mixer.slots)[:2], x[mixer.mask]
+    whole = {x[key]: made.full(x[key], f"k_{layer}"), x[value]: made.full(x[value], f"v_{layer}")}
+    beside = (*made.info[query].axes[:-1], COLUMN)
+    if query in info.hides:  # causal, or none that hides anything
+        bias = made.spread(made.visible(info.hides[query].entries), beside)
+    else:
+        bias = made.hiding(mask, info.operands[mask], info.hides[mask], beside)
+    given = {key: whole[x[key]], value: whole[x[value]], mixer.mask: bias, mixer.causal: False}
+    return called(made, node, info, given)
+
+
+# --- by state: recurrences -------------------------------------------------------------------------------------------
+
+
+def carried(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
+    """Each row changes the state that earlier ones left, which the forward itself neither gives nor takes."""
+    x, dims = bind(node), analysis.dims(node)
+    if analysis.canvas:
+        raise NotRowwise("carries state from row to row, and rows of a canvas change in any order")
+    if any(x.get(name) is not None for name in (*mixer.state, mixer.positions)):
+        raise NotRowwise("is given state or positions by the forward itself")
+    if any(bind(user)["1"] != 0 for user in node.users):
+        raise NotRowwise("leaves state behind that the forward reads")
+    for name, source in x.items():
+        if isinstance(source, fx.Node) and source in analysis.content:
+            axes = analysis.info[source].axes
+            if name not in mixer.rows:
+                raise NotRowwise(f"has a {name} that depends on the tokens")
+            if axes[0] != B or axes[mixer.rows[name]] != ROW or sum(has(a, "brc?") for a in axes) > 2:
+                raise NotRowwise("runs over something other than the sequence")
+        elif name in mixer.rows:
+            raise NotRowwise("mixes rows that do not depend on the tokens")
+    info = Info([], role="mixer")
+    for source in tensor_inputs(node):
+        if source not in analysis.content:
+            info.operands[source] = from_sizes(analysis.positions.dims(source))
+            fixed(info.operands[source], "has weights that depend on the length")
+    axis = len(dims[0]) + next(iter(mixer.rows.values()))
+    rows = tuple(B if i == 0 else ROW if i == axis else free(d) for i, d in enumerate(dims[0]))
+    info.axes = [rows, *(tuple(B if i == 0 else free(d) for i, d in enumerate(sizes)) for sizes in dims[1:])]
+    return info
+
+
+def write_carried(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.Node:
+    """The rows' call, on the state that earlier rows left behind."""
+    given: dict[str, Any] = {mixer.positions: made.rows} if mixer.positions else {}
+    layer = made.next_layer()
+    for name, value in zip(mixer.state, node.meta["val"][1:], strict=True):
+        dims = tuple("B" if i == 0 else int(size) for i, size in enumerate(value.shape))
+        given[name] = made.stored(f"{name}_{layer}", StateSpec("recurrent", Spec(value.dtype, dims), 0.0))
+    result = called(made, node, info, given)
+    for i, name in enumerate(mixer.state):
+        made.updated[f"{name}_{layer}"] = made.call(operator.getitem, result, i + 1)
+    return result
+
+
+def called(made: Writes, node: fx.Node, info: Info, given: dict[str, Any]) -> fx.Node:
+    """The op's call with some arguments given, and the others for the rows at hand."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    x = bind(node)
+    arguments = node.target._schema.arguments
+    values = {a.name: given[a.name] if a.name in given else rows_of(made, node, info, x[a.name]) for a in arguments}
+    args = [values[a.name] for a in arguments if not a.kwarg_only]
+    options = {a.name: values[a.name] for a in arguments if a.kwarg_only and values[a.name] != a.default_value}
+    return made.call(node.target, *args, like=node, **options)
+
+
+def rows_of(made: Writes, node: fx.Node, info: Info, value: Any) -> Any:
+    """An argument for the rows at hand."""
+    return fx.node.map_arg(value, lambda source: made.operand(source, node, info))
