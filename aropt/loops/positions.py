@@ -15,13 +15,13 @@ from aropt.ir import ops
 from aropt.ir.control import Call, Control, If, Loop, Seq, loops
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
-from aropt.ir.units import rows, rows_for, window
+from aropt.ir.units import ids_of, rows, rows_for, window
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters
 from aropt.loops.guards import Guard, apart, first, outside
-from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, rule
+from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, inside, rule
 from aropt.loops.runtime import constant, padded
-from aropt.loops.scheme import Prompts, Scheme
+from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
 
 SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
@@ -250,6 +250,61 @@ class Positions(Scheme):
         limit = constant(rows_for(program.meta, n))
         return {"prompt": padded(made), "lengths": constant(tuple(map(len, made))), "limit": limit}
 
+    def observe(self, program: Program, inputs: Values) -> Look:
+        """Evidence is [branches * sequences, ...], of drafts [branches * drafts, ...] of the one sequence."""
+        size, axes, alone = len(inputs["lengths"]), len(window(program.meta)), 0
+
+        def look(loop: Loop, values: Values) -> list[Round]:
+            nonlocal alone
+            decided, seen = values[loop.shown].clone(), values[loop.evidence].clone()
+            drafts = decided.dim() > 1 + axes
+            alone = alone if drafts else len(seen)  # rows of a round without drafts
+            decided = decided if drafts else decided.unsqueeze(1)
+            seen = seen.reshape(alone // size, size, -1, *seen.shape[1:])
+            rows = torch.arange(len(seen))
+            found = [Round("token", decided[i, j], seen[:, i, j], rows)
+                     for j in range(seen.shape[2]) for i in range(size)]  # fmt: skip
+            return [one for one in found if not one.empty] if len(found) > size else found  # drafts that count
+
+        return look
+
+    def most_rounds(self, inputs: Values) -> int:
+        return int(inputs["limit"])
+
+    def foreseen(self, program: Program, inputs: Values, rounds: Sequence[Round]) -> list[Tensor]:
+        """The whole answer but for its last row, after the prompt of each branch: the forward is causal."""
+        if not rounds:
+            return []
+        new = torch.stack([one.decided for one in rounds])
+        right = ((new >= 0) & (new < int(program.meta["vocab"]))).reshape(len(new), -1).all(1)[:-1]
+        new = new[: int(right.cumprod(0).sum())]  # the last row is not read, nor is what comes after no id
+        return [torch.cat([inputs[n][0], new]) for n in ("prompt", "negative") if n in inputs]
+
+    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Any, Tensor]:
+        """Branches that the rule does not read may be missing."""
+        mine, branches = len(round.rows), 2 if "negative" in inputs else 1
+        if not read(inputs, number) <= mine <= branches:
+            raise Mismatch(f"the rule of {self.placed(program, number)} sees {mine} branches of {branches}")
+        return round.rows, torch.ones(mine, dtype=torch.bool)
+
+    def nudged(self, program: Program, evidence: Tensor, round: Round, decided: Tensor, by: float) -> list[Tensor]:
+        mine, nudged = torch.cat([round.evidence, evidence[len(round.evidence) :]]), evidence.clone()
+        for at in round.differs(decided).nonzero().tolist():
+            nudged[(0, *at, int(round.decided[tuple(at)]))] += by
+        return [mine, nudged]
+
+    def counting(self, program: Program, inputs: Values, round: Round, evidence: Tensor) -> Tensor:
+        """What the rule draws from: of two branches by the default scale of guidance."""
+        scale = program.inputs["guidance"].default if len(evidence) > 1 else None
+        logits = evidence[0] if scale is None else evidence[1] + float(scale) * (evidence[0] - evidence[1])
+        return logits.reshape(-1, logits.shape[-1])
+
+    def counted(self, program: Program, rounds: int) -> str:
+        return f"{ids_of(program.meta, rounds)} tokens"
+
+    def placed(self, program: Program, number: int, at: Sequence[int] = ()) -> str:
+        return f"new token {ids_of(program.meta, number) + sum(at)}"
+
     def guard(self, program: Program) -> Guard:
         capacity, ragged = int(program.meta["capacity"]), program.meta.get("ragged", True)
 
@@ -260,6 +315,15 @@ class Positions(Scheme):
             return status, finished | (status != 0)
 
         return Guard(check, ["prompt", "lengths", "limit", "seed", "finished"], ["status", "finished"])
+
+
+def read(inputs: Values, number: int) -> int:
+    """How many branches the rule of that round depends on: outside the interval of guidance, one."""
+    if "negative" not in inputs:
+        return 1
+    if "guidance_from" in inputs and not inside(inputs["guidance_from"], inputs["guidance_to"], constant(number)):
+        return 1
+    return 1 if float(inputs["guidance"]) == 1 else 2
 
 
 SCHEME = Positions()

@@ -49,8 +49,8 @@ class Mismatch(Exception):
 
 @dataclass
 class Round:
-    """A round of one sequence, without padding: the loop's `decides` before and after it, the rows int64 [N] that were
-    computed, and their `evidence` [N, ...].
+    """A round of one sequence, without padding: the loop's `decides` before and after it (-1: no id), the rows int64
+    [N] that were computed, and their `evidence` [N, ...].
     """
 
     loop: str  # its `decides`
@@ -63,16 +63,25 @@ class Round:
     def ids(self) -> bool:
         return not self.decided.is_floating_point()
 
+    @property
+    def empty(self) -> bool:
+        """Whether it decided no id: its sequence had ended."""
+        return self.ids and bool((self.decided < 0).all())
+
+    def differs(self, theirs: Tensor) -> Tensor:
+        """Where an id is another one than in `theirs`."""
+        return (self.decided != theirs) & (self.decided >= 0)
+
 
 Prompts = Sequence[Sequence[int]]
-Look = Callable[[Loop, Values], list[Round]]  # a round's values, as rounds of each sequence
+Look = Callable[[Loop, Values], list[Round]]  # a round's values, as rounds of each sequence in turn
 
 
 class Scheme:
     """What validation, and all others who do not know a loop's kind, ask about it."""
 
     kind = ""
-    forced = False  # whether one forward on the ids of all rounds answers them all (teacher forcing)
+    forced = False  # whether the forward on ids answers all that they begin with: no row sees one after it
     masked = False  # whether the model predicts ids that a mask hides (a masked language model)
     fills = False  # whether a request may give ids of the answer
     least = 0  # new ids of a request at least
@@ -128,19 +137,24 @@ class Scheme:
         """More rounds than the generation can have."""
         return 2**20
 
-    def foreseen(self, program: Program, rounds: Sequence[Round]) -> Tensor | None:
-        """What the forward reads in each round, int64 [rounds, T]; None where it reads more than that."""
-        return None
-
-    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Tensor, Tensor]:
-        """Rows of the reference's evidence, which read `inputs`, and which of the round's own rows these are.
-
-        Raises Mismatch where the round computed other rows.
+    def foreseen(self, program: Program, inputs: Values, rounds: Sequence[Round]) -> list[Tensor]:
+        """Ids [T, ...] that the forward of a sequence's rounds reads, so that one call answers them all; none where it
+        reads more than that. `inputs` are the request's. A kind that is `forced` gives the longest ids alone.
         """
-        return round.rows, torch.ones(len(round.rows), dtype=torch.bool)
+        return []
+
+    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Any, Tensor]:
+        """What of the reference's evidence is compared, as an index, and which of the round's own rows these are.
+
+        `inputs` are the request's and those of the forward. Raises Mismatch where the round computed other rows.
+        """
+        return (0, round.rows), torch.ones(len(round.rows), dtype=torch.bool)
 
     def overrule(self, program: Program, results: Values, output: str, round: Round) -> Values:
-        """The results of the call that decides, with the round's decision in the place of its own."""
+        """The results of the call that decides, with the round's decision in the place of its own.
+
+        None are given of a call that does nothing else: it is made later, of many rounds at once.
+        """
         return {**results, output: round.decided[None]}
 
     def nudged(self, program: Program, evidence: Tensor, round: Round, decided: Tensor, by: float) -> list[Tensor]:
@@ -150,13 +164,25 @@ class Scheme:
         """
         mine, nudged = evidence.clone(), evidence.clone()
         mine[0] = round.evidence.to(mine.dtype)
-        for at in (round.decided != decided).nonzero().tolist():
+        for at in round.differs(decided).nonzero().tolist():
             nudged[(0, *at, int(round.decided[tuple(at)]))] += by
         return [mine, nudged]
 
+    def counting(self, program: Program, inputs: Values, round: Round, evidence: Tensor) -> Tensor:
+        """Of evidence of the round's rows, what those predict that count for drift: logits [N, V]."""
+        return evidence.flatten(0, -2)
+
     def idle(self, round: Round) -> bool:
         """Whether a round after the reference's end, as other sequences of the batch go on, changed nothing."""
-        return True
+        return not round.ids or round.empty
+
+    def counted(self, program: Program, rounds: int) -> str:
+        """So many rounds, in words."""
+        return f"{rounds} rounds"
+
+    def placed(self, program: Program, number: int, at: Sequence[int] = ()) -> str:
+        """A round in words, or one of the ids that it decides."""
+        return f"id {', '.join(map(str, at))} of round {number}" if at else f"round {number}"
 
 
 def scheme_of(program: Program) -> Scheme:

@@ -1,9 +1,9 @@
 """Drift: what a lossy pass changes, measured against the exact program, and held against a budget.
 
-The candidate generates. On the very canvases that it came by, the exact forward says what each masked row of the block
-at hand should have predicted; of a loop over positions, what each new row should have after the candidate's own ids
-(teacher forcing: an early difference does not hide later ones). Then whole generations are compared, which says what a
-user sees. Where the model has examples of a task, both do it (`aropt.validate.quality`).
+The candidate generates. The exact program's control runs on its rounds (see `aropt.validate.replay`: an early
+difference does not hide later ones), which says what each row that counts should have predicted: the masked ones of the
+block at hand, the new one of a loop over positions. Then whole generations are compared, which says what a user sees.
+Where the model has examples of a task, both do it (`aropt.validate.quality`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
-from aropt.ir import units
-from aropt.ir.executor import Executor
-from aropt.ir.interpreter import Eager, run
+from aropt.ir.executor import Executor, Values
+from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.requests.cases import Case
 from aropt.loops.runtime import workload as own_prompts
-from aropt.loops.scheme import Round, scheme_of
-from aropt.loops.unmask.blocks import current_block
-from aropt.loops.unmask.smoothing import forward
-from aropt.validate import compare as validate
+from aropt.loops.scheme import Mismatch, Round, scheme_of
 from aropt.validate import quality
-from aropt.validate.oracle import Forced, Oracle
-from aropt.validate.replay import Trace
+from aropt.validate.oracle import Oracle
+from aropt.validate.replay import Trace, answer
 
 AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
-TOKENS, PROMPTS, AT_ONCE = 64, 4, 16  # new tokens, prompts, canvases of one exact forward
+TOKENS, PROMPTS = 64, 4  # new tokens, prompts
 
 
 @dataclass(frozen=True)
@@ -133,17 +129,12 @@ def measure(
 
     `known`: the exact program's quality, where it has been measured. Raises UsageError for examples that are none.
     """
-    case = case or workload(exact)
-    if scheme_of(exact).forced:
-        return positions(exact, candidate, executor, case)
-    eager = Eager(exact)
-    mine, theirs = Trace(candidate, case, executor or Eager(candidate)), Trace(exact, case, eager)
-    rounds: list[list[tuple[Tensor, Tensor]]] = []
+    case, executor = case or workload(exact), executor or Eager(candidate)
+    mine, theirs = Trace(candidate, case, executor), Trace(exact, case, Eager(exact))
+    oracle, rounds = Oracle(exact), list[list[tuple[Tensor, Tensor]]]()
     for i in range(len(case.prompts)):
-        inputs = case.inputs(exact, [i])
-        for number, found in enumerate(sequence(exact, eager, inputs, mine.rounds[i])):
-            if number == len(rounds):
-                rounds.append([])
+        for number, found in enumerate(sequence(oracle, case.inputs(exact, [i]), mine.rounds[i])):
+            rounds += [[]] if number == len(rounds) else []
             rounds[number].append(found)
     kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
     per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
@@ -151,55 +142,31 @@ def measure(
     computed, all_rows = (sum(len(s.rows) for rounds in t.rounds for s in rounds) for t in (mine, theirs))
     scored: tuple[Any, ...] = ()
     if exact.meta.get("examples"):
-        best, judged = known or quality.measure(exact, eager)
+        best, judged = known or quality.measure(exact, Eager(exact))
         scored = (quality.measure(candidate, executor)[0], best, judged)
     return Drift(
-        float(kl.mean()),
-        float(kl.max()),
-        float(same.double().mean()),
-        *agreement(mine.answers, theirs.answers),
-        len(kl),
-        sum(map(len, mine.answers)),
-        forwards,
-        exact_forwards,
-        computed,
-        all_rows,
-        per_round,
-        *scored,
-    )
-
-
-def positions(exact: Program, candidate: Program, executor: Executor | None, case: Case) -> Drift:
-    """The drift of a loop over positions: of each new row of each prompt."""
-    oracle = Oracle(exact)
-    mine, theirs = (
-        validate.Trace(p, case, e) for p, e in ((candidate, executor or Eager(candidate)), (exact, Eager(exact)))
-    )
-    rounds: list[list[tuple[Tensor, Tensor]]] = []
-    for i, prompt in enumerate(case.prompts):
-        forced = Forced(oracle, mine.tokens[i])
-        run(exact, case.inputs(exact, [i]), 0, forced)
-        want, before = torch.cat([single for single, _ in forced.forwards]), len(units.rows(exact.meta, prompt)) - 1
-        for number, got in enumerate(mine.logits[i][: units.rows_for(exact.meta, len(mine.tokens[i]))]):
-            rounds += [[]] if number == len(rounds) else []
-            p, q = (guided(exact, x).reshape(-1, x.shape[-1]) for x in (want[: len(got), before + number], got))
-            rounds[number].append(distance(p, q))  # a window's ids are rows
-    kl, same = (torch.cat([x[k] for r in rounds for x in r]) for k in (0, 1))
-    steps = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
-    tokens, own = sum(map(len, mine.tokens)), sum(map(len, theirs.tokens))
-    return Drift(
-        float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.tokens, theirs.tokens), len(kl),
-        tokens, len(rounds), max(map(len, theirs.logits)), tokens, own, steps,
+        float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.answers, theirs.answers),
+        len(kl), sum(map(len, mine.answers)), forwards, exact_forwards, computed, all_rows, per_round, *scored,
     )  # fmt: skip
 
 
-def guided(program: Program, logits: Tensor) -> Tensor:
-    """What the rule draws from: of two branches [2, ...] by the default scale of guidance, of one [1, ...] itself."""
-    if len(logits) == 1:
-        return logits[0]
-    scale = program.inputs["guidance"].default
-    assert scale is not None
-    return logits[1] + float(scale) * (logits[0] - logits[1])
+def sequence(oracle: Oracle, inputs: Values, rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor]]:
+    """For each round of a sequence: KL and agreement of the rows that count.
+
+    Raises Mismatch where the exact program can't follow.
+    """
+    scheme, program, found = scheme_of(oracle.program), oracle.program, []
+    hidden = torch.zeros(int(program.meta["vocab"]), dtype=torch.bool)
+    hidden[list(scheme.hidden(program.meta))] = True
+    reply = answer(oracle, inputs, rounds)
+    if reply.problem:
+        raise Mismatch(reply.problem)
+    for one, round in zip(reply.rounds, rounds):
+        exact = torch.zeros_like(round.evidence)
+        exact[one.own] = one.evidence
+        p, q = (scheme.counting(program, inputs, round, evidence) for evidence in (exact, round.evidence))
+        found.append(distance(p, q, hidden))
+    return found
 
 
 def agreement(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -214,37 +181,8 @@ def mean(parts: list[Tensor]) -> float:
     return float(torch.cat(parts).double().mean())
 
 
-def sequence(
-    exact: Program, eager: Eager, inputs: Mapping[str, Any], steps: Sequence[Round]
-) -> list[tuple[Tensor, Tensor]]:
-    """For each round of a sequence: KL and agreement of the rows that predict the masks of the block at hand."""
-    mask, shift = int(exact.meta["mask"]), int(bool(exact.meta.get("shift")))
-    alive, values = [s for s in steps if bool((s.before == mask).any())], dict(inputs)
-    if "expected" in exact.state:
-        values["cursor"] = inputs["lengths"] - inputs["lengths"] - 1
-        values["expected"] = exact.state["expected"].create({"B": 1, "T": len(steps[0].before)})
-    found: list[tuple[Tensor, Tensor]] = []
-    count = 1 if "expected" in values else AT_ONCE
-    for start in range(0, len(alive), count):
-        some = alive[start : start + count]
-        canvases = torch.stack([s.before for s in some])
-        if "expected" in values:  # a forward that reads what the one before found
-            values |= forward(eager, exact.graphs, {**values, "tokens": canvases, "rounds": torch.tensor(start)})
-            values["cursor"] = current_block(canvases, values["lengths"], values["origin"], values["block"], mask)[1]
-        else:
-            values |= eager.call("model", {"ids": canvases})
-        logits = values["logits"]
-        for step, canvas, want in zip(some, canvases, logits, strict=True):
-            active = current_block(canvas[None], inputs["lengths"], inputs["origin"], inputs["block"], mask)[0][0]
-            sources = (active.nonzero().flatten() - shift).clamp(min=0)
-            at = {int(row): i for i, row in enumerate(step.rows)}
-            found.append(distance(want[sources], step.evidence[[at[int(s)] for s in sources]], mask))
-    return found
-
-
-def distance(exact: Tensor, cached: Tensor, mask: int = -1) -> tuple[Tensor, Tensor]:
-    """KL(exact || cached) in nats and whether the most likely ids agree, the mask id left out: logits [N, V] -> [N]."""
-    hidden = torch.arange(exact.shape[-1]) == mask
+def distance(exact: Tensor, cached: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(exact || cached) in nats and whether the most likely ids agree, hidden ones left out: logits [N, V] -> [N]."""
     p, q = (torch.where(hidden, -torch.inf, x.double()).log_softmax(-1) for x in (exact, cached))
     terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
     return terms.sum(-1).clamp(min=0), p.argmax(-1) == q.argmax(-1)

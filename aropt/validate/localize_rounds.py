@@ -54,7 +54,7 @@ class Compared(Replay):
     """The reference's control on the candidate's rounds; stops at the first value that differs."""
 
     def __init__(self, oracle: Oracle, rounds: list[Round], case: Case, kept: list[Computed], place: int) -> None:
-        super().__init__(oracle, rounds)
+        super().__init__(oracle, case.inputs(oracle.program, [place]), rounds)
         self.kept, self.place, self.batch = kept, place, len(case.prompts)
         self.diverges: dict[str, Any] | None = None
 
@@ -63,7 +63,7 @@ class Compared(Replay):
         theirs: dict[fx.Node, Any] = {}
         weights = {w: self.oracle.program.weights[w] for w in graph.weights()}
         node_values(graph, [inputs[n] for n in graph.inputs], weights, theirs)
-        wide = [self.state.get(n, inputs[n]) for n in graph.inputs]
+        wide = [self.exact.get(n, inputs[n]) for n in graph.inputs]
         exact = exact_values(self.oracle, graph, *[v.double() if v.is_floating_point() else v for v in wide])
         results = super().forward(inputs)
         self.scheme.compared(self.program, inputs, self.rounds[number], number)  # Mismatch where it computes other rows
@@ -114,7 +114,7 @@ def first_in_rounds(oracle: Oracle, candidate: Program, case: Case, row: int) ->
         return None
     compared = Compared(oracle, rounds, batch, recorder.kept, place)
     try:
-        run(oracle.program, batch.inputs(oracle.program, [place]), 0, compared)
+        run(oracle.program, compared.inputs, 0, compared)
     except Mismatch:  # it computes other rows: nothing to compare with
         return None
     except Enough:

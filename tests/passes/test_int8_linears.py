@@ -348,11 +348,11 @@ def test_the_noise_floor_knows_of_steps() -> None:
     """Two orders of the same sums cross a step here or there; the floor of a plain program is as it was."""
     changed = Int8Linears(least=1000).run(plain())
     ids = torch.arange(CAPACITY)[None] % VOCAB
-    floors = [noise_floor(*Oracle(p).logits(ids)) for p in (plain(), changed)]
+    floors = [noise_floor(*(found["logits"] for found in Oracle(p).forward({"ids": ids}))) for p in (plain(), changed)]
     assert floors[0] < 1e-5 < floors[1] < 1e-2
     graph = changed.graphs["model"].bind({n: w * (1 + 2e-7) if w.is_floating_point() else w
                                           for n, w in changed.weights.items()})  # fmt: skip
-    assert float((graph(ids)[0] - Oracle(changed).logits(ids)[0]).abs().max()) < 16 * floors[1]
+    assert float((graph(ids)[0] - Oracle(changed).forward({"ids": ids})[0]["logits"]).abs().max()) < 16 * floors[1]
 
 
 @settings(deadline=None, max_examples=3)

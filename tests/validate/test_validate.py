@@ -1,5 +1,6 @@
 """What counts as equal: ties, the noise floor, lengths, non-finite logits; and how a failure is shrunk and reported."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from aropt.frontend.trace import capture_model
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
+from aropt.ir.units import rows_for, window
 from aropt.loops.positions import autoregressive
+from aropt.loops.scheme import Round
 from aropt.pipeline.checks import describe
 from aropt.validate.compare import TOLERANCE, Case, Oracle, Trace, Verdict, cases, compare, shrink, validate
+from aropt.validate.oracle import Forward
+from aropt.validate.replay import answer
 from aropt.validate.shrink import simpler
 from tests.mutants import MUTANTS, check, optimized, reference
 from tests.mutants.surgery import CAPACITY, swap
@@ -111,7 +116,7 @@ def test_noise_floor_is_measured_in_fp64_throughout() -> None:
     graph, weights = capture_model(model, VOCAB, CAPACITY)
     program = autoregressive(graph, weights, {"vocab": VOCAB, "capacity": CAPACITY}, ("temperature",))
     ids = torch.randint(0, VOCAB, (2, 9))
-    single, double = Oracle(program).logits(ids)
+    single, double = (found["logits"] for found in Oracle(program).forward({"ids": ids}))
     exact = model.double()
     expected = exact.head(torch.softmax(exact.up(exact.emb(ids)), -1) * 3.0)
     assert double.dtype == torch.float64
@@ -131,8 +136,9 @@ def test_ragged_batches_equal_single_prompts(base: str) -> None:
         alone = Trace(
             program, Case("one", "sampled", (prompt,), 9, 5, params, streams=case.streams[i : i + 1]), Eager(program)
         )
-        assert alone.tokens[0] == batch.tokens[i]
-        assert torch.stack(alone.logits[0]).allclose(torch.stack(batch.logits[i]), rtol=0, atol=1e-5)
+        assert alone.answers[0] == batch.answers[i]
+        mine, theirs = (torch.stack([r.evidence for r in found]) for found in (alone.rounds[0], batch.rounds[i]))
+        assert mine.allclose(theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "problem"), [
@@ -207,7 +213,7 @@ def test_guidance_without_a_null_class_is_validated() -> None:
 def test_repro_lines_run(base: str) -> None:
     program = optimized(base)
     for case in cases(reference(base), quick=True):
-        tokens = Trace(program, case, Eager(program)).tokens
+        tokens = Trace(program, case, Eager(program)).answers
         scope: dict[str, Any] = {"program": program, "aropt": aropt}
         exec(f"result = {case.repro('program')}", scope)
         found = scope["result"]
@@ -294,23 +300,30 @@ def test_logits_of_two_cases_take_little_memory(plain: Program, monkeypatch: pyt
     """Of a large vocabulary, the logits of a few prompts are gigabytes."""
     oracle, most = Oracle(plain), 0
     monkeypatch.setattr("aropt.validate.oracle.AT_ONCE", room)
-    fresh = oracle.logits
+    fresh = oracle.foresee
 
-    def measured(ids: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(rows: Sequence[Tensor]) -> list[Forward]:
         nonlocal most
-        found = fresh(ids)
-        kept = [single for case in (oracle.ahead, oracle.before) for single, _ in case.values()]
+        found = fresh(rows)
+        kept = [made.single["logits"] for case in (oracle.ahead, oracle.before) for made in case.values()]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize for x in kept}
         most = max(most, sum(storages.values()))
         return found
 
-    oracle.logits = measured  # type: ignore[method-assign]
+    oracle.foresee = measured  # type: ignore[method-assign]
     prompts = ((1, 2), (4, 5), (3, 1, 2), (7,), (8, 9))
     chosen = [Case(f"of {n}", "greedy", tuple((*p, n % VOCAB) for p in prompts), n) for n in (5, 6, 3, 4)]
     ended = [Case("ended", "stop", chosen[-1].prompts, 4, stop=(t,)) for t in range(3)]
     assert validate(oracle, plain, chosen=[*chosen, *ended]).passed
     assert most <= 2 * room
     assert most > room or room == 1, "some are kept"
+
+
+def given_rounds(program: Program, tokens: list[int]) -> list[Round]:
+    """Rounds that decide these tokens, from no evidence."""
+    branches = torch.arange(2 if "negative" in program.inputs else 1)
+    decided = torch.tensor(tokens).reshape(-1, *window(program.meta))
+    return [Round("token", ids, torch.zeros(len(branches), VOCAB), branches) for ids in decided]
 
 
 @pytest.mark.parametrize("base", ["rotary", "guided", "window"])
@@ -330,9 +343,10 @@ def test_a_rule_takes_all_rounds_at_once(base: str, monkeypatch: pytest.MonkeyPa
         return call(graph, inputs)
 
     whole.eager.call = counted  # type: ignore[method-assign]
-    found = [whole.reply(case, i, tokens[i]) for i in range(2)]
+    found = [answer(whole, case.inputs(program, [i]), given_rounds(program, tokens[i])) for i in range(2)]
     monkeypatch.setattr("aropt.validate.oracle.AT_ONCE", 1)
-    apart = [single.reply(case, i, tokens[i]) for i in range(2)]
+    apart = [answer(single, case.inputs(program, [i]), given_rounds(program, tokens[i])) for i in range(2)]
     assert calls == 2 and [r.problem for r in found] == ["", ""]
-    assert [r.decided for r in found] == [r.decided for r in apart]
-    assert all(len(r.decided) == 8 and r.decided != t for r, t in zip(found, tokens))
+    picked = [[None if one.theirs is None else one.theirs.tolist() for one in r.rounds] for r in (*found, *apart)]
+    assert picked[:2] == picked[2:]
+    assert all(len(p) == rows_for(program.meta, 8) and any(p) for p in picked)

@@ -15,6 +15,7 @@ from aropt.ir.program import Graph, Program
 from aropt.loops.guards import FOREVER, I64, Guard, apart, first, outside
 from aropt.loops.runtime import padded
 from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
+from aropt.loops.unmask.blocks import current_block
 from aropt.loops.unmask.build import unmasking
 from aropt.loops.unmask.cases import Canvases
 from aropt.loops.unmask.commit import chosen
@@ -95,10 +96,10 @@ class Unmask(Scheme):
     def most_rounds(self, inputs: Values) -> int:
         return int(inputs["lengths"].max())
 
-    def foreseen(self, program: Program, rounds: Sequence[Round]) -> Tensor:
-        return torch.stack([one.before for one in rounds])
+    def foreseen(self, program: Program, inputs: Values, rounds: Sequence[Round]) -> list[Tensor]:
+        return [one.before for one in rounds]
 
-    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Tensor, Tensor]:
+    def compared(self, program: Program, inputs: Values, round: Round, number: int) -> tuple[Any, Tensor]:
         mask, shift = numbers(program)
         rows = round.rows
         if "slots" in inputs:
@@ -108,7 +109,7 @@ class Unmask(Scheme):
             rows = torch.arange(len(rows))
         predicted = (round.rows + shift).clamp(max=len(round.before) - 1)
         masked = round.before[predicted] == mask
-        return rows[masked], masked
+        return (0, rows[masked]), masked
 
     def overrule(self, program: Program, results: Values, output: str, round: Round) -> Values:
         finished = ~(round.decided == numbers(program)[0]).any()
@@ -129,6 +130,13 @@ class Unmask(Scheme):
             else:
                 nudged[0, source, nudged[0, source].argmax()] -= by
         return [mine, nudged]
+
+    def counting(self, program: Program, inputs: Values, round: Round, evidence: Tensor) -> Tensor:
+        """Those that predict the masks of the block at hand."""
+        mask, shift = numbers(program)
+        active, _ = current_block(round.before[None], inputs["lengths"], inputs["origin"], inputs["block"], mask)
+        at = {int(row): i for i, row in enumerate(round.rows)}
+        return evidence[[at[max(row - shift, 0)] for row in active[0].nonzero().flatten().tolist()]]
 
     def idle(self, round: Round) -> bool:
         return torch.equal(round.before, round.decided)

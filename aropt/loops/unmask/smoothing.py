@@ -20,7 +20,6 @@ from aropt.errors import Unsupported
 from aropt.frontend.trace import capture_function
 from aropt.ir.calls import op_name
 from aropt.ir.edit import inline
-from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.loops.unmask.blocks import current_block
@@ -30,11 +29,10 @@ aten = torch.ops.aten
 F32, I64 = torch.float32, torch.int64
 CANVAS, PICKED = Spec(I64, ("B", "T")), Spec(I64, ("B", "R"))
 PARAMS = ("smooth_start", "smooth_growth", "smooth_most")
-ROUND = ("blend", "model", "expect")  # the graphs of a forward with smoothing, in order
 
 
 def graphs(model: Graph, weights: Mapping[str, Tensor], meta: Mapping[str, Any]) -> tuple[dict[str, Graph], StateSpec]:
-    """The graphs `ROUND`, and the state "expected", float32 [B, T, width]. Raises Unsupported as `embedding`."""
+    """The graphs of a forward in order, and the state "expected", float32 [B, T, width]. Raises as `embedding`."""
     vocab, copy = int(meta["vocab"]), fx.Graph()
     placed = {n: copy.placeholder(n) for n in (*model.inputs, "smoothed")}
     results = inline(copy, model, placed)
@@ -126,12 +124,3 @@ def expect(name: str, table: Tensor, vocab: int, shift: bool, weights: Mapping[s
     placed = {n: copy.placeholder(n) for n in inputs} | {"table": copy.get_attr(name)}
     copy.output(tuple(inline(copy, traced, placed).values()))
     return build("expect", copy, inputs, ["expected"], weights)
-
-
-def forward(executor: Executor, made: Mapping[str, Graph], values: Values) -> Values:
-    """A round's forward over the whole canvas `values["tokens"]`: logits, and what is expected next."""
-    length = values["tokens"].shape[1]
-    values = {**values, "ids": values["tokens"], "slots": torch.arange(length).expand(values["tokens"].shape)}
-    for name in ROUND:
-        values |= executor.call(name, {n: values[n] for n in made[name].inputs})
-    return values
