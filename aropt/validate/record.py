@@ -29,17 +29,23 @@ class Recorder(Eager):
 
 
 class History(Recorder):
-    """Keeps the values of all calls, in `found`."""
+    """Keeps the values of nodes with an origin, each with the slots that its call reads, until they are taken."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.found: list[dict[fx.Node, Any]] = []
+        self.found: list[tuple[fx.Node, Tensor, Tensor | None]] = []
 
     def call(self, graph: str, inputs: Values) -> Values:
         try:
             return super().call(graph, inputs)
         finally:
-            self.found.append(self.values[graph])
+            named = [(n, v) for n, v in self.values[graph].items() if "origin" in n.meta and isinstance(v, Tensor)]
+            self.found += [(n, v, inputs.get("slots")) for n, v in named if v.is_floating_point()]
+
+    def taken(self) -> list[tuple[fx.Node, Tensor, Tensor | None]]:
+        """What was kept, and forgets it."""
+        found, self.found = self.found, []
+        return found
 
 
 def node_values(graph: Graph, inputs: list[Tensor], weights: dict[str, Tensor], found: dict[fx.Node, Any]) -> None:

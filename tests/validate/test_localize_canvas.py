@@ -16,8 +16,7 @@ from aropt.pipeline.checks import Instruments, describe
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
-from aropt.validate.localize import localize
-from aropt.validate.localize_rounds import first_in_rounds
+from aropt.validate.localize import first_in_rounds, localize
 from tests.loops.test_unmask import capture, tiny
 
 aten = torch.ops.aten
