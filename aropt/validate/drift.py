@@ -131,7 +131,7 @@ def measure(
     """
     case, executor = case or workload(exact), executor or Eager(candidate)
     mine, theirs = Trace(candidate, case, executor), Trace(exact, case, Eager(exact))
-    oracle, rounds = Oracle(exact), list[list[tuple[Tensor, Tensor]]]()
+    oracle, rounds = Single(exact), list[list[tuple[Tensor, Tensor]]]()
     for i in range(len(case.prompts)):
         for number, found in enumerate(sequence(oracle, case.inputs(exact, [i]), mine.rounds[i])):
             rounds += [[]] if number == len(rounds) else []
@@ -148,6 +148,14 @@ def measure(
         float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.answers, theirs.answers),
         len(kl), sum(map(len, mine.answers)), forwards, exact_forwards, computed, all_rows, per_round, *scored,
     )  # fmt: skip
+
+
+class Single(Oracle):
+    """The exact program, of which nobody asks how noisy it is: fp32 alone."""
+
+    def forward(self, inputs: Values, state: Values | None = None) -> tuple[Values, Values]:
+        found = self.eager.call(self.model.graph, inputs)
+        return found, found
 
 
 def sequence(oracle: Oracle, inputs: Values, rounds: Sequence[Round]) -> list[tuple[Tensor, Tensor]]:
