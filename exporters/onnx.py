@@ -21,7 +21,8 @@ from aropt.frontend.trace import dynamic
 from aropt.ir import ops
 from aropt.ir.opdef import onnx_node
 from aropt.ir.program import Graph
-from aropt.ir.torch_compat import examples, onnx_registry, to_onnx
+from aropt.ir.torch_compat import examples
+from aropt.ir.torch_onnx import onnx_registry, to_onnx
 
 OPSET = 20
 EPS = torch.finfo(torch.float32).eps  # what rms_norm takes where none is given

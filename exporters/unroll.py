@@ -15,7 +15,7 @@ from typing import Any
 from aropt.errors import Unsupported
 from aropt.ir.control import Call, Loop
 from aropt.ir.program import Graph
-from aropt.ir.torch_compat import replaced_in
+from aropt.ir.torch_onnx import replaced_in
 
 
 def unroll(model: Any, graph: Graph, control: Loop, aliases: Mapping[str, str], rounds: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from aropt.ir.dims import Dim, parse, replaced, resolve, symbols
+from aropt.ir.dims import Dim, parse, resolve, symbols
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_rules import LARGEST, Copies, Rules, Unshared
 
@@ -177,10 +178,13 @@ def taken_for_granted(env: Any, names: Mapping[Any, str]) -> str:
 
 def dim_text(size: Any, names: Mapping[Any, str]) -> Dim:
     """A size as an int or as text over named symbols."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr.subs({symbol: named_expression(name) for symbol, name in names.items()})
-    return parse(str(expr)).dim()
+    return size if isinstance(size, int) else written(size.node.expr, tuple(names.items()))
+
+
+@functools.lru_cache(maxsize=2**16)
+def written(expr: Any, names: tuple[tuple[Any, str], ...]) -> Dim:
+    """An expression over symbols as an int or as text over their names."""
+    return parse(str(expr.subs({symbol: named_expression(name) for symbol, name in names}))).dim()
 
 
 def elements(value: Tensor) -> int:
@@ -235,75 +239,6 @@ def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
         if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {writer}:
             found[name] = source.name
     return found
-
-
-def onnx_registry(translations: Mapping[Any, Any], opset: int) -> Any:
-    """torch's ONNX translations with ours before them (takes a third of a second)."""
-    from torch.onnx._internal.exporter import _registration
-
-    registry = _registration.ONNXRegistry.from_torchlib(opset_version=opset)
-    for target, function in translations.items():
-        registry.register_op(target, function, False)
-    return registry
-
-
-def to_onnx(graph: Graph, weights: Mapping[str, Tensor], registry: Any, opset: int) -> Any:
-    """The graph as an onnx_ir.Model, its nodes translated one by one; weights are initializers under their names.
-
-    torch's own exporter traces and decomposes first, which takes most of its time and breaks up what has a translation.
-    Raises torch.onnx's ConversionError for an op that has none.
-    """
-    import onnx_ir as ir
-    import onnxscript.optimizer
-    from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes
-
-    module, lifted = lift(graph, weights)
-    specs = {n: Spec(weights[w].dtype, tuple(weights[w].shape)) for n, w in lifted.items()}
-    names = propagate(module.graph, {**graph.inputs, **specs}, {})
-    _fx_passes.insert_type_promotion_nodes(module)
-    model = ir.Model(ir.Graph([], [], nodes=[], name=graph.name), ir_version=10)
-    _core._translate_fx_graph(
-        module.graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
-    )
-    for value in [v for v in model.graph.inputs if v.name in lifted]:
-        model.graph.inputs.remove(value)
-        name = value.name = lifted[value.name]
-        value.const_value = _core.TorchTensor(weights[name].contiguous(), name=name)
-        model.graph.initializers[name] = value
-    text: dict[str, Dim] = {str(symbol): name for symbol, name in names.items()}
-    for value in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]:
-        if value.shape is not None:
-            value.shape = replaced_in(value.shape, text)
-    _ir_passes.add_opset_imports(model)
-    onnxscript.optimizer.optimize(model)
-    moved = {"GridSample", "DFT"} & {node.op_type for node in model.graph}  # what changed its meaning in between
-    if moved:
-        raise ValueError(f"{', '.join(sorted(moved))} changed between the opsets")
-    model.graph.opset_imports[""] = opset  # after torchlib's functions, written for an older one, were inlined
-    return model
-
-
-def replaced_in(shape: Any, given: Mapping[str, Dim]) -> Any:
-    """An ONNX shape with other sizes in place of symbols; what can't be read as a size stays."""
-    import onnx_ir as ir
-
-    dims = []
-    for dim in (d if isinstance(d, int) else d.value for d in shape):
-        with contextlib.suppress(ValueError):
-            dim = dim if dim is None else replaced(dim, given)
-        dims.append(dim)
-    return ir.Shape(dims)
-
-
-def lift(graph: Graph, weights: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The graph with weights as further inputs, and which input is which weight."""
-    copy = fx.Graph()
-    names = {w: f"weight_{i}" for i, w in enumerate(graph.weights())}
-    placed = {w: copy.placeholder(n) for w, n in names.items()}
-    values: dict[fx.Node, fx.Node] = {}
-    for node in graph.fx.nodes:
-        values[node] = placed[str(node.target)] if node.op == "get_attr" else copy.node_copy(node, lambda n: values[n])
-    return fx.GraphModule({}, copy), {n: w for w, n in names.items()}
 
 
 def size_conditions(exported: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aropt.ir.dims import Dim, Expression, ordered, parse, resolve, solved, symbols
-from aropt.ir.torch_compat import replaced_in
+from aropt.ir.torch_onnx import replaced_in
 
 NAMES = st.sampled_from(["B", "T", "s10", "s2", "u_0"])
 PRODUCTS = st.lists(NAMES, max_size=3).map(lambda names: tuple(sorted(names)))

@@ -157,3 +157,10 @@ def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("B", "T", "R", "B"):
         run_on_fakes(graph_of((aten.relu.default, "x")), {"x": Spec(torch.float32, (name,))}, {})
     assert [*torch_compat.RULES] == [("R",), ("B",)]
+
+
+def test_a_size_is_written_in_the_names_of_its_graph() -> None:
+    fakes, names, _ = torch_compat.fake_inputs(ROW)
+    size, (symbol,) = fakes["x"].shape[0] * 2, names
+    given: list[dict[Any, str]] = [{symbol: "B"}, {symbol: "T"}, {symbol: "B"}, {}]
+    assert [torch_compat.dim_text(size, n) for n in given] == ["2*B", "2*T", "2*B", f"2*{symbol}"]
