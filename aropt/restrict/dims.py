@@ -1,8 +1,7 @@
 """What each axis of a value means: a product of named factors, and what becomes of these under a reshape.
 
-The kinds of factors are "b" batch, "r" query rows, "c" key columns (all slots, plus `size` appended columns such as
-attention sinks), "." free (of `size` elements), and "?" (of the sequence's length, nothing says which). An axis of size
-1 has no factors. `check` compares the sizes that a rule implies with those of the captured graph.
+The kinds of factors are "b" batch, "r" rows, "c" columns (all slots: the last axis of masks), "." free (of `size`
+elements), and "?" (of the sequence's length, nothing says which). An axis of size 1 has no factors. `check` compares the sizes that a rule implies with those of the captured graph.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def regroup(axes: Axes, dims: Dims) -> Axes:
             kind, size = queue.pop(0) if queue else Factor("end")
             if kind == "b" and batches:
                 batches -= 1
-            elif kind in "rc" and rows and (kind == "r" or size == extra):
+            elif kind in "rc" and rows and not extra:
                 rows -= 1
             elif kind == "." and want > 1 and (want % size == 0 or size % want == 0):
                 if size > want:
@@ -199,7 +198,6 @@ def check(axes: Axes, dims: Dims) -> None:
     if any(count(axes, kind) > 1 for kind in "brc"):
         raise NotRowwise("pairs rows with rows, or sequences with sequences, outside attention")
     for axis, dim in zip(axes, dims, strict=True):
-        extra = sum(n for kind, n in axis if kind == "c")
         rows = sum(kind in "rc" for kind, _ in axis)
-        if (elements((axis,)), count((axis,), "b"), rows, extra) != monomial(dim) or (extra and len(axis) > 1):
+        if (elements((axis,)), count((axis,), "b"), rows, 0) != monomial(dim):
             raise NotRowwise(f"has an axis of size {dim} where {size_text(axis)} was expected")

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from aropt.restrict.bounds import CONTENT, Hide, Range, Scores
 from aropt.restrict.dims import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Hide:
+    """What a mask does: it says `value` (False, or a number that is added) at the `entries` [n, n] that it hides."""
+
+    entries: Tensor
+    value: bool | float
 
 
 @dataclass
@@ -16,9 +23,7 @@ class Info:
     """Facts about a content node."""
 
     axes: Any  # Axes, or a list of them for an op with several results
-    scores: Scores | None = None  # of a value with columns
-    range: Range = CONTENT  # of a value without
-    role: str = "row"  # row | score (q k^T) | mix (p v) | mixer | moved
+    role: str = "row"  # row | mixer | moved
     ahead: int = 0  # how many rows ahead it sees, where it is moved
     operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
-    hides: dict[fx.Node, Hide] = field(default_factory=dict)  # those of them that hide entries
+    hides: dict[fx.Node, Hide] = field(default_factory=dict)  # masks that hide entries; queries where there is none

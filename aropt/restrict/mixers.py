@@ -17,15 +17,19 @@ from aropt.ir import ops
 from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.ir.opdef import Mixer
 from aropt.ir.program import Spec, StateSpec
-from aropt.restrict.bounds import CONTENT, UNDERFLOW, Bias, Hide, NotCausal, Operand, Scores, require_causal
-from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, fixed, free, from_sizes, has
-from aropt.restrict.info import Info
-from aropt.restrict.positions import Positions
+from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, find, fixed, free, from_sizes, has
+from aropt.restrict.info import Hide, Info
+from aropt.restrict.positions import HIDES, LIMIT, Positions, hides_future
 
+UNDERFLOW = 104.0  # exp(-104) is exactly 0 in fp32
 SDPA = "aten::scaled_dot_product_attention"
 MIXERS = {
     SDPA: Mixer(rows={"query": -2}, slots={"key": -2, "value": -2}, mask="attn_mask", causal="is_causal"),
 }
+
+
+class NotCausal(NotRowwise):
+    """A row depends on a later one; no append cache is exact."""
 
 
 class Analysis(Protocol):
@@ -35,10 +39,9 @@ class Analysis(Protocol):
     content: set[fx.Node]
     info: dict[fx.Node, Info]
     positions: Positions
+    masks: dict[Any, Hide | None]
     causal: Hide
     nothing: Hide
-
-    def operand(self, node: fx.Node, source: fx.Node, info: Info) -> Operand: ...
 
     def dims(self, node: fx.Node) -> Any: ...
 
@@ -103,12 +106,13 @@ def attended(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
     batches = [tuple(a if has(a, "brc") else () for a in one[:-2]) for one in axes.values()]
     if not all(len(a) >= 3 and a[-2] == ROW and not has(a[-1], "brc") for a in axes.values()) or len(set(batches)) > 1:
         raise NotRowwise("attends over something other than the sequence")
-    info = Info((*axes[query][:-1], axes[value][-1]), role="mixer")
-    hide(analysis, node, x[query], x[mixer.mask], bool(x.get(mixer.causal)), info)
+    out = (*axes[query][:-1], axes[value][-1])
+    info = Info([out, axes[query][:-1]] if isinstance(node.meta["val"], (tuple, list)) else out, role="mixer")
+    hide(analysis, x[query], x[mixer.mask], bool(x.get(mixer.causal)), info)
     return info
 
 
-def hide(analysis: Analysis, node: fx.Node, query: fx.Node, mask: Any, causal: bool, info: Info) -> None:
+def hide(analysis: Analysis, query: fx.Node, mask: Any, causal: bool, info: Info) -> None:
     """Notes what a mask hides. Raises NotRowwise where it is not one that an append cache is exact with."""
     if causal:
         info.hides[query] = analysis.causal
@@ -120,13 +124,13 @@ def hide(analysis: Analysis, node: fx.Node, query: fx.Node, mask: Any, causal: b
         raise NotRowwise("has a mask that depends on the tokens")
     else:
         info.operands[mask] = align(analysis.positions.dims(mask), (*analysis.info[query].axes[:-1], COLUMN))
-        bias = analysis.operand(node, mask, info)
-        if not analysis.canvas:
-            require_causal_mask(bias)
-        elif plain(analysis.positions, mask, info.operands[mask]):
+        found = hidden(analysis, mask, info.operands[mask])
+        if found is None and not analysis.canvas:
+            raise NotCausal("has no mask that hides later positions")
+        if analysis.canvas and plain(analysis.positions, mask, info.operands[mask]):
             info.hides[query] = analysis.nothing
         else:
-            info.hides.setdefault(mask, bias_alone(analysis.nothing, mask))
+            info.hides[mask] = found or bias_alone(analysis.nothing, mask)
 
 
 def plain(positions: Positions, mask: fx.Node, axes: Axes) -> bool:
@@ -141,17 +145,44 @@ def bias_alone(nothing: Hide, mask: fx.Node) -> Hide:
     return Hide(nothing.entries, False if dtype == torch.bool else torch.finfo(dtype).min)
 
 
-def require_causal_mask(bias: Operand) -> None:
-    """Raises NotRowwise unless the mask hides each row's future and the row itself is seen."""
-    if not isinstance(bias, Bias) or bias.hide is None:
-        raise NotCausal("has no mask that hides later positions")
-    entries = bias.hide.entries
-    if bias.hide.value is False:
-        scores = Scores(entries, (-torch.inf, -torch.inf), CONTENT, CONTENT)
-    else:
-        regions = bias.over(entries, True), bias.over(entries, False), bias.own()
-        scores = Scores(entries, *((low + CONTENT[0], high + CONTENT[1]) for low, high in regions))
-    require_causal(scores, UNDERFLOW, "its softmax")
+def hidden(analysis: Analysis, mask: fx.Node, axes: Axes) -> Hide | None:
+    """What a mask hides in all heads. Raises NotRowwise where an append cache is not exact with it."""
+    row, column = find(axes, "r"), find(axes, "c")
+    if row is None or column is None:
+        return None
+    key = mask, row, column
+    if key not in analysis.masks:
+        table = analysis.positions.value(mask, analysis.positions.capacity)
+        table = table.movedim((row, column), (-2, -1)).flatten(0, -3) if table.dim() > 2 else table[None]
+        analysis.masks[key] = found = hide_of(table)
+        if found is not None and not analysis.canvas:
+            require_causal(table, found.entries)
+    return analysis.masks[key]
+
+
+def hide_of(table: Tensor) -> Hide | None:
+    """What a mask [heads, rows, columns] hides in all heads; None if it hides nothing."""
+    if table.is_complex():
+        raise NotRowwise("has complex attention scores")
+    if table.dtype == torch.bool:
+        entries, value = ~table.any(0), False
+        return Hide(entries, value) if entries.any() else None
+    clamped = table.float().clamp(min=torch.finfo(table.dtype).min)
+    entries = clamped.amax(0) <= -HIDES
+    return Hide(entries, float(clamped[:, entries].min())) if entries.any() else None
+
+
+def require_causal(table: Tensor, entries: Tensor) -> None:
+    """Raises NotRowwise unless what is hidden covers each row's future, far below what the row sees of itself."""
+    if not hides_future(entries):
+        i, j = (int(x) for x in (~entries).triu(1).nonzero()[0])
+        raise NotCausal(f"has a mask that lets position {i} see position {j}")
+    if entries.diagonal().any():
+        raise NotRowwise("has a mask that hides a position from itself")
+    if table.dtype != torch.bool:
+        own, most = float(table.diagonal(0, -2, -1).min()), float(table[:, entries].max())
+        if not most + LIMIT <= own - LIMIT - UNDERFLOW:
+            raise NotRowwise("has a mask, but not one that still hides when it comes to its softmax")
 
 
 def write_attended(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.Node:

@@ -28,6 +28,8 @@ LIKE = {"aten::zeros_like", "aten::ones_like", "aten::full_like"}
 EMPTY = {"aten::empty", "aten::new_empty"}  # any values will do
 HINT = "write it with ops on each position alone, or as masked attention; or go without a cache: --no-pass kv-cache"
 UNSTEADY = "use a fixed scaling; no cache is exact when the past is re-scaled"
+HIDES = 5e3  # a bias at least this negative is a mask
+LIMIT = 1500.0  # scores before masking are assumed to lie within +-LIMIT
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 

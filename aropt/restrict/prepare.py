@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from aropt.ir.program import Graph
@@ -27,5 +28,10 @@ def prepared(
     content, positions = content_nodes(traced, names, never), Positions(weights, names, capacity, never)
     for user, bias, take in unsteady(traced, content, positions):
         replace(traced, user, bias, take)
-    part(traced, content, positions)
+    for node, keys, values in memories(traced, content, positions):
+        part(traced, node, keys, values)
+    for node in traced.nodes:
+        if node.target is torch.ops.aten.view.default:  # strides change
+            node.target = torch.ops.aten.reshape.default
+    traced.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return traced, propagate(traced, graph.inputs, weights)

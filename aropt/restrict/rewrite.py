@@ -26,13 +26,12 @@ from torch import Tensor, fx
 
 from aropt.errors import Unsupported
 from aropt.ir import ops
-from aropt.ir.calls import bind, op_name, tensor_inputs
+from aropt.ir.calls import bind, op_name
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
 from aropt.restrict import mixers, moves
 from aropt.restrict.analysis import FULL_SIZE, Analysis, unsupported
-from aropt.restrict.bounds import Hide
 from aropt.restrict.dims import (
     Axes,
     Axis,
@@ -48,7 +47,8 @@ from aropt.restrict.dims import (
     positive,
     replaced,
 )
-from aropt.restrict.info import Info
+from aropt.restrict.info import Hide, Info
+from aropt.restrict.normalize import normalize_attention
 from aropt.restrict.positions import HINT, Table, classify, factor_keys, is_number, refusal
 from aropt.restrict.prepare import prepared
 from aropt.restrict.rules import RESHAPES, named_axes
@@ -90,7 +90,8 @@ def restrict(
     Raises Unsupported where an append cache would not be exact, or where an op can't be classified.
     """
     try:
-        traced, names = (graph.fx, propagate(graph.fx, graph.inputs, weights))
+        graph, _ = normalize_attention(graph, weights, capacity, never)
+        traced, names = graph.fx, propagate(graph.fx, graph.inputs, weights)
         if not canvas:
             traced, names = prepared(graph, weights, names, capacity, never)
         analysis = Analysis(traced, weights, names, capacity, canvas, never)
@@ -188,22 +189,10 @@ class Restriction:
         info = self.info[node]
         if info.role == "mixer":
             return mixers.written(self, node, info)
-        if info.role in ("score", "mix"):
-            return self.write_product(node, info)
         if info.role == "moved":
             self.seen = self.seen.maximum((torch.arange(len(self.seen)) + info.ahead).clamp(max=len(self.seen) - 1))
             return moves.write(self, node)
-        if node in info.hides:  # a softmax that no mask precedes
-            (source,) = tensor_inputs(node)
-            scores = self.opened(source, info.hides[node], torch.finfo(source.meta["val"].dtype).min)
-            return self.emit(node, partial(always, scores), info.axes, node in self.tail)
         return self.emit(node, lambda n: self.operand(n, node, info), info.axes, node in self.tail)
-
-    def opened(self, source: fx.Node, hide: Hide, low: float) -> fx.Node:
-        """Scores over all slots, `low` where a slot is empty: nothing that the forward hides by itself."""
-        seen = self.spread(self.visible(hide.entries), self.info[source].axes)
-        empty = self.constant(source, torch.tensor(low).to(source.meta["val"].dtype), "_empty")
-        return self.call(aten.where.self, seen, self.new[source], empty)
 
     def emit(self, node: fx.Node, lookup: Callable[[fx.Node], Any], axes: Any, tail: bool) -> fx.Node:
         """The same op on new operands; shapes are rebuilt from the meaning of the axes."""
@@ -217,8 +206,6 @@ class Restriction:
             return self.call(node.target, lookup(x["self"]), x["repeats"], x["dim"], like=node)
         if name == "aten::squeeze":
             return self.squeezed(node, lookup(node.args[0]))  # type: ignore[arg-type]
-        if name == "aten::slice" and (extra := self.appended(node)) and bind(node)["start"] != -extra:
-            return self.call(node.target, lookup(node.args[0]), node.args[1], 0, -extra, like=node)  # type: ignore[arg-type]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lookup)
         return self.call(node.target, *args, like=node, **kwargs)
 
@@ -229,12 +216,6 @@ class Restriction:
         for i in sorted(named, reverse=True):
             value = value if axes[i] else self.call(aten.squeeze.dim, value, i, like=node)
         return value
-
-    def appended(self, node: fx.Node) -> int:
-        """How many appended columns a slice drops; 0 if it is along another axis."""
-        axes = self.info[node.args[0]].axes  # type: ignore[index]
-        axis = axes[positive(bind(node)["dim"], len(axes))]
-        return sum(n for kind, n in axis if kind == "c")
 
     def operand(self, source: fx.Node, user: fx.Node, info: Info) -> Any:
         """The restricted form of an input of `user`."""
@@ -271,8 +252,6 @@ class Restriction:
             if kind == "b" or kind == "c" or (kind == "r" and not tail):
                 source, dim = {"b": (self.ids, 0), "r": (self.ids, 1), "c": (self.columns, 1)}[kind]
                 factor = self.memoized(("size", kind), partial(self.call, aten.sym_size.int, source, dim))
-                if kind == "c" and n:
-                    factor = self.call(operator.add, factor, n)
             if isinstance(total, int) and isinstance(factor, int):
                 total *= factor
             else:
@@ -285,14 +264,6 @@ class Restriction:
         return self.memo[key]
 
     # --- attention -------------------------------------------------------------------------------------------------
-
-    def write_product(self, node: fx.Node, info: Info) -> fx.Node:
-        """q k^T or p v with the second operand over all slots."""
-        layer = self.next_layer() if info.role == "score" else self.layers - 1
-        first, stored = tensor_inputs(node)
-        full = self.full(stored, f"{'k' if info.role == 'score' else 'v'}_{layer}")
-        weights = self.opened(first, info.hides[node], 0.0) if node in info.hides else self.new[first]
-        return self.call(node.target, weights, full, like=node)
 
     def next_layer(self) -> int:
         self.layers += 1

@@ -15,10 +15,8 @@ from torch import fx
 
 from aropt.ir.calls import draws, op_name
 from aropt.restrict.dims import (
-    COLUMN,
     Axes,
     Dims,
-    Factor,
     NotRowwise,
     broadcast,
     fixed,
@@ -29,7 +27,6 @@ from aropt.restrict.dims import (
     positive,
     regroup,
     replaced,
-    without,
 )
 
 Args = Mapping[str, Any]
@@ -70,6 +67,10 @@ def padded_axes(x: Args) -> set[int]:
     return {len(x["self"]) - 1 - i // 2 for i, n in enumerate(x["pad"]) if n}
 
 
+def joined_axis(x: Args) -> set[int]:
+    return {positive(x["dim"], len(x["tensors"][0]))}
+
+
 def along(
     doing: str,
     over: Callable[[Args], Collection[int]] = named_axes,
@@ -97,18 +98,6 @@ def along(
         return [result(d) for d in dims] if isinstance(dims, list) else result(dims)
 
     return rule
-
-
-def slice_(x: Args, dims: Dims) -> Axes:
-    """Along a free axis; or drops the columns that were appended to all slots, or takes them alone."""
-    i, start = positive(x["dim"], len(x["self"])), x["start"] or 0
-    axis = x["self"][i]
-    if len(axis) == 1 and axis[0].kind == "c" and axis[0].size:
-        if start == 0 and dims[i] == "T":
-            return replaced(x["self"], i, COLUMN)
-        if axis[0].size == -start == dims[i]:
-            return replaced(x["self"], i, free(dims[i]))
-    return along("slices", note=f" (as a token shift does{STATE})")(x, dims)  # type: ignore[no-any-return]
 
 
 def convolution(x: Args, dims: Dims) -> Axes:
@@ -189,16 +178,6 @@ def stack(x: Args, dims: Dims) -> Axes:
     return (*axes[:i], free(dims[i]), *axes[i:])
 
 
-def cat(x: Args, dims: Dims) -> Axes:
-    """Along a free axis; or appends columns to all slots, as attention sinks do."""
-    i = positive(x["dim"], len(x["tensors"][0]))
-    first, *others = [t[i] for t in x["tensors"]]
-    appended = Factor("c", sum(a[0].size if a else 1 for a in others))
-    if first == COLUMN and not any(has(a, "brc?") for a in others):
-        return replaced(broadcast([without(t, i) for t in x["tensors"]]), i, (appended,))
-    return along("concatenates", lambda x: [i], ("tensors",))(x, dims)  # type: ignore[no-any-return]
-
-
 # --- lookup ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +210,7 @@ FAMILIES: tuple[tuple[Rule, str], ...] = (  # and any op that torch tags as poin
     (along("slices", of=("self", "src")), "slice_scatter"),
     (along("moves rows", padded_axes, note=f" (a token shift){STATE}"), "pad constant_pad_nd"),
     (along("moves rows", lambda x: named_axes(x, "dims"), note=f" (a token shift){STATE}"), "roll"),
-    (slice_, "slice"),
+    (along("slices", note=f" (as a token shift does){STATE}"), "slice"),
     (convolution, "conv1d conv2d"),
     (trailing("normalizes", "normalized_shape", "input"), "layer_norm rms_norm"),
     (trailing("normalizes", 1, "input"), "group_norm"),
@@ -249,7 +228,7 @@ FAMILIES: tuple[tuple[Rule, str], ...] = (  # and any op that torch tags as poin
     (expand, "expand repeat"),
     (repeat_interleave, "repeat_interleave"),
     (stack, "stack"),
-    (cat, "cat"),
+    (along("concatenates", joined_axis, ("tensors",)), "cat"),
     (index, "index index_select"),
 )
 RULES = {n if "::" in n else f"aten::{n}": rule for rule, names in FAMILIES for n in names.split()}

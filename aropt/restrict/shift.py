@@ -11,22 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from aropt.ir.calls import bind, op_name, tensor_inputs
-from aropt.restrict.bounds import HIDES
+from aropt.ir.calls import bind, op_name
 from aropt.restrict.positions import Positions, close
 
 aten = torch.ops.aten
-SDPA = "aten::scaled_dot_product_attention"
-SOFTMAX = {"aten::softmax", "aten::_softmax"}
-LAYOUT = {
-    "aten::_to_copy",
-    "aten::to",
-    "aten::clone",
-    "aten::view",
-    "aten::reshape",
-    "aten::unsqueeze",
-    "aten::squeeze",
-}
 
 Taken = Callable[[Tensor], Tensor]  # what is subtracted of a bias
 
@@ -44,47 +32,11 @@ def unsteady(graph: fx.Graph, content: set[fx.Node], positions: Positions) -> li
 
 
 def is_bias(node: fx.Node, user: fx.Node, content: set[fx.Node]) -> bool:
-    """Whether a float value with columns is added to scores that a softmax over the columns follows."""
+    """Whether a float value with columns is added to the scores of an attention."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2 or user not in content:
         return False
-    x, name = bind(user), op_name(user)
-    if isinstance(value.shape[-1], int):
-        return False
-    if name == SDPA:
-        return x["attn_mask"] is node
-    added = name == "aten::add" and x["alpha"] == 1 and sum(n in content for n in tensor_inputs(user)) == 1
-    return added and str(user.meta["val"].shape[-1]) == str(value.shape[-1]) and only_softmax(user)
-
-
-def only_softmax(node: fx.Node) -> bool:
-    """Whether a number added to each row of these scores changes nothing that follows."""
-    return bool(node.users) and all(carries(user, node) for user in node.users)
-
-
-def carries(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a user is a softmax over the last axis, or passes a row's shift on to one."""
-    name, x = op_name(user), bind(user)
-    if name in SOFTMAX:
-        return x["self"] is node and x["dim"] in (-1, node.meta["val"].dim() - 1)
-    if name in ("aten::add", "aten::sub"):
-        passed = (x["self"] is node and x["other"] is not node) or (name == "aten::add" and x["other"] is node)
-    elif name in ("aten::mul", "aten::div"):
-        passed = x["self"] is node and not isinstance(x["other"], fx.Node)
-    elif name in ("aten::masked_fill", "aten::where"):
-        scores, low = (x["self"], x["value"]) if name == "aten::masked_fill" else (x["self"], x["other"])
-        passed = scores is node and hides(low)
-    else:
-        passed = name in LAYOUT
-    same = isinstance(user.meta["val"], Tensor) and str(user.meta["val"].shape[-1]) == str(node.meta["val"].shape[-1])
-    return passed and same and only_softmax(user)
-
-
-def hides(low: object) -> bool:
-    """Whether a fill value is so low that no shift brings it back."""
-    if isinstance(low, fx.Node) and op_name(low) in ("aten::full", "aten::scalar_tensor"):
-        low = low.args[1 if op_name(low) == "aten::full" else 0]
-    return isinstance(low, (int, float)) and low <= -100 * HIDES
+    return op_name(user) == "aten::scaled_dot_product_attention" and bind(user)["attn_mask"] is node
 
 
 def first(bias: Tensor) -> Tensor:

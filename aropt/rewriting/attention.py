@@ -259,8 +259,8 @@ def matches(graph: Graph, weights: dict[str, Tensor], capacity: int) -> list[Mat
                 found.append(match(node, probe, known))
             except NotThis as reason:
                 raise NotThis(what=f"{node.meta.get('where') or node.name}: {reason.what}", where=node.name) from None
-        elif node.target in (aten._softmax.default, aten.softmax.int):
-            raise NotThis(what=f"{node.meta.get('where') or node.name}: attention that is written out", where=node.name)
+        elif node.target is ops.load("attention").overload:
+            raise NotThis(what=f"{node.meta.get('where') or node.name}: a soft-cap, sinks or a memory", where=node.name)
     return found
 
 

@@ -262,9 +262,10 @@ class Convolved(Shifted):
 
 
 CACHED = [
-    Attention, Filled, Given, Buffered, Alibi, AlibiFromTheEnd, AlibiFilled, Bucketed, Continuous, Gathered, Talking,
-    TalkingByProduct, Memory, MemoryAfter, MemoryGiven, Shared, SharedLate, SharedBroadcast,
+    Attention, Filled, Given, Buffered, Alibi, AlibiFromTheEnd, AlibiFilled, Bucketed, Continuous, Gathered, Memory,
+    MemoryAfter, MemoryGiven, Shared, SharedLate, SharedBroadcast,
 ]  # fmt: skip
+TALKING = [Talking, TalkingByProduct, Leaking]
 SHIFTS = [Shifted, Rolled, Joined, Convolved]
 
 

@@ -277,6 +277,13 @@ REFUSED: dict[str, dict[str, Step]] = {
     "positions from the end": attention(lambda m, q, k, v: attend(
         m, q * torch.arange(q.shape[2]).flip(0)[:, None], k, v)),
     "scale by total length": attention(log_total),
+    "softmax by hand": attention(written(
+        lambda s, sees: normalized(torch.exp(bias(s, sees) - bias(s, sees).amax(-1, True))))),
+    "sigmoid attention": attention(written(lambda s, sees: torch.sigmoid(bias(s, sees)))),
+    "linear attention": attention(written(lambda s, sees: s * sees)),
+    "talking heads before softmax": attention(written(lambda s, sees: torch.softmax(bias(talk(s), sees), -1))),
+    "mask on probabilities too": attention(written(
+        lambda s, sees: normalized(torch.softmax(bias(s, sees), -1) * sees))),
 }  # fmt: skip
 
 EXACT: dict[str, dict[str, Step]] = {
@@ -314,13 +321,6 @@ EXACT: dict[str, dict[str, Step]] = {
         lambda s, sees: torch.softmax(bias(s.masked_fill(~window(sees.shape[0]), LOW), sees), -1))),
     "soft-cap": attention(written(lambda s, sees: torch.softmax(bias(5 * torch.tanh(s / 5), sees), -1))),
     "sinks": attention(written(sinks)),
-    "softmax by hand": attention(written(
-        lambda s, sees: normalized(torch.exp(bias(s, sees) - bias(s, sees).amax(-1, True))))),
-    "sigmoid attention": attention(written(lambda s, sees: torch.sigmoid(bias(s, sees)))),
-    "linear attention": attention(written(lambda s, sees: s * sees)),
-    "talking heads before softmax": attention(written(lambda s, sees: torch.softmax(bias(talk(s), sees), -1))),
-    "mask on probabilities too": attention(written(
-        lambda s, sees: normalized(torch.softmax(bias(s, sees), -1) * sees))),
     "flattened heads": attention(flat_heads),
     "rotary": attention(lambda m, q, k, v: attend(m, rope(q), rope(k), v)),
     "rotary scaled": attention(lambda m, q, k, v: attend(m, rope(q, 4.0), rope(k, 4.0), v)),
