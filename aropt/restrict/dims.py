@@ -1,7 +1,8 @@
 """What each axis of a value means: a product of named factors, and what becomes of these under a reshape.
 
 The kinds of factors are "b" batch, "r" rows, "c" columns (all slots: the last axis of masks), "." free (of `size`
-elements), and "?" (of the sequence's length, nothing says which). An axis of size 1 has no factors. `check` compares the sizes that a rule implies with those of the captured graph.
+elements), and "?" (of the sequence's length, nothing says which). An axis of size 1 has no factors. `check` compares
+the sizes that a rule implies with those of the captured graph.
 """
 
 from __future__ import annotations

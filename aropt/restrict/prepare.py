@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from aropt.ir.edit import copied
 from aropt.ir.program import Graph
 from aropt.ir.torch_compat import propagate
 from aropt.restrict.memory import memories, part
-from aropt.restrict.normalize import copied
 from aropt.restrict.positions import Positions, content_nodes
 from aropt.restrict.shift import replace, unsteady
 
@@ -30,8 +29,5 @@ def prepared(
         replace(traced, user, bias, take)
     for node, keys, values in memories(traced, content, positions):
         part(traced, node, keys, values)
-    for node in traced.nodes:
-        if node.target is torch.ops.aten.view.default:  # strides change
-            node.target = torch.ops.aten.reshape.default
     traced.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return traced, propagate(traced, graph.inputs, weights)

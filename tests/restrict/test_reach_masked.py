@@ -44,7 +44,7 @@ def rewritten(module: nn.Module) -> Restricted:
     """The forward for chosen rows, attention as one op where it can be."""
     load_all()
     graph, weights = capture_model(module, VOCAB, CAPACITY)
-    graph, _ = normalize_attention(graph, weights)
+    graph, _ = normalize_attention(graph, weights, CAPACITY)
     found = restrict(graph, weights, CAPACITY, canvas=True, never=counted(graph))
     found.constants.update(weights)
     return found
