@@ -30,7 +30,7 @@ from aropt.restrict.dims import (
     without,
 )
 from aropt.restrict.info import Hide, Info
-from aropt.restrict.mixers import NotCausal, mixed, mixer_of
+from aropt.restrict.mixers import NotCausal, mixed, mixer_of, weighted
 from aropt.restrict.moves import moved
 from aropt.restrict.normalize import WHY
 from aropt.restrict.positions import HINT, Positions, content_nodes, is_number, refusal
@@ -102,7 +102,7 @@ class Analysis:
             return Info(source.axes[which])
         self.check_numbers(node, name)
         mixer = mixer_of(node)
-        info = mixed(self, node, mixer) if mixer else None
+        info = mixed(self, node, mixer) if mixer else weighted(self, node)
         if info is None and self.canvas and (found := moved(node, self.info)) is not None:
             return Info(
                 found[0], role="moved", ahead=found[1]

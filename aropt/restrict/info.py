@@ -23,7 +23,7 @@ class Info:
     """Facts about a content node."""
 
     axes: Any  # Axes, or a list of them for an op with several results
-    role: str = "row"  # row | mixer | moved
+    role: str = "row"  # row | mixer | score | mix | moved
     ahead: int = 0  # how many rows ahead it sees, where it is moved
     operands: dict[fx.Node, Axes] = field(default_factory=dict)  # meaning of each position operand's axes
     hides: dict[fx.Node, Hide] = field(default_factory=dict)  # masks that hide entries; queries where there is none

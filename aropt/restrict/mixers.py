@@ -17,11 +17,12 @@ from aropt.ir import ops
 from aropt.ir.calls import bind, op_name, tensor_inputs
 from aropt.ir.opdef import Mixer
 from aropt.ir.program import Spec, StateSpec
-from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, find, fixed, free, from_sizes, has
+from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, broadcast, find, fixed, free, from_sizes, has
 from aropt.restrict.info import Hide, Info
 from aropt.restrict.positions import HIDES, LIMIT, Positions, hides_future
 
 UNDERFLOW = 104.0  # exp(-104) is exactly 0 in fp32
+PRODUCTS = {"aten::matmul", "aten::bmm"}
 SDPA = "aten::scaled_dot_product_attention"
 MIXERS = {
     SDPA: Mixer(rows={"query": -2}, slots={"key": -2, "value": -2}, mask="attn_mask", causal="is_causal"),
@@ -61,7 +62,11 @@ class Writes(Protocol):
 
     def full(self, node: fx.Node, name: str) -> fx.Node: ...
 
+    layers: int
+
     def next_layer(self) -> int: ...
+
+    def constant(self, source: fx.Node, value: Tensor, kind: str = "") -> fx.Node: ...
 
     def stored(self, name: str, state: StateSpec) -> fx.Node: ...
 
@@ -86,7 +91,8 @@ def mixed(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
 def written(made: Writes, node: fx.Node, info: Info) -> fx.Node:
     """The mixer's call for the rows at hand."""
     mixer = mixer_of(node)
-    assert mixer is not None
+    if mixer is None:
+        return write_weighted(made, node, info)
     return write_attended(made, node, mixer, info) if mixer.slots else write_carried(made, node, mixer, info)
 
 
@@ -199,6 +205,40 @@ def write_attended(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.
     return called(made, node, info, given)
 
 
+# --- by slots without a softmax: weights of a canvas that are made element by element (YOSO) -------------------------
+
+
+def weighted(analysis: Analysis, node: fx.Node) -> Info | None:
+    """The axes of scores q k^T, or of a sum of values by weights, on a canvas; None for any other product."""
+    if not analysis.canvas or op_name(node) not in PRODUCTS:
+        return None
+    first, second = tensor_inputs(node)
+    if first not in analysis.content or second not in analysis.content:
+        return None
+    left, right = analysis.info[first].axes, analysis.info[second].axes
+    if len(left) < 3 or len(left) != len(right):
+        return None
+    lead = broadcast([left[:-2], right[:-2]])
+    if left[-2] == ROW and right[-1] == ROW and not has(left[-1], "brc") and not has(right[-2], "brc"):
+        return Info((*lead, ROW, COLUMN), role="score")
+    if left[-1] == COLUMN and right[-2] == ROW and not has(right[-1], "brc"):
+        return Info((*lead, left[-2], right[-1]), role="mix", hides={node: analysis.nothing})
+    return None
+
+
+def write_weighted(made: Writes, node: fx.Node, info: Info) -> fx.Node:
+    """The product with the second operand over all slots; what is empty has no weight."""
+    first, second = tensor_inputs(node)
+    layer = made.next_layer() if info.role == "score" else made.layers - 1
+    whole = made.full(second, f"{'k' if info.role == 'score' else 'v'}_{layer}")
+    weights = made.new[first]
+    if node in info.hides:
+        seen = made.spread(made.visible(info.hides[node].entries), made.info[first].axes)
+        nothing = made.constant(first, torch.zeros((), dtype=first.meta["val"].dtype), "_empty")
+        weights = made.call(torch.ops.aten.where.self, seen, weights, nothing)
+    return made.call(node.target, weights, whole, like=node)
+
+
 # --- by state: recurrences -------------------------------------------------------------------------------------------
 
 
@@ -250,9 +290,11 @@ def called(made: Writes, node: fx.Node, info: Info, given: dict[str, Any]) -> fx
     x = bind(node)
     arguments = node.target._schema.arguments
     values = {a.name: given[a.name] if a.name in given else rows_of(made, node, info, x[a.name]) for a in arguments}
-    args = [values[a.name] for a in arguments if not a.kwarg_only]
+    by_place = [a for a in arguments if not a.kwarg_only]
+    while by_place and by_place[-1].has_default_value() and values[by_place[-1].name] == by_place[-1].default_value:
+        by_place.pop()
     options = {a.name: values[a.name] for a in arguments if a.kwarg_only and values[a.name] != a.default_value}
-    return made.call(node.target, *args, like=node, **options)
+    return made.call(node.target, *[values[a.name] for a in by_place], like=node, **options)
 
 
 def rows_of(made: Writes, node: fx.Node, info: Info, value: Any) -> Any:

@@ -187,7 +187,7 @@ class Restriction:
 
     def write(self, node: fx.Node) -> fx.Node:
         info = self.info[node]
-        if info.role == "mixer":
+        if info.role in ("mixer", "score", "mix"):
             return mixers.written(self, node, info)
         if info.role == "moved":
             self.seen = self.seen.maximum((torch.arange(len(self.seen)) + info.ahead).clamp(max=len(self.seen) - 1))
