@@ -297,9 +297,9 @@ def summary(report: Report) -> str:
 
 
 class Timed(BaseModel):
-    """The measurements of a report, or of a benchmark that made nothing else."""
+    """The measurements of a report, if there are any, or of a benchmark that made nothing else."""
 
-    bench: list[Measurement]
+    bench: list[Measurement] = []
     speedup: dict[str, Positive] = {}
 
 

@@ -419,6 +419,7 @@ def test_table() -> None:
     assert cells["a\\|b c", "prefill"][0] == "3 us"
     benchmark = {name: value[name] for name in ("env", "bench", "speedup", "notes")}
     assert report.table(benchmark) == report.table(value), "aropt bench has no more than this"
+    assert len(report.table({"notes": []}).splitlines()) == 2, "of a report from Python, which timed nothing"
 
 
 @pytest.mark.parametrize(
