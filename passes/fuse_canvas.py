@@ -6,7 +6,6 @@ recognised by what it computes (`aropt/rewriting/attention.py`); a graph with an
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,9 +19,9 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.scheme import scheme_of
 from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
-from aropt.passes.fuse_attention import features, table_weights
 from aropt.rewriting.attention import PLACES, Match, NotThis, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.fused import fuse, table_weights
 from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
@@ -81,32 +80,16 @@ def fused(graph: Graph, weights: dict[str, Tensor], capacity: int) -> Graph:
     weights |= {names[n]: value for n, value in made.items()}
     placed = {n.name: n for n in copy.fx.nodes if n.op == "placeholder"}
     for one in found:
-        replace_attention(copy.fx, one, placed, tables)
+        heads, _, scale, _, interleaved = one.numbers
+        places = (placed["slots"], placed["positions"], visible(copy.fx, one))
+        fuse(copy.fx, one, "canvas_attention", places, (heads, scale, interleaved), tables)
     return build(graph.name, copy.fx, graph.inputs, list(graph.outputs), weights)
 
 
-def replace_attention(graph: fx.Graph, one: Match, placed: dict[str, fx.Node], tables: dict[Any, list[str]]) -> None:
-    """One op for a match; what nobody reads any more is removed by `build`."""
+def visible(graph: fx.Graph, one: Match) -> fx.Node:
+    """The mask bool [B, R, S] that is the same for all heads."""
+    mask: Any = one.node.args[3]
+    if mask.target is aten.unsqueeze.default and mask.args[1] == 1:
+        return mask.args[0]  # type: ignore[no-any-return]
     with graph.inserting_before(one.result):
-        angles = [graph.get_attr(n) for n in tables[one.rotary]] if one.rotary else [None, None]
-        heads, _, scale, _, interleaved = one.numbers
-        width = heads * int(one.stored[0].meta["val"].shape[3])
-        batch = graph.call_function(aten.sym_size.int, (placed["ids"], 0))
-        packed = len(one.rows) == 1
-        rows: list[Any] = [one.rows[0].node, None, None] if packed else [
-            features(graph, source, width, batch) for source in one.rows
-        ]  # fmt: skip
-        caches = [n.args[0] for n in one.stored]
-        mask: Any = one.node.args[3]
-        flat = mask.args[0] if mask.target is aten.unsqueeze.default and mask.args[1] == 1 else None
-        mask = flat or graph.call_function(aten.select.int, (mask, 1, 0))
-        places = (placed["slots"], placed["positions"], mask)
-        op = ops.load("canvas_attention").overload
-        call = graph.call_function(op, (*rows, *caches, *places, *angles, heads, scale, interleaved))
-        call.meta = {"where": one.node.meta.get("where", "")}
-        out, *new = (graph.call_function(operator.getitem, (call, i)) for i in range(3))
-    out.meta = {k: v for k, v in one.result.meta.items() if k != "val"}
-    one.result.replace_all_uses_with(out)
-    for old, updated in zip(one.stored, new, strict=True):
-        for user in [u for u in old.users if u.op == "output"]:
-            user.replace_input_with(old, updated)
+        return graph.call_function(aten.select.int, (mask, 1, 0))
