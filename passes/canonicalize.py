@@ -3,7 +3,7 @@
 1. x * rsqrt(mean(x^2) + eps) [* weight]         ->  rms_norm           (the last axis)
 2. attention over heads repeated for each group  ->  grouped attention  (SDPA with enable_gqa; a smaller cache)
 
-3. attention written out as products and softmax  ->  SDPA  (`restrict/normalize.py`; soft-caps and sinks stay)
+3. attention written out as products and softmax  ->  SDPA  (`restrict/normalize.py`; or `aropt::attention`)
 
 Does not fire when the squared value and the scaled one differ, when the mean is over another axis, or when only one of
 keys and values is repeated.
