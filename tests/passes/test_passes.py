@@ -13,11 +13,12 @@ from torch.nn import functional as F
 import aropt
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.ir.control import calls, loops
+from aropt.ir.liveness import outputs_needed
 from aropt.ir.program import Program
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.fuse_sampler import FuseSampler
 from aropt.passes.kv_cache import KvCache
-from aropt.passes.prune import Prune, outputs_needed
+from aropt.passes.prune import Prune
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
