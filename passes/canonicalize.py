@@ -56,7 +56,7 @@ class Canonicalize:
         graph = program.graphs[name]
         if not self.attention or set(graph.inputs) - {"smoothed"} != {"ids"}:
             return graph, 0
-        return normalize_attention(graph, program.weights, int(program.meta["capacity"]), program.meta.get("never", ()))
+        return normalize_attention(graph, program.weights, program.meta["capacity"], program.meta.get("never", ()))
 
     def matches(self, graph: Graph) -> tuple[list[Any], list[Any]]:
         nodes = list(graph.fx.nodes)

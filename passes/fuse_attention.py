@@ -40,7 +40,7 @@ class FuseAttention:
         if step is None or not set(PLACES) <= set(step.inputs):
             return Skips("no cached step of a positions loop")
         try:
-            found = matches(step, program.weights, int(program.meta["capacity"]))
+            found = matches(step, program.weights, program.meta["capacity"])
         except NotThis as reason:
             return Skips(reason.what, ((reason.where or step.name, reason.what),))
         return Applies((f"{len(found)} attentions",)) if found else Skips("the step has no attention")
@@ -57,7 +57,7 @@ PASS = FuseAttention
 
 def fused(graph: Graph, program: Program, weights: dict[str, Tensor]) -> Graph:
     """The step for dense rows: where the last one goes, in the place of slots, positions and what each slot holds."""
-    found = matches(graph, weights, int(program.meta["capacity"]))
+    found = matches(graph, weights, program.meta["capacity"])
     tables = table_weights(found, weights)
     call = graph.fx.call_function
     ids = next(iter(graph.fx.nodes))

@@ -38,7 +38,7 @@ class FuseCanvas:
         found, rejected = [], []
         for graph in restricted(program):
             try:
-                count = len(matches(graph, program.weights, int(program.meta["capacity"])))
+                count = len(matches(graph, program.weights, program.meta["capacity"]))
                 found += [f"{graph.name}: {count} attentions"] if count else []
             except NotThis as reason:
                 rejected.append((reason.where or graph.name, reason.what))
@@ -50,7 +50,7 @@ class FuseCanvas:
         weights, graphs = dict(program.weights), dict(program.graphs)
         for graph in restricted(program):
             try:
-                graphs[graph.name] = fused(graph, weights, int(program.meta["capacity"]))
+                graphs[graph.name] = fused(graph, weights, program.meta["capacity"])
             except NotThis:
                 continue  # `plan` says why
         used = {w for g in graphs.values() for w in g.weights()}

@@ -58,7 +58,7 @@ def reason(program: Program, name: str) -> str:
     moved = [pair for pair in zip(processors, names, strict=True) if pair[0] != pair[1]]
     if moved:
         return f"fused_sample applies {moved[0][0]} before {moved[0][1]}"
-    function, inputs = rule(processors, int(program.meta["vocab"]), SAMPLED[name], window(program.meta))
+    function, inputs = rule(processors, program.meta["vocab"], SAMPLED[name], window(program.meta))
     own, graph = capture_function(name, function, inputs, ["token"]), program.graphs[name]
     same = own.inputs == graph.inputs and written(own.fx) == written(graph.fx)
     return "" if same else "it computes something else than aropt's own rules"

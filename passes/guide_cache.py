@@ -60,7 +60,7 @@ class GuideCache:
         step = renamed(found.graph, names, {**program.weights, **constants})
         step = replace(step, outputs={"guide_logits" if n == "logits" else n: s for n, s in step.outputs.items()})
         offered = {n: s for n, s in program.graphs["judge"].inputs.items() if n in OFFERED}
-        mask = int(program.meta["mask"])
+        mask = program.meta["mask"]
         parts = [guide_rows(mask, offered), agree(mask, bool(offered)), step]
         graphs = {**program.graphs, **{g.name: g for g in parts}}
         state = {PREFIX + n: sized(s) for n, s in found.state.items()}
@@ -91,7 +91,7 @@ def restricted(program: Program) -> Restricted:
     """The guide's forward for chosen rows, its constants under names of their own. Raises Unsupported."""
     guide = program.graphs["guide"]
     plain = replace(guide, outputs={"logits": guide.outputs["guide_logits"]})
-    return restrict(plain, program.weights, int(program.meta["capacity"]), canvas=True)
+    return restrict(plain, program.weights, program.meta["capacity"], canvas=True)
 
 
 def guide_rows(mask: int, offered: dict[str, Spec]) -> Graph:

@@ -99,9 +99,7 @@ class Int8Draft:
         sketch = self.bits.changed(step, self.bits.layers(step, weights)[0], weights, SKETCH)
         for node in sketch.fx.nodes:
             node.meta.pop("origin", None)  # nothing of the reference computes this
-        shape = Draft(
-            self.drafts, int(program.meta["vocab"]), "total" in step.inputs, window(program.meta), guided(program)
-        )
+        shape = Draft(self.drafts, program.meta["vocab"], "total" in step.inputs, window(program.meta), guided(program))
         made = {g.name: g for g in (verify, sketch, *from_model(shape, program.state["feed"].spec))}
         flag, counter = Spec(torch.bool), Spec(torch.int64)
         state = {

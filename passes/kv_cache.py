@@ -52,7 +52,7 @@ class KvCache:
 
     def restricted(self, program: Program, model: str) -> Restricted:
         """The forward for new rows. Raises Unsupported."""
-        capacity, never = int(program.meta["capacity"]), program.meta.get("never", ())
+        capacity, never = program.meta["capacity"], program.meta.get("never", ())
         return restrict(program.graphs[model], program.weights, capacity, self.rows, never=never)
 
     def run(self, program: Program) -> Program:

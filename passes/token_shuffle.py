@@ -18,7 +18,7 @@ from aropt.errors import Unsupported, UsageError
 from aropt.frontend.trace import capture_module
 from aropt.ir.calls import op_name
 from aropt.ir.edit import inline
-from aropt.ir.program import Graph, Program, Spec
+from aropt.ir.program import Graph, Meta, Program, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops.positions import autoregressive
 from aropt.loops.scheme import scheme_of
@@ -54,7 +54,7 @@ class TokenShuffle:
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         """Raises UsageError, Unsupported: skipping would hide from whoever asked for it that nothing was done."""
-        side, vocab = program.meta.get("side"), int(program.meta["vocab"])
+        side, vocab = program.meta.get("side"), program.meta["vocab"]
         if program.meta.get("unit"):
             return Skips(f"rows are windows of {program.meta['unit']} ids already")
         if not side or not scheme_of(program).forced:
@@ -99,7 +99,7 @@ class TokenShuffle:
         weights = dict(program.weights)
         weights |= {PLACES: first} | {k: v for _, found in made.values() for k, v in found.items()}
         graph = rewritten(model, {n: g for n, (g, _) in made.items()}, weights, unit)
-        new = {
+        new: Meta = {
             **meta, "unit": unit, "single": single, "window": self.window, "capacity": across**2,
             "needs_finetune": f"python -m aropt.models.train --from {meta['name']} --shuffle {self.window}",
         }  # fmt: skip

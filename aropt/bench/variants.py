@@ -17,7 +17,8 @@ from aropt.errors import UsageError
 from aropt.ir.units import flat, rows, rows_for
 from aropt.targets import find_target
 
-if TYPE_CHECKING:  # a spec is read without torch
+if TYPE_CHECKING:
+    from aropt.ir.program import Meta  # a spec is read without torch
     from aropt.pipeline.compiled import Compiled
 
 NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", *PEERS)
@@ -141,7 +142,7 @@ def one_call(made: Compiled, spec: Spec) -> Generate:
     return generate
 
 
-def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
+def model(spec: Spec) -> tuple[Any, Meta]:
     """The model that the command line names, as the artifact's program takes it, and that program's meta."""
     from aropt.frontend.sources import resolve
     from aropt.loops.scheme import scheme_in
@@ -155,7 +156,7 @@ def model(spec: Spec) -> tuple[Any, dict[str, Any]]:
     return source, meta
 
 
-def guided(spec: Spec, meta: dict[str, Any]) -> str | None:
+def guided(spec: Spec, meta: Meta) -> str | None:
     """The guide that the command line names. Raises UsageError where the artifact has one and none is named."""
     if meta.get("guide") and not spec.origin.guide:
         raise UsageError(what="the artifact's canvas has a guide, and none is named", hint="--guide MODEL")

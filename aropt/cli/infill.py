@@ -25,7 +25,7 @@ def answers(texts: Sequence[str], n: int | None, program: Program, encode: Encod
             why="it generates one token after the other",
             hint="leave it out, or optimize a model that unmasks",
         )
-    mask, found = int(program.meta["mask"]), []
+    mask, found = program.meta["mask"], []
     for text in texts:
         ids, at = list[int](), 0
         for blank in BLANK.finditer(text):

@@ -97,7 +97,7 @@ def run_images(
     most = min(room(program, p) for p in ids)
     tokens = made.generate(ids, most, **{"temperature": 0.8, **options})
     drawn = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
-    pictures.write(pictures.grid(drawn, columns, int(program.meta["vocab"])), path, force)
+    pictures.write(pictures.grid(drawn, columns, program.meta["vocab"]), path, force)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}
 
 

@@ -89,9 +89,9 @@ def header(program: Program) -> Iterator[str]:
         yield f"  state %{name}: {state.kind} {spec_text(state.spec)}{axis}{init}"
     for name in program.outputs:
         yield f"  output %{name}"
-    for key in META:
-        if key in program.meta:
-            yield f"  meta {key} = {json.dumps(program.meta[key], sort_keys=True)}"
+    known = dict(program.meta)
+    for key in (key for key in META if key in known):
+        yield f"  meta {key} = {json.dumps(known[key], sort_keys=True)}"
     for entry in program.ledger:
         options = "".join(f" {key}={json.dumps(value, sort_keys=True)}" for key, value in sorted(entry.options.items()))
         yield f"  ledger {entry.name} {entry.level}{options}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, fx
@@ -146,6 +146,44 @@ class Entry:
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
+class Meta(TypedDict, total=False):
+    """What is known of a program's model and options; `limits.check_meta` checks what is read from a file."""
+
+    name: str
+    source: str  # where the model came from: a directory, a file, a reference model
+    modality: Literal["image", "text", "tokens"]
+    vocab: int  # of the logits
+    input_vocab: int  # of the ids that are read, if more
+    capacity: int  # positions of a sequence
+    limit: str  # why the capacity is less than the model states
+    batch: int  # the largest that an exported program takes
+    rules: list[str]  # of sampling
+    prompts: list[list[int]]  # examples, which a model of text or of ids has
+    examples: list[Any]
+    heldout: dict[str, Any]  # what the model was measured on
+    defaults: dict[str, Any]  # parameters of generation, as the model states them
+    eos: list[int]
+    bos: int
+    never: list[int]  # ids that no text holds
+    mask: int  # the id of an empty row
+    null: int  # the id of no condition
+    loop: str
+    block: int
+    single: int
+    shift: bool
+    unit: int
+    side: int
+    window: int
+    ragged: bool
+    masks: list[str]
+    guide: str
+    guidance_free: bool
+    eliminated: bool
+    needs_finetune: str  # the command that does it
+    target: str
+    left_out: list[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A whole generation. `outputs` are the values that it returns; `meta` is JSON-able (modality, capacity, ...)."""
@@ -157,7 +195,7 @@ class Program:
     control: Control
     outputs: tuple[str, ...]
     weights: dict[str, Tensor]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta = field(default_factory=Meta)
     ledger: tuple[Entry, ...] = ()
 
     def replace(self, **changes: Any) -> Program:

@@ -81,7 +81,7 @@ def check(
     fill: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Raises UsageError for prompts, lengths or parameters that the program can't take. `room`: the most new tokens."""
-    capacity = int(program.meta["capacity"])
+    capacity = program.meta["capacity"]
     least = scheme_of(program).least
     if least > n >= 0:
         raise UsageError(what=f"can't generate {n} tokens", hint=f"give a number of new tokens of {least} or more")

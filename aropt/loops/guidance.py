@@ -78,7 +78,7 @@ def straight(body: Control) -> bool:
 
 def alone(program: Program) -> dict[str, Graph]:
     """The graphs of a round that read or write both branches, for the conditional one alone."""
-    vocab, names = int(program.meta["vocab"]), tuple(r for r in program.meta["rules"] if r not in GUIDED)
+    vocab, names = program.meta["vocab"], tuple(r for r in program.meta["rules"] if r not in GUIDED)
     spec = program.graphs["last"].inputs["logits"]
     found = {"append": trim(program.graphs["append"], {TOKENS}, {}), "last": last(spec)}
     never = program.meta.get("never", ())

@@ -14,7 +14,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.control import Call, Control, If, Loop, Seq, loops
 from aropt.ir.executor import Values
-from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
+from aropt.ir.program import Graph, Input, Meta, Program, Spec, StateSpec
 from aropt.ir.units import ids_of, rows, rows_for, window
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters
@@ -27,9 +27,7 @@ SCALAR = Spec(I64)
 ROWS = Spec(I64, ("B",))
 
 
-def autoregressive(
-    model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: tuple[str, ...] = DEFAULT
-) -> Program:
+def autoregressive(model: Graph, weights: dict[str, Tensor], meta: Meta, rules: tuple[str, ...] = DEFAULT) -> Program:
     """The plain loop: the whole forward over all tokens so far, the rule on the last row, append, until done.
 
     `meta` holds vocab and capacity. Greedy and sampled generation are two loops behind an `If` on the input `greedy`.
@@ -236,7 +234,7 @@ class Positions(Scheme):
             )
 
     def build(
-        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+        self, model: Graph, weights: dict[str, Tensor], meta: Meta, rules: Sequence[str] | None, guide: Any
     ) -> Program:
         program = autoregressive(model, weights, meta, followed_rules(meta) if rules is None else tuple(rules))
         program = program.replace(meta=program.meta | unfollowed(program.meta, program.inputs))
@@ -276,7 +274,7 @@ class Positions(Scheme):
         if not rounds:
             return []
         new = torch.stack([one.decided for one in rounds])
-        right = ((new >= 0) & (new < int(program.meta["vocab"]))).reshape(len(new), -1).all(1)[:-1]
+        right = ((new >= 0) & (new < program.meta["vocab"])).reshape(len(new), -1).all(1)[:-1]
         new = new[: int(right.cumprod(0).sum())]  # the last row is not read, nor is what comes after no id
         return [torch.cat([inputs[n][0], new]) for n in ("prompt", "negative") if n in inputs]
 
@@ -306,7 +304,7 @@ class Positions(Scheme):
         return f"new token {ids_of(program.meta, number) + sum(at)}"
 
     def guard(self, program: Program) -> Guard:
-        capacity, ragged = int(program.meta["capacity"]), program.meta.get("ragged", True)
+        capacity, ragged = program.meta["capacity"], program.meta.get("ragged", True)
 
         def check(prompt: Tensor, lengths: Tensor, limit: Tensor, seed: Tensor, finished: Tensor) -> tuple[Tensor, ...]:
             long = torch.zeros((), dtype=I64) + prompt.shape[1] + (limit - 1).clamp(min=0) > capacity

@@ -96,7 +96,7 @@ def generate(
     prompts, seed, stop = (
         id_lists(prompts, "prompt"),
         integer(seed, "seed"),
-        id_list(stop, "stop", int(program.meta["vocab"])),
+        id_list(stop, "stop", program.meta["vocab"]),
     )
     n = default_tokens(program, prompts) if n is None else integer(n, "n")
     negative = None if negative is None else id_lists(negative, "negative")
@@ -164,12 +164,12 @@ def host_threads(count: int | None) -> Iterator[None]:
 def slots(program: Program, inputs: Values) -> int:
     """Cache slots for a generation: what it needs, rounded up so that few shapes occur."""
     needed = scheme_of(program).rows(inputs)
-    return min(-(-needed // 64) * 64, max(needed, int(program.meta["capacity"])))
+    return min(-(-needed // 64) * 64, max(needed, program.meta["capacity"]))
 
 
 def room(program: Program, prompt: Sequence[int]) -> int:
     """The most new tokens after a prompt."""
-    left = int(program.meta["capacity"]) - len(rows(program.meta, prompt)) + scheme_of(program).unread
+    left = program.meta["capacity"] - len(rows(program.meta, prompt)) + scheme_of(program).unread
     return ids_of(program.meta, left)
 
 
@@ -182,7 +182,7 @@ def default_tokens(program: Program, prompts: Sequence[Sequence[int]]) -> int:
 def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
     """An example prompt, cut to half the capacity where no new token would fit after all of it."""
     ids = [int(t) for t in prompt]
-    return ids if room(program, ids) > 0 else ids[: max(1, int(program.meta["capacity"]) // 2)]
+    return ids if room(program, ids) > 0 else ids[: max(1, program.meta["capacity"] // 2)]
 
 
 def workload(program: Program, count: int, tokens: int) -> tuple[list[list[int]], int]:

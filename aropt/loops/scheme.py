@@ -19,7 +19,7 @@ from torch import Tensor
 from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
-from aropt.ir.program import Graph, Program
+from aropt.ir.program import Graph, Meta, Program
 from aropt.loops.guards import Guard
 
 MODULES = {"positions": "aropt.loops.positions", "unmask": "aropt.loops.unmask.scheme"}  # each has a SCHEME
@@ -99,7 +99,7 @@ class Scheme:
         """Raises UsageError for rules, or a guide, that the loop can't have."""
 
     def build(
-        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+        self, model: Graph, weights: dict[str, Tensor], meta: Meta, rules: Sequence[str] | None, guide: Any
     ) -> Program:
         """The plain program of a captured forward."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from aropt.frontend.compute import owned
 from aropt.frontend.facts import Source, facts
 from aropt.frontend.sources import resolve
 from aropt.ir.executor import Executor
-from aropt.ir.program import Program
+from aropt.ir.program import Meta, Program
 from aropt.loops.given import integer
 from aropt.loops.scheme import scheme, scheme_for
 from aropt.loops.unmask.ar_verifier import Guide
@@ -72,7 +72,7 @@ def capture(
     chosen.check_rules(rules, guide is not None)
     graph, weights = source.captured()
     source.meta |= excluded.facts(graph, source.meta)
-    return chosen.build(graph, weights, source.meta, rules, guided(guide, source, trust_remote_code))
+    return chosen.build(graph, weights, cast(Meta, source.meta), rules, guided(guide, source, trust_remote_code))
 
 
 def given(model: nn.Module, capacity: int | None) -> Source:

@@ -24,7 +24,7 @@ def step_bytes(program: Program, stored: int | None = None) -> int:
     is read, and activations of a forward over all rows, one read and one write of each value. Rounds with drafts are
     left aside: how many ids they give is not known from here.
     """
-    rows = stored or max(1, int(program.meta["capacity"]) // 2)
+    rows = stored or max(1, program.meta["capacity"] // 2)
     body = (decoding(program.control) or loops(program.control))[0].body
     while isinstance(body, If):  # a guided round, where others run less
         body = body.then

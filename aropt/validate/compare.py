@@ -45,7 +45,7 @@ def validate(
     """
     oracle = reference if isinstance(reference, Oracle) else Oracle(reference)
     executor, verdict = executor or Eager(candidate), Verdict()
-    given, vocab = whole(oracle.requests, candidate) if chosen is None else chosen, int(oracle.program.meta["vocab"])
+    given, vocab = whole(oracle.requests, candidate) if chosen is None else chosen, oracle.program.meta["vocab"]
     for case in with_stops(given, verdict, oracle.answers, vocab):
         progress(case.name)
         outcome = compare(oracle, candidate, executor, case)

@@ -164,7 +164,7 @@ def sequence(oracle: Oracle, inputs: Values, rounds: Sequence[Round]) -> list[tu
     Raises Mismatch where the exact program can't follow.
     """
     scheme, program, found = scheme_of(oracle.program), oracle.program, []
-    hidden = torch.zeros(int(program.meta["vocab"]), dtype=torch.bool)
+    hidden = torch.zeros(program.meta["vocab"], dtype=torch.bool)
     hidden[list(scheme.hidden(program.meta))] = True
     reply = answer(oracle, inputs, rounds)
     if reply.problem:

@@ -122,7 +122,7 @@ class Oracle:
     def fits(self, rows: Sequence[Tensor]) -> bool:
         """Whether there is room for the logits of one call for all of these ids."""
         longest = max(map(len, rows), default=0)
-        return sum(longest * ids[0].numel() for ids in rows) * int(self.program.meta["vocab"]) <= AT_ONCE
+        return sum(longest * ids[0].numel() for ids in rows) * self.program.meta["vocab"] <= AT_ONCE
 
     def at_once(self, size: int) -> int:
         """How many logits of that size there is room for, one at least."""

@@ -22,7 +22,7 @@ def measure(program: Program, executor: Executor | None = None) -> tuple[float, 
 
     `executor` runs the program (default: eagerly). Raises UsageError for examples that the program can't take.
     """
-    examples, mask = checked(program), int(program.meta["mask"])
+    examples, mask = checked(program), program.meta["mask"]
     right = total = 0
     for n in sorted({len(e["answer"]) for e in examples}):
         alike = [e for e in examples if len(e["answer"]) == n]

@@ -287,7 +287,7 @@ def none(program: Program, rounds: Sequence[Round]) -> str:
     numbers = [n for n, one in enumerate(rounds) if one.ids and not one.before.numel()]
     found = torch.cat([torch.zeros(0, dtype=torch.int64), *(rounds[n].decided.flatten() for n in numbers)])
     late = (found >= 0).flip(0).cumsum(0).flip(0) > 0  # an id is there, or comes
-    wrong = (found < torch.where(late, 0, -1)) | (found >= int(program.meta["vocab"]))
+    wrong = (found < torch.where(late, 0, -1)) | (found >= program.meta["vocab"])
     if not bool(wrong.any()):
         return ""
     first = int(wrong.nonzero()[0])

@@ -123,7 +123,7 @@ class Requests:
     ) -> None:
         self.program, self.seed, self.chance = program, seed, random.Random(seed)
         self.thorough = thorough
-        self.capacity = min(int(program.meta["capacity"]), LONGEST)
+        self.capacity = min(program.meta["capacity"], LONGEST)
         self.levels = {n: {k: r for k, r in v.items() if k in only.get(n, v)} for n, v in self.factors().items()}
         self.used: dict[tuple[str, str], int] = {}
         self.one: Requests | None = None
@@ -277,7 +277,7 @@ class Requests:
     def values(self, params: dict[str, float]) -> dict[str, Value]:
         """Parameters as the program takes them."""
         found: dict[str, Value] = {}
-        vocab = int(self.program.meta["vocab"])
+        vocab = self.program.meta["vocab"]
         for name, value in params.items():
             integer = not self.program.inputs[name].spec.dtype.is_floating_point
             found[name] = int(min(value, vocab) if name == "top_k" else value) if integer else float(value)

@@ -59,7 +59,7 @@ BESIDE: dict[tuple[str, str], Row] = {
 
 def levels(program: Program) -> Levels:
     """The factors of a program and their levels."""
-    capacity, vocab = min(int(program.meta["capacity"]), LONGEST), int(program.meta["vocab"])
+    capacity, vocab = min(program.meta["capacity"], LONGEST), program.meta["vocab"]
     found = {
         "sequences": SEQUENCES, "length": lengths(capacity), "padding": PADDING, "new": NEW, "text": TEXT,
         "stop": STOP, "seed": SEED, "streams": STREAMS,

@@ -26,7 +26,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control
 from aropt.ir.control import calls as every
 from aropt.ir.edit import call_by_name, inline
-from aropt.ir.program import Graph, Input, Spec
+from aropt.ir.program import Graph, Input, Meta, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops.unmask.blocks import current_block
 
@@ -149,9 +149,9 @@ def renamed(graph: Graph, names: Mapping[str, str], weights: Mapping[str, Tensor
     return build("guide", copy, graph.inputs, list(graph.outputs), weights)
 
 
-def check(guide: Guide, meta: dict[str, object]) -> None:
+def check(guide: Guide, meta: Meta) -> None:
     """Raises UsageError unless the guide reads the ids that the canvas model writes, and as many."""
-    vocab, capacity = int(str(meta["vocab"])), int(str(meta["capacity"]))
+    vocab, capacity = meta["vocab"], meta["capacity"]
     if guide.vocab != vocab:
         raise UsageError(
             what=f"the guide has a vocabulary of {guide.vocab} ids, the model one of {vocab}",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.control import If, Loop, Seq
 from aropt.ir.edit import call_by_name
-from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
+from aropt.ir.program import Graph, Input, Meta, Program, Spec, StateSpec
 from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
 from aropt.loops.unmask import ar_verifier as guides
 from aropt.loops.unmask import smoothing as smooth
@@ -35,7 +34,7 @@ HELD = Spec(F32, ("B", "T"))
 def unmasking(
     model: Graph,
     weights: dict[str, Tensor],
-    meta: dict[str, Any],
+    meta: Meta,
     rules: tuple[str, ...] = (),
     guide: guides.Guide | None = None,
 ) -> Program:

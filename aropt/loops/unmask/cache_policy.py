@@ -110,7 +110,7 @@ def restricted(program: Program) -> Restricted:
     """The program's forward for chosen rows. Raises Unsupported."""
     model = full_forward(program)
     assert model is not None
-    capacity, never = int(program.meta["capacity"]), program.meta.get("never", ())
+    capacity, never = program.meta["capacity"], program.meta.get("never", ())
     return restrict(program.graphs[model.graph], program.weights, capacity, canvas=True, never=never)
 
 
@@ -120,7 +120,7 @@ def cached(program: Program, policy: Policy) -> Program:
     assert model is not None
     shift = bool(program.meta.get("shift"))
     again = "remask" in program.meta.get("rules", ())
-    parts = [rows(policy, int(program.meta["mask"]), shift, again), place(shift), replace(found.graph, name="step")]
+    parts = [rows(policy, program.meta["mask"], shift, again), place(shift), replace(found.graph, name="step")]
     dropped = {model.graph, "every_row", "align"}
     graphs = {n: g for n, g in program.graphs.items() if n not in dropped} | {g.name: g for g in parts}
     moved = {*dropped, "blend"}

@@ -42,7 +42,7 @@ class Canvases(Requests):
     short, most = SHORT, WHOLE
 
     def factors(self) -> Levels:
-        self.mask, self.own = int(self.program.meta["mask"]), int(self.program.meta.get("block") or 0)
+        self.mask, self.own = self.program.meta["mask"], int(self.program.meta.get("block") or 0)
         found = {
             "sequences": SEQUENCES,
             "length": self.lengths(),
@@ -84,7 +84,7 @@ class Canvases(Requests):
 
     def usual(self) -> dict[str, float]:
         """Values of the rule's parameters with which rounds differ."""
-        vocab = int(self.program.meta["vocab"])
+        vocab = self.program.meta["vocab"]
         known = {"threshold": 0.05, "guide_k": vocab // 2, "guide_share": 0.1, "guide_threshold": 0.5 / vocab}
         known |= {"guide_weight": 0.5, "guide_margin": 0.1}
         params = {n: i for n, i in self.program.inputs.items() if n not in {*RESERVED, "block", "steps", "temperature"}}

@@ -11,7 +11,7 @@ from torch import Tensor
 from aropt.errors import UsageError
 from aropt.ir.control import Loop
 from aropt.ir.executor import Values
-from aropt.ir.program import Graph, Program
+from aropt.ir.program import Graph, Meta, Program
 from aropt.loops.guards import FOREVER, I64, Guard, apart, first, outside
 from aropt.loops.runtime import padded
 from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
@@ -45,7 +45,7 @@ class Unmask(Scheme):
         chosen(tuple(rules or ()))
 
     def build(
-        self, model: Graph, weights: dict[str, Tensor], meta: dict[str, Any], rules: Sequence[str] | None, guide: Any
+        self, model: Graph, weights: dict[str, Tensor], meta: Meta, rules: Sequence[str] | None, guide: Any
     ) -> Program:
         return unmasking(model, weights, meta, tuple(rules or ()), guide)
 
@@ -62,15 +62,16 @@ class Unmask(Scheme):
 
     def guard(self, program: Program) -> Guard:
         """Canvases begin nowhere if nothing may be generated."""
-        capacity, ragged, own = (program.meta.get(k) for k in ("capacity", "ragged", "block"))
+        meta = program.meta
+        capacity, ragged, own = meta["capacity"], meta.get("ragged"), meta.get("block")
 
         def check(canvas: Tensor, block: Tensor, seed: Tensor, finished: Tensor, **rows: Tensor) -> tuple[Tensor, ...]:
             lengths, answers, width = rows["lengths"], rows["answers"], torch.zeros((), dtype=I64) + canvas.shape[1]
             wrong = ((answers < 1) | (answers >= lengths) | (lengths > width)).any()
             blocks = block < 1
             if own:
-                blocks = blocks | (block != int(own)) | (rows["origin"] != 0).any()
-            status = first([width > int(capacity or 0), wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
+                blocks = blocks | (block != own) | (rows["origin"] != 0).any()
+            status = first([width > capacity, wrong, outside(seed), *apart(lengths, canvas, ragged), blocks])
             return status, finished | (status != 0), torch.where(status != 0, FOREVER, answers)
 
         reads = ["canvas", "block", "seed", "finished", "lengths", "answers", "origin"]
@@ -144,7 +145,7 @@ class Unmask(Scheme):
 
 def numbers(program: Program) -> tuple[int, int]:
     """The mask id, and how many rows before it a row predicts an id."""
-    return int(program.meta["mask"]), int(program.meta.get("shift") or 0)
+    return program.meta["mask"], int(program.meta.get("shift") or 0)
 
 
 def canvas_inputs(
@@ -158,7 +159,7 @@ def canvas_inputs(
 
     A model with blocks of its own has them counted from the first id, others from the first id of the answer.
     """
-    mask, own = int(program.meta["mask"]), int(program.meta.get("block") or 0)
+    mask, own = program.meta["mask"], int(program.meta.get("block") or 0)
     fill = [[mask] * n] * len(prompts) if fill is None else fill
     for i, prompt in enumerate(prompts):
         if mask in prompt:

@@ -37,7 +37,7 @@ def spare(program: Program, call: Call, values: Values) -> int:
     states = [(value, program.state[value]) for value in call.reads.values() if value in program.state]
     slots = [values[value].shape[state.axis] for value, state in states if state.axis is not None]
     needed = values["prompt"].shape[1] + int(values["limit"]) if "prompt" in values else 0
-    return min([*slots, int(program.meta["capacity"])]) - needed if needed else 0
+    return min([*slots, program.meta["capacity"]]) - needed if needed else 0
 
 
 def eligible(program: Program) -> dict[str, Loop]:
@@ -97,7 +97,7 @@ def build(program: Program, stepping: Planned) -> dict[str, Path]:
 def compare(program: Program, stepping: Executor, several: Executor) -> dict[str, Any]:
     """Whether two executors generate the same. Raises VerificationFailed if a token differs."""
     verdict, tokens = Verdict(), 0
-    for case in with_stops([*lengths(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
+    for case in with_stops([*lengths(program), *cases(program)], verdict, {}, program.meta["vocab"]):
         want, got = (generated(program, executor, case) for executor in (stepping, several))
         tokens += sum(map(len, want))
         verdict.outcomes.append(Outcome(case, generated=want))

@@ -104,7 +104,7 @@ def compare(path: Path, program: Program, executor: Executor | None = None, home
     from aropt.validate.stops import with_stops
 
     made, verdict = session(path), Verdict()
-    for case in with_stops([*chunked(program), *cases(program)], verdict, {}, int(program.meta["vocab"])):
+    for case in with_stops([*chunked(program), *cases(program)], verdict, {}, program.meta["vocab"]):
         prompts = [list(p) for p in case.prompts]
         want = runtime.generate(program, prompts, case.n, executor=executor, home=home, plain=True, **case.options())
         verdict.outcomes.append(Outcome(case, tokens=sum(map(len, want)), generated=want))
@@ -143,7 +143,7 @@ def joined(rows: list[list[int]]) -> list[int]:
 
 def example(program: Program) -> list[list[int]]:
     """The rows of a prompt of more than one, so that others can be shorter, where the capacity allows it."""
-    known, capacity = (int(program.meta.get(k, program.meta["vocab"])) for k in ("input_vocab", "capacity"))
+    known, capacity = program.meta.get("input_vocab", program.meta["vocab"]), program.meta["capacity"]
     start = [int(t) for t in program.meta["prompts"][0]] if program.meta.get("prompts") else [1 % known]
     taken = {start[0], program.meta.get("mask"), *program.meta.get("never", ())}
     more = [t for t in range(min(known, 5)) if t not in taken]
