@@ -101,7 +101,7 @@ def measured(args: argparse.Namespace, target: str, folder: Path) -> dict[str, A
 def prepared(args: argparse.Namespace, variant: Variant, target: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     """What generates once, and how many forwards that takes."""
     import aropt
-    from aropt.loops.runtime import room
+    from aropt.loops.request import room
     from aropt.pipeline.registry import pipeline
 
     plain = aropt.capture(args.model + "-cca" * variant.free, rules=[variant.rule, "temperature"])

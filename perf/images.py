@@ -82,7 +82,7 @@ def main() -> None:
 def measured(work: str, runs: int, threads: int) -> dict[str, Any]:
     """All rows of a work: {rows: {name: {ms, least, most, n, rounds}}, ratios}."""
     from aropt.bench import timing as bench
-    from aropt.loops.runtime import room
+    from aropt.loops.request import room
     from aropt.pipeline.describe import environment
     from aropt.pipeline.reading import load
 

@@ -59,7 +59,7 @@ def built(model: str, out: Path, threads: int, **lossy: Any) -> Path:
 def measured(model: str, runs: int, threads: int) -> dict[str, Any]:
     """{rows: {variant: {ms, first, agreement, version}}, drift}."""
     from aropt.bench import timing as bench
-    from aropt.loops.runtime import fitted, room
+    from aropt.loops.request import fitted, room
     from aropt.pipeline.describe import environment
     from aropt.pipeline.reading import load
 

@@ -103,12 +103,13 @@ def whole_loop(artifact: Path, threads: int) -> dict[str, Any]:
     """The same of a round in one call: the loop's subgraph."""
     from aropt import load
     from aropt.exporters.whole_loop import export_program
+    from aropt.loops.request import Request
     from aropt.loops.runtime import make_inputs
 
     program = load(artifact).program
     prompt = [int(t) for t in program.meta["prompts"][0]][:1]
     rounds = min(SLOTS, int(program.meta["capacity"])) - 1
-    feeds = {n: v.numpy() for n, v in make_inputs(program, [prompt], rounds, 0, (), [0], None, {}).items()}
+    feeds = {n: v.numpy() for n, v in make_inputs(program, Request((tuple(prompt),), rounds)).items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         export_program(program, path, contrib=True)

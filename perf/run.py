@@ -74,7 +74,7 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     from aropt.bench import timing as bench
     from aropt.cli.optimize import Request, add_roofline, add_timings, optimize
     from aropt.ir.units import rows_for
-    from aropt.loops.runtime import fitted, room
+    from aropt.loops.request import fitted, room
     from aropt.pipeline.cost import step_bytes
     from aropt.pipeline.reading import load
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from aropt.loops.runtime import room
+from aropt.loops.request import room
 from aropt.pipeline.api import capture, optimize
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.compiled import Compiled

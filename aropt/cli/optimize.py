@@ -25,7 +25,8 @@ from aropt.ir.program import Program
 from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
 from aropt.loops.positions import decoding
-from aropt.loops.runtime import fitted, generate, room
+from aropt.loops.request import fitted, room
+from aropt.loops.runtime import generate
 from aropt.loops.scheme import scheme, scheme_for, scheme_of
 from aropt.loops.speculate import checks_drafts
 from aropt.models import REFERENCES

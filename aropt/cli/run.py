@@ -14,8 +14,8 @@ from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
 from aropt.ir.program import Program
 from aropt.ir.units import rows
-from aropt.loops.given import check_parameters
-from aropt.loops.runtime import fitted, room
+from aropt.loops.request import fitted, parse, room
+from aropt.loops.runtime import answer, blaming
 from aropt.pipeline import store
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manifest import listing
@@ -41,7 +41,6 @@ def run(
     """
     made, coder = load(out, target), tokenizer(out)
     program = made.program
-    check_parameters(program, params)
 
     def part(text: str) -> list[int]:
         """Ids of a part of a text."""
@@ -49,14 +48,13 @@ def run(
             return encode(text, program, None) if text.strip() else []
         return list(coder.encode(text, special=False)) if text else []
 
-    options: dict[str, Any] = {} if stop is None else {"stop": infill.stops(stop, part)}
+    options: dict[str, Any] = {"seed": seed} | ({} if stop is None else {"stop": infill.stops(stop, part)})
     if fill is not None:
         options["fill"] = infill.answers(fill, n, program, part)
     if program.meta["modality"] == "image":
         path = image or beside(out, ".png")
         pictures.check_free(path, force)
-        given = {**params, **options, "seed": seed}
-        return run_images(made, 10 if n is None else n, prompts, given, path, grid, force)
+        return run_images(made, 10 if n is None else n, prompts, params, options, path, grid, force)
     if grid or image:
         raise UsageError(
             what=f"'{out.name}' makes no pictures", where="--grid, --image", why="its tokens are no grey levels",
@@ -65,11 +63,19 @@ def run(
     ids = [encode(p, program, coder) for p in prompts or []] or [fitted(program, program.meta["prompts"][0])]
     if fill is not None:
         n = max(map(len, options["fill"]))
-    tokens = made.generate(ids, n, seed=seed, **options, **params)
+    tokens = answered(made, ids, n, params, options)
     result: dict[str, Any] = {"prompts": ids, "tokens": tokens}
     if coder is not None:
         result["text"] = [coder.decode([*p, *t]) for p, t in zip(ids, tokens, strict=True)]
     return result
+
+
+def answered(
+    made: Compiled, ids: list[list[int]], n: int | None, params: dict[str, Any], options: dict[str, Any]
+) -> list[list[int]]:
+    """New ids of each prompt. Raises UsageError for what the program can't take: parameters are the caller's words."""
+    with blaming(made.home):
+        return answer(made.program, parse(made.program, ids, n, params, **options), made.executor)
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -82,6 +88,7 @@ def run_images(
     made: Compiled,
     n: int,
     prompts: Sequence[str] | None,
+    params: dict[str, Any],
     options: dict[str, Any],
     path: Path,
     columns_by_rows: str | None,
@@ -95,7 +102,7 @@ def run_images(
     ids = [encode(p, program, None) for p in prompts] if prompts else [classes[i % len(classes)] for i in range(n)]
     columns, _ = pictures.layout(columns_by_rows, len(ids))
     most = min(room(program, p) for p in ids)
-    tokens = made.generate(ids, most, **{"temperature": 0.8, **options})
+    tokens = answered(made, ids, most, {"temperature": 0.8, **params}, options)
     drawn = [pictures.pixels([*p[1:], *t], program.meta) for p, t in zip(ids, tokens, strict=True)]
     pictures.write(pictures.grid(drawn, columns, program.meta["vocab"]), path, force)
     return {"prompts": ids, "tokens": tokens, "image": str(path)}

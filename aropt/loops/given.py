@@ -100,8 +100,7 @@ def check(
             why=f"it takes {capacity} {'rows' if window(program.meta) else 'tokens'} in all",
             hint=f"ask for at most {max(room, 0)} new tokens",
         )
-    if negative is not None:
-        check_negative(program, prompts, negative)
+    check_negative(program, prompts, negative)
     if fill is not None:
         check_fill(program, prompts, n, fill)
     check_parameters(program, params)
@@ -129,8 +128,18 @@ def check_ids(program: Program, rows: Sequence[Sequence[int]], what: str) -> Non
             )
 
 
-def check_negative(program: Program, prompts: Sequence[Sequence[int]], negative: Sequence[Sequence[int]]) -> None:
-    """Raises UsageError for unconditional prompts that the program can't take."""
+def check_negative(
+    program: Program, prompts: Sequence[Sequence[int]], negative: Sequence[Sequence[int]] | None
+) -> None:
+    """Raises UsageError for unconditional prompts that the program can't take, or does not go without."""
+    if negative is None:
+        if "negative" in program.inputs and program.meta.get("null") is None:
+            raise UsageError(
+                what="guidance needs an unconditional prompt",
+                why="the model has no null class",
+                hint="give negative= prompts of the same lengths",
+            )
+        return
     if "negative" not in program.inputs:
         raise UsageError(
             what="the program takes no negative prompts",

@@ -1,30 +1,27 @@
-"""Running a program on lists of prompts: checks, left padding, noise streams, and stripping the result."""
+"""Running a program on a request: batches, left padding, noise streams, and stripping the result."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aropt.errors import AroptError, Unsupported, UsageError
+from aropt.errors import AroptError, Unsupported
 from aropt.ir.executor import Executor, OnRound, Values
 from aropt.ir.interpreter import Eager, Watch, run
 from aropt.ir.program import Input, Program
-from aropt.ir.units import flat, ids_of, rows
-from aropt.loops.defaults import usual_length, with_defaults
-from aropt.loops.given import check, id_list, id_lists, integer
+from aropt.ir.units import flat, rows
+from aropt.loops.request import Request, parse
 from aropt.loops.scheme import scheme_of
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
-def blaming(home: str, on_round: OnRound | None) -> Iterator[OnRound | None]:
+def blaming(home: str, on_round: OnRound | None = None) -> Iterator[OnRound | None]:
     """Raises Unsupported where a program of the artifact `home` fails as it runs; what `on_round` raises goes on."""
     own: list[BaseException] = []
 
@@ -50,18 +47,6 @@ def blaming(home: str, on_round: OnRound | None) -> Iterator[OnRound | None]:
         ) from error
 
 
-def blames(function: F) -> F:
-    """The function of a program, with `blaming`."""
-
-    @functools.wraps(function)
-    def wrapped(program: Program, *args: Any, on_round: OnRound | None = None, home: str = "", **options: Any) -> Any:
-        with blaming(home, on_round) as watched:
-            return function(program, *args, on_round=watched, **options)
-
-    return wrapped  # type: ignore[return-value]
-
-
-@blames
 def generate(
     program: Program,
     prompts: Any,
@@ -92,46 +77,28 @@ def generate(
     read from, which is to blame where it fails as it runs.
     Raises UsageError for a bad prompt or parameter.
     """
-    params, stop = with_defaults(program.meta, params, stop, plain)
-    prompts, seed, stop = (
-        id_lists(prompts, "prompt"),
-        integer(seed, "seed"),
-        id_list(stop, "stop", program.meta["vocab"]),
-    )
-    n = default_tokens(program, prompts) if n is None else integer(n, "n")
-    negative = None if negative is None else id_lists(negative, "negative")
-    fill = None if fill is None else id_lists(fill, "fill")
-    streams = None if streams is None else id_list(streams, "streams")
-    check(program, prompts, n, min((room(program, p) for p in prompts), default=0), params, negative, fill)
-    if streams is not None and len(streams) != len(prompts):
-        raise UsageError(
-            what=f"{len(streams)} noise streams for {len(prompts)} prompts",
-            where="streams",
-            hint="give one for each prompt, or leave streams out",
-        )
+    with blaming(home, on_round) as watched:
+        request = parse(program, prompts, n, params, seed=seed, stop=stop, negative=negative, fill=fill,
+                        streams=streams, plain=plain)  # fmt: skip
+        return answer(program, request, executor, watched)
+
+
+def answer(
+    program: Program, request: Request, executor: Executor | None = None, on_round: OnRound | None = None
+) -> list[list[int]]:
+    """The new ids of each prompt of a request: `generate` of what was read and checked before."""
     executor = executor or Eager(program)
     watch: Watch | None = None if on_round is None else lambda _, values: on_round(values)
     results: dict[int, list[int]] = {}
-    for group in batches(program, prompts):
-        drawn = group if streams is None else [streams[i] for i in group]
-        inputs = make_inputs(
-            program,
-            [prompts[i] for i in group],
-            n,
-            seed,
-            stop,
-            drawn,
-            None if negative is None else [negative[i] for i in group],
-            params,
-            None if fill is None else [fill[i] for i in group],
-        )
+    for group in batches(program, request.prompts):
+        inputs = make_inputs(program, request.part(group))
         with host_threads(executor.host_threads()):
             generated = executor.generate(inputs) if on_round is None else None
             if generated is None:
                 generated = run(program, inputs, slots(program, inputs), executor, watch)["generated"]
             for i, row in zip(group, flat(generated), strict=True):
-                results[i] = row if generated.is_floating_point() else [t for t in row if t >= 0][:n]
-    return [results[i] for i in range(len(prompts))]
+                results[i] = row if generated.is_floating_point() else [t for t in row if t >= 0][: request.n]
+    return [results[i] for i in range(len(request.prompts))]
 
 
 def batches(program: Program, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -167,71 +134,22 @@ def slots(program: Program, inputs: Values) -> int:
     return min(-(-needed // 64) * 64, max(needed, program.meta["capacity"]))
 
 
-def room(program: Program, prompt: Sequence[int]) -> int:
-    """The most new tokens after a prompt."""
-    left = program.meta["capacity"] - len(rows(program.meta, prompt)) + scheme_of(program).unread
-    return ids_of(program.meta, left)
-
-
-def default_tokens(program: Program, prompts: Sequence[Sequence[int]]) -> int:
-    """New tokens where a request gives no number: as the model's defaults say, up to where the longest prompt fits."""
-    longest = max(map(len, prompts), default=0)
-    return usual_length(program.meta, longest, min((room(program, p) for p in prompts), default=1))
-
-
-def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
-    """An example prompt, cut to half the capacity where no new token would fit after all of it."""
-    ids = [int(t) for t in prompt]
-    return ids if room(program, ids) > 0 else ids[: max(1, program.meta["capacity"] // 2)]
-
-
-def workload(program: Program, count: int, tokens: int) -> tuple[list[list[int]], int]:
-    """Up to `count` of the model's own prompts, and how many new tokens, at most `tokens`, fit after each of them.
-
-    Those that leave less than half of the room that others do are left out.
-    """
-    prompts = [fitted(program, p) for p in program.meta["prompts"]]
-    most = min(tokens, max((room(program, p) for p in prompts), default=0))
-    prompts = [p for p in prompts if 2 * room(program, p) >= most][:count]
-    return prompts, min([most, *(room(program, p) for p in prompts)])
-
-
-def make_inputs(
-    program: Program,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    seed: int,
-    stop: Sequence[int],
-    streams: Sequence[int],
-    negative: Sequence[Sequence[int]] | None,
-    params: dict[str, Any],
-    fill: Sequence[Sequence[int]] | None = None,
-) -> Values:
-    """The program's input values: prompts padded on the left, defaults filled in."""
-    if not 0 <= seed < 2**62:
-        raise UsageError(
-            what=f"seed {seed} is out of range", why="seeds run from 0 to 2^62 - 1", hint="choose another seed"
-        )
+def make_inputs(program: Program, request: Request) -> Values:
+    """The program's input values for one batch: prompts padded on the left, defaults filled in."""
+    params, prompts = dict(request.params), request.prompts
     usual = program.inputs["temperature"].default if "temperature" in program.inputs else 0
     temperature = float(params.get("temperature", usual or 0))
-    values = scheme_of(program).inputs(program, prompts, n, params, fill)
+    values = scheme_of(program).inputs(program, prompts, request.n, params, request.fill or None)
     values |= {
-        "stop": constant(tuple(stop) or (-1,)),
+        "stop": constant(request.stop or (-1,)),
         "greedy": constant(temperature <= 0),
-        "seed": constant(seed),
-        "streams": constant(tuple(streams)),
+        "seed": constant(request.seed),
+        "streams": constant(request.streams or tuple(range(len(prompts)))),
     }
     if "negative" in program.inputs:
-        null = program.meta.get("null")
-        if negative is None and null is None:
-            raise UsageError(
-                what="guidance needs an unconditional prompt",
-                why="the model has no null class",
-                hint="give negative= prompts of the same lengths",
-            )
-        others = [rows(program.meta, p) for p in (prompts if negative is None else negative)]
-        if negative is None:
-            others = [[*rows(program.meta, [int(null or 0)]), *p[1:]] for p in others]
+        others = [rows(program.meta, p) for p in request.negative or prompts]
+        if not request.negative:
+            others = [[*rows(program.meta, [int(program.meta["null"])]), *p[1:]] for p in others]
         values["negative"] = padded(others)
     for name, given in program.inputs.items():
         if name not in values:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from aropt import __version__
 from aropt.ir.program import Program
-from aropt.loops.runtime import fitted, room
+from aropt.loops.request import fitted, room
 from aropt.pipeline.manifest import listing, write_manifest
 from aropt.pipeline.store import staged
 

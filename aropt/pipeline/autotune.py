@@ -16,7 +16,7 @@ from typing import Any
 
 from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
-from aropt.loops.runtime import workload
+from aropt.loops.request import workload
 from aropt.loops.scheme import scheme_of
 from aropt.loops.speculate import DRAFTS
 from aropt.pipeline.checks import QUIET, Instruments

@@ -19,8 +19,8 @@ from aropt.errors import UsageError
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
+from aropt.loops.request import workload as own_prompts
 from aropt.loops.requests.cases import Case
-from aropt.loops.runtime import workload as own_prompts
 from aropt.loops.scheme import Mismatch, Round, scheme_of
 from aropt.validate import quality
 from aropt.validate.oracle import Oracle
@@ -110,12 +110,12 @@ def workload(program: Program) -> Case:
     if not scheme_of(program).fills:  # images are drawn: the likeliest ids of one are hardly any
         drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
         alone = "negative" in program.inputs and program.meta.get("null") is None
-        return Case("drift", "greedy", tuple(prompts), n, params=(("temperature", 1.0),) if drawn else (),
-                    negative=tuple(p[::-1] for p in prompts) if alone else ())  # fmt: skip
+        return Case(tuple(prompts), n, params=(("temperature", 1.0),) if drawn else (),
+                    negative=tuple(p[::-1] for p in prompts) if alone else (), name="drift")  # fmt: skip
     block = int(program.meta.get("block") or 0)
     own = min(int(program.inputs["block"].default or n), n)
     params = () if block else (("block", float(own)),)
-    return Case("drift", "greedy", tuple(prompts), n if block else n - n % own, params=params)
+    return Case(tuple(prompts), n if block else n - n % own, params=params, name="drift")
 
 
 def measure(

@@ -327,7 +327,7 @@ class Asked:
         self.row, self.rounds, self.inputs = row, rounds, case.inputs(program, [row])
         self.problem = none(program, rounds)
         seen = [x for one in rounds for x in (one.decided, one.rows, one.before)]
-        self.key = (*case.row(row), *(tuple(x.flatten().tolist()) for x in seen))
+        self.key = (case.part([row]), *(tuple(x.flatten().tolist()) for x in seen))
 
 
 def look_ahead(oracle: Oracle, asked: Sequence[Asked]) -> None:

@@ -29,11 +29,11 @@ def shrink(fails: Callable[[Case], bool], case: Case, runs: int = 20) -> Case:
 def simpler(case: Case) -> Iterator[tuple[str, Case]]:
     """Steps to simpler cases, the boldest first: one prompt, fewer tokens, shorter prompts, less of everything else."""
     for i in range(len(case.prompts) if len(case.prompts) > 1 else 0):
-        streams, negative = case.streams[i : i + 1], case.negative[i : i + 1]
-        yield f"prompt {i} alone", replace(case, prompts=case.prompts[i : i + 1], streams=streams, negative=negative)
+        some = {k: getattr(case, k)[i : i + 1] for k in ("prompts", "streams", "negative", "fill")}
+        yield f"prompt {i} alone", replace(case, **some)
     for kind, n in (("one token", 1), ("half the tokens", case.n // 2), ("a token less", case.n - 1)):
         if 0 < n < case.n:
-            yield kind, replace(case, n=n, fill=case.fill[:n])
+            yield kind, replace(case, n=n, fill=tuple(ids[:n] for ids in case.fill))
     for kind, keep in (("prompts of one", 0), ("half the prompts", 2)):
         lengths = [max(1, len(p) // keep if keep else 1) for p in case.prompts]
         if lengths != [len(p) for p in case.prompts]:

@@ -33,8 +33,8 @@ def compare(model: nn.Module, vocab: int, capacity: int, lengths: list[int], see
     )
     room = capacity - max(map(len, prompts)) + 1
     chosen = [
-        Case("greedy", "ragged", prompts, room),
-        Case("sampled", "ragged", prompts, min(room, 8), seed, (("temperature", 1.1), ("top_k", 5))),
+        Case(prompts, room, kind="ragged", name="greedy"),
+        Case(prompts, min(room, 8), seed, (("temperature", 1.1), ("top_k", 5)), kind="ragged", name="sampled"),
     ]
     probed = with_probe(fast)
     verdict = validate(plain, probed, lower(probed, target), chosen)

@@ -15,6 +15,7 @@ from aropt.exporters.unroll import in_order, unroll
 from aropt.ir.control import Call, Seq, loops
 from aropt.ir.interpreter import run
 from aropt.ir.program import Program
+from aropt.loops.request import Request
 from aropt.loops.runtime import make_inputs, slots
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
@@ -92,7 +93,7 @@ def test_stops_inside_a_call(pair: Pair) -> None:
         for at in range(2 * K + 2):
             stop = [row[at] for row in free[: len(prompts)]]
             pair.both(prompts, 2 * K + 2, stop=stop)
-            inputs = make_inputs(pair.fast, prompts, 2 * K + 2, 0, stop, range(len(prompts)), None, {})
+            inputs = make_inputs(pair.fast, Request(prompts, 2 * K + 2, stop=tuple(stop)))
             found = [
                 run(pair.fast, inputs, slots(pair.fast, inputs), executor)["generated"].tolist()
                 for executor in (pair.stepping, pair.several)

@@ -30,7 +30,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
-from tests.support.run import generate
+from tests.support.run import from_session, generate
 
 PAGE = (Path(__file__).parents[2] / "docs" / "onnx_loop.md").read_text()
 I64, BOOL = torch.int64, torch.bool
@@ -155,8 +155,8 @@ def test_stop_tokens_and_bad_input(exported: tuple[Program, Path], name: str) ->
     want = generate(program, prompts, 12, stop=stop)
     assert want != free
     for chunk in (None, 1, 5):
-        assert run_loop.generate(session, program, prompts, 12, stop=stop, chunk=chunk) == want
-    assert run_loop.generate(session, program, prompts, 0) == [[], [], []]
+        assert from_session(session, program, prompts, 12, stop=stop, chunk=chunk) == want
+    assert from_session(session, program, prompts, 0) == [[], [], []]
     for change, status in BAD:
         feeds = {"prompt": [[1, 2, 3]], "lengths": [3], "limit": 4, "streams": [0], **change}
         tokens, counts, found = session.run(
@@ -185,7 +185,7 @@ def test_any_length_in_any_chunks(
     free = generate(program, prompts, n, **options)
     options["stop"] = [free[0][stop]] if stop is not None and stop < n else []
     want = generate(program, prompts, n, **options)
-    assert run_loop.generate(session(folder / name), program, prompts, n, chunk=chunk, **options) == want
+    assert from_session(session(folder / name), program, prompts, n, chunk=chunk, **options) == want
     most = {} if chunk is None else {"chunk": chunk}
     feeds = {"prompt": prompts[:1], "lengths": [len(prompts[0])], "limit": n, "streams": [0], **most}
     (rows,) = session(folder / name).run(["generated"], {k: np.array(v) for k, v in feeds.items()})
@@ -241,7 +241,7 @@ def test_weights_are_written_once(
         size = sum(w.nbytes for w in program.weights.values())
         assert 0.9 * size < apart.stat().st_size < 1.2 * size
     made = run_loop.session(path, 1)
-    assert run_loop.generate(made, program, [[1, 2]], 20) == generate(program, [[1, 2]], 20)
+    assert from_session(made, program, [[1, 2]], 20) == generate(program, [[1, 2]], 20)
 
 
 def test_standard_operators_only(exported: tuple[Program, Path]) -> None:
@@ -280,7 +280,7 @@ def test_a_rule_defined_here_needs_no_change_in_the_exporter(tmp_path: Path, mon
     session = run_loop.session(tmp_path / "m.onnx", 1)
     for params in ({}, {"even_penalty": 2.0}, {"even_penalty": 0.4, "temperature": 1.0, "seed": 3}):
         want = generate(program, [[1, 2], [3]], 8, **params)
-        assert run_loop.generate(session, program, [[1, 2], [3]], 8, **params) == want
+        assert from_session(session, program, [[1, 2], [3]], 8, **params) == want
     assert all(t % 2 for row in generate(program, [[1, 2]], 8, even_penalty=2.0) for t in row)
 
 

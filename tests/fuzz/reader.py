@@ -17,7 +17,7 @@ import torch
 
 import aropt
 from aropt.errors import AroptError
-from aropt.loops.runtime import fitted
+from aropt.loops.request import fitted
 from tests.support.run import generate
 
 ALLOWED = ("refused", "same", "changed")

@@ -18,7 +18,7 @@ from aropt.pipeline.registry import pipeline
 from aropt.targets.ort import run_loop
 from tests.conftest import make_program
 from tests.loops.test_unmask import capture, tiny
-from tests.support.run import generate
+from tests.support.run import from_session, generate
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8]]
 
@@ -42,7 +42,7 @@ def test_batches_and_steps_are_those_of_the_program(exported: tuple[Program, Any
         given: dict[str, Any] = params
         want = generate(program, PROMPTS, 8, **given)
         for chunk in (None, 3):
-            assert run_loop.generate(session, program, PROMPTS, 8, chunk=chunk, **given) == want
+            assert from_session(session, program, PROMPTS, 8, chunk=chunk, **given) == want
 
 
 def canvas(program: Program, lengths: list[int], n: int = 4, width: int | None = None) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_prompts_of_a_plain_loop(tmp_path: Path) -> None:
     export_program(program, tmp_path / "model.onnx")
     session = run_loop.session(tmp_path / "model.onnx", 1)
     prompts = [[1, 2, 3], [4, 5]]
-    assert run_loop.generate(session, program, prompts, 4) == generate(program, prompts, 4)
+    assert from_session(session, program, prompts, 4) == generate(program, prompts, 4)
     feeds = {"prompt": [[1, 2, 3], [0, 4, 5]], "lengths": [3, 2], "limit": 4, "streams": [0, 1]}
     tokens, status = session.run(["generated", "status"], {k: np.array(v) for k, v in feeds.items()})
     assert int(status) == 4 and tokens.size == 0

@@ -10,9 +10,9 @@ import pytest
 from aropt.cli import main as cli
 from aropt.exporters import onnx
 from aropt.loops.given import check
+from aropt.loops.request import room
 from aropt.loops.requests.cases import Requests, bias, requests
 from aropt.loops.requests.design import cover
-from aropt.loops.runtime import room
 from aropt.validate.slices import after_pass, touched
 from tests.cli.test_cli import MODEL
 from tests.conftest import VOCAB, make_program
@@ -80,9 +80,8 @@ def test_requests_on_canvases(block: int) -> None:
     assert block or any(int(dict(c.params)["block"]) > 8 for c in found)
     assert any(c.ends and len(c.prompts) > 3 for c in found)
     for case in found:
-        fill = [case.fill] * len(case.prompts) if case.fill else None
         most = min(room(program, p) for p in case.prompts)
-        check(program, case.prompts, case.n, most, dict(case.params), None, fill)
+        check(program, case.prompts, case.n, most, dict(case.params), None, case.fill or None)
         case.inputs(program, range(len(case.prompts)))
         assert int(program.meta["mask"]) not in {t for p in case.prompts for t in p}
     whole = requests(program, thorough=True)

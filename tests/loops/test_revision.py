@@ -24,7 +24,7 @@ from aropt.targets.ort import run_loop
 from aropt.validate.compare import cases, validate, with_probe
 from aropt.validate.drift import measure
 from tests.loops.test_unmask import capture, rounds, tiny
-from tests.support.run import generate
+from tests.support.run import from_session, generate
 
 PROMPTS = [[4, 5, 6], [7], [8, 9, 1, 2]]
 
@@ -348,7 +348,7 @@ def test_the_exported_loop(together: Program, cache: str, tmp_path: Path) -> Non
     for params in (PARAMS, {**PARAMS, "temperature": 0.8, "seed": 3}):
         want = generate(program, PROMPTS, 8, **params)
         for chunk in (None, 2):
-            assert run_loop.generate(session, program, PROMPTS, 8, chunk=chunk, **params) == want
+            assert from_session(session, program, PROMPTS, 8, chunk=chunk, **params) == want
 
 
 @pytest.mark.parametrize(

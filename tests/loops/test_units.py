@@ -17,7 +17,8 @@ from aropt.errors import Unsupported, UsageError
 from aropt.ir import units
 from aropt.ir.executor import Executor
 from aropt.ir.interpreter import run
-from aropt.loops.runtime import make_inputs, room, slots
+from aropt.loops.request import Request, room
+from aropt.loops.runtime import make_inputs, slots
 from aropt.models.digits import Block, RMSNorm
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
@@ -166,7 +167,7 @@ def test_nothing_is_emitted_after_a_stop_token_inside_a_window(program: aropt.Pr
     for made in (program, cached):
         assert generate(made, [[LEVELS]], 3 * W, temperature=1.0, seed=1, stop=[free[at]]) == [free[: at + 1]]
     for one in (program, cached.program):
-        values = run(one, make_inputs(one, [[LEVELS]], 3 * W, 1, [free[at]], [0], None, {"temperature": 1.0}), 16)
+        values = run(one, make_inputs(one, Request(((LEVELS,),), 3 * W, 1, (("temperature", 1.0),), (free[at],))), 16)
         assert values["generated"].shape == (1, at // W + 1, W)
 
 
@@ -229,7 +230,7 @@ def test_logits_without_a_row_for_each_id_are_refused() -> None:
 
 
 def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Compiled) -> None:
-    inputs = make_inputs(cached.program, [[LEVELS]], ROWS * W, 0, [], [0], None, {})
+    inputs = make_inputs(cached.program, Request(((LEVELS,),), ROWS * W))
     values = run(cached.program, inputs, slots(cached.program, inputs), cached.executor)
     assert values["slot_positions"].amax() == ROWS - 1
 

@@ -18,6 +18,7 @@ from aropt.ir.control import Call, calls, rewrite
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
+from aropt.loops.request import Request
 from aropt.loops.runtime import make_inputs
 from aropt.loops.unmask.cache_policy import cached
 from aropt.models.canvas import MASK, CanvasLM
@@ -109,7 +110,7 @@ def schedule(program: Program, ids: list[list[int]], n: int, **params: Any) -> l
                 rows.append(inputs["ids"].shape[1])
             return super().call(graph, inputs)
 
-    values = make_inputs(program, ids, n, 0, (), range(len(ids)), None, params)
+    values = make_inputs(program, Request(ids, n, params=tuple(params.items())))
     run(program, values, values["canvas"].shape[1], Counting(program))
     return rows
 

@@ -15,6 +15,7 @@ import aropt
 from aropt.errors import BudgetMissed, UsageError
 from aropt.ir.interpreter import Eager, run
 from aropt.ir.program import Program
+from aropt.loops.request import Request
 from aropt.loops.runtime import make_inputs
 from aropt.loops.scheme import Round
 from aropt.loops.unmask.cache_policy import cached
@@ -54,7 +55,7 @@ def fast(plain: Program) -> dict[str, Program]:
 
 def rounds(program: Program, prompts: list[list[int]], n: int, **params: float) -> list[list[Round]]:
     """The rounds of each prompt."""
-    case = Case("", "greedy", tuple(map(tuple, prompts)), n, params=tuple(params.items()))
+    case = Case(tuple(map(tuple, prompts)), n, params=tuple(params.items()))
     return Trace(with_probe(program), case, Eager(program)).rounds
 
 
@@ -114,7 +115,7 @@ def test_dkv_stores_a_row_after_it_was_written(fast: dict[str, Program]) -> None
 def test_what_is_stored_is_what_the_ledger_says(fast: dict[str, Program], name: str) -> None:
     """Keys change in the rows that a round computes, and in no other."""
     program, kept = fast[name], []
-    values = make_inputs(program, [[1, 2, 3]], 12, 0, (), [0], None, {"threshold": 2.0, "block": BLOCK})
+    values = make_inputs(program, Request(((1, 2, 3),), 12, params=(("threshold", 2.0), ("block", BLOCK))))
 
     def keep(_: Any, found: Any) -> None:
         kept.append((found["slots"][0].tolist(), found["k_1"].clone()))

@@ -31,7 +31,7 @@ from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
 from tests.loops.test_units import Windows
 from tests.mutants.surgery import Tiny as Rotary
-from tests.support.run import generate
+from tests.support.run import from_session, generate
 from tests.support.targets import EAGER, ORT
 
 RULES = ("repetition-penalty", "temperature", "top-k")
@@ -322,7 +322,7 @@ def test_one_onnx_graph_skips_the_branch(pair: tuple[Program, Program], contrib:
     for options in CHOICES:
         want = generate(plain, [[18], [22]], 14, **options)
         for chunk in (None, 4):
-            assert run_loop.generate(made, fast, [[18], [22]], 14, chunk=chunk, **options) == want
+            assert from_session(made, fast, [[18], [22]], 14, chunk=chunk, **options) == want
 
 
 @pytest.mark.exhaustive
@@ -332,7 +332,7 @@ def test_one_onnx_graph_of_two_calls(tmp_path: Path) -> None:
     export_program(fast, tmp_path / "model.onnx")
     made = run_loop.session(tmp_path / "model.onnx")
     want = generate(program, [[5], [6]], 16, guidance=3.0)
-    assert run_loop.generate(made, fast, [[5], [6]], 16, guidance=3.0) == want
+    assert from_session(made, fast, [[5], [6]], 16, guidance=3.0) == want
 
 
 @pytest.mark.exhaustive

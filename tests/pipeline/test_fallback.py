@@ -15,7 +15,7 @@ from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
-from aropt.loops.runtime import fitted, room
+from aropt.loops.request import fitted, room
 from aropt.pipeline.artifact import save
 from aropt.targets.ort import pick, run_loop, single_call
 from aropt.targets.ort.plan import Plan, Planned

@@ -17,6 +17,7 @@ import aropt
 from aropt.errors import AroptError, Unsupported, UsageError, VerificationFailed
 from aropt.ir.interpreter import most_rounds, run
 from aropt.ir.program import Program
+from aropt.loops.request import Request
 from aropt.loops.runtime import make_inputs
 from aropt.pipeline.artifact import save, write
 from aropt.pipeline.manifest import EDITABLE, MANIFEST
@@ -271,7 +272,7 @@ def test_what_fails_as_it_runs_is_told(eager: Path) -> None:
 def test_a_loop_that_does_not_end_is_told(kind: str, request: pytest.FixtureRequest, monkeypatch: Any) -> None:
     """The limit of 5 tokens counts for nothing here: each round is told that many are left."""
     made = aropt.load(request.getfixturevalue(kind))
-    inputs = make_inputs(made.program, [[1, 2]], 5, 0, [], [0], None, {})
+    inputs = make_inputs(made.program, Request(((1, 2),), 5))
     most = most_rounds(inputs)
     assert 5 < most < 10_000
     for module in ("aropt.ir.interpreter", "aropt.targets.ort.executor"):

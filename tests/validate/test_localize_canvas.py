@@ -92,7 +92,7 @@ def test_the_round_is_that_of_the_change() -> None:
         far = new.call_function(aten.ge.Scalar, (new.call_function(aten.unsqueeze.default, (positions, -1)), 8))
         return new.call_function(aten.add.Tensor, (node, far))
 
-    case = Case("", "greedy", ((1, 2, 3, 4), (5, 6)), 8, params=(("threshold", 2.0),))
+    case = Case(((1, 2, 3, 4), (5, 6)), 8, params=(("threshold", 2.0),))
     wrong = changed(candidate, "layers.0.up", later)
     found = [first_in_rounds(Oracle(reference), wrong, case, row) for row in (0, 1)]
     assert [f and (f["module"], f["round"]) for f in found] == [("layers.0.up", 4), ("layers.0.up", 6)]
@@ -101,7 +101,7 @@ def test_the_round_is_that_of_the_change() -> None:
 def test_what_is_outside_the_model_is_said_so() -> None:
     reference, _ = pair("lossy")
     other = with_probe(make("dual-cache", {"refresh": "3"}).run(captured(0)))
-    found = localize(Oracle(reference), other, Eager(other), Case("", "greedy", ((1, 2),), 8), 0)
+    found = localize(Oracle(reference), other, Eager(other), Case(((1, 2),), 8), 0)
     assert found is not None and (found["node"], found["where"]) == ("", "outside the model: rule, loop or state")
 
 
@@ -110,7 +110,7 @@ def test_cases_are_shrunk_to_ones_that_a_canvas_takes() -> None:
     oracle, wrong = Oracle(reference), changed(candidate, "head")
     case = next(c for c in cases(reference, quick=True) if c.fill)
     small = shrink(lambda c: fails(oracle, wrong, Eager(wrong), c), case)
-    assert len(small.prompts) == 1 and small.n < case.n and len(small.fill) == small.n
+    assert len(small.prompts) == 1 and small.n < case.n and len(small.fill[0]) == small.n
     assert not fails(oracle, wrong, Eager(wrong), replace(case, params=(("block", 7.0),)))
 
 

@@ -62,7 +62,7 @@ def picks_last(program: Program) -> Program:
     return swap(program, argmax, lambda x, axis: x.shape[axis] - 1 - x.flip(axis).argmax(axis), graph="greedy")
 
 
-GREEDY = [Case("greedy", "greedy", ((1, 2), (4, 5)), 5)]
+GREEDY = [Case(((1, 2), (4, 5)), 5, name="greedy")]
 
 
 def test_equal_logits_are_a_tie(plain: Program) -> None:
@@ -87,7 +87,7 @@ def test_a_difference_above_the_floor_is_no_tie(plain: Program) -> None:
 
 def test_sampled_ties_count_too(plain: Program) -> None:
     """A draw that the tolerance can change is a tie; one that it can't is not."""
-    case = Case("sampled", "sampled", ((1,),), 8, 3, (("temperature", 1.0),))
+    case = Case(((1,),), 8, 3, (("temperature", 1.0),), kind="sampled")
     oracle = Oracle(with_table(plain, table()))
     assert compare(oracle, oracle.program, oracle.eager, case).passed
     nearly = with_table(plain, oracle.program.weights["table.weight"] * (1 + 1e-7))
@@ -130,11 +130,11 @@ def test_noise_floor_is_measured_in_fp64_throughout() -> None:
 def test_ragged_batches_equal_single_prompts(base: str) -> None:
     program = optimized(base)
     params: tuple[tuple[str, float], ...] = (("temperature", 0.9),)
-    case = Case("ragged", "ragged", ((1, 2, 3, 4, 5, 6), (7,), (8, 9, 10)), 9, 5, params, streams=(4, 0, 2))
+    case = Case(((1, 2, 3, 4, 5, 6), (7,), (8, 9, 10)), 9, 5, params, streams=(4, 0, 2), kind="ragged")
     batch = Trace(program, case, Eager(program))
     for i, prompt in enumerate(case.prompts):
         alone = Trace(
-            program, Case("one", "sampled", (prompt,), 9, 5, params, streams=case.streams[i : i + 1]), Eager(program)
+            program, Case((prompt,), 9, 5, params, streams=case.streams[i : i + 1], kind="sampled"), Eager(program)
         )
         assert alone.answers[0] == batch.answers[i]
         mine, theirs = (torch.stack([r.evidence for r in found]) for found in (alone.rounds[0], batch.rounds[i]))
@@ -222,8 +222,6 @@ def test_repro_lines_run(base: str) -> None:
 
 def test_shrink_keeps_what_fails_and_drops_the_rest() -> None:
     case = Case(
-        "long",
-        "ragged",
         ((1,) * 8, (2, 13, 2, 2), (3,) * 3),
         24,
         7,
@@ -250,7 +248,7 @@ def test_shrink_keeps_what_fails_and_drops_the_rest() -> None:
 
 
 def test_simpler_cases_are_valid() -> None:
-    case = Case("c", "ragged", ((1, 2, 3), (4,)), 4, 0, (("temperature", 1.0),), (1,), (8, 9), ((5, 6, 7), (8,)))
+    case = Case(((1, 2, 3), (4,)), 4, 0, (("temperature", 1.0),), (1,), (8, 9), ((5, 6, 7), (8,)), kind="ragged")
     for _, one in simpler(case):
         assert one != case
         assert [len(p) for p in one.negative] == [len(p) for p in one.prompts]
@@ -312,8 +310,8 @@ def test_logits_of_two_cases_take_little_memory(plain: Program, monkeypatch: pyt
 
     oracle.foresee = measured  # type: ignore[method-assign]
     prompts = ((1, 2), (4, 5), (3, 1, 2), (7,), (8, 9))
-    chosen = [Case(f"of {n}", "greedy", tuple((*p, n % VOCAB) for p in prompts), n) for n in (5, 6, 3, 4)]
-    ended = [Case("ended", "stop", chosen[-1].prompts, 4, stop=(t,)) for t in range(3)]
+    chosen = [Case(tuple((*p, n % VOCAB) for p in prompts), n, name=f"of {n}") for n in (5, 6, 3, 4)]
+    ended = [Case(chosen[-1].prompts, 4, stop=(t,), kind="stop") for t in range(3)]
     assert validate(oracle, plain, chosen=[*chosen, *ended]).passed
     assert most <= 2 * room
     assert most > room or room == 1, "some are kept"
@@ -332,7 +330,7 @@ def test_a_rule_takes_all_rounds_at_once(base: str, monkeypatch: pytest.MonkeyPa
     program, calls = reference(base), 0
     params: list[tuple[str, float]] = [("temperature", 1.0), ("top_k", 4), ("repetition_penalty", 1.5), ("guidance", 3)]
     given = tuple((n, v) for n, v in params if n in program.inputs)
-    case = Case("drawn", "sampled", ((1, 2, 3), (4,)), 8, 5, given)
+    case = Case(((1, 2, 3), (4,)), 8, 5, given, kind="sampled")
     tokens = [[(5 * i + j) % int(program.meta["vocab"]) for j in range(8)] for i in range(2)]
     whole, single = Oracle(program), Oracle(program)
     call = whole.eager.call

@@ -14,6 +14,7 @@ from aropt.frontend.generation_config import SUPPRESSED
 from aropt.ir.executor import Values
 from aropt.ir.program import Program
 from aropt.ir.units import ids_of, rows_for
+from aropt.loops.request import Ids, Request
 from aropt.loops.requests.design import Row, cover
 from aropt.loops.requests.levels import CHEAP, ENDS, LONG, LONGEST, PARAMETERS, Levels, excluded, first, levels, varied
 from aropt.loops.requests.prompts import like, prompt
@@ -35,55 +36,32 @@ Value = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One generation to compare: prompts (several make a ragged batch), tokens, rule parameters."""
+class Case(Request):
+    """A request to compare programs on."""
 
-    name: str
-    kind: str  # greedy | sampled | ragged | boundary | stop
-    prompts: tuple[tuple[int, ...], ...]
-    n: int
-    seed: int = 0
-    params: tuple[tuple[str, Value], ...] = ()
-    stop: tuple[int, ...] = ()
-    streams: tuple[int, ...] = ()  # empty: 0, 1, ...
-    negative: tuple[tuple[int, ...], ...] = ()  # empty: the program's null class
+    name: str = ""
+    kind: str = "greedy"  # greedy | sampled | ragged | boundary | stop
     ends: str = ""  # how stop ids are met, where these are yet to be found (see aropt.validate.stops)
-    fill: tuple[int, ...] = ()  # of a canvas: what the answers hold already, the same for all
 
     def repro(self, name: str) -> str:
         """A line of Python that runs the case."""
-        prompts, negative = [list(p) for p in self.prompts], [list(p) for p in self.negative] or None
         values = {k: listed(v) if k == "bias" and isinstance(v, tuple) else repr(v) for k, v in self.params}
-        params = "".join(f", {k}={v}" for k, v in values.items()) + (f", negative={negative}" if negative else "")
-        params += f", streams={list(self.streams)}" if self.streams else ""
-        params += f", fill={[list(self.fill)] * len(prompts)}" if self.fill else ""
+        for key in ("negative", "streams", "fill"):
+            if given := getattr(self, key):
+                values[key] = str([t if isinstance(t, int) else list(t) for t in given])
+        params = "".join(f", {k}={v}" for k, v in values.items())
+        prompts = [list(p) for p in self.prompts]
         return (
             f"aropt.generate({name}, {prompts}, {self.n}, seed={self.seed}, stop={list(self.stop)}{params}, plain=True)"
         )
 
-    def options(self) -> dict[str, Any]:
-        """What `generate` takes beside the prompts and how many new ids."""
-        given: dict[str, Any] = {"seed": self.seed, "stop": self.stop, **dict(self.params)}
-        given |= {"streams": list(self.streams)} if self.streams else {}
-        given |= {"negative": [list(p) for p in self.negative]} if self.negative else {}
-        return given | ({"fill": [list(self.fill)] * len(self.prompts)} if self.fill else {})
-
-    def row(self, i: int) -> tuple[Any, ...]:
-        """All that prompt `i` depends on."""
-        stream, negative = self.streams[i] if self.streams else i, self.negative[i] if self.negative else ()
-        return self.prompts[i], self.n, self.seed, self.params, self.stop, stream, negative, self.fill
-
     def groups(self, program: Program) -> list[list[int]]:
-        """Which prompts run as one batch, as in `runtime.generate`."""
+        """Which prompts run as one batch, as in `runtime.answer`."""
         return batches(program, self.prompts)
 
     def inputs(self, program: Program, group: Sequence[int]) -> Values:
         """The program's inputs for these prompts."""
-        streams = [self.streams[i] if self.streams else i for i in group]
-        negative = [self.negative[i] for i in group] if self.negative else None
-        fill = [self.fill] * len(group) if self.fill else None
-        return make_inputs(program, [self.prompts[i] for i in group], self.n, self.seed, self.stop, streams, negative,
-                           dict(self.params), fill)  # fmt: skip
+        return make_inputs(program, self.part(group))
 
 
 def listed(bias: tuple[float, ...]) -> str:
@@ -220,13 +198,14 @@ class Requests:
     def case(self, name: str, lengths: Sequence[int], n: int, params: Params = ()) -> Case:
         """Random prompts of these lengths."""
         prompts = tuple(prompt(self.program, length, 0, self.chance) for length in lengths)
-        return Case(name, "boundary", prompts, self.fits(max(lengths), n), 0, params, negative=self.others(prompts))
+        others = self.others(prompts)
+        return Case(prompts, self.fits(max(lengths), n), 0, params, negative=others, name=name, kind="boundary")
 
     def fits(self, length: int, n: int) -> int:
         """As many new ids of `n` as the capacity leaves room for after a prompt of so many rows."""
         return max(0, min(n, ids_of(self.program.meta, self.capacity - length + 1)))
 
-    def others(self, prompts: tuple[tuple[int, ...], ...], given: bool = False) -> tuple[tuple[int, ...], ...]:
+    def others(self, prompts: Ids, given: bool = False) -> Ids:
         """Unconditional prompts, where the program needs them or they are to be `given`."""
         if "negative" in self.program.inputs and (given or self.program.meta.get("null") is None):
             return tuple(like(self.program, p, self.chance) for p in prompts)
@@ -267,11 +246,11 @@ class Requests:
         kind = "stop" if ends else kind
         given = tuple((n, v) for n, v in self.values(params).items() if v != self.program.inputs[n].default)
         told = "".join(f", {n} {f'{v:.3g}' if isinstance(v, float) else 'given'}" for n, v in given)
+        name = f"{count} of {length}, {n} new{told}" + (f", stop {ends}" if ends else "")
         return Case(
-            f"{count} of {length}, {n} new{told}" + (f", stop {ends}" if ends else ""),
-            kind, prompts, self.fits(length, n), int(self.drawn(row, "seed")), given,
+            prompts, self.fits(length, n), int(self.drawn(row, "seed")), given,
             streams=self.streams(row["streams"], count),
-            negative=self.others(prompts, row.get("negative") == "given"), ends=ends,
+            negative=self.others(prompts, row.get("negative") == "given"), name=name, kind=kind, ends=ends,
         )  # fmt: skip
 
     def values(self, params: dict[str, float]) -> dict[str, Value]:

@@ -162,7 +162,9 @@ class Canvases(Requests):
         kind = "ragged" if len(set(lengths)) > 1 else "sampled" if params.get("temperature") else "greedy"
         prompts = tuple(self.ids(length) for length in lengths)
         given: dict[str, Value] = {**params}
-        return Case(name, kind, prompts, room, 0, tuple(given.items()), fill=self.filled(room, block, fill))
+        filled = self.filled(room, block, fill)
+        held = (filled,) * len(prompts) if filled else ()
+        return Case(prompts, room, 0, tuple(given.items()), fill=held, name=name, kind=kind)
 
     def ids(self, length: int, text: int = 0) -> tuple[int, ...]:
         """A prompt without masks."""

@@ -20,8 +20,9 @@ from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program, own_sizes
 from aropt.ir.units import ids_of
 from aropt.loops.positions import decoding
+from aropt.loops.request import room
 from aropt.loops.requests.cases import Case, cases
-from aropt.loops.runtime import generate, room
+from aropt.loops.runtime import answer
 from aropt.loops.speculate import checks_drafts
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import Planned
@@ -98,7 +99,7 @@ def compare(program: Program, stepping: Executor, several: Executor) -> dict[str
     """Whether two executors generate the same. Raises VerificationFailed if a token differs."""
     verdict, tokens = Verdict(), 0
     for case in with_stops([*lengths(program), *cases(program)], verdict, {}, program.meta["vocab"]):
-        want, got = (generated(program, executor, case) for executor in (stepping, several))
+        want, got = (answer(program, case, executor) for executor in (stepping, several))
         tokens += sum(map(len, want))
         verdict.outcomes.append(Outcome(case, generated=want))
         if got != want:
@@ -117,11 +118,6 @@ def lengths(program: Program) -> list[Case]:
     most = room(program, example.prompts[0])
     sizes = [ids_of(program.meta, rows) for rows in range(2, 2 * ROUNDS + 3)]
     return [replace(example, name=f"{n} tokens", n=n) for n in sizes if n <= most]
-
-
-def generated(program: Program, executor: Executor, case: Case) -> list[list[int]]:
-    """What a case generates."""
-    return generate(program, [list(p) for p in case.prompts], case.n, executor=executor, plain=True, **case.options())
 
 
 def clean(folder: Path, used: Mapping[str, Path]) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from aropt.ir.executor import Executor
 from aropt.ir.program import Program
-from aropt.loops.runtime import fitted, generate, room
+from aropt.loops.request import fitted, room
+from aropt.loops.runtime import generate
 from aropt.targets.ort import multi_step, single_call
 from aropt.targets.ort.files import file
 from aropt.targets.ort.plan import SINGLE_CALL, Plan, Planned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ from aropt.ir.executor import Executor, Values
 from aropt.ir.program import Program
 from aropt.ir.units import flat, ids_of, window
 from aropt.loops import runtime
-from aropt.loops.defaults import with_defaults
-from aropt.loops.runtime import batches, make_inputs, room
+from aropt.loops.request import Request, room
+from aropt.loops.runtime import batches, make_inputs
 from aropt.targets.ort.threads import options, share
 
 if TYPE_CHECKING:
@@ -50,31 +49,13 @@ def check_version(found: str) -> None:
         )
 
 
-def generate(
-    session: Any,
-    program: Program,
-    prompts: Sequence[Sequence[int]],
-    n: int,
-    *,
-    seed: int = 0,
-    stop: Sequence[int] | None = None,
-    negative: Sequence[Sequence[int]] | None = None,
-    fill: Sequence[Sequence[int]] | None = None,
-    streams: Sequence[int] | None = None,
-    chunk: int | None = None,
-    plain: bool = False,
-    **params: Any,
-) -> list[list[int]]:
-    """The tokens, as `aropt.loops.runtime.generate` returns them, in the same batches; `chunk`: rounds of one call."""
-    params, stop = with_defaults(program.meta, params, stop, plain)
+def answer(session: Any, program: Program, request: Request, chunk: int | None = None) -> list[list[int]]:
+    """The tokens, as `aropt.loops.runtime.answer` returns them, in the same batches; `chunk`: rounds of one call."""
     results: dict[int, list[int]] = {}
-    for group in batches(program, prompts):
-        negatives, fills = (None if rows is None else [rows[i] for i in group] for rows in (negative, fill))
-        drawn = group if streams is None else [streams[i] for i in group]
-        values = make_inputs(program, [prompts[i] for i in group], n, seed, stop, drawn, negatives, params, fills)
-        found = batch(session, program.outputs[0], values, chunk)
-        results |= {i: row[:n] for i, row in zip(group, found, strict=True)}
-    return [results[i] for i in range(len(prompts))]
+    for group in batches(program, request.prompts):
+        found = batch(session, program.outputs[0], make_inputs(program, request.part(group)), chunk)
+        results |= {i: row[: request.n] for i, row in zip(group, found, strict=True)}
+    return [results[i] for i in range(len(request.prompts))]
 
 
 def batch(session: Any, generated: str, values: Values, chunk: int | None) -> list[list[int]]:
@@ -105,11 +86,11 @@ def compare(path: Path, program: Program, executor: Executor | None = None, home
 
     made, verdict = session(path), Verdict()
     for case in with_stops([*chunked(program), *cases(program)], verdict, {}, program.meta["vocab"]):
-        prompts = [list(p) for p in case.prompts]
-        want = runtime.generate(program, prompts, case.n, executor=executor, home=home, plain=True, **case.options())
+        with runtime.blaming(home):
+            want = runtime.answer(program, case, executor)
         verdict.outcomes.append(Outcome(case, tokens=sum(map(len, want)), generated=want))
         for chunk in (None, ROUNDS + 1) if case.kind == "chunks" else (None,):
-            if generate(made, program, prompts, case.n, chunk=chunk, plain=True, **case.options()) != want:
+            if answer(made, program, case, chunk) != want:
                 raise VerificationFailed(
                     what="the exported loop generates other tokens than its program",
                     where=str(path),
@@ -131,7 +112,15 @@ def chunked(program: Program) -> list[Case]:
     start, back, second = (tuple(joined(some)) for some in (rows, *others))
     alone = "negative" in program.inputs and program.meta.get("null") is None
     return [
-        Case("in chunks", "chunks", prompts, n, seed, params, (), (), tuple(p[::-1] for p in prompts) if alone else ())
+        Case(
+            prompts,
+            n,
+            seed,
+            params,
+            negative=tuple(p[::-1] for p in prompts) if alone else (),
+            name="in chunks",
+            kind="chunks",
+        )
         for prompts in ((start,), (start, back), (start, second))
         for seed, params in ((0, ()), (5, (("temperature", 0.9),)))
     ]
