@@ -72,7 +72,8 @@ def main() -> None:
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt.bench import timing as bench
-    from aropt.cli.optimize import Request, add_roofline, add_timings, optimize
+    from aropt.cli.optimize import Request, optimize
+    from aropt.cli.sections import timed
     from aropt.ir.units import rows_for
     from aropt.loops.request import fitted, room
     from aropt.pipeline.cost import step_bytes
@@ -96,10 +97,8 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
 
     origin = Origin(source)
     timings = bench.measure(out, ["aropt", *WORK[model]], prompt, n, threads, runs, say, ROUNDS, PATIENCE, read, origin)
-    report["notes"] = []
-    add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(prompt), threads, rates)
-    kept = {k: report[k] for k in ("env", "target", "verify", "bench", "speedup", "roofline", "notes")}
+    kept = {k: report[k] for k in ("env", "target", "verify")}
+    kept |= timed(timings, program, n, len(prompt), threads, rates).model_dump()
     kept |= {"loop": program.meta.get("loop", "positions"), "runs": runs, "rounds": ROUNDS}
     return {**kept, "tokens": n, "engines": {v: t.version for v, t in timings.items() if t.version}}
 

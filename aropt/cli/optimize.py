@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,29 +13,21 @@ import torch
 from aropt.bench import timing as bench
 from aropt.bench.variants import Origin
 from aropt.bench.window_sweep import curve
-from aropt.cli import pictures
 from aropt.cli.asked import check_names, check_paths
+from aropt.cli.sections import benchmark, samples
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.examples import prompts, read, texts
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
-from aropt.frontend.texts import decoder
 from aropt.ir.program import Program
-from aropt.ir.units import rows, rows_for
 from aropt.loops.given import check_ids
-from aropt.loops.positions import decoding
-from aropt.loops.request import fitted, room
-from aropt.loops.runtime import generate
 from aropt.loops.scheme import scheme, scheme_for, scheme_of
-from aropt.loops.speculate import checks_drafts
 from aropt.models import REFERENCES
 from aropt.pipeline import artifact, store
 from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
-from aropt.pipeline.compiled import Compiled
-from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.registry import pipeline, untold
 from aropt.rewriting.contract import Skips, planned
 from aropt.targets import DEFAULT, find_target
@@ -146,7 +137,7 @@ def optimize(request: Request) -> dict[str, Any]:
                 hint="raise the budget, or leave the pass out",
             )
         say("samples")
-        report["samples"] = samples(program, done, source)
+        report["samples"] = [one.model_dump() for one in samples(program, done, source)]
         artifact.write(done.program, folder, {}, source.files)
         timed(report, folder, done.program, source, request, threads)
         if request.runs:
@@ -212,128 +203,11 @@ def timed(
     if request.runs == 0:
         report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
         return
-    variants = ["aropt", *[v for v in request.against if v != "hf" or hasattr(source.module, "generate")]]
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(request.tokens, room(program, prompt))
+    against = [v for v in request.against if v != "hf" or hasattr(source.module, "generate")]
     origin = Origin(source.meta["source"], request.trust_remote_code, guide_of(request) or "")
-    timings = bench.measure(folder, variants, prompt, n, threads, request.runs, request.say, origin=origin)
-    add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
-
-
-def add_timings(report: dict[str, Any], timings: dict[str, bench.Timing], n: int) -> None:
-    """Measurements, speedups of aropt's variant, and notes on what could not be timed or gave other tokens."""
-    notes: list[str] = report.setdefault("notes", [])
-    report["bench"], report["speedup"] = [], {}
-    own = timings["aropt"]
-    for variant, timing in timings.items():
-        if timing.error or not timing.runs:
-            notes.append(timing.failure())
-            continue
-        if timing.version:
-            notes.append(f"{variant} is {timing.version}.")
-        name = f"aropt ({report['target']})" if variant == "aropt" else variant
-        common = {"variant": name, "n": len(timing.runs)}
-        report["bench"].append(
-            {
-                **common,
-                "phase": "generate",
-                "unit": "ms",
-                "median": timing.median,
-                "p10": timing.quantile(0.1),
-                "p90": timing.quantile(0.9),
-            }
-        )
-        report["bench"].append(
-            {
-                **common,
-                "phase": "generate",
-                "unit": "tok/s",
-                "median": n * 1e3 / timing.median,
-                "p10": n * 1e3 / timing.quantile(0.9),
-                "p90": n * 1e3 / timing.quantile(0.1),
-            }
-        )
-        first = sorted(timing.first)
-        report["bench"].append(
-            {
-                **common,
-                "phase": "prefill",
-                "unit": "ms",
-                "median": first[len(first) // 2],
-                "p10": first[0],
-                "p90": first[-1],
-            }
-        )
-        if variant == "aropt" or not own.runs:
-            continue
-        report["speedup"][variant] = timing.median / own.median
-        if timing.tokens != own.tokens:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(timing.tokens, own.tokens, strict=False)) if a != b),
-                min(len(timing.tokens), len(own.tokens)),
-            )
-            notes.append(f"{variant} gives other tokens than aropt from new token {at} on.")
-
-
-def add_roofline(
-    report: dict[str, Any],
-    timings: dict[str, bench.Timing],
-    program: Program,
-    n: int,
-    prompt: int,
-    threads: int,
-    rates: Sequence[float] = (),
-) -> None:
-    """Bytes that a decoding step must read, over the bandwidth, over the time of a step.
-
-    A program with drafts takes a number of rounds that is not known from here: the one without them is looked at.
-    `rates`: the bandwidth in GB/s as it was measured meanwhile; without them it is measured here.
-    """
-    variant = "no-draft" if checks_drafts(program.control) else "aropt"
-    own = timings.get(variant)
-    if own is None or not own.runs or not decoding(program.control):  # others don't go step by step
-        return
-    size = step_bytes(program, prompt + rows_for(program.meta, n) // 2)
-    rate = statistics.median(rates) if rates else bench.bandwidth(size, threads)
-    step = own.median / rows_for(program.meta, n) / 1e3
-    share = size / rate / 1e9 / step
-    report["roofline"] = {"variant": variant, "bytes_per_step": size, "bandwidth_gb_s": rate, "share": share}
-
-
-def samples(reference: Program, made: Compiled, source: Source) -> list[dict[str, Any]]:
-    """The same prompts through the reference interpreter and through the result: pictures or texts."""
-    program, found = made.program, []
-    prompts = [fitted(program, p) for p in program.meta["prompts"]]
-    for i, prompt in enumerate(prompts[:10]):
-        n = min(64, room(program, prompt))
-        options: dict[str, Any] = {
-            "seed": i,
-            "temperature": 0.8 if i % 2 or program.meta["modality"] == "image" else 0.0,
-        }
-        before, after = generate(reference, [prompt], n, **options)[0], made.generate([prompt], n, **options)[0]
-        image = program.meta["modality"] == "image"
-        found.append(
-            {
-                "label": f"class {prompt[0] - 17}"
-                if image
-                else f"prompt {i}" + (", sampled" if options["temperature"] else ", greedy"),
-                "before": shown(before, prompt, program, source),
-                "after": shown(after, prompt, program, source),
-                "same": before == after,
-                "kind": "image" if image else "text",
-            }
-        )
-    return found
-
-
-def shown(tokens: list[int], prompt: list[int], program: Program, source: Source) -> Any:
-    """Tokens as rows of pixels or as text."""
-    if program.meta["modality"] == "image":
-        return pictures.pixels(tokens, program.meta).tolist()
-    if program.meta["modality"] == "text":
-        return decoder(source.texts)([*prompt, *tokens])
-    return " ".join(map(str, [*prompt, *tokens]))
+    found = benchmark(folder, program, against, request.runs, request.tokens, threads, request.say, origin)
+    report |= found.model_dump(exclude_none=True, exclude={"notes"})
+    report.setdefault("notes", []).extend(found.notes)
 
 
 def run_bisect(request: Request) -> str | None:

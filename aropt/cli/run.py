@@ -13,7 +13,6 @@ from aropt.cli import infill, pictures
 from aropt.errors import UsageError
 from aropt.frontend.texts import read_texts
 from aropt.ir.program import Program
-from aropt.ir.units import rows
 from aropt.loops.request import fitted, parse, room
 from aropt.loops.runtime import answer, blaming
 from aropt.pipeline import store
@@ -150,23 +149,20 @@ def bench(
 
     from aropt.bench import timing
     from aropt.bench.variants import NEED_MODEL
-    from aropt.cli.optimize import add_roofline, add_timings
+    from aropt.cli.sections import benchmark
     from aropt.pipeline.describe import environment
 
     timing.check(against, origin)
-    program = load(out).program
-    threads = threads or torch.get_num_threads()
-    report: dict[str, Any] = {"env": environment(threads).model_dump(), "target": program.meta["target"], "notes": []}
+    program, threads = load(out).program, threads or torch.get_num_threads()
     left = [] if against else [v for v in timing.DEFAULT_AGAINST if v in NEED_MODEL and not origin.model]
-    if left:
-        report["notes"].append(f"{', '.join(left)} are left out: name the model with --model MODEL.")
     against = against or [v for v in timing.DEFAULT_AGAINST if v not in left]
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(tokens, room(program, prompt))
-    timings = timing.measure(out, ["aropt", *against], prompt, n, threads, runs, say, origin=origin)
-    add_timings(report, timings, n)
-    add_roofline(report, timings, program, n, len(rows(program.meta, prompt)), threads)
-    return report
+    found = benchmark(out, program, against, runs, tokens, threads, say, origin)
+    told = [f"{', '.join(left)} are left out: name the model with --model MODEL."] if left else []
+    return {
+        "env": environment(threads).model_dump(),
+        **found.model_dump(exclude_none=True),
+        "notes": told + found.notes,
+    }
 
 
 def export(

@@ -95,6 +95,12 @@ def fitted(program: Program, prompt: Sequence[int]) -> list[int]:
     return ids if room(program, ids) > 0 else ids[: max(1, program.meta["capacity"] // 2)]
 
 
+def example(program: Program, tokens: int) -> tuple[list[int], int]:
+    """The model's first prompt, and how many new tokens, at most `tokens`, fit after it."""
+    prompt = fitted(program, program.meta["prompts"][0])
+    return prompt, min(tokens, room(program, prompt))
+
+
 def workload(program: Program, count: int, tokens: int) -> tuple[list[list[int]], int]:
     """Up to `count` of the model's own prompts, and how many new tokens, at most `tokens`, fit after each of them.
 

@@ -301,6 +301,8 @@ class Timed(BaseModel):
 
     bench: list[Measurement] = []
     speedup: dict[str, Positive] = {}
+    roofline: Roofline | None = None
+    notes: list[str] = []
 
 
 def merged(report: Report | Timed) -> dict[tuple[str, str], dict[bool, Measurement]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import aropt
 from aropt.bench import timing as bench
-from aropt.cli.optimize import add_roofline
+from aropt.cli.sections import roofline
 from aropt.errors import UsageError
 from aropt.exporters.whole_loop import export_program
 from aropt.ir.control import loops
@@ -122,16 +121,12 @@ def test_the_roofline_is_of_the_program_without_drafts(monkeypatch: pytest.Monke
     monkeypatch.setattr(bench, "bandwidth", lambda size, threads: 10.0)
     timings = {v: bench.Timing(v, runs=[ms] * 3) for v, ms in (("aropt", 1.0), ("no-draft", 4.0))}
     for program, variant, ms in ((drafted(), "no-draft", 4.0), (plain(), "aropt", 1.0)):
-        report: dict[str, Any] = {}
-        add_roofline(report, timings, program, 8, 2, 1)
-        found = report["roofline"]
-        assert found["variant"] == variant
-        assert found["share"] == pytest.approx(found["bytes_per_step"] / 10e9 / (ms / 8 / 1e3))
-    add_roofline(report, timings, plain(), 8, 2, 1, rates=[40.0, 20.0, 5.0])
-    assert report["roofline"]["share"] == pytest.approx(found["share"] / 2)
-    report = {}
-    add_roofline(report, {"aropt": timings["aropt"]}, drafted(), 8, 2, 1)
-    assert not report
+        found = roofline(timings, program, 8, 2, 1)
+        assert found is not None and found.variant == variant
+        assert found.share == pytest.approx(found.bytes_per_step / 10e9 / (ms / 8 / 1e3))
+    slower = roofline(timings, plain(), 8, 2, 1, rates=[40.0, 20.0, 5.0])
+    assert found is not None and slower is not None and slower.share == pytest.approx(found.share / 2)
+    assert roofline({"aropt": timings["aropt"]}, drafted(), 8, 2, 1) is None
 
 
 @pytest.mark.parametrize("contrib", [False, True])

@@ -11,6 +11,7 @@ import aropt
 from aropt.bench import timing as bench
 from aropt.bench.variants import Spec
 from aropt.cli import optimize as command
+from aropt.cli.sections import samples
 from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
@@ -106,8 +107,8 @@ def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, mon
     """Samples and timing are of prompts that fit."""
     model: Any = Tiny(1) if mask is None else tiny()
     program = aropt.capture(model, mask=mask, capacity=8, prompts=[[1] * 30], modality="tokens")
-    (sample,) = command.samples(program, aropt.Compiled(program, Eager(program)), Source(model, program.meta))
-    assert sample["same"] and len(sample["after"].split()) == 8 + (mask is None)
+    (sample,) = samples(program, aropt.Compiled(program, Eager(program)), Source(model, program.meta))
+    assert sample.same and len(str(sample.after).split()) == 8 + (mask is None)
     seen: list[Any] = []
 
     def measure(

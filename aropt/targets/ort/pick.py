@@ -17,7 +17,7 @@ import numpy as np
 
 from aropt.ir.executor import Executor
 from aropt.ir.program import Program
-from aropt.loops.request import fitted, room
+from aropt.loops.request import example, room
 from aropt.loops.runtime import generate
 from aropt.targets.ort import multi_step, single_call
 from aropt.targets.ort.files import file
@@ -40,8 +40,7 @@ def pick(
     stepping = executor.with_plan(Plan())
     ways: dict[str, Planned] = {STEPPING: stepping}
     verify, reasons = {}, []
-    prompt = fitted(program, program.meta["prompts"][0])
-    n = min(64, room(program, prompt))
+    prompt, n = example(program, 64)
     for way, make in ((SEVERAL, several), (ONE_CALL, one_call)):
         say(f"{way}: export and compare")
         try:
