@@ -143,15 +143,17 @@ def row(timing: Any, rounds: int) -> dict[str, Any]:
 
 def built(model: str, threads: int) -> Path:
     """The artifact of a model, optimized from scratch."""
-    from aropt.cli.optimize import Request, optimize
+    from aropt.cli.optimize import optimize
+    from aropt.cli.options import Doing, Reading, Writing
 
     out = ROOT / "build" / "bench" / model
     small, base = model.startswith("digits"), base_of(model)
     source = model if small else f"{Path(__file__)}:{base}"
     options: dict[str, Any] = {"passes": ["int8-linears"], "budget": BUDGET} if model.endswith(INT8) else {}
-    options |= {"dropped": ["int8-draft"]} if base != model else {}
+    options |= {"no_pass": ["int8-draft"]} if base != model else {}
     say = lambda text: print(f"{model}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=small, measure=True, **options))
+    doing = Doing(runs=0, threads=threads, no_check=not small, measure=True, **options)
+    optimize(Reading(source), doing, Writing(out, force=True, say=say))
     return out
 
 

@@ -46,13 +46,15 @@ def main() -> None:
 
 def built(model: str, out: Path, threads: int, **lossy: Any) -> Path:
     """The artifact, optimized from scratch; large ones are not validated, as that takes longer than the timing."""
-    from aropt.cli.optimize import Request, optimize
+    from aropt.cli.optimize import optimize
+    from aropt.cli.options import Doing, Reading, Writing
 
     source = str(models.folder(model, ROOT / "build" / "models")) if model in models.SHAPES else model
     say = lambda text: print(f"{out.name}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    check, dropped = model not in models.SHAPES, ["ngram-draft"]
-    optimize(Request(source, out, runs=0, threads=threads, force=True, say=say, check=check, measure=True,
-                     dropped=dropped, **lossy))  # fmt: skip
+    doing = Doing(
+        runs=0, threads=threads, no_check=model in models.SHAPES, measure=True, no_pass=["ngram-draft"], **lossy
+    )
+    optimize(Reading(source), doing, Writing(out, force=True, say=say))
     return out
 
 

@@ -72,7 +72,8 @@ def main() -> None:
 def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     """One model optimized from scratch and timed; the parts of its report that a table needs, and engines' versions."""
     from aropt.bench import timing as bench
-    from aropt.cli.optimize import Request, optimize
+    from aropt.cli.optimize import optimize
+    from aropt.cli.options import Doing, Reading, Writing
     from aropt.cli.sections import timed
     from aropt.ir.units import rows_for
     from aropt.loops.request import fitted, room
@@ -84,8 +85,8 @@ def measure(model: str, runs: int, threads: int) -> dict[str, Any]:
     source = str(models.folder(model, ROOT / "build" / "models")) if drawn else model
     out = ROOT / "build" / "bench" / model
     large = model in LARGE
-    request = Request(source, out, runs=0, threads=threads, force=True, say=say, check=not large, measure=True)
-    report = optimize(request)
+    doing = Doing(runs=0, threads=threads, no_check=large, measure=True)
+    report = optimize(Reading(source), doing, Writing(out, force=True, say=say))
     program = load(out).program
     prompt = models.PROMPT if drawn else fitted(program, program.meta["prompts"][0])
     n = min(TOKENS, room(program, prompt))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,9 @@ import typer
 
 from aropt.bench.timing import AGAINST
 from aropt.cli.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
+from aropt.cli.options import SEEDS, Doing, ModelArg, Reading, Remote, Writing, split, spread
 from aropt.errors import UsageError
 from aropt.pipeline import interrupts
-from aropt.targets import DEFAULT, TARGETS
 from aropt.targets.ort.threads import own_process
 
 app = typer.Typer(
@@ -28,164 +29,49 @@ app = typer.Typer(
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv shows tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A reference model, a Hugging Face directory, file.py:factory or a .pt2.")
-]
-Remote = Annotated[
-    bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run Python code that comes with the model.")
-]
-
-
-SEEDS = 2**62 - 1  # the largest
-
-
-def split(values: list[str] | None) -> list[str]:
-    """Repeated and comma-separated values as one list."""
-    return [part for value in values or [] for part in value.split(",") if part]
 
 
 @app.command()
+@spread
 def optimize(
-    model: ModelArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    target: Annotated[str, typer.Option(help=", ".join(TARGETS))] = DEFAULT,
-    passes: Annotated[
-        list[str] | None, typer.Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="METRIC=BOUND,..", help="What lossy passes may lose: kl, kl_max, top1, agreement, quality."
-        ),
-    ] = "",
-    examples: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="A task to measure quality on: JSON lines with prompt and answer, texts or ids."
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="To time it, try drafts, measure drift on: a JSON text or ids a line."),
-    ] = None,
+    read: Reading,
+    do: Doing,
+    write: Writing,
+    *,
     plugin: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="A Python file that holds a pass, an op or a loop; it runs."),
     ] = None,
-    no_pass: Annotated[list[str] | None, typer.Option("--no-pass", metavar="NAME", help="Leave a pass out.")] = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What sampling can do: temperature, top-k, top-p, min-p, repetition-penalty, bias, guidance, "
-            "guidance-interval, suppress-tokens, begin-suppress-tokens, min-new-tokens. "
-            "Of a canvas, what a round writes: threshold, factor, segments, or uniform, cosine, "
-            "shifted, doubling; probability, margin, entropy; eoser, credit, smooth, rcr, remask; and of a guide: "
-            "guide-argmax, -top-k, -relative, -threshold."
-        ),
-    ] = None,
-    capacity: Annotated[int | None, typer.Option(help="Tokens of a sequence at most.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads of the result and of the timing.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of the validation's inputs.")] = 0,
-    runs: Annotated[int, typer.Option(min=0, help="Timed runs of each variant; 0 times nothing.")] = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens of a timed run.")] = 200,
-    against: Annotated[list[str] | None, typer.Option(help=f"Time against: {', '.join(AGAINST)}.")] = None,
-    loop: Annotated[
-        str | None,
-        typer.Option(help="How the model generates: positions (one token after another), unmask (a canvas)."),
-    ] = None,
-    guide: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A model that judges what a canvas's rounds would write.")
-    ] = None,
-    mask: Annotated[
-        int | None, typer.Option(min=0, help="The mask id of a canvas, where the model does not say it.")
-    ] = None,
-    block: Annotated[
-        int | None, typer.Option(min=0, help="Rows of a block, where rows see their block and those before it; 0: all.")
-    ] = None,
-    shift: Annotated[
-        bool | None, typer.Option("--shift/--no-shift", help="Row i of the logits predicts id i + 1 (of a canvas).")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each pass would do.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say where each pass applied, and where it did not and why.")
     ] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not validate; the report says so.")] = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Validate on several times as many requests.")] = False,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Write the rest where a pass fails (else an internal error).")
-    ] = False,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Find the first pass after which the lowered program fails.")
     ] = False,
-    print_after: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Print the program after a pass, or after all.")
-    ] = None,
-    print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what each pass changed.")] = False,
-    dump_dir: Annotated[Path | None, typer.Option(help="Write each stage and its diff here.")] = None,
-    trust_remote_code: Remote = False,
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> None:
     """Optimize a model: derive its cache, fuse, lower, prove equal to eager, time, and write OUT."""
-    from aropt.bench import timing as bench
     from aropt.cli import optimize as command
     from aropt.pipeline import plugins
 
     for file in plugin or []:
         plugins.load(file)
     with Progress() as progress:
-        request = command.Request(
-            model,
-            out,
-            target,
-            split_passes(passes),
-            split(no_pass),
-            split(rule) or None,
-            capacity,
-            threads,
-            seed,
-            runs,
-            tokens,
-            split(against) or bench.DEFAULT_AGAINST,
-            force,
-            not no_check,
-            trust_remote_code,
-            frozenset(split(print_after)),
-            print_diff,
-            dump_dir,
-            progress,
-            note,
-            loop=loop,
-            mask=mask,
-            budget=budget,
-            guide=guide,
-            block=block,
-            shift=shift,
-            examples=examples,
-            prompts=prompts,
-            keep_going=keep_going,
-            thorough=thorough,
-        )
+        write = replace(write, say=progress, show=note)
         if dry_run:
-            show_plan(command.plan(request), as_json, explain)
+            show_plan(command.plan(read, do, write), as_json, explain)
             return
         if bisect:
-            bad = command.run_bisect(request)
+            bad = command.run_bisect(read, do, write)
             print(json.dumps({"first_bad": bad}) if as_json else f"first bad pass: {bad or 'none'}")
             return
-        report = command.optimize(request)
+        report = command.optimize(read, do, write)
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        show_report(report, out, explain or verbose > 0, time.perf_counter() - progress.start)
-
-
-def split_passes(values: list[str] | None) -> list[str]:
-    """--pass keeps its commas: they part its options."""
-    return list(values or [])
+        show_report(report, write.out, explain or verbose > 0, time.perf_counter() - progress.start)
 
 
 @app.command()

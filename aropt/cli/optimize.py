@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aropt.bench import timing as bench
+from aropt.bench.timing import DEFAULT_AGAINST
+from aropt.bench.timing import check as check_variants
 from aropt.bench.variants import Origin
 from aropt.bench.window_sweep import curve
-from aropt.cli.asked import check_names, check_paths
+from aropt.cli.asked import check
+from aropt.cli.options import Doing, Reading, Writing
 from aropt.cli.sections import benchmark, samples
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
-from aropt.frontend.examples import prompts, read, texts
+from aropt.frontend.examples import prompts, texts
+from aropt.frontend.examples import read as read_examples
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.ir.program import Program
@@ -28,159 +29,116 @@ from aropt.pipeline.api import capture, untrained
 from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
+from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.registry import pipeline, untold
-from aropt.rewriting.contract import Skips, planned
-from aropt.targets import DEFAULT, find_target
+from aropt.rewriting.contract import Pass, Skips, planned
+from aropt.targets import find_target
 from aropt.validate.drift import budget
 
-Say = Callable[[str], None]
 SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread
-TOKENS = 200  # new tokens of a benchmark, where the model has room
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `aropt optimize` was asked for."""
-
-    model: str
-    out: Path
-    target: str = DEFAULT
-    passes: Sequence[str] = ()
-    dropped: Sequence[str] = ()
-    rules: Sequence[str] | None = None
-    capacity: int | None = None
-    threads: int | None = None
-    seed: int = 0
-    runs: int = 5
-    tokens: int = TOKENS
-    against: Sequence[str] = bench.DEFAULT_AGAINST
-    force: bool = False
-    check: bool = True
-    trust_remote_code: bool = False
-    print_after: frozenset[str] = frozenset()
-    print_diff: bool = False
-    dump_dir: Path | None = None
-    say: Say = field(default=lambda _: None)
-    show: Say = field(default=lambda _: None)
-    measure: bool = False  # let the target choose by timing even if nothing else is timed
-    loop: str | None = None
-    mask: int | None = None
-    budget: str = ""
-    guide: str | None = None
-    block: int | None = None
-    shift: bool | None = None
-    examples: Path | None = None
-    prompts: Path | None = None
-    keep_going: bool = False
-    thorough: bool = False
-
-
-def optimize(request: Request) -> dict[str, Any]:
+def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
     """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
-    say = request.say
-    store.check_free(request.out, request.force, inputs(request))
-    bench.check(request.against)
-    chosen, allowed = pipeline(request.passes, request.dropped), budget(request.budget)
-    say("load")
-    source = find(request)
-    threads = request.threads or torch.get_num_threads()
-    if sum(p.nbytes for p in source.module.parameters()) < SMALL:
-        torch.set_num_threads(
-            1
-        )  # eager reference runs: a second thread costs more than it brings, and on a busy machine far more
-    say("capture")
-    program = captured(request, source)
+    against = DEFAULT_AGAINST if do.against is None else do.against
+    store.check_free(write.out, write.force, inputs(read, write))
+    check_variants(against)
+    chosen, allowed = passes(do), budget(do.budget)
+    write.say("load")
+    check(read, do, write)
+    source = find(read)
+    threads = do.threads or torch.get_num_threads()
+    if sum(p.nbytes for p in source.module.parameters()) < SMALL:  # of the eager reference runs: a second thread
+        torch.set_num_threads(1)  # costs more than it brings, and on a busy machine far more
+    write.say("capture")
+    program = captured(read, source)
     instruments = Instruments(
-        say, request.show, request.print_after, request.print_diff, request.dump_dir, request.check
+        write.say, write.show, frozenset(write.print_after or ()), write.print_diff, write.dump_dir, not do.no_check
     )
-    failed: list[dict[str, Any]] = []
-    with store.staged(request.out, request.force, inputs(request)) as folder:
+    with store.staged(write.out, write.force, inputs(read, write)) as folder:
         if source.texts is not None:
             source.texts.save(folder)
         done = optimize_program(
-            program,
-            request.target,
-            chosen,
-            check=request.check,
-            folder=folder,
-            threads=threads,
-            instruments=instruments,
-            seed=request.seed,
-            strict=False,
-            measure=request.runs > 0 or request.measure,
-            tries=untold(request.passes, request.dropped),
-            budget=allowed,
-            keep_going=request.keep_going,
-            thorough=request.thorough,
-        )
-        report = done.report
-        if request.check and report["verify"]["status"] == "fail":
-            failed.append(report)
-            artifact.write(done.program, folder, report, source.files)
-            aside = store.put_aside(folder, request.out)
-            if "needs_finetune" in done.program.meta:
-                raise untrained(done.program)
-            raise VerificationFailed(
-                what=f"the optimized program does not match '{request.model}'",
-                where=str(aside / "report.html"),
-                why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
-                hint="see the report; leave a pass out with --no-pass NAME, or try --target eager",
-            )
-        missed = report.get("drift", {}).get("missed", "")
-        if missed:
-            artifact.write(done.program, folder, report, source.files)
-            aside = store.put_aside(folder, request.out)
-            raise BudgetMissed(
-                what=f"the program lowered to {request.target} misses the budget",
-                where=str(aside / "report.html"),
-                why=missed,
-                hint="raise the budget, or leave the pass out",
-            )
-        say("samples")
+            program, do.target, chosen, check=not do.no_check, folder=folder, threads=threads, instruments=instruments,
+            seed=do.seed, strict=False, measure=do.runs > 0 or do.measure, tries=untold(do.passes or (),
+            do.no_pass or ()), budget=allowed, keep_going=do.keep_going, thorough=do.thorough,
+        )  # fmt: skip
+        demand(done, folder, source, read, do, write)
+        write.say("samples")
+        report, notes = done.report, done.report["notes"]
         report["samples"] = [one.model_dump() for one in samples(program, done, source)]
         artifact.write(done.program, folder, {}, source.files)
-        timed(report, folder, done.program, source, request, threads)
-        if request.runs:
-            report["windows"] = curve(source.module, done, request.target, threads, request.runs, say)
+        if do.runs:
+            usable = [v for v in against if v != "hf" or hasattr(source.module, "generate")]
+            origin = Origin(source.meta["source"], read.trust_remote_code, guide_of(read) or "")
+            found = benchmark(folder, done.program, usable, do.runs, do.tokens, threads, write.say, origin)
+            report |= {**found.model_dump(exclude_none=True), "notes": notes + found.notes}
+            report["windows"] = curve(source.module, done, do.target, threads, do.runs, write.say)
+        else:
+            notes.append("Nothing was timed: --runs 0.")
         artifact.write(done.program, folder, report, source.files)
-    return json.loads((request.out / "report.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((write.out / "report.json").read_text())  # type: ignore[no-any-return]
 
 
-def inputs(request: Request) -> list[Path]:
+def demand(done: Compiled, folder: Path, source: Source, read: Reading, do: Doing, write: Writing) -> None:
+    """Raises VerificationFailed, BudgetMissed for a result that is not what was asked for, once it is put aside."""
+    report = done.report
+    wrong = not do.no_check and report["verify"]["status"] == "fail"
+    missed = report.get("drift", {}).get("missed", "")
+    if not wrong and not missed:
+        return
+    artifact.write(done.program, folder, report, source.files)
+    page = str(store.put_aside(folder, write.out) / "report.html")
+    if wrong and "needs_finetune" in done.program.meta:
+        raise untrained(done.program)
+    if wrong:
+        raise VerificationFailed(
+            what=f"the optimized program does not match '{read.model}'",
+            where=page,
+            why=json.dumps(report["verify"]["diverges"]) if report["verify"]["diverges"] else "",
+            hint="see the report; leave a pass out with --no-pass NAME, or try --target eager",
+        )
+    raise BudgetMissed(
+        what=f"the program lowered to {do.target} misses the budget",
+        where=page,
+        why=missed,
+        hint="raise the budget, or leave the pass out",
+    )
+
+
+def inputs(read: Reading, write: Writing) -> list[Path]:
     """The files and folders that the result is made from, or that are written besides: it is not written over them."""
-    models = [m for m in (request.model, request.guide) if m is not None and m not in REFERENCES]
+    models = [m for m in (read.model, read.guide) if m is not None and m not in REFERENCES]
     files = [Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models]
-    return [*(f for f in files if f.exists()), *filter(None, (request.examples, request.prompts, request.dump_dir))]
+    return [*(f for f in files if f.exists()), *filter(None, (read.examples, read.prompts, write.dump_dir))]
 
 
-def find(request: Request) -> Source:
-    """The model that was asked for, once the other options are checked."""
-    check_names(request.target, request.loop, request.rules or (), request.guide, request.print_after)
-    check_paths(request.examples, request.prompts, request.dump_dir)
-    chosen = scheme(request.loop) if request.loop else scheme_for({"mask": request.mask})
-    source = resolve(request.model, request.capacity, request.trust_remote_code, chosen.masked)
-    there = Path(request.model).exists() and request.model not in REFERENCES  # whatever lies in this folder
-    source.meta["source"] = str(Path(request.model).resolve()) if there else request.model
-    given = {"mask": request.mask, "block": request.block, "shift": request.shift}
+def find(read: Reading) -> Source:
+    """The model that was asked for."""
+    chosen = scheme(read.loop) if read.loop else scheme_for({"mask": read.mask})
+    source = resolve(read.model, read.capacity, read.trust_remote_code, chosen.masked)
+    there = Path(read.model).exists() and read.model not in REFERENCES  # whatever lies in this folder
+    source.meta["source"] = str(Path(read.model).resolve()) if there else read.model
+    given = {"mask": read.mask, "block": read.block, "shift": read.shift}
     source.meta |= {name: value for name, value in given.items() if value is not None}
-    if request.examples is not None:
-        source.meta["examples"] = read(request.examples, *texts(source.texts))
-    if request.prompts is not None:
-        source.meta["prompts"] = prompts(request.prompts, texts(source.texts)[0])
+    if read.examples is not None:
+        source.meta["examples"] = read_examples(read.examples, *texts(source.texts))
+    if read.prompts is not None:
+        source.meta["prompts"] = prompts(read.prompts, texts(source.texts)[0])
     return source
 
 
-def captured(request: Request, source: Source) -> Program:
+def captured(read: Reading, source: Source) -> Program:
     """Its plain program."""
     program = capture(
         source,
-        rules=request.rules,
-        loop=request.loop,
-        trust_remote_code=request.trust_remote_code,
-        guide=guide_of(request),
+        rules=read.rule or None,
+        loop=read.loop,
+        trust_remote_code=read.trust_remote_code,
+        guide=guide_of(read),
     )
-    check_ids(program, program.meta["prompts"] if request.prompts is not None else [], f"{request.prompts}, prompt")
-    if request.examples is not None and not scheme_of(program).fills:
+    check_ids(program, program.meta["prompts"] if read.prompts is not None else [], f"{read.prompts}, prompt")
+    if read.examples is not None and not scheme_of(program).fills:
         raise UsageError(
             what="examples are for models that unmask a canvas",
             where="--examples",
@@ -190,37 +148,29 @@ def captured(request: Request, source: Source) -> Program:
     return program
 
 
-def guide_of(request: Request) -> str | None:
+def guide_of(read: Reading) -> str | None:
     """The guide that was asked for, wherever the program is loaded again."""
-    there = request.guide is not None and Path(request.guide).exists() and request.guide not in REFERENCES
-    return str(Path(str(request.guide)).resolve()) if there else request.guide
+    there = read.guide is not None and Path(read.guide).exists() and read.guide not in REFERENCES
+    return str(Path(str(read.guide)).resolve()) if there else read.guide
 
 
-def timed(
-    report: dict[str, Any], folder: Path, program: Program, source: Source, request: Request, threads: int
-) -> None:
-    """Adds benchmark, speedups and roofline to the report."""
-    if request.runs == 0:
-        report.setdefault("notes", []).append("Nothing was timed: --runs 0.")
-        return
-    against = [v for v in request.against if v != "hf" or hasattr(source.module, "generate")]
-    origin = Origin(source.meta["source"], request.trust_remote_code, guide_of(request) or "")
-    found = benchmark(folder, program, against, request.runs, request.tokens, threads, request.say, origin)
-    report |= found.model_dump(exclude_none=True, exclude={"notes"})
-    report.setdefault("notes", []).extend(found.notes)
+def passes(do: Doing) -> list[Pass]:
+    """Those that are asked for."""
+    return pipeline(do.passes or (), do.no_pass or ())
 
 
-def run_bisect(request: Request) -> str | None:
+def run_bisect(read: Reading, do: Doing, write: Writing) -> str | None:
     """The first pass after which the lowered program fails."""
-    program = captured(request, find(request))
-    return bisect(program, pipeline(request.passes, request.dropped), request.target, request.say)
+    check(read, do, write)
+    return bisect(captured(read, find(read)), passes(do), do.target, write.say)
 
 
-def plan(request: Request) -> list[dict[str, Any]]:
+def plan(read: Reading, do: Doing, write: Writing) -> list[dict[str, Any]]:
     """What each pass would do, without doing it: [{name, level, status, reason, matches, rejected}]."""
-    program = captured(request, find(request))
+    check(read, do, write)
+    program = captured(read, find(read))
     found: list[dict[str, Any]] = []
-    for one in pipeline(request.passes, request.dropped):
+    for one in passes(do):
         entry: dict[str, Any] = {
             "name": one.name,
             "level": one.contract.level,
@@ -230,7 +180,7 @@ def plan(request: Request) -> list[dict[str, Any]]:
         }
         found.append(entry)
         try:
-            found_plan = planned(one, program, find_target(request.target))
+            found_plan = planned(one, program, find_target(do.target))
         except Unsupported as refused:
             entry |= {"status": "refused", "reason": str(refused), "rejected": [[refused.where, refused.why]]}
             break

@@ -22,8 +22,6 @@ from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.cost import step_bytes
 from aropt.pipeline.report import Measurement, Roofline, Sample, Timed
 
-Timings = Mapping[str, bench.Timing]  # by variant
-
 
 def benchmark(
     folder: Path, program: Program, against: Sequence[str], runs: int, tokens: int, threads: int,

@@ -18,7 +18,8 @@ import typer
 from torch import nn
 
 from aropt.cli import main as cli
-from aropt.cli.optimize import check_names
+from aropt.cli.asked import check
+from aropt.cli.options import Doing, Reading, Writing
 from aropt.frontend.sources import findable
 from aropt.ir import ops
 from aropt.ir.printer import text
@@ -80,7 +81,8 @@ def test_commands_parse_and_name_what_there_is(
         name, found, rest = app.resolve_command(context, list(words))
         given = found.make_context(name, rest).params
     if name == "optimize":
-        check_names(given["target"], given["loop"], given["rule"] or (), given["guide"], given["print_after"] or ())
+        read = Reading(given["model"], rule=given["rule"], loop=given["loop"], guide=given["guide"])
+        check(read, Doing(given["target"]), Writing(given["out"], print_after=given["print_after"]))
         monkeypatch.setattr(registry, "ADDED", {})
         for name in given["plugin"] or ():  # the page says what it holds
             (tmp_path / name).write_text(blocks(ROOT / "docs" / "writing_passes.md")[0])

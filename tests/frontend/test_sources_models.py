@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import aropt
-from aropt.cli.optimize import Request, find
+from aropt.cli.optimize import find
+from aropt.cli.options import Reading
 from aropt.errors import Unsupported, UsageError
 from aropt.frontend.facts import facts
 from aropt.frontend.huggingface import longest
@@ -49,7 +50,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_mask_alone_means_a_canvas(bert: str, tmp_path: Path) -> None:
     """In Python and on the command line: the directory is loaded as a masked language model."""
     assert aropt.capture(bert, mask=4).meta["loop"] == "unmask"
-    source = find(Request(bert, tmp_path / "out", mask=4))
+    source = find(Reading(bert, mask=4))
     assert type(source.module).__name__ == "BertForMaskedLM" and source.meta["mask"] == 4
 
 
@@ -174,7 +175,7 @@ def test_flags_of_a_canvas(tmp_path: Path) -> None:
     from aropt.cli.main import app
 
     (tmp_path / "mine.py").write_text("from tests.loops.test_unmask import tiny\ndef build(): return tiny()")
-    source = find(Request(f"{tmp_path}/mine.py:build", tmp_path / "out", mask=3, block=4, shift=True))
+    source = find(Reading(f"{tmp_path}/mine.py:build", mask=3, block=4, shift=True))
     assert {"mask": 3, "block": 4, "shift": True}.items() <= source.meta.items()
     shown = CliRunner().invoke(app, ["optimize", "--help"], env={"COLUMNS": "200"}).output
     assert all(flag in shown for flag in ("--mask", "--block", "--shift"))

@@ -238,10 +238,11 @@ def test_caches_hold_a_row_a_window(program: aropt.Program, cached: aropt.Compil
 @pytest.mark.exhaustive
 def test_the_benchmark_runs_windows_too(tmp_path: Path) -> None:
     from aropt.bench import timing as bench
-    from aropt.cli.optimize import Request, optimize
+    from aropt.cli.optimize import optimize
+    from aropt.cli.options import Doing, Reading, Writing
 
     out = tmp_path / "out"
-    optimize(Request(f"{__file__}:Windows", out, target="eager", runs=0, check=False))
+    optimize(Reading(f"{__file__}:Windows"), Doing("eager", runs=0, no_check=True), Writing(out))
     expected = aropt.load(out).generate([[LEVELS]], 10)[0]
     origin = Origin(f"{__file__}:Windows")
     for variant in ("eager", "cached"):

@@ -342,11 +342,12 @@ def test_passes_fuse_the_round(quota: Program) -> None:
 
 
 def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aropt.cli.optimize import Request, find
+    from aropt.cli.optimize import find
+    from aropt.cli.options import Reading
 
     (tmp_path / "text-mdlm").mkdir()
     monkeypatch.chdir(tmp_path)
-    source = find(Request("text-mdlm", tmp_path / "out", mask=258))
+    source = find(Reading("text-mdlm", mask=258))
     assert source.meta["source"] == "text-mdlm" and source.meta["mask"] == 258
 
 

@@ -9,9 +9,8 @@ import pytest
 
 import aropt
 from aropt.bench import timing as bench
-from aropt.bench.variants import Spec
-from aropt.cli import optimize as command
-from aropt.cli.sections import samples
+from aropt.bench.variants import Origin, Spec
+from aropt.cli.sections import benchmark, samples
 from aropt.errors import MissingTool, UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
@@ -118,8 +117,8 @@ def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, mon
         return {v: bench.Timing(v, error="none") for v in variants}
 
     monkeypatch.setattr(bench, "measure", measure)
-    request = command.Request("x", Path("out"), against=[])
-    command.timed({"target": "eager"}, Path("out"), program, Source(model, program.meta), request, 1)
+    found = benchmark(Path("out"), program, [], 5, 200, 1, print, Origin())
+    assert not found.bench and found.notes == ["aropt could not be timed: none"]
     assert seen == [(4, 4 + (mask is None))]
 
 

@@ -57,7 +57,7 @@ def test_the_page_runs_as_printed(tiny_program: Program, tmp_path: Path) -> None
 
 def test_the_command_line_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr("aropt.cli.optimize.plan", lambda request: seen.append(registry.names("asked")) or [])
+    monkeypatch.setattr("aropt.cli.optimize.plan", lambda *_: seen.append(registry.names("asked")) or [])
     words = ["optimize", "text-ar", "-o", str(tmp_path / "out"), "--plugin", str(written(tmp_path, EXAMPLE))]
     cli.app([*words, "--pass", "title:words=2", "--dry-run"], standalone_mode=False)
     assert "title" in seen[0]

@@ -162,13 +162,14 @@ def test_the_report_shows_it(plain: Program, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_file_of_the_command_line(tmp_path: Path) -> None:
-    from aropt.cli.optimize import Request, captured, find
+    from aropt.cli.optimize import captured, find
+    from aropt.cli.options import Reading
 
     file = tmp_path / "task.jsonl"
     file.write_text(json.dumps({"prompt": "def ", "answer": "f(x)"}))
-    found = find(Request("text-mdlm", tmp_path / "out", examples=file)).meta["examples"]
+    found = find(Reading("text-mdlm", examples=file)).meta["examples"]
     assert found == [{"prompt": coded("def "), "answer": coded("f(x)")}]  # by the model's tokenizer
-    wrong = Request("digits-ar", tmp_path / "out", examples=tmp_path / "ids.jsonl")
+    wrong = Reading("digits-ar", examples=tmp_path / "ids.jsonl")
     wrong.examples.write_text('{"prompt": [1], "answer": [2]}')  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="unmask a canvas"):
         captured(wrong, find(wrong))
