@@ -82,4 +82,4 @@ def fused(graph: Graph) -> Graph:
         token: Tensor = sample(wide, *(values.get(n) for n in NAMES[1:]))
         return token if windows else token.squeeze(1)
 
-    return capture_function(graph.name, function, graph.inputs, ["token"])
+    return capture_function(graph.name, function, graph.inputs, ["token"], graph.role)

@@ -127,7 +127,7 @@ def enter(guided: bool, row: tuple[int, ...]) -> Graph:
     inputs = {"prompt": Spec(I64, ("B", "P", *row)), "lengths": Spec(I64, ("B",))}
     if guided:
         inputs["negative"] = Spec(I64, ("B", "P", *row))
-    return capture_function("enter", function, inputs, ["feed", "filled", "pads"])
+    return capture_function("enter", function, inputs, ["feed", "filled", "pads"], "prologue")
 
 
 def place(row: tuple[int, ...]) -> Graph:

@@ -62,7 +62,9 @@ class MergeLinears:
             groups = self.groups(changed, weights)
             for group in groups:
                 merge(changed.fx, group, weights)
-            graphs[name] = build(name, changed.fx, graph.inputs, list(graph.outputs), weights) if groups else graph
+            graphs[name] = graph
+            if groups:
+                graphs[name] = build(name, changed.fx, graph.inputs, list(graph.outputs), weights, graph.role)
         used = {w for g in graphs.values() for w in g.weights()}
         return program.replace(graphs=graphs, weights={w: v for w, v in weights.items() if w in used})
 

@@ -130,4 +130,4 @@ def fold(graph: Graph, weights: dict[str, Tensor], limit: int) -> Graph:
         weights[name] = value
         with new.inserting_before(twins[node]):
             twins[node].replace_all_uses_with(new.get_attr(name))
-    return build(graph.name, new, graph.inputs, list(graph.outputs), weights)
+    return build(graph.name, new, graph.inputs, list(graph.outputs), weights, graph.role)

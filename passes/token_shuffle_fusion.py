@@ -69,7 +69,7 @@ class TokenShuffleFusion:
                     matches.append(f"{name}, {side}: {fuse(changed, graph, program, weights)}")
                 except NotThis as reason:
                     rejected.append((f"{name}, {side}", str(reason)))
-            graphs[name] = build(name, changed, graph.inputs, list(graph.outputs), weights)
+            graphs[name] = build(name, changed, graph.inputs, list(graph.outputs), weights, graph.role)
         used = {w for g in graphs.values() for w in g.weights()}
         kept = {w: v for w, v in weights.items() if w in used}
         return program.replace(graphs=graphs, weights=kept), tuple(matches), tuple(rejected)

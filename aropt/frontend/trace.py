@@ -30,7 +30,7 @@ from aropt.frontend.forwards import HINT, Forward
 from aropt.ir.dims import parse
 from aropt.ir.edit import share
 from aropt.ir.naming import weight_name
-from aropt.ir.program import Graph, Spec
+from aropt.ir.program import Graph, Role, Spec
 from aropt.ir.torch_compat import build, examples, settled_size, trace_function
 
 aten = torch.ops.aten
@@ -92,7 +92,13 @@ def check_rows(graph: Graph, row: tuple[int, ...] = ()) -> None:
         )
 
 
-def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, Spec], outputs: list[str]) -> Graph:
+def capture_function(
+    name: str,
+    function: Callable[..., Any],
+    inputs: dict[str, Spec],
+    outputs: list[str],
+    role: Role = "bookkeeping",
+) -> Graph:
     """Captures a tensor function (a rule): keyword arguments named as `inputs`, a tensor or tuple out."""
     try:
         with quiet():
@@ -124,7 +130,7 @@ def capture_function(name: str, function: Callable[..., Any], inputs: dict[str, 
     for node in graph.nodes:
         node.meta.pop("origin", None)  # only nodes of the model are compared with the captured forward
     share(graph)
-    return build(name, graph, inputs, outputs, {})
+    return build(name, graph, inputs, outputs, {}, role)
 
 
 def capture_module(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from aropt.ir.control import Call
-from aropt.ir.program import Graph, Spec
+from aropt.ir.program import ROLES, Graph, Spec
 from aropt.ir.torch_compat import build, spec_of
 
 aten = torch.ops.aten
@@ -25,7 +26,8 @@ def compose(
 ) -> tuple[Graph, Call]:
     """The calls of a sequence as one graph and one call. `specs` types the values that it reads, or their reader.
 
-    Every value written is an output, under the value's own name; `trim` drops those that nobody reads.
+    Every value written is an output, under the value's own name; `trim` drops those that nobody reads. Its role is the
+    most telling one of its parts.
     """
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
@@ -48,7 +50,8 @@ def compose(
             results[output].meta["value"] = value  # what validation and reports call it
     graph.output(tuple(written.values()))
     share(graph)
-    composed = build(name, graph, inputs, list(written), weights)
+    role = min((graphs[call.graph].role for call in sequence), key=ROLES.index)
+    composed = build(name, graph, inputs, list(written), weights, role)
     settle(composed.fx)
     return composed, Call(name, {n: n for n in inputs}, {n: n for n in written})
 
@@ -97,7 +100,7 @@ def trim(part: Graph, outputs: set[str], weights: Mapping[str, Tensor]) -> Graph
         if not node.users:
             graph.erase_node(node)
     inputs = {n: s for n, s in part.inputs.items() if placeholders[n].users}
-    return build(part.name, graph, inputs, kept, weights)
+    return build(part.name, graph, inputs, kept, weights, part.role)
 
 
 def expose(part: Graph, nodes: Mapping[str, fx.Node]) -> Graph:
@@ -113,7 +116,7 @@ def expose(part: Graph, nodes: Mapping[str, fx.Node]) -> Graph:
                 if isinstance(dim, str) and not isinstance(size, int):
                     names.setdefault(size.node.expr, dim)
     specs = {output: spec_of(node.meta["val"], names) for output, node in nodes.items()}
-    return Graph(part.name, graph, part.inputs, {**part.outputs, **specs}, part.aliases)
+    return replace(part, fx=graph, outputs={**part.outputs, **specs})
 
 
 def share(graph: fx.Graph) -> None:

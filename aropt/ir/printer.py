@@ -150,7 +150,7 @@ def graph_lines(graph: Graph, weights: Mapping[str, Tensor], hashes: bool) -> It
     inputs = [f"%{name}: {spec_text(spec)}" for name, spec in graph.inputs.items()]
     shared = {o: f" in %{i}" for o, i in graph.aliases.items()}
     outputs = [f"{name}: {spec_text(spec)}{shared.get(name, '')}" for name, spec in graph.outputs.items()]
-    yield from wrap(f"graph {graph.name}", inputs, outputs)
+    yield from wrap(f"graph {graph.name}: {graph.role}", inputs, outputs)
     yield from (f"  {line}" for line in node_lines(graph, weights, hashes).values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +17,11 @@ from torch.fx import GraphModule, Node  # the field `fx` of Graph hides the modu
 
 from aropt.ir.control import Call, Control, calls
 from aropt.ir.dims import Dim, resolve, solved, symbols
+
+# What a graph is for, the most telling first, which is that of a fused one. The model runs in a forward, a rule decides
+# from what it gives, a commit takes the decision into the state. A prologue runs before a loop, an epilogue after it.
+Role = Literal["forward", "rule", "commit", "prologue", "epilogue", "bookkeeping"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Graph:
     inputs: dict[str, Spec]
     outputs: dict[str, Spec]
     aliases: dict[str, str] = field(default_factory=dict)
+    role: Role = "bookkeeping"
 
     def weights(self) -> list[str]:
         """Names of the weights that the graph reads, in order of first use."""
@@ -200,6 +206,10 @@ class Program:
 
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
+
+    def of_role(self, role: Role) -> list[Graph]:
+        """The graphs that have this role."""
+        return [graph for graph in self.graphs.values() if graph.role == role]
 
 
 def output_node(graph: fx.Graph) -> Node:

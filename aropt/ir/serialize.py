@@ -32,7 +32,7 @@ from aropt.ir.encode_args import (
     written,
 )
 from aropt.ir.naming import WEIGHT
-from aropt.ir.program import Entry, Graph, Input, Program, Spec, StateSpec
+from aropt.ir.program import ROLES, Entry, Graph, Input, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.ir.verify import op_problem
 from aropt.ir.verify_control import check_control
@@ -84,7 +84,8 @@ def dump(value: Any, where: str) -> Any:
 def graph_json(graph: Graph) -> dict[str, Any]:
     where = f"graph '{graph.name}'"
     nodes = [node_json(n, f"{where}, node '{n.name}'") for n in graph.fx.nodes]
-    return {"inputs": dump(graph.inputs, where), "outputs": dump(graph.outputs, where), "nodes": nodes}
+    typed_as = {"inputs": dump(graph.inputs, where), "outputs": dump(graph.outputs, where)}
+    return {"role": graph.role, **typed_as, "nodes": nodes}
 
 
 def node_json(node: fx.Node, where: str) -> dict[str, Any]:
@@ -200,6 +201,9 @@ def read_graph(name: str, data: Any, weights: Mapping[str, Tensor], most: int) -
     outputs = load(dict[str, Spec], field(data, "outputs", dict, where), f"{where}.outputs")
     for value, spec in {**inputs, **outputs}.items():
         limits.check_spec(f"{where}, '{value}'", spec, most)
+    role = data.get("role")  # none in what was written before graphs had one
+    if role not in (None, *ROLES):
+        refuse(f"{where}.role", f"{role!r} is none of {', '.join(ROLES)}")
     graph = fx.Graph()
     nodes: Nodes = {}
     found = field(data, "nodes", list, where)
@@ -213,7 +217,7 @@ def read_graph(name: str, data: Any, weights: Mapping[str, Tensor], most: int) -
     if [n.name for n in nodes.values() if n.op == "placeholder"] != list(inputs):
         refuse(where, "its inputs are not its placeholders")
     try:
-        built = build(name, graph, inputs, list(outputs), weights)
+        built = build(name, graph, inputs, list(outputs), weights, role)
     except Exception as error:  # whatever an op's shape rule raises
         refuse(f"{where}, node '{getattr(error, 'aropt_node', '?')}'", f"{type(error).__name__}: {error}")
     limits.check_nodes(where, built, most)

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from aropt.ir.dims import Dim, parse, resolve, symbols
-from aropt.ir.program import Graph, Spec
+from aropt.ir.program import Graph, Role, Spec
 from aropt.ir.torch_rules import LARGEST, Copies, Rules, Unshared
 
 # distinct sizes, so that equal hints mean equal symbols
@@ -217,15 +217,24 @@ def spec_of(value: Any, names: Mapping[Any, str]) -> Spec:
 
 
 def build(
-    name: str, graph: fx.Graph, inputs: dict[str, Spec], outputs: list[str], weights: Mapping[str, Tensor]
+    name: str,
+    graph: fx.Graph,
+    inputs: dict[str, Spec],
+    outputs: list[str],
+    weights: Mapping[str, Tensor],
+    role: Role | None = None,
 ) -> Graph:
-    """A Graph from an fx graph whose output is a tuple: shapes re-derived, dead code removed, aliases found."""
+    """A Graph from an fx graph whose output is a tuple: shapes re-derived, dead code removed, aliases found.
+
+    Without a word on its role, a graph that reads weights is a forward, another one bookkeeping.
+    """
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     names = propagate(graph, inputs, weights)
     results = list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
     specs = {o: spec_of(r.meta["val"], names) for o, r in zip(outputs, results, strict=True)}
-    return Graph(name, graph, dict(inputs), specs, aliases(graph, specs))
+    role = role or ("forward" if weights_read(graph) else "bookkeeping")
+    return Graph(name, graph, dict(inputs), specs, aliases(graph, specs), role)
 
 
 def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:

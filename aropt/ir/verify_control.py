@@ -11,9 +11,9 @@ from typing import NoReturn
 import torch
 
 from aropt.errors import VerificationFailed
-from aropt.ir.control import Call, Control, If, Loop, Seq, writes
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, writes
 from aropt.ir.dims import Dim, resolve, symbols
-from aropt.ir.program import Program, Spec, StateSpec
+from aropt.ir.program import ROLES, Program, Role, Spec, StateSpec
 
 Type = tuple[torch.dtype, tuple[int | None, ...]]  # sizes are stand-ins for symbols; None: unknown
 Env = dict[str, Type]  # the values that exist, with their types
@@ -27,7 +27,29 @@ def fail(rule: str, where: str, why: str) -> NoReturn:
 
 def check_control(program: Program) -> None:
     """Raises VerificationFailed if the control is malformed; the graphs' declared types are trusted."""
+    check_roles(program)
     ControlCheck(program).run()
+
+
+def check_roles(program: Program) -> None:
+    """What each graph says that it is for, against where it is called."""
+    for name, graph in program.graphs.items():
+        if graph.role not in ROLES:
+            fail("graph-role", f"graph '{name}'", f"'{graph.role}' is no role")
+    for loop in loops(program.control):
+        if not loops(loop.body):  # in a nest, what begins an inner loop is in the outer one's rounds
+            check_called(program, loop.body, ("prologue", "epilogue"), f"loop '{loop.kind}'", "its rounds call it")
+    rounds = {call.graph for loop in loops(program.control) for call in calls(loop.body)}
+    outside = Seq(tuple(call for call in calls(program.control) if call.graph not in rounds))
+    check_called(program, outside, ("rule", "commit"), "control", "it is called in no loop's round")
+
+
+def check_called(program: Program, control: Control, wrong: tuple[Role, ...], where: str, why: str) -> None:
+    """No graph of the wrong roles is called there."""
+    for call in calls(control):
+        role = program.graphs[call.graph].role if call.graph in program.graphs else None
+        if role in wrong:
+            fail("graph-role", where, f"'{call.graph}' is a {role}, and {why}")
 
 
 class ControlCheck:

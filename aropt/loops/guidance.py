@@ -84,7 +84,7 @@ def alone(program: Program) -> dict[str, Graph]:
     never = program.meta.get("never", ())
     for name, sampled in RULES.items():
         function, inputs = rule(chosen(names), vocab, sampled, window(program.meta), never)
-        found[name] = capture_function(name, function, inputs, list(program.graphs[name].outputs))
+        found[name] = capture_function(name, function, inputs, list(program.graphs[name].outputs), "rule")
     return found
 
 

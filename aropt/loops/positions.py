@@ -45,7 +45,7 @@ def autoregressive(model: Graph, weights: dict[str, Tensor], meta: Meta, rules: 
         graphs |= {"seen": first_seen(vocab, row), "mark": mark(vocab, row)}
     for name, sampled in (("greedy", False), ("sample", True)):
         function, inputs = rule(processors, vocab, sampled, row, meta.get("never", ()))
-        graphs[name] = capture_function(name, function, inputs, ["token"])
+        graphs[name] = capture_function(name, function, inputs, ["token"], "rule")
     graphs["position"] = capture_function(
         "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"]
     )
@@ -142,7 +142,7 @@ def start(guided: bool, row: tuple[int, ...] = ()) -> Graph:
 
     prompts = Spec(I64, ("B", "P", *row))
     inputs = {"prompt": prompts, "limit": SCALAR, **({"negative": prompts} if guided else {})}
-    return capture_function("start", function, inputs, [*branches(guided), "done", "count", "finished"])
+    return capture_function("start", function, inputs, [*branches(guided), "done", "count", "finished"], "prologue")
 
 
 def append(guided: bool, row: tuple[int, ...] = ()) -> Graph:
@@ -187,7 +187,7 @@ def commit(row: tuple[int, ...] = ()) -> Graph:
         "limit": SCALAR,
         "stop": Spec(I64, ("K",)),
     }
-    return capture_function("commit", function, inputs, ["emitted", "done", "count", "finished"])
+    return capture_function("commit", function, inputs, ["emitted", "done", "count", "finished"], "commit")
 
 
 def first_seen(vocab: int, row: tuple[int, ...] = ()) -> Graph:
@@ -198,7 +198,8 @@ def first_seen(vocab: int, row: tuple[int, ...] = ()) -> Graph:
         held = prompt.unsqueeze(prompt.dim()) == torch.arange(vocab)
         return ((held.any(2) if row else held) & real.unsqueeze(2)).any(1)
 
-    return capture_function("seen", function, {"prompt": Spec(I64, ("B", "P", *row)), "lengths": ROWS}, ["seen"])
+    inputs = {"prompt": Spec(I64, ("B", "P", *row)), "lengths": ROWS}
+    return capture_function("seen", function, inputs, ["seen"], "prologue")
 
 
 def mark(vocab: int, row: tuple[int, ...] = ()) -> Graph:

@@ -67,6 +67,7 @@ class Draft:
             capture_function(
                 "open", lambda finished, begun, lengths: (begun | finished, torch.ones_like(lengths).sum() == 1),
                 {"finished": Spec(BOOL), "begun": Spec(BOOL), "lengths": ROWS}, ["begun", "alone"],
+                "prologue",
             ),
             capture_function("opened", lambda count: count > 0, {"count": SCALAR}, ["begun"]),
             capture_function(
@@ -151,19 +152,19 @@ def from_text(made: Draft, capacity: int) -> list[Graph]:
         capture_function(
             "recall", recall,
             {"prompt": Spec(I64, ("B", "P")), "feed": Spec(I64, ("B", "R")), "finished": Spec(BOOL), **states, **back},
-            ["drafted", "history", "settled", *back],
+            ["drafted", "history", "settled", *back], "prologue",
         ),
         capture_function(
             "accept", accept,
             {"picks": Spec(I64, (f"{rows}*B",)), "drafted": made.drafted, "done": Spec(BOOL, ("B",)),
              "stop": Spec(I64, ("K",)), **states, **counters},
-            ["window", "drafted", "done", "count", "finished", "settled", "history", *counters],
+            ["window", "drafted", "done", "count", "finished", "settled", "history", *counters], "commit",
         ),
-        capture_function("resume", resume, {"drafted": made.drafted, **back}, ["feed", *back]),
+        capture_function("resume", resume, {"drafted": made.drafted, **back}, ["feed", *back], "epilogue"),
         capture_function(
             "together", together,
             {"first": Spec(I64, ("B", "F")), "windows": Spec(I64, ("B", "W", rows)), "rest": Spec(I64, ("B", "L"))},
-            ["generated"],
+            ["generated"], "epilogue",
         ),
     ]  # fmt: skip
 
@@ -224,12 +225,12 @@ def from_model(made: Draft, feed: Spec) -> list[Graph]:
     ahead = ["drafted", "ahead", "want", "ready"]
     graphs = [
         *made.shared(),
-        capture_function("begin", begin, {"feed": read, **states}, ahead),
+        capture_function("begin", begin, {"feed": read, **states}, ahead, "prologue"),
         capture_function(
             "note", note,
             {"token": Spec(I64, ("B", *row)), "drafted": made.drafted, "ahead": SCALAR, "count": SCALAR,
              "want": SCALAR},
-            ["drafted", "ahead", "ready"],
+            ["drafted", "ahead", "ready"], "commit",
         ),
         capture_function(
             "spread", spread, {"drafted": made.drafted, "want": SCALAR}, ["fed"],
@@ -242,11 +243,12 @@ def from_model(made: Draft, feed: Spec) -> list[Graph]:
             "accept", accept,
             {"picks": Spec(I64, ("N", *row)), "fed": read, "want": SCALAR, "done": Spec(BOOL, ("B",)),
              "stop": Spec(I64, ("K",)), **states, **counters},
-            ["window", *ahead, "feed", "done", "count", "finished", *counters],
+            ["window", *ahead, "feed", "done", "count", "finished", *counters], "commit",
         ),
         capture_function(
             "together", together,
             {"first": Spec(I64, ("B", "F", *row)), "windows": Spec(I64, ("B", "W", rows, *row))}, ["generated"],
+            "epilogue",
         ),
     ]  # fmt: skip
     if not made.dense:  # rows go to given slots, those of the drafts again

@@ -68,7 +68,7 @@ class EightBits:
         copy, names = copied(graph.fx), {n.name for n in nodes}
         for node in [n for n in copy.nodes if n.name in names]:
             quantized(copy, node, weights, self.size(product(node, weights).of(weights)))
-        return build(name or graph.name, copy, graph.inputs, list(graph.outputs), weights)
+        return build(name or graph.name, copy, graph.inputs, list(graph.outputs), weights, graph.role)
 
 
 def by_name(nodes: Collection[tuple[Any, str]], weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:

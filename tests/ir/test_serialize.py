@@ -57,7 +57,15 @@ def test_all_fields_come_back(tiny_program: Program) -> None:
     for name, graph in tiny_program.graphs.items():
         kept = [{k: v for k, v in n.meta.items() if k in ("where", "origin", "value") and v} for n in graph.fx.nodes]
         assert [{k: v for k, v in n.meta.items() if k != "val"} for n in again.graphs[name].fx.nodes] == kept
-        assert again.graphs[name].aliases == graph.aliases
+        assert (again.graphs[name].aliases, again.graphs[name].role) == (graph.aliases, graph.role)
+
+
+def test_what_was_written_before_graphs_had_roles_is_read(tiny_program: Program) -> None:
+    data = to_json(tiny_program)
+    assert {g.pop("role") for g in data["graphs"].values()} == {"forward", "rule", "commit", "prologue", "bookkeeping"}
+    again = from_json(data, tiny_program.weights)
+    assert [g.name for g in again.of_role("forward")] == ["model"]
+    assert generate(again, [[1, 2]], 4) == generate(tiny_program, [[1, 2]], 4)
 
 
 def test_what_is_not_json_is_refused(tiny_program: Program) -> None:
@@ -124,6 +132,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no graphs": lambda d: d.pop("graphs"),
     "graphs are a list": put("graphs", []),
     "no control": put("control", None),
+    "unknown role": put("graphs", "last", "role", "exec"),
+    "a role that is none": put("graphs", "last", "role", ["rule"]),
     "unknown control": put("control", {"is": "exec", "body": []}),
     "control with more fields": put("control", {"is": "seq", "body": [], "code": "1"}),
     "deep control": deep_control,

@@ -218,7 +218,7 @@ def graphs(guide: Guide, judge: str, mask: int) -> dict[str, Graph]:
     return {
         "draft": capture_function("draft", draft, given | placed_offers, ["drafted", "following", *both]),
         "guide": replace(guide.graph, outputs={"guide_logits": guide.graph.outputs["logits"]}, aliases={}),
-        "judge": capture_function("judge", fits, judged, ["fits", *(["choice"] if both else [])]),
+        "judge": capture_function("judge", fits, judged, ["fits", *(["choice"] if both else [])], "rule"),
         "agree": capture_function("agree", agree, placed, ["accepted", *(["candidate"] if both else [])]),
     }
 

@@ -127,7 +127,11 @@ def start(mask: int) -> Graph:
         return canvas.clone(), nothing - 1, nothing, nothing, nothing.sum(), ~left.any()
 
     return capture_function(
-        "start", function, {"canvas": CANVAS, "lengths": ROWS}, ["tokens", *STATE, "rounds", "finished"]
+        "start",
+        function,
+        {"canvas": CANVAS, "lengths": ROWS},
+        ["tokens", *STATE, "rounds", "finished"],
+        "prologue",
     )
 
 
@@ -173,7 +177,8 @@ def pick(rule: Rule, name: str, vocab: int, mask: int, sampled: bool, shift: boo
         inputs |= {"credit": Spec(F32, ("B", "T", vocab)), "slots": PICKED, "tokens": CANVAS, "block": SCALAR}
         inputs |= {"lengths": ROWS, "origin": ROWS} | {n: i.spec for n, i in CREDIT.items()}
     more = ["offers", "chances"] if both else []
-    return capture_function(name, function, inputs, ["picked", "sure", *more, *(["credit"] if rule.credit else [])])
+    outputs = ["picked", "sure", *more, *(["credit"] if rule.credit else [])]
+    return capture_function(name, function, inputs, outputs, "rule")
 
 
 def likeliest(logits: Tensor, mask: int) -> tuple[Tensor, Tensor]:
@@ -284,7 +289,7 @@ def commit(rule: Rule, mask: int) -> Graph:
     held = {"held": HELD} if rule.rcr else {}
     inputs |= ({"accepted": Spec(BOOL, ("B", "T"))} if rule.guide else params) | held
     inputs |= {"canvas": CANVAS} if rule.remask else {}
-    return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished", *held])
+    return capture_function("commit", function, inputs, ["tokens", *STATE, "rounds", "finished", *held], "commit")
 
 
 def written(rule: Rule, round: Round, tokens: Tensor, candidate: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -352,4 +357,4 @@ def answer() -> Graph:
         return torch.where(inside & (ended.cumsum(1) - ended == 0), tokens, -1)
 
     inputs = {"tokens": CANVAS, "lengths": ROWS, "answers": ROWS, "stop": Spec(I64, ("K",))}
-    return capture_function("answer", function, inputs, ["generated"])
+    return capture_function("answer", function, inputs, ["generated"], "epilogue")

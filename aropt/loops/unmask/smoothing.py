@@ -123,4 +123,4 @@ def expect(name: str, table: Tensor, vocab: int, shift: bool, weights: Mapping[s
     copy = fx.Graph()  # a rule holds no weights when it is captured; this one shares the model's
     placed = {n: copy.placeholder(n) for n in inputs} | {"table": copy.get_attr(name)}
     copy.output(tuple(inline(copy, traced, placed).values()))
-    return build("expect", copy, inputs, ["expected"], weights)
+    return build("expect", copy, inputs, ["expected"], weights, traced.role)

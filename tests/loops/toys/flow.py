@@ -111,7 +111,7 @@ def start() -> Graph:
         return 4 * uniform - 2, limit.to(F32) * 0, limit * 0, limit <= 0
 
     inputs = {"seed": SCALAR, "streams": BATCH, "limit": SCALAR}
-    return capture_function("start", function, inputs, ["x", "time", "count", "finished"])
+    return capture_function("start", function, inputs, ["x", "time", "count", "finished"], "prologue")
 
 
 def euler() -> Graph:
@@ -121,7 +121,7 @@ def euler() -> Graph:
         return x + velocity / limit, (count + 1) / limit, count + 1, count + 1 >= limit
 
     inputs = {"x": LATENT, "velocity": LATENT, "count": SCALAR, "limit": SCALAR}
-    return capture_function("euler", function, inputs, ["x", "time", "count", "finished"])
+    return capture_function("euler", function, inputs, ["x", "time", "count", "finished"], "commit")
 
 
 SCHEME = Flow()

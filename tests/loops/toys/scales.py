@@ -120,7 +120,8 @@ def start() -> Graph:
         count = prompt.flatten()[0] * 0
         return prompt + 0, count, count > 0
 
-    return capture_function("start", function, {"prompt": Spec(I64, ("B", "P"))}, ["tokens", "count", "finished"])
+    inputs = {"prompt": Spec(I64, ("B", "P"))}
+    return capture_function("start", function, inputs, ["tokens", "count", "finished"], "prologue")
 
 
 def grow() -> Graph:
@@ -162,7 +163,8 @@ def each_row(name: str, function: Any, inputs: dict[str, Spec]) -> Graph:
 
     given = {n: s for n, s in inputs.items() if n not in ("logits", "position")}
     given |= {"count": SCALAR} if "streams" in given else {}
-    return capture_function(name, every, {"logits": Spec(torch.float32, ("B", "J", VOCAB)), **given}, ["token"])
+    given = {"logits": Spec(torch.float32, ("B", "J", VOCAB)), **given}
+    return capture_function(name, every, given, ["token"], "rule")
 
 
 def write() -> Graph:
@@ -172,7 +174,7 @@ def write() -> Graph:
         return torch.cat([tokens, token], 1), count + 1, count + 1 >= len(SIZES)
 
     inputs = {"tokens": ids(), "token": Spec(I64, ("B", "J")), "count": SCALAR}
-    return capture_function("write", function, inputs, ["tokens", "count", "finished"])
+    return capture_function("write", function, inputs, ["tokens", "count", "finished"], "commit")
 
 
 def answer() -> Graph:
@@ -181,7 +183,7 @@ def answer() -> Graph:
     def function(tokens: Tensor) -> Tensor:
         return tokens.index_select(1, torch.arange(ROWS) + 1)
 
-    return capture_function("answer", function, {"tokens": ids()}, ["generated"])
+    return capture_function("answer", function, {"tokens": ids()}, ["generated"], "epilogue")
 
 
 def rounds(graphs: dict[str, Graph], name: str) -> Loop:
