@@ -20,31 +20,29 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Call, Control, Loop, Seq, rewrite, sequence
+from aropt.ir.control import Loop, Seq, renamed
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.ir.units import window
 from aropt.loops.guidance import NEW_ROWS
-from aropt.loops.positions import decoding
 from aropt.loops.speculate import (
     DRAFTS,
     NO_DRAFTS,
     REWINDS,
-    STEP,
     Draft,
+    Rounds,
     beside,
+    checkable,
     checking,
+    dense,
     from_model,
     sketching,
-    steps,
+    varies,
 )
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.int8 import EightBits, by_name
 from aropt.rewriting.target import Target
-
-RULES = ("greedy", "sample")
-SKETCH = "sketch"  # the step that drafts
 
 
 @dataclass(frozen=True)
@@ -76,30 +74,32 @@ class Int8Draft:
         return EightBits(self.group, self.least, self.name)
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        found = [loop for loop in decoding(program.control) if drawn(loop)]
+        found = checkable(program)
         if not found:
             return Skips("no loop over positions runs a cached step, straight")
-        other = {n for rule in RULES if rule in program.graphs for n in program.graphs[rule].inputs} & {"seen", "count"}
+        step, other = program.graphs[found[0].step.graph], {v for one in found for v in varies(program, one.rule)}
         if other:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(sorted(other))}")
         if guided(program) and not target.has("batched-chunks"):
             return Skips("its attention takes several rows of one sequence, and guidance makes two of it")
-        layers, others = self.bits.layers(program.graphs[STEP], program.weights)
+        layers, others = self.bits.layers(step, program.weights)
         rejected = tuple(by_name(others, program.weights))
         if not layers:
             return Skips("no linear layer of the step takes weights of eight bits", rejected)
-        if wide(program.graphs[STEP], program.weights) is None:
+        if wide(step, program.weights) is None:
             return Skips("the step's last rows can't be computed alone")
         return Applies((f"{self.drafts} drafts a round, by {len(layers)} layers of eight bits",), rejected)
 
     def run(self, program: Program) -> Program:
-        step, weights = program.graphs[STEP], dict(program.weights)
+        found, weights = checkable(program), dict(program.weights)
+        step = program.graphs[found[0].step.graph]
         verify = wide(step, weights)
         assert verify is not None
-        sketch = self.bits.changed(step, self.bits.layers(step, weights)[0], weights, SKETCH)
+        sketch = self.bits.changed(step, self.bits.layers(step, weights)[0], weights, "sketch")
         for node in sketch.fx.nodes:
             node.meta.pop("origin", None)  # nothing of the reference computes this
-        shape = Draft(self.drafts, program.meta["vocab"], "total" in step.inputs, window(program.meta), guided(program))
+        row = window(program.meta)
+        shape = Draft(self.drafts, program.meta["vocab"], dense(step), row, guided(program))
         made = {g.name: g for g in (verify, sketch, *from_model(shape, program.state["feed"].spec))}
         flag, counter = Spec(torch.bool), Spec(torch.int64)
         state = {
@@ -113,7 +113,7 @@ class Int8Draft:
         return program.replace(
             graphs={**program.graphs, **made},
             state={**program.state, **state},
-            control=beside(program.control, made, drawn, drafting),
+            control=beside(program.control, made, found, drafting),
             weights=weights,
         )
 
@@ -126,39 +126,17 @@ def guided(program: Program) -> bool:
     return program.state["feed"].spec.dims[0] != "B"
 
 
-def drawn(loop: Loop) -> bool:
-    """Whether a loop runs the cached step, straight, and a rule."""
-    return any(steps(loop, rule) for rule in RULES)
-
-
-def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
+def drafting(plain: Loop, rounds: Rounds, made: dict[str, Graph]) -> Seq:
     """The rounds with drafts."""
-    ahead = {"row": "draft_row", "token": "draft", "count": "ahead"}
-    checked = {"token": "picks", "position": "places", "streams": "row_streams"}
-
-    def sketched(call: Call) -> list[Control]:
-        if call.graph == "commit":
-            return [replace(call_by_name(made["note"]), reads={**call_by_name(made["note"]).reads, "token": "draft"})]
-        if call.graph not in (STEP, "place", "last", "position", "feed", *RULES):
-            return []
-        reads, writes = ({n: ahead.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
-        return [replace(call, graph=SKETCH if call.graph == STEP else call.graph, reads=reads, writes=writes)]
-
-    def verified(call: Call) -> list[Control]:
-        reads, writes = ({n: checked.get(v, v) for n, v in part.items()} for part in (call.reads, call.writes))
-        match call.graph:
-            case "place":
-                return [call_by_name(made["rewind"]), replace(call, reads={**call.reads, "feed": "fed"})]
-            case "step":
-                return [call_by_name(made["spots"]), replace(call, graph="verify", reads={**call.reads, "ids": "fed"})]
-            case "last":
-                return [replace(call, graph="every")]
-            case "greedy" | "sample":
-                return [replace(call, reads=reads, writes=writes)]
-            case "commit":
-                return [call_by_name(made["accept"])]
-        return []
-
-    drafts = sketching("ready", rewrite(plain.body, sketched))
-    round_ = Seq((drafts, call_by_name(made["spread"]), *sequence(rewrite(plain.body, verified))))
+    ahead = {plain.evidence: "draft_row", plain.decides: "draft", "count": "ahead"}
+    step, sketch = rounds.step, replace(rounds.step, graph="sketch")
+    sketched = [renamed(sketch if call == step else call, ahead) for call in rounds.needed()]
+    note = renamed(call_by_name(made["note"]), {plain.decides: "draft"})
+    drafts = sketching("ready", Seq((*sketched, note)))
+    fed = {step.reads["ids"]: "fed"}
+    placed = [call_by_name(made["rewind"]), *(renamed(call, fed) for call in rounds.before)] if rounds.before else []
+    verify, every = renamed(replace(step, graph="verify"), fed), replace(rounds.last, graph="every")
+    pick = renamed(rounds.rule, {plain.decides: "picks", "position": "places", "streams": "row_streams"})
+    check = [*placed, call_by_name(made["spots"]), verify, every, pick, call_by_name(made["accept"])]
+    round_ = Seq((drafts, call_by_name(made["spread"]), *check))
     return Seq((call_by_name(made["begin"]), checking("finished", round_, plain)))

@@ -19,12 +19,24 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Call, Control, Loop, Seq, rewrite
+from aropt.ir.control import Loop, Seq, renamed
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
-from aropt.loops.guidance import NEW_ROWS
-from aropt.loops.positions import decoding
-from aropt.loops.speculate import DRAFTS, NO_DRAFTS, REWINDS, STEP, Draft, beside, checking, from_text, steps
+from aropt.loops.guidance import NEW_ROWS, guided
+from aropt.loops.rules import draws
+from aropt.loops.speculate import (
+    DRAFTS,
+    NO_DRAFTS,
+    REWINDS,
+    Draft,
+    Rounds,
+    beside,
+    checkable,
+    checking,
+    dense,
+    from_text,
+    varies,
+)
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
@@ -51,21 +63,21 @@ class NgramDraft:
             raise UsageError(what=f"ngram-draft:drafts={self.drafts}", why="it is 1 or more", hint="leave it out")
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        found = [loop for loop in decoding(program.control) if greedy(loop)]
+        found = greedy(program)
         if not found:
             return Skips("no greedy loop over positions runs a cached step")
-        if set(program.graphs["greedy"].inputs) - {"logits", "bias"}:
+        if guided(program) or any(varies(program, one.rule) for one in found):
             return Skips("the rule depends on more than a row's logits")
-        if wide(program.graphs[STEP], program.weights) is None:
+        if wide(program.graphs[found[0].step.graph], program.weights) is None:
             return Skips("the step's last rows can't be computed alone")
         return Applies((f"{self.drafts} drafts a round, for one sequence",))
 
     def run(self, program: Program) -> Program:
-        verify = wide(program.graphs[STEP], program.weights)
+        found = greedy(program)
+        verify = wide(program.graphs[found[0].step.graph], program.weights)
         assert verify is not None
         vocab, capacity = (int(program.meta[k]) for k in ("vocab", "capacity"))
-        dense = "total" in verify.inputs
-        made = {g.name: g for g in (verify, *from_text(Draft(self.drafts, vocab, dense), capacity))}
+        made = {g.name: g for g in (verify, *from_text(Draft(self.drafts, vocab, dense(verify)), capacity))}
         state = {
             "begun": StateSpec("flag", Spec(torch.bool), 0),
             "settled": StateSpec("flag", Spec(torch.bool)),
@@ -75,32 +87,23 @@ class NgramDraft:
         return program.replace(
             graphs={**program.graphs, **made},
             state={**program.state, **state},
-            control=beside(program.control, made, greedy, drafting),
+            control=beside(program.control, made, found, drafting),
         )
 
 
 PASS = NgramDraft
 
 
-def greedy(loop: Loop) -> bool:
-    """Whether a loop runs the cached step, straight, and the greedy rule."""
-    return steps(loop, "greedy")
+def greedy(program: Program) -> list[Rounds]:
+    """The loops whose rule draws nothing."""
+    return [one for one in checkable(program) if not draws(program.graphs[one.rule.graph])]
 
 
-def drafting(plain: Loop, made: dict[str, Graph]) -> Seq:
+def drafting(plain: Loop, rounds: Rounds, made: dict[str, Graph]) -> Seq:
     """The rounds with drafts, and plain ones for what is left."""
-    instead = {"feed": "drafted", "token": "picks"}
-
-    def change(call: Call) -> list[Control]:
-        reads = {n: instead.get(v, v) for n, v in call.reads.items()}
-        if call.graph in (STEP, "last"):
-            return [replace(call, graph={STEP: "verify", "last": "every"}[call.graph], reads=reads)]
-        if call.graph in ("place", "greedy"):
-            return [replace(call, reads=reads, writes={o: instead.get(v, v) for o, v in call.writes.items()})]
-        return [call_by_name(made["accept"])] if call.graph == "commit" else []
-
-    checked = checking("settled", rewrite(plain.body, change), plain)
-    (emitted,) = plain.emits
-    return Seq(
-        (call_by_name(made["recall"]), checked, call_by_name(made["resume"]), replace(plain, emits={emitted: "rest"}))
-    )
+    (emitted,), instead = plain.emits, {rounds.step.reads["ids"]: "drafted", plain.decides: "picks"}
+    verify, every = replace(rounds.step, graph="verify"), replace(rounds.last, graph="every")
+    body = [renamed(call, instead) for call in (*rounds.before, verify, every, rounds.rule)]
+    checked = checking("settled", Seq((*body, call_by_name(made["accept"]))), plain)
+    rest = replace(plain, emits={emitted: "rest"})
+    return Seq((call_by_name(made["recall"]), checked, call_by_name(made["resume"]), rest))

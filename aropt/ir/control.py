@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -157,6 +157,12 @@ def writes(control: Control, certain: bool = False) -> set[str]:
         if_=lambda _, then, orelse: then & orelse if certain else then | orelse,
         loop=lambda loop, body: set(loop.emits.values()) | (set() if certain else body),
     )
+
+
+def renamed(call: Call, values: Mapping[str, str]) -> Call:
+    """The call on other values: {value: the one in its place}."""
+    reads, writes = ({n: values.get(v, v) for n, v in given.items()} for given in (call.reads, call.writes))
+    return replace(call, reads=reads, writes=writes)
 
 
 def rewrite(control: Control, change: Callable[[Call], list[Control]]) -> Control:

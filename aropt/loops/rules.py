@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aropt.errors import UsageError
-from aropt.ir.program import Input, Spec
+from aropt.ir.calls import op_name
+from aropt.ir.program import Graph, Input, Spec
 from aropt.restrict.excluded import without
 
 F32, I64, BOOL = torch.float32, torch.int64, torch.bool
@@ -110,6 +111,11 @@ def min_p(logits: Tensor, min_p: Tensor) -> Tensor:
 def draw(logits: Tensor, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:
     """A sample from softmax(logits) by the Gumbel-max trick: int64 [B]. `position`: int64 [B], of the token drawn."""
     return torch.argmax(logits - gumbel_noise(logits.shape[-1], seed, streams, position), dim=-1)
+
+
+def draws(graph: Graph) -> bool:
+    """Whether a rule draws: it asks for noise."""
+    return any(op_name(node) == "aropt::noise" for node in graph.fx.nodes)
 
 
 def gumbel_noise(vocab: int, seed: Tensor, streams: Tensor, position: Tensor) -> Tensor:

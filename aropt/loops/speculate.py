@@ -16,7 +16,7 @@ found by `argmin`, not by sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Control, If, Loop, Seq, calls, loops, sequence, transform
+from aropt.ir.control import Call, Control, If, Loop, Seq, calls, loops, sequence, transform
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec
 from aropt.rewriting.contract import Fact
 
 BOOL, F32, I32, I64 = torch.bool, torch.float32, torch.int32, torch.int64
-STEP = "step"  # the cached step of a loop over positions
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
 LATEST = 1024  # ids in which drafts are looked for
 COUNTERS = {True: ("last", "total"), False: ("filled",)}  # of a step with slots of its own (dense), or given ones
@@ -286,18 +285,60 @@ def sketching(until: str, body: Control) -> Loop:
     return Loop("draft", until, body, {}, {"limit": "ahead"}, internal=True)
 
 
-def steps(loop: Loop, rule: str) -> bool:
-    """Whether a loop over positions runs the cached step, straight, and that rule."""
-    names = [c.graph for c in calls(loop.body)]
-    straight = isinstance(loop.body, Seq) and len(loop.body.body) == len(names)
-    return loop.kind == "positions" and straight and STEP in names and rule in names and "pend" not in names
+@dataclass(frozen=True)
+class Rounds:
+    """A loop over positions whose rounds are calls of one cached step and one rule, and what these calls do."""
+
+    loop: Loop
+    before: tuple[Call, ...]  # where the step's rows go
+    step: Call
+    last: Call  # the evidence of what it gives
+    rule: Call
+    commit: Call
+
+    def needed(self) -> list[Call]:
+        """The calls that what is decided depends on, through earlier rounds too, but for the commit."""
+        body, values = [c for c in calls(self.loop.body) if c != self.commit], {self.loop.decides}
+        while True:
+            found = [c for c in body if values & set(c.writes.values())]
+            more = values.union(*(c.reads.values() for c in found))
+            if more == values:
+                return found
+            values = more
+
+
+def rounds_of(loop: Loop, graphs: Mapping[str, Graph]) -> Rounds | None:
+    """The loop's rounds, if they are such ones."""
+    body = [part for part in sequence(loop.body) if isinstance(part, Call)]
+    of_role = {role: [c for c in body if graphs[c.graph].role == role] for role in ("forward", "rule", "commit")}
+    last = [c for c in body if loop.evidence in c.writes.values()]
+    if len(body) != len(sequence(loop.body)) or any(len(found) != 1 for found in (*of_role.values(), last)):
+        return None
+    (step,), (rule,), (commit,) = of_role.values()
+    return Rounds(loop, tuple(body[: body.index(step)]), step, last[0], rule, commit)
+
+
+def checkable(program: Program) -> list[Rounds]:
+    """The loops that may check drafts: those of even batches, where ragged ones have loops of their own."""
+    found = [made for loop in loops(program.control, "positions") if (made := rounds_of(loop, program.graphs))]
+    return [made for made in found if dense(program.graphs[made.step.graph])] or found
+
+
+def dense(step: Graph) -> bool:
+    """Whether the step has slots of its own."""
+    return set(COUNTERS[True]) <= set(step.inputs)
+
+
+def varies(program: Program, rule: Call) -> list[str]:
+    """What of its inputs makes a rule another one for the rows after the next."""
+    return sorted(set(rule.reads.values()) & set(program.state))
 
 
 def beside(
     control: Control,
     made: dict[str, Graph],
-    wanted: Callable[[Loop], bool],
-    drafting: Callable[[Loop, dict[str, Graph]], Seq],
+    wanted: Sequence[Rounds],
+    drafting: Callable[[Loop, Rounds, dict[str, Graph]], Seq],
 ) -> Control:
     """Each loop that is wanted as it was, for several sequences, and with drafts for one.
 
@@ -305,12 +346,13 @@ def beside(
     """
 
     def visit(node: Control) -> Control:
-        if not isinstance(node, Loop) or not wanted(node):
+        found = next((one for one in wanted if one.loop == node), None)
+        if found is None:
             return node
-        plain = replace(node, body=Seq((*sequence(node.body), call_by_name(made["opened"]))))
+        plain = replace(found.loop, body=Seq((*sequence(found.loop.body), call_by_name(made["opened"]))))
         (emitted,) = plain.emits
         prompt = replace(plain, until="begun", emits={emitted: "first"})
-        alone = Seq((prompt, *drafting(plain, made).body, call_by_name(made["together"])))
+        alone = Seq((prompt, *drafting(plain, found, made).body, call_by_name(made["together"])))
         return Seq((call_by_name(made["open"]), If("alone", alone, plain)))
 
     return transform(control, visit)
