@@ -158,6 +158,16 @@ def check_negative(
     check_ids(program, negative, "negative")
 
 
+def needs_negative(program: Program) -> bool:
+    """Whether a request has to say what the unconditional branch reads, as the model has no null class."""
+    return "negative" in program.inputs and program.meta.get("null") is None
+
+
+def usual(program: Program) -> dict[str, float]:
+    """Parameters of a usual request. An image is drawn: the likeliest ids of one are hardly any."""
+    return {"temperature": 1.0} if program.meta.get("modality") == "image" and "temperature" in program.inputs else {}
+
+
 def check_fill(program: Program, prompts: Sequence[Sequence[int]], n: int, fill: Sequence[Sequence[int]]) -> None:
     """Raises UsageError for answers that are not `n` ids for each prompt, or where there is no canvas."""
     if not scheme_of(program).fills:

@@ -16,7 +16,9 @@ from typing import Any
 
 from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
+from aropt.loops.given import needs_negative, usual
 from aropt.loops.request import workload
+from aropt.loops.rules import draws
 from aropt.loops.scheme import scheme_of
 from aropt.loops.speculate import DRAFTS
 from aropt.pipeline.checks import QUIET, Instruments
@@ -101,7 +103,7 @@ def trial(
         return passes, found
     instruments.say(f"{found.name}: is it worth it?")
     lists = {written(one): inserted(passes, one) for one in ways}
-    drawn = program.meta.get("modality") == "image"  # the likeliest ids of an image are hardly any
+    drawn = bool(usual(program))
     lists[WITHOUT] = passes
     programs: dict[str, Program] = {}
     for way, chosen in lists.items():
@@ -157,9 +159,10 @@ def half(program: Program, drawn: bool) -> Program:
     """The program without what draws, or without what does not: half as much to lower."""
 
     def chosen(node: Control) -> Control:
-        if not isinstance(node, If) or node.cond != "greedy":
+        if not isinstance(node, If):
             return node
-        return node.orelse if drawn else node.then
+        draw = [any(draws(program.graphs[c.graph]) for c in calls(side)) for side in (node.then, node.orelse)]
+        return node if draw[0] == draw[1] else node.then if draw[0] == drawn else node.orelse
 
     control = transform(program.control, chosen)
     called = {c.graph for c in calls(control)}
@@ -193,7 +196,7 @@ def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bo
     runs: dict[str, list[float]] = {way: [] for way in ways}
     options: list[dict[str, Any]] = [{"temperature": 1.0} if drawn else {} for _ in prompts]
     some = next(iter(ways.values())).program
-    if "negative" in some.inputs and some.meta.get("null") is None:
+    if needs_negative(some):
         options = [{**given, "negative": [prompt]} for given, prompt in zip(options, prompts, strict=True)]
     began = time.perf_counter()
     while min(map(len, runs.values())) <= TURNS and (

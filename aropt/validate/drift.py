@@ -19,6 +19,7 @@ from aropt.errors import UsageError
 from aropt.ir.executor import Executor, Values
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
+from aropt.loops.given import needs_negative, usual
 from aropt.loops.request import workload as own_prompts
 from aropt.loops.requests.cases import Case
 from aropt.loops.scheme import Mismatch, Round, scheme_of
@@ -107,11 +108,9 @@ def workload(program: Program) -> Case:
     prompts, n = [tuple(p) for p in found], max(1, n)
     if not prompts:
         raise UsageError(what="there are no prompts to measure drift on", hint="give some: --prompts FILE, or prompts=")
-    if not scheme_of(program).fills:  # images are drawn: the likeliest ids of one are hardly any
-        drawn = program.meta.get("modality") == "image" and "temperature" in program.inputs
-        alone = "negative" in program.inputs and program.meta.get("null") is None
-        return Case(tuple(prompts), n, params=(("temperature", 1.0),) if drawn else (),
-                    negative=tuple(p[::-1] for p in prompts) if alone else (), name="drift")  # fmt: skip
+    if not scheme_of(program).fills:
+        negative = tuple(p[::-1] for p in prompts) if needs_negative(program) else ()
+        return Case(tuple(prompts), n, params=tuple(usual(program).items()), negative=negative, name="drift")
     block = int(program.meta.get("block") or 0)
     own = min(int(program.inputs["block"].default or n), n)
     params = () if block else (("block", float(own)),)

@@ -211,7 +211,7 @@ def batched(spec: Spec) -> bool:
 
 def foreseen(oracle: Oracle, inputs: Values, rounds: Sequence[Round]) -> list[Tensor]:
     """Ids that the forward reads in these rounds, if it reads nothing else, and there is room for its results."""
-    if list(oracle.program.graphs[oracle.model.graph].inputs) != ["ids"]:
+    if [spec.dtype for spec in oracle.program.graphs[oracle.model.graph].inputs.values()] != [torch.int64]:
         return []
     rows = scheme_of(oracle.program).foreseen(oracle.program, inputs, rounds)
     return rows if len(rows) <= oracle.branches or oracle.fits(rows) else []  # what one round reads is needed whole
