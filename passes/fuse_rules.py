@@ -18,13 +18,12 @@ from aropt.ir import ops
 from aropt.ir.program import Graph, Program
 from aropt.ir.units import window
 from aropt.kernels.fused_sample import NAMES
-from aropt.loops.rules import SHIPPED, rule
+from aropt.loops.rules import SHIPPED, draws, rule
 from aropt.loops.scheme import scheme_of
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.target import Target
 
 KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p", "min-p"}
-SAMPLED = {"greedy": False, "sample": True}  # the rule's graphs, and whether they draw
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,25 @@ class FuseRules:
     contract: ClassVar[Contract] = Contract("rounding", when="asked", after=("int8-draft", "ngram-draft"))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
-        reasons = {name: reason(program, name) for name in SAMPLED}
-        rejected = tuple((name, why) for name, why in reasons.items() if why)
-        found = tuple(f"{name}: {', '.join(program.graphs[name].inputs)}" for name, why in reasons.items() if not why)
-        return Applies(found, rejected) if found else Skips("; ".join(dict.fromkeys(filter(None, reasons.values()))))
+        rules = program.of_role("rule")
+        if not rules or not scheme_of(program).forced:
+            return Skips("no rule picks the next token by itself")
+        reasons = [(graph, reason(program, graph)) for graph in rules]
+        rejected = tuple((graph.name, why) for graph, why in reasons if why)
+        found = tuple(f"{graph.name}: {', '.join(graph.inputs)}" for graph, why in reasons if not why)
+        return Applies(found, rejected) if found else Skips("; ".join(dict.fromkeys(why for _, why in reasons)))
 
     def run(self, program: Program) -> Program:
-        made = {name: fused(program.graphs[name]) for name in SAMPLED if not reason(program, name)}
+        windows = bool(window(program.meta))
+        made = {g.name: fused(g, windows) for g in program.of_role("rule") if not reason(program, g)}
         return program.replace(graphs={**program.graphs, **made})
 
 
 PASS = FuseRules
 
 
-def reason(program: Program, name: str) -> str:
-    """Why the graph of that name stays as it is, or nothing."""
-    if name not in program.graphs or not scheme_of(program).forced:
-        return "no rule picks the next token by itself"
+def reason(program: Program, graph: Graph) -> str:
+    """Why a rule stays as it is, or nothing."""
     names: list[str] = program.meta["rules"]
     foreign = [n for n in names if n not in KNOWN]
     if foreign:
@@ -58,8 +59,8 @@ def reason(program: Program, name: str) -> str:
     moved = [pair for pair in zip(processors, names, strict=True) if pair[0] != pair[1]]
     if moved:
         return f"fused_sample applies {moved[0][0]} before {moved[0][1]}"
-    function, inputs = rule(processors, program.meta["vocab"], SAMPLED[name], window(program.meta))
-    own, graph = capture_function(name, function, inputs, ["token"]), program.graphs[name]
+    function, inputs = rule(processors, program.meta["vocab"], draws(graph), window(program.meta))
+    own = capture_function(graph.name, function, inputs, list(graph.outputs))
     same = own.inputs == graph.inputs and written(own.fx) == written(graph.fx)
     return "" if same else "it computes something else than aropt's own rules"
 
@@ -73,13 +74,13 @@ def written(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def fused(graph: Graph) -> Graph:
+def fused(graph: Graph, windows: bool) -> Graph:
     """The graph as one op."""
-    sample, windows = ops.load("fused_sample").overload, len(graph.inputs["logits"].dims) == 3
+    sample = ops.load("fused_sample").overload
 
     def function(logits: Tensor, **values: Tensor) -> Tensor:
         wide = logits if windows else logits.unsqueeze(1)
         token: Tensor = sample(wide, *(values.get(n) for n in NAMES[1:]))
         return token if windows else token.squeeze(1)
 
-    return capture_function(graph.name, function, graph.inputs, ["token"], graph.role)
+    return capture_function(graph.name, function, graph.inputs, list(graph.outputs), graph.role)

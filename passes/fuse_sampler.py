@@ -18,8 +18,6 @@ from aropt.ir.program import Graph, Program, growing, own_sizes
 from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
-RESULTS = {"token", "picks", "draft", "picked", "candidate"}  # what rules write
-
 
 def several_calls(program: Program) -> str:
     """Why rounds take more calls than they need; "" if they don't."""
@@ -58,7 +56,7 @@ class FuseSampler:
         def join(run: Sequence[Control], without: str) -> Call:
             together = [call for call in run if isinstance(call, Call)]
             if str(together) not in known:
-                name = stem(together, without)
+                name = stem(together, graphs, without)
                 while name in graphs:
                     name += "_"
                 graphs[name], known[str(together)] = compose(name, together, graphs, specs, program.weights)
@@ -109,8 +107,7 @@ def fusible(control: Control, graphs: Mapping[str, Graph]) -> Iterator[list[Call
                 yield [call for call in run if isinstance(call, Call)]
 
 
-def stem(run: Sequence[Call], without: str) -> str:
-    """A name that says which step and which rule the fused graph holds; `without` if it has no rule."""
-    steps = [call.graph for call in run if "logits" in call.writes.values() and call.graph != "model"]
-    rules = [call.graph for call in run if RESULTS & set(call.writes.values())]
-    return f"{steps[0] if steps else 'step'}_{rules[0]}" if rules else without
+def stem(run: Sequence[Call], graphs: Mapping[str, Graph], without: str) -> str:
+    """A name that says which forward and which rule the fused graph holds; `without` if it has no rule."""
+    forwards, rules = ([c.graph for c in run if graphs[c.graph].role == role] for role in ("forward", "rule"))
+    return "_".join([*forwards[:1], rules[0]]) if rules else without

@@ -76,14 +76,14 @@ class TokenShuffle:
                 what=f"windows of {self.window} don't divide an image of side {side}", where="token-shuffle:window",
                 hint="take one of " + ", ".join(str(s) for s in range(2, int(side) + 1) if int(side) % s == 0),
             )  # fmt: skip
-        table, head, ranges = ends(program.graphs["model"])
+        table, head, ranges = ends(*program.of_role("forward"))
         return Applies((f"{table.args[0]} -> shuffle", f"unshuffle -> {head.args[1]}", f"{len(ranges)} ranges"))
 
     def run(self, program: Program) -> Program:
         meta, unit = program.meta, self.window**2
         side, single = int(meta["side"]), int(meta.get("single", meta["vocab"]))
         across = side // self.window
-        model = program.graphs["model"]
+        (model,) = program.of_role("forward")
         width = int(ends(model)[1].args[0].meta["val"].shape[-1])
         known = int(ends(model)[0].meta["val"].shape[-1])
         with torch.random.fork_rng([]):

@@ -58,9 +58,8 @@ class TokenShuffleFusion:
         """The program with both ops; which sides of which graphs matched, and why others did not."""
         weights, graphs = dict(program.weights), dict(program.graphs)
         matches, rejected = [], []
-        for name, graph in program.graphs.items():
-            if "ids" not in graph.inputs or "logits" not in graph.outputs:
-                continue
+        for graph in program.of_role("forward"):
+            name = graph.name
             changed = copied(graph.fx)
             for node, before in zip(changed.nodes, graph.fx.nodes, strict=True):
                 node.meta.setdefault("val", before.meta.get("val"))

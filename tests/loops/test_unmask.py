@@ -337,8 +337,8 @@ def test_passes_fuse_the_round(quota: Program) -> None:
 
     fast, results, _ = run_passes(quota, pipeline(), "eager")
     assert {r.name for r in results if r.status == "applied"} >= {"merge-linears", "fuse-sampler", "prune"}
-    assert [c.graph for c in calls(fast.control)] == ["start", "step_greedy", "step_sample", "answer"]
-    assert "logits" not in fast.graphs["step_greedy"].outputs
+    assert [c.graph for c in calls(fast.control)] == ["start", "model_greedy", "model_sample", "answer"]
+    assert "logits" not in fast.graphs["model_greedy"].outputs
 
 
 def test_a_reference_model_is_not_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

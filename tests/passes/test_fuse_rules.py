@@ -115,7 +115,7 @@ def test_a_redefined_rule_is_left_alone(
     """One of aropt's names and places that does something else, or reads something else in the same nodes."""
     monkeypatch.setitem(rules.PROCESSORS, rule, replace(rules.PROCESSORS[rule], **change))
     program = make_program(1, (rule, "temperature"))
-    reasons = {name: reason(program, name) for name in ("greedy", "sample")}
+    reasons = {name: reason(program, program.graphs[name]) for name in ("greedy", "sample")}
     assert {name for name, why in reasons.items() if "something else" in why} == left
     assert all(not why for name, why in reasons.items() if name not in left)
 
@@ -150,7 +150,7 @@ def test_in_the_pipeline(of: str) -> None:
 def test_another_computation_is_left_alone() -> None:
     program = make_program(1, ("temperature",))
     least = capture_function(
-        "greedy", lambda logits: torch.argmin(logits, -1), program.graphs["greedy"].inputs, ["token"]
+        "greedy", lambda logits: torch.argmin(logits, -1), program.graphs["greedy"].inputs, ["token"], "rule"
     )
     plan = FuseRules().plan(program.replace(graphs={**program.graphs, "greedy": least}), EAGER)
     assert isinstance(plan, Applies) and plan.rejected == (

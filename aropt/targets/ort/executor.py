@@ -138,7 +138,7 @@ class OnnxRuntime(Planned):
         return ir.load(path) if path.exists() else None
 
     def executed(self) -> dict[str, dict[str, int]]:
-        return {graph: self.nodes(graph) for graph in self.hot if graph.startswith("step")}
+        return {graph: self.nodes(graph) for graph in self.hot if self.program.graphs[graph].role == "forward"}
 
     def nodes(self, graph: str) -> dict[str, int]:
         """Kinds of nodes that a graph's session runs, read back after ONNX Runtime's optimization: {kind: count}."""
