@@ -18,7 +18,7 @@ from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Control, rewrite
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
-from aropt.loops.unmask.ar_verifier import OFFERED, renamed, whole
+from aropt.loops.unmask.ar_verifier import OFFERED, guiding, renamed, whole
 from aropt.loops.unmask.ar_verifier import PREFIX as WEIGHTS
 from aropt.loops.unmask.blocks import FAR, current_block, places
 from aropt.loops.unmask.cache_policy import sized
@@ -54,26 +54,28 @@ class GuideCache:
         return Applies(("guide: rows from the last known id on",))
 
     def run(self, program: Program) -> Program:
+        forward, judge, agreed = guiding(program.control)
         found = restricted(program)
         names = {n: WEIGHTS + n for n in found.constants}
         constants = {names[n]: w for n, w in found.constants.items()}
         step = renamed(found.graph, names, {**program.weights, **constants})
-        step = replace(step, outputs={"guide_logits" if n == "logits" else n: s for n, s in step.outputs.items()})
-        offered = {n: s for n, s in program.graphs["judge"].inputs.items() if n in OFFERED}
+        (logits,) = forward.writes
+        step = replace(step, outputs={logits if n == "logits" else n: s for n, s in step.outputs.items()})
+        offered = {n: s for n, s in program.graphs[judge.graph].inputs.items() if n in OFFERED}
         mask = program.meta["mask"]
-        parts = [guide_rows(mask, offered), agree(mask, bool(offered)), step]
-        graphs = {**program.graphs, **{g.name: g for g in parts}}
+        choosing, placing = guide_rows(mask, offered), agree(mask, bool(offered))
+        graphs = {**program.graphs, **{g.name: g for g in (choosing, placing, step)}}
         state = {PREFIX + n: sized(s) for n, s in found.state.items()}
         state["guide_end"] = StateSpec("counter", ROWS, 0)
 
         def change(call: Call) -> list[Control]:
-            if call.graph == "guide":
+            if call == forward:
                 reads = {n: PREFIX + n for n in step.inputs} | {"ids": "guide_feed"}
-                writes = {n: n if n == "guide_logits" else PREFIX + n for n in step.outputs}
-                return [call_by_name(graphs["guide_rows"]), Call("guide", reads, writes)]
-            if call.graph == "judge":
+                writes = {n: PREFIX + n for n in step.outputs} | call.writes
+                return [call_by_name(choosing), Call(step.name, reads, writes)]
+            if call == judge:
                 return [replace(call, reads=call.reads | {n: PREFIX + n for n in ("following", *offered)})]
-            return [call_by_name(graphs["agree"])] if call.graph == "agree" else [call]
+            return [call_by_name(placing)] if call == agreed else [call]
 
         return program.replace(
             graphs=graphs,
@@ -89,8 +91,8 @@ PASS = GuideCache
 
 def restricted(program: Program) -> Restricted:
     """The guide's forward for chosen rows, its constants under names of their own. Raises Unsupported."""
-    guide = program.graphs["guide"]
-    plain = replace(guide, outputs={"logits": guide.outputs["guide_logits"]})
+    guide = program.graphs[guiding(program.control)[0].graph]
+    plain = replace(guide, outputs=dict(zip(("logits",), guide.outputs.values(), strict=True)))
     return restrict(plain, program.weights, program.meta["capacity"], canvas=True)
 
 

@@ -234,6 +234,20 @@ def whole(control: Control) -> bool:
     return any(call.reads == {"ids": "drafted"} for call in every(control))
 
 
+def guiding(control: Control) -> tuple[Call, Call, Call]:
+    """The calls of a round whose guide reads the whole canvas that depend on the rows it reads: its forward, what
+    judges by that, and what puts the judgements in their places.
+    """
+    forward = next(call for call in every(control) if call.reads == {"ids": "drafted"})
+    judge = reader(control, forward)
+    return forward, judge, reader(control, judge)
+
+
+def reader(control: Control, call: Call) -> Call:
+    """The first call that reads what another writes."""
+    return next(one for one in every(control) if set(call.writes.values()) & set(one.reads.values()))
+
+
 def accepted_rows(active: Tensor, accepted: Tensor, beyond: bool) -> Tensor:
     """From the left up to the first mask that is not accepted, or to the one before it, but at least one: bool [B, T].
 
