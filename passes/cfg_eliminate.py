@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from aropt.ir.control import Call, Control, rewrite
-from aropt.ir.edit import trim
 from aropt.ir.program import Program
-from aropt.loops.guidance import INPUTS, TOGETHER, TWO_BRANCHES, UNCONDITIONAL, alone, bodies, fitted, without
+from aropt.loops.guidance import INPUTS, TOGETHER, TWO_BRANCHES, UNCONDITIONAL, alone, without
 from aropt.loops.rules import GUIDED
 from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
@@ -37,17 +35,12 @@ class CfgEliminate:
         return Applies(("2 forwards a round become 1; guidance is 1",))
 
     def run(self, program: Program) -> Program:
-        start = program.graphs["start"]
-        changed = {**alone(program), "start": trim(start, set(start.outputs) - {UNCONDITIONAL}, program.weights)}
-
-        def change(call: Call) -> list[Control]:
-            return [fitted(call, changed["start"])] if call.graph == "start" else [call]
-
+        changed = alone(program)
         return program.replace(
             graphs={**program.graphs, **changed},
             inputs={n: i for n, i in program.inputs.items() if n not in INPUTS},
             state={n: s for n, s in program.state.items() if n != UNCONDITIONAL},
-            control=rewrite(bodies(program.control, lambda body: without(body, changed)), change),
+            control=without(program.control, changed),
             meta={**program.meta, "rules": [r for r in program.meta["rules"] if r not in GUIDED], "eliminated": True},
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Call, Control, If, Seq, rewrite
+from aropt.ir.control import Call, Control, If, Seq, renamed, rewrite, sequence, writes
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.guidance import (
     JOINED,
@@ -24,6 +24,7 @@ from aropt.loops.guidance import (
     TWICE,
     TWO_BRANCHES,
     alone,
+    append,
     bodies,
     joining,
     named,
@@ -32,7 +33,6 @@ from aropt.loops.guidance import (
     without,
 )
 from aropt.loops.rules import inside
-from aropt.passes.cfg_batch import append
 from aropt.rewriting.contract import Applies, Contract, Fact, Skips
 from aropt.rewriting.target import Target
 
@@ -59,25 +59,25 @@ class CfgInterval:
     def run(self, program: Program) -> Program:
         tokens = program.state[TOKENS]
         both = replace(tokens, spec=rebatch(tokens.spec, TWICE))
-        single = {n: replace(g, name=f"{n}_alone") for n, g in alone(program).items()}
-        told = {n: g for n, g in single.items() if n != "append"}
-        batch = {"last": single["last"], "append": append("append_joined", both.spec, program)}
+        single = {n: replace(g, name=f"{n}_alone") for n, g in alone(program).items() if g.role != "prologue"}
+        told = {n: g for n, g in single.items() if TOKENS not in g.outputs}
+        appended = append("append_joined", program)
+        batch = {n: appended if TOKENS in g.outputs else g for n, g in single.items() if g.role != "rule"}
         made = [joining("join", {TOKENS: tokens.spec}), parting("part", {TOKENS: tokens.spec}), phase()]
         join, part, turn = (named(g) for g in made)
 
         def rounds(body: Control) -> Control:
-            assert isinstance(body, Seq)
-            before, after = without(body, told), without(body, single)
-            first, more = Seq((*body.body, join)), renamed(without(body, batch))
-            leave = If("leaving", part, Seq(()))
-            inner, outer = If("joined", ended(more, turn), ended(first, turn)), ended(before, turn)
-            return If("guiding", inner, If("ended", Seq((leave, *after.body, turn)), outer))
+            before, after, more = (without(body, graphs) for graphs in (told, single, batch))
+            more = rewrite(more, lambda call: [renamed(call, {TOKENS: JOINED + TOKENS})])
+            inner = If("joined", ended(more, turn), ended(body, join, turn))
+            outer = If("ended", Seq((If("leaving", part, Seq(())), *sequence(after), turn)), ended(before, turn))
+            return If("guiding", inner, outer)
 
         control = bodies(program.control, rounds)
         assert isinstance(control, Seq)
-        at = next(i for i, part in enumerate(control.body) if isinstance(part, Call) and part.graph == "start")
+        at = next(i for i, part in enumerate(control.body) if TOKENS in writes(part))
         return program.replace(
-            graphs={**program.graphs, **{g.name: g for g in (*made, *single.values(), batch["append"])}},
+            graphs={**program.graphs, **{g.name: g for g in (*made, *single.values(), appended)}},
             state={**program.state, JOINED + TOKENS: both, **{n: StateSpec("flag", Spec(BOOL)) for n in turn.writes}},
             control=Seq((*control.body[: at + 1], join, turn, *control.body[at + 1 :])),
         )
@@ -86,21 +86,8 @@ class CfgInterval:
 PASS = CfgInterval
 
 
-def ended(body: Seq, call: Call) -> Seq:
-    return Seq((*body.body, call))
-
-
-def renamed(body: Control) -> Seq:
-    """The round on the joined tokens."""
-
-    def change(call: Call) -> list[Control]:
-        names = {TOKENS: JOINED + TOKENS}
-        reads, writes = ({n: names.get(v, v) for n, v in given.items()} for given in (call.reads, call.writes))
-        return [replace(call, reads=reads, writes=writes)]
-
-    changed = rewrite(body, change)
-    assert isinstance(changed, Seq)
-    return changed
+def ended(body: Control, *last: Call) -> Seq:
+    return Seq((*sequence(body), *last))
 
 
 def phase() -> Graph:

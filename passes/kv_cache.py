@@ -64,7 +64,8 @@ class KvCache:
         model, row = next(iter(models.values())).graph, window(program.meta)
         batches = {ids.removesuffix("tokens"): str(program.state[ids].spec.dims[0]) for ids in models}
         step, guided = replace(found.graph, name="step"), batches[""] != "B"
-        made = [step, enter(guided, row), place(row), feed("feed", guided, row)]
+        entering, placing = enter(guided, row), place(row)
+        made = [step, entering, placing, feed("feed", guided, row)]
         own = found.state | {
             "feed": StateSpec("tokens", Spec(I64, ("B", "R", *row))),
             "filled": StateSpec("counter", Spec(I64)),
@@ -72,21 +73,23 @@ class KvCache:
         }
         if len(models) > 1:
             made += [pend(row)]
+        moved = {}  # the cache of branches goes where their tokens go
         if JOINED in batches:
             kept = {n: s.spec for n, s in own.items()}
-            made += [joining("join_cache", kept), parting("part_cache", kept), feed("feed_joined", True, row)]
+            moved = {JOINED: joining("join_cache", kept), "": parting("part_cache", kept)}
+            made += [*moved.values(), feed("feed_joined", True, row)]
         graphs = {n: g for n, g in program.graphs.items() if n != model} | {g.name: g for g in made}
 
         def change(call: Call, fed: set[str]) -> list[Control]:
-            told = [p for p in batches if p + "tokens" in call.writes.values()]
-            if call.graph == "start":
-                return [call, *(branch(graphs["enter"], p, prompt="negative" if p else "prompt") for p in told)]
+            told, known = ([p for p in batches if p + "tokens" in side.values()] for side in (call.writes, call.reads))
+            if told and not known:
+                return [call, *(branch(entering, p, prompt="negative" if p else "prompt") for p in told)]
             if call.graph == model:
                 prefix = call.reads["ids"].removesuffix("tokens")
                 stepped = branch(step, prefix, ids=prefix + "feed")
-                return [branch(graphs["place"], prefix), replace(stepped, writes={**stepped.writes, **call.writes})]
-            if call.graph in ("join", "part"):
-                return [call, named(graphs[f"{call.graph}_cache"])]
+                return [branch(placing, prefix), replace(stepped, writes={**stepped.writes, **call.writes})]
+            if told != known:
+                return [call, *(named(moved[p]) for p in told)]
             feeds = {p: "pend" if p + "tokens" not in fed else "feed_joined" if p == JOINED else "feed" for p in told}
             return [call, *(branch(graphs[name], p) for p, name in feeds.items())]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
-from aropt.ir.control import Call, Control, Loop, Seq, calls, loops, map_parts, parts, transform
+from aropt.ir.control import Call, Control, Loop, Seq, calls, loops, map_parts, parts, rewrite, transform
 from aropt.ir.dims import replaced
-from aropt.ir.edit import trim
+from aropt.ir.edit import compose, trim
 from aropt.ir.program import Graph, Program, Spec
 from aropt.ir.units import window
 from aropt.loops.rules import GUIDED, chosen, rule
@@ -77,15 +77,38 @@ def straight(body: Control) -> bool:
 
 
 def alone(program: Program) -> dict[str, Graph]:
-    """The graphs of a round that read or write both branches, for the conditional one alone."""
+    """The graphs that read or write both branches, for the conditional one alone."""
     vocab, names = program.meta["vocab"], tuple(r for r in program.meta["rules"] if r not in GUIDED)
     spec = program.graphs["last"].inputs["logits"]
     found = {"append": trim(program.graphs["append"], {TOKENS}, {}), "last": last(spec)}
+    start = program.graphs["start"]
+    found["start"] = trim(start, set(start.outputs) - {UNCONDITIONAL}, program.weights)
     never = program.meta.get("never", ())
     for name, sampled in RULES.items():
         function, inputs = rule(chosen(names), vocab, sampled, window(program.meta), never)
         found[name] = capture_function(name, function, inputs, list(program.graphs[name].outputs), "rule")
     return found
+
+
+def together(program: Program) -> dict[str, Graph]:
+    """The graphs that read or write both branches, for one batch of both."""
+    found = {"append": append("append", program), "last": last(program.graphs["last"].inputs["logits"])}
+    graph = program.graphs["start"]
+    tokens = {n: graph.outputs[n] for n in (TOKENS, UNCONDITIONAL)}
+    stack = capture_function("stack", lambda **branches: torch.cat(list(branches.values())), tokens, [TOKENS])
+    sequence = [named(graph), Call("stack", {n: n for n in tokens}, {TOKENS: TOKENS})]
+    both, _ = compose("start", sequence, {"start": graph, "stack": stack}, graph.inputs, program.weights)
+    return {**found, "start": trim(both, set(graph.outputs) - {UNCONDITIONAL}, program.weights)}
+
+
+def append(name: str, program: Program) -> Graph:
+    """tokens [2B, T], token [B] -> tokens [2B, T + 1]: both branches get the same token."""
+
+    def function(tokens: Tensor, token: Tensor) -> Tensor:
+        return torch.cat([tokens, torch.cat([token, token]).unsqueeze(1)], 1)
+
+    inputs = {"tokens": rebatch(program.state[TOKENS].spec, TWICE), "token": program.graphs["append"].inputs["token"]}
+    return capture_function(name, function, inputs, [TOKENS])
 
 
 def last(spec: Spec) -> Graph:
@@ -97,11 +120,15 @@ def last(spec: Spec) -> Graph:
     return capture_function("last", function, {"logits": spec}, ["row"])
 
 
-def without(body: Control, graphs: Mapping[str, Graph]) -> Seq:
-    """The round without the unconditional branch's forward; `graphs` are called in the place of those named so."""
-    assert isinstance(body, Seq)
-    kept = [c for c in body.body if isinstance(c, Call) and c.reads.get("ids") != UNCONDITIONAL]
-    return Seq(tuple(fitted(c, graphs[c.graph]) if c.graph in graphs else c for c in kept))
+def without(control: Control, graphs: Mapping[str, Graph]) -> Control:
+    """The control without the unconditional branch's forward; `graphs` are called in the place of those named so."""
+
+    def change(call: Call) -> list[Control]:
+        if call.reads.get("ids") == UNCONDITIONAL:
+            return []
+        return [fitted(call, graphs[call.graph]) if call.graph in graphs else call]
+
+    return rewrite(control, change)
 
 
 def fitted(call: Call, graph: Graph) -> Call:
