@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from aropt.errors import VerificationFailed
-from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.control import Call, If, Loop, Seq, calls, loops
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.ir.verify import VERIFIED, verify
@@ -260,6 +260,15 @@ def test_message_shows_the_node() -> None:
 def test_programs_pass(tiny_stages: dict[str, Program], guided_stages: dict[str, Program]) -> None:
     for program in (*tiny_stages.values(), *guided_stages.values()):
         verify(program)
+
+
+def test_passes_keep_roles(tiny_stages: dict[str, Program]) -> None:
+    """A round runs one forward at each stage; what is fused has the most telling role of its parts."""
+    for program in tiny_stages.values():
+        for loop in loops(program.control):
+            assert [program.graphs[c.graph].role for c in calls(loop.body)].count("forward") == 1
+    last = list(tiny_stages.values())[-1]
+    assert {g.role for g in last.graphs.values()} == {"forward", "prologue"}
 
 
 def test_dropout_that_is_off_passes() -> None:
