@@ -133,7 +133,7 @@ def check_negative(
 ) -> None:
     """Raises UsageError for unconditional prompts that the program can't take, or does not go without."""
     if negative is None:
-        if "negative" in program.inputs and program.meta.get("null") is None:
+        if needs_negative(program):
             raise UsageError(
                 what="guidance needs an unconditional prompt",
                 why="the model has no null class",
