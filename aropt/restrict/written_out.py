@@ -46,6 +46,7 @@ class Reader:
         self.dropped = False  # a column after the softmax
         self.layouts: list[fx.Node] = []
         self.split = 0
+        self.lowered = False  # by their maximum
         self.shared = False  # one head of keys for all of queries
 
     def read(self) -> None:
@@ -91,7 +92,7 @@ class Reader:
     def choose(self) -> None:
         """Where scores are [B * H, T, T] at their softmax and were [B, H, T, T] just before, these are the anchor."""
         flat: Any = self.layouts[self.split] if len(self.layouts) > self.split else None
-        early = any(layouts <= self.split for _, _, layouts in self.biases)
+        early = bool(self.sums()) or any(layouts <= self.split for _, _, layouts in self.biases)
         if flat is not None and op_name(flat) in RESHAPES and rank(flat) == 3 and rank(flat.args[0]) == 4 and not early:
             self.split += 1
         self.anchor: Any = self.layouts[self.split - 1].args[0] if self.split else self.softmax
@@ -107,6 +108,8 @@ class Reader:
         if len({n.meta["val"].dtype for n in (query, keys, values)}) > 1 or rank(values) < 3:
             raise NotAttention("its queries, keys and values are not alike")
         self.check_heads(query, keys, values)
+        if self.lowered and self.sums():
+            raise NotAttention("the sum of its softmax is of scores without their maximum")
         if self.dropped != (self.sinks is not None):
             raise NotAttention("a column of its softmax is dropped, or added, that is no sink")
         known = set(self.path)
@@ -202,6 +205,7 @@ def biased(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     """add, sub: a bias by position, or the row's maximum."""
     source, other, minus = x["self"], x["other"], op_name(node) == "aten::sub"
     if minus and is_maximum(other, source):
+        reader.lowered = True
         return source
     if not minus and isinstance(other, fx.Node) and source not in reader.content:
         source, other = other, source

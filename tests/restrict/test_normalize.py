@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
+from torch import Tensor
 
 from aropt.frontend.trace import capture_model
 from aropt.ir.calls import op_name
@@ -53,6 +54,21 @@ def test_forms(name: str) -> None:
     count, weigh = FORMS[name]
     torch.manual_seed(0)
     assert rewritten(Tiny(**attention(written(weigh))), 23, 12) == count
+
+
+def gated(m: Tiny, q: Tensor, k: Tensor, v: Tensor, lowered: bool = False) -> Tensor:
+    """Attention times a gate of its softmax' sum, as Granite's sinks are written."""
+    scores = bias(q @ k.transpose(-1, -2) / math.sqrt(8), causal(q.shape[2]))
+    scores = scores - scores.amax(-1, keepdim=True) if lowered else scores
+    return (torch.softmax(scores, -1) @ v) * torch.logsumexp(scores, -1, keepdim=True).sigmoid()
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_the_sum_of_a_softmax_is_a_result_of_attention(lowered: bool) -> None:
+    """Unless it is of other scores than attention's own."""
+    torch.manual_seed(0)
+    step = attention(lambda m, q, k, v: gated(m, q, k, v, lowered))
+    assert rewritten(Tiny(**step), 23, 12) == (not lowered)
 
 
 def test_keys_not_transposed() -> None:
