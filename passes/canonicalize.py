@@ -2,7 +2,6 @@
 
 1. x * rsqrt(mean(x^2) + eps) [* weight]         ->  rms_norm           (the last axis)
 2. attention over heads repeated for each group  ->  grouped attention  (SDPA with enable_gqa; a smaller cache)
-
 3. attention written out as products and softmax  ->  SDPA  (`restrict/normalize.py`; or `aropt::attention`)
 
 Does not fire when the squared value and the scaled one differ, when the mean is over another axis, or when only one of
@@ -39,11 +38,9 @@ class Canonicalize:
     contract: ClassVar[Contract] = Contract("rounding", after=("token-shuffle",))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
+        both = {name: self.matches(graph) for name, graph in program.graphs.items()}
         found = [
-            f"{len(rms)} norms, {len(heads)} attentions of {name}"
-            for name, graph in program.graphs.items()
-            for rms, heads in [self.matches(graph)]
-            if rms or heads
+            f"{len(rms)} norms, {len(heads)} attentions of {n}" for n, (rms, heads) in both.items() if rms or heads
         ]
         normal = {name: self.normalized(program, name) for name in program.graphs}
         found += [f"{count} written-out attentions of {name}" for name, (_, count) in normal.items() if count]
@@ -77,10 +74,9 @@ class Canonicalize:
             for node, key, value in heads:
                 node.args = (node.args[0], key, value, *node.args[3:])
                 node.kwargs = {**node.kwargs, "enable_gqa": True}
-            changed = bool(rms or heads)
-            graphs[name] = (
-                build(name, copy.fx, graph.inputs, list(graph.outputs), program.weights) if changed else graph
-            )
+            graphs[name] = graph
+            if rms or heads:
+                graphs[name] = build(name, copy.fx, graph.inputs, list(graph.outputs), program.weights)
         return program.replace(graphs=graphs)
 
 

@@ -81,7 +81,7 @@ def part(graph: fx.Graph, node: fx.Node, keys: Parts, values: Parts) -> None:
         if boolean:
             scores = call(aten.masked_fill.Scalar, (scores, call(aten.logical_not.default, (of_memory,)), LOW))
         else:
-            scores = call(aten.add.Tensor, (scores, of_memory))
+            scores = call(aten.clamp.default, (call(aten.add.Tensor, (scores, of_memory)), LOW))
         second = call(aten.matmul.default, (call(aten.softmax.int, (scores, -1)), values.memory))
         beside = call(aten.sub.Tensor, (seen, call(aten.logsumexp.default, (scores, [-1]))))
         share = call(aten.unsqueeze.default, (call(aten.sigmoid.default, (beside,)), -1))

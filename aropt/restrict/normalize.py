@@ -125,16 +125,15 @@ def total(graph: fx.Graph, reader: Reader, stages: list[fx.Node], columns: fx.No
     for bias, factor, layouts in reader.biases:
         done = len(reader.layouts) - layouts  # steps before it
         if isinstance(bias, fx.Node):
-            value, shape = bias, bias.meta["val"].shape
-            value = value if bias.meta["val"].dtype == kind else call(aten._to_copy.default, (value,), {"dtype": kind})
+            value = bias if bias.meta["val"].dtype == kind else call(aten._to_copy.default, (bias,), {"dtype": kind})
             value = value if factor == 1 else call(aten.mul.Tensor, (value, factor))
         else:
             condition, hides, low = bias
-            shape = condition.meta["val"].shape
             zero, hidden = (call(aten.full.default, ([], x), {"dtype": kind}) for x in (0.0, low * factor))
             value = call(aten.where.self, (condition, hidden, zero) if hides else (condition, zero, hidden))
         if reader.before[done:]:
-            sizes = [call(aten.sym_size.int, (stages[done], i)) for i in range(len(shape) - 1)]
+            axes = rank((reader.scores, *reader.before)[done]) - 1
+            sizes = [call(aten.sym_size.int, (stages[done], i)) for i in range(axes)]
             value = call(aten.expand.default, (value, [*sizes, columns]))
         for step in reader.before[done:]:
             value = relaid(graph, value, step, columns)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ PRODUCTS = {"aten::matmul", "aten::bmm"}
 CASTS = {"aten::_to_copy", "aten::to", "aten::clone", "aten::dropout", "aten::type_as", "aten::contiguous"}
 RESHAPES = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 SWAPS = {"aten::transpose", "aten::permute"}
+DROWNS = -1e12  # added to scores within +-LIMIT, this or less is a number of its own in fp32
 LOWEST = -1e30  # a floor this low changes nothing but what a mask hides
 
 
@@ -41,7 +42,7 @@ class Reader:
         self.softmax: fx.Node | None = None
         self.scale, self.softcap = 1.0, 0.0
         self.biases: list[tuple[Any, float, int]] = []  # a node, or (condition, hides where, low); factor; layouts then
-        self.zeroed: list[fx.Node] = []  # tables of 0 and 1 that scores are multiplied with
+        self.zeroed: list[tuple[fx.Node, int]] = []  # tables of 0 and 1 for scores, and how many biases come after
         self.sinks: tuple[fx.Node, float] | None = None
         self.dropped = False  # a column after the softmax
         self.layouts: list[fx.Node] = []
@@ -70,7 +71,7 @@ class Reader:
 
     def step(self, node: fx.Node, source: Any) -> fx.Node:
         """The node that one works on, behind casts; notes both."""
-        while op_name(source) in CASTS and not draws(source):
+        while is_cast(source):
             self.path.append(source)
             source = source.args[0]
         if not isinstance(source, fx.Node) or source.op != "call_function" or source not in self.content:
@@ -116,12 +117,15 @@ class Reader:
         for node in self.path[1:]:
             if any(user not in known and not self.beside(user) for user in node.users):
                 raise NotAttention("its scores or weights are used otherwise too")
-        for table in self.zeroed:
-            self.check_zeroed(table)
+        for table, later in self.zeroed:
+            self.check_zeroed(table, later)
+        self.check_rows()
 
     def check_heads(self, query: Any, keys: Any, values: Any) -> None:
         """Raises NotAttention unless keys and values have the heads of the queries, or one for all of a sequence."""
         shape = self.anchor.meta["val"].shape
+        if not self.before and list(map(str, query.meta["val"].shape[:-2])) != list(map(str, shape[:-2])):
+            raise NotAttention("its queries have other leading axes than its scores")
         for node in (keys, values):
             lead = list(map(str, node.meta["val"].shape[:-2]))
             if len(lead) + 2 == len(shape):
@@ -145,16 +149,36 @@ class Reader:
         """The logarithms of sums over the columns of what the softmax works on."""
         assert self.softmax is not None
         source: Any = self.softmax.args[0]
-        while op_name(source) in CASTS:
+        while is_cast(source):
             source = source.args[0]
         found = [n for n in source.users if op_name(n) == "aten::logsumexp"]
         return [n for n in found if list(bind(n)["dim"]) in ([-1], [rank(source) - 1])]
 
-    def check_zeroed(self, table: fx.Node) -> None:
-        """Raises NotAttention unless a mask hides just what the table sets to zero."""
+    def check_rows(self) -> None:
+        """Raises NotAttention where numbers that do not drown the scores take the place of a whole row."""
+        low = [value * factor for (*_, value), factor, _ in self.fills()]
+        if all(value <= DROWNS for value in low):
+            return
+        if len({layouts for *_, layouts in self.biases}) > 1:
+            raise NotAttention("its scores are replaced by a number, and laid out anew before another mask")
+        tables = []
+        for bias, factor, _ in self.biases:
+            if isinstance(bias, fx.Node):
+                tables.append(self.positions.value(bias, self.positions.capacity) * factor)
+            else:
+                condition = self.positions.value(bias[0], self.positions.capacity)
+                tables.append(torch.where(condition == bias[1], bias[2] * factor, 0.0))
+        if not bool((sum(tables).amax(-1) > -HIDES).all()):
+            raise NotAttention("a row of its scores is replaced by a number wholly")
+
+    def fills(self) -> list[Any]:
+        return [one for one in self.biases if not isinstance(one[0], fx.Node)]
+
+    def check_zeroed(self, table: fx.Node, later: int) -> None:
+        """Raises NotAttention unless a mask that comes after it hides just what the table sets to zero."""
         for length in {3, self.positions.capacity}:
             value, total = self.positions.value(table, length), torch.zeros(())
-            for bias, factor, _ in self.biases:
+            for bias, factor, _ in self.biases[:later]:
                 if not isinstance(bias, fx.Node):
                     raise NotAttention("its scores are multiplied with a table")
                 total = total + self.positions.value(bias, length) * factor
@@ -191,9 +215,9 @@ def scaled(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     source, other = x["self"], x["other"]
     if op_name(node) == "aten::mul" and (not isinstance(source, fx.Node) or source not in reader.content):
         source, other = other, source
-    factor = reader.number(other)
+    factor = None if x.get("rounding_mode") else reader.number(other)
     if factor is None and op_name(node) == "aten::mul" and other not in reader.content and not reader.softcap:
-        reader.zeroed.append(other)
+        reader.zeroed.append((other, len(reader.biases)))
         return source
     if factor is None or factor <= 0:
         raise NotAttention("its scores are multiplied with something other than a positive number")
@@ -204,7 +228,7 @@ def scaled(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
 def biased(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     """add, sub: a bias by position, or the row's maximum."""
     source, other, minus = x["self"], x["other"], op_name(node) == "aten::sub"
-    if minus and is_maximum(other, source):
+    if minus and is_maximum(other, source) and not reader.softcap and reader.sinks is None:
         reader.lowered = True
         return source
     if not minus and isinstance(other, fx.Node) and source not in reader.content:
@@ -245,7 +269,7 @@ def filled(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
 def floored(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     """maximum, clamp: a floor that only what is hidden lies under."""
     floor = reader.number(x["other"] if "other" in x else x["min"])
-    if floor is None or floor > LOWEST or x.get("max") is not None:
+    if floor is None or floor * reader.scale > LOWEST or x.get("max") is not None:
         raise NotAttention("its scores are clamped")
     return x["self"]
 
@@ -261,11 +285,13 @@ def capped(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
 def sunk(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     """cat: a column of sinks, one a head."""
     tensors = x["tensors"]
-    if len(tensors) != 2 or x["dim"] not in (-1, rank(node) - 1) or tensors[1] in reader.content or reader.layouts:
+    if len(tensors) != 2 or x["dim"] not in (-1, rank(node) - 1) or tensors[1] in reader.content:
         raise NotAttention("columns are added to its scores")
+    if reader.layouts or reader.biases or reader.zeroed:
+        raise NotAttention("a column is added to its scores before they are changed")
     heads, sink = tensors[0].meta["val"].shape[-3], tensors[1]
     shapes = []
-    while op_name(sink) in RESHAPES | CASTS | {"aten::expand", "aten::unsqueeze"}:
+    while op_name(sink) in RESHAPES | {"aten::expand", "aten::unsqueeze"} or is_cast(sink):
         shapes.append([*sink.meta["val"].shape][-3:])
         sink = sink.args[0]
     if not any(str(s) == str([heads, 1, 1]) for s in shapes) or str([*sink.meta["val"].shape]) != str([heads]):
@@ -298,6 +324,11 @@ PEELS: dict[str, Peel] = {
     "aten::cat": sunk,
     **dict.fromkeys(RESHAPES | SWAPS, laid),
 }
+
+
+def is_cast(node: Any) -> bool:
+    """Whether a node changes nothing but a floating-point dtype."""
+    return op_name(node) in CASTS and not draws(node) and bool(node.meta["val"].dtype.is_floating_point)
 
 
 def rank(node: Any) -> int:

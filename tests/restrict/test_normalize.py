@@ -32,6 +32,23 @@ def rewritten(model: torch.nn.Module, vocab: int, capacity: int) -> int:
     return count
 
 
+HEADS = torch.tensor([0.5, -2.0]).view(2, 1, 1)
+
+
+def sunk(scores: Tensor) -> Tensor:
+    """A column more, a number a head."""
+    return torch.cat([scores, torch.tensor([0.3, -0.7]).view(1, 2, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+
+
+def lowered(scores: Tensor) -> Tensor:
+    return scores - scores.amax(-1, keepdim=True)
+
+
+def odd(scores: Tensor) -> Tensor:
+    """bool [rows, 1]: every third row."""
+    return (torch.arange(scores.shape[-2]) % 3 == 2)[:, None]
+
+
 FORMS = {
     "bias": (1, lambda s, sees: torch.softmax(bias(s, sees), -1)),
     "where": (1, lambda s, sees: torch.softmax(torch.where(sees, s, torch.full((), LOW)), -1)),
@@ -45,6 +62,26 @@ FORMS = {
     "two masks": (1, lambda s, sees: torch.softmax(bias(bias(s, sees), sees), -1)),
     "negated": (0, lambda s, sees: torch.softmax(bias(-1.0 * s, sees), -1)),
     "after softmax": (0, lambda s, sees: torch.softmax(bias(s, sees), -1) * 0.5),
+    "a bias after the sinks": (0, lambda s, sees: torch.softmax(sunk(bias(s, sees)) + HEADS, -1)[..., :-1]),
+    "rows filled after the sinks": (
+        0,
+        lambda s, sees: torch.softmax(sunk(bias(s, sees)).masked_fill(odd(s), -1e4), -1)[..., :-1],
+    ),
+    "sinks": (1, lambda s, sees: torch.softmax(sunk(bias(s, sees)), -1)[..., :-1]),
+    "sinks lowered too": (1, lambda s, sees: torch.softmax(lowered(sunk(bias(s, sees))), -1)[..., :-1]),
+    "sinks not lowered": (0, lambda s, sees: torch.softmax(sunk(lowered(bias(s, sees))), -1)[..., :-1]),
+    "lowered in the soft-cap": (0, lambda s, sees: torch.softmax(bias(2 * torch.tanh(lowered(s) / 2), sees), -1)),
+    "masked, then a table": (0, lambda s, sees: torch.softmax(bias(s, sees, -1e9) * sees, -1)),
+    "a table, then masked": (1, lambda s, sees: torch.softmax(bias(s * sees, sees), -1)),
+    "rounded": (0, lambda s, sees: torch.softmax(bias(torch.div(s, 0.5, rounding_mode="floor"), sees), -1)),
+    "whole numbers": (0, lambda s, sees: torch.softmax(bias(s.to(torch.int32).float(), sees), -1)),
+    "weights of yes and no": (0, lambda s, sees: torch.softmax(bias(s, sees), -1).to(torch.bool).float()),
+    "a floor that is scaled": (0, lambda s, sees: torch.softmax(torch.clamp(bias(s * 1e29, sees), -1e30) * 1e-29, -1)),
+    "rows filled wholly": (
+        0,
+        lambda s, sees: torch.softmax(s.masked_fill(odd(s), -1e4).masked_fill(~sees, -math.inf), -1),
+    ),
+    "rows drowned wholly": (1, lambda s, sees: torch.softmax(s.masked_fill(odd(s), LOW), -1)),
     "other axis": (0, lambda s, sees: torch.softmax(bias(s, sees), -2)),
 }
 
@@ -53,22 +90,24 @@ FORMS = {
 def test_forms(name: str) -> None:
     count, weigh = FORMS[name]
     torch.manual_seed(0)
-    assert rewritten(Tiny(**attention(written(weigh))), 23, 12) == count
+    model = Tiny(**attention(written(weigh)))
+    torch.nn.init.normal_(model.qkv.weight)  # scores that matter
+    assert rewritten(model, 23, 12) == count
 
 
-def gated(m: Tiny, q: Tensor, k: Tensor, v: Tensor, lowered: bool = False) -> Tensor:
+def gated(m: Tiny, q: Tensor, k: Tensor, v: Tensor, other: bool) -> Tensor:
     """Attention times a gate of its softmax' sum, as Granite's sinks are written."""
     scores = bias(q @ k.transpose(-1, -2) / math.sqrt(8), causal(q.shape[2]))
-    scores = scores - scores.amax(-1, keepdim=True) if lowered else scores
+    scores = scores - scores.amax(-1, keepdim=True) if other else scores
     return (torch.softmax(scores, -1) @ v) * torch.logsumexp(scores, -1, keepdim=True).sigmoid()
 
 
-@pytest.mark.parametrize("lowered", [False, True])
-def test_the_sum_of_a_softmax_is_a_result_of_attention(lowered: bool) -> None:
+@pytest.mark.parametrize("other", [False, True])
+def test_the_sum_of_a_softmax_is_a_result_of_attention(other: bool) -> None:
     """Unless it is of other scores than attention's own."""
     torch.manual_seed(0)
-    step = attention(lambda m, q, k, v: gated(m, q, k, v, lowered))
-    assert rewritten(Tiny(**step), 23, 12) == (not lowered)
+    step = attention(lambda m, q, k, v: gated(m, q, k, v, other))
+    assert rewritten(Tiny(**step), 23, 12) == (not other)
 
 
 def test_keys_not_transposed() -> None:

@@ -94,8 +94,8 @@ def attention(step: Step) -> dict[str, Step]:
     return {"attend": step}
 
 
-def bias(scores: Tensor, sees: Tensor) -> Tensor:
-    return scores + torch.zeros(sees.shape).masked_fill(~sees, LOW)
+def bias(scores: Tensor, sees: Tensor, low: float = LOW) -> Tensor:
+    return scores + torch.zeros(sees.shape).masked_fill(~sees, low)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -152,6 +152,16 @@ def sinks(scores: Tensor, sees: Tensor) -> Tensor:
 def time_first(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA on [B, T, H, d]: attends over heads."""
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+def remembering(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Three learned keys, which every third row does not see at all."""
+    n, fixed = q.shape[2], m.up.weight.view(2, 1, H, -1, D // H)[:, :, :, :3]
+    memory, stored = (x.expand(q.shape[0], -1, -1, -1).to(q.dtype) for x in fixed)
+    hidden = (torch.arange(n) % 3 == 2)[:, None].expand(n, 3)
+    mask = torch.zeros(n, 3 + n).masked_fill(torch.cat([hidden, ~causal(n)], -1), -math.inf)
+    k, v = torch.cat([memory, k], 2), torch.cat([stored, v], 2)
+    return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype))
 
 
 def flat_heads(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -322,6 +332,7 @@ EXACT: dict[str, dict[str, Step]] = {
     "soft-cap": attention(written(lambda s, sees: torch.softmax(bias(5 * torch.tanh(s / 5), sees), -1))),
     "sinks": attention(written(sinks)),
     "flattened heads": attention(flat_heads),
+    "memory that some rows do not see": attention(remembering),
     "rotary": attention(lambda m, q, k, v: attend(m, rope(q), rope(k), v)),
     "rotary scaled": attention(lambda m, q, k, v: attend(m, rope(q, 4.0), rope(k, 4.0), v)),
     "log-length scale of each row": attention(log_n),
