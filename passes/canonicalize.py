@@ -42,18 +42,19 @@ class Canonicalize:
         found = [
             f"{len(rms)} norms, {len(heads)} attentions of {n}" for n, (rms, heads) in both.items() if rms or heads
         ]
-        normal = {name: self.normalized(program, name) for name in program.graphs}
+        normal = self.normalized(program)
         found += [f"{count} written-out attentions of {name}" for name, (_, count) in normal.items() if count]
         if not found:
             return Skips("no written-out norm or attention, and no repeated heads")
         return Applies(tuple(found), make=lambda: self.rewritten(program, {n: g for n, (g, _) in normal.items()}))
 
-    def normalized(self, program: Program, name: str) -> tuple[Graph, int]:
-        """The graph with written-out attention as SDPA, and how many; only forwards hold attention."""
-        graph = program.graphs[name]
-        if not self.attention or set(graph.inputs) - {"smoothed"} != {"ids"}:
-            return graph, 0
-        return normalize_attention(graph, program.weights, program.meta["capacity"], program.meta.get("never", ()))
+    def normalized(self, program: Program) -> dict[str, tuple[Graph, int]]:
+        """Each graph with written-out attention as one op, and how many; only forwards hold attention."""
+        capacity, never = program.meta["capacity"], program.meta.get("never", ())
+        found = {name: (graph, 0) for name, graph in program.graphs.items()}
+        for one in program.of_role("forward") if self.attention else ():
+            found[one.name] = normalize_attention(one, program.weights, capacity, never)
+        return found
 
     def matches(self, graph: Graph) -> tuple[list[Any], list[Any]]:
         nodes = list(graph.fx.nodes)
@@ -61,7 +62,7 @@ class Canonicalize:
         return rms, [group for n in nodes if self.heads and (group := match_heads(n))]
 
     def run(self, program: Program) -> Program:
-        return self.rewritten(program, {name: self.normalized(program, name)[0] for name in program.graphs})
+        return self.rewritten(program, {name: graph for name, (graph, _) in self.normalized(program).items()})
 
     def rewritten(self, program: Program, normal: dict[str, Graph]) -> Program:
         """The program, its attention written as SDPA already, with norms as ops and heads in groups."""

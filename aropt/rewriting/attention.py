@@ -75,10 +75,10 @@ class Match:
 class Probe:
     """Evaluates pieces of a restricted step's graph for dense rows."""
 
-    def __init__(self, graph: Graph, weights: dict[str, Tensor], capacity: int) -> None:
+    def __init__(self, graph: Graph, weights: dict[str, Tensor], capacity: int, canvas: bool) -> None:
         self.graph, self.weights, self.capacity = graph, weights, capacity
         self.inputs = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
-        self.canvas = len(graph.inputs["slots"].dims) == 2  # each sequence has rows of its own
+        self.canvas = canvas  # each sequence has rows of its own
 
     def placed(self, node: fx.Node) -> bool:
         """Computed from where the rows are, not from what they hold (sizes of `ids` count as the former)."""
@@ -248,9 +248,9 @@ def flat(node: fx.Node, heads: int, size: int) -> bool:
     return len(shape) == 3 and shape[2] == heads * size
 
 
-def matches(graph: Graph, weights: dict[str, Tensor], capacity: int) -> list[Match]:
+def matches(graph: Graph, weights: dict[str, Tensor], capacity: int, canvas: bool = False) -> list[Match]:
     """All attentions of a restricted step. Raises NotThis if one of them is not what the op computes."""
-    probe = Probe(graph, weights, capacity)
+    probe = Probe(graph, weights, capacity, canvas)
     known: dict[Any, Any] = {}
     found = []
     for node in graph.fx.nodes:
