@@ -63,6 +63,7 @@ class Writes(Protocol):
     def full(self, node: fx.Node, name: str) -> fx.Node: ...
 
     layers: int
+    recurrences: int
 
     def next_layer(self) -> int: ...
 
@@ -275,6 +276,7 @@ def write_carried(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.N
     """The rows' call, on the state that earlier rows left behind."""
     given: dict[str, Any] = {mixer.positions: made.rows} if mixer.positions else {}
     layer = made.next_layer()
+    made.recurrences += 1
     for name, value in zip(mixer.state, node.meta["val"][1:], strict=True):
         dims = tuple("B" if i == 0 else int(size) for i, size in enumerate(value.shape))
         given[name] = made.stored(f"{name}_{layer}", StateSpec("recurrent", Spec(value.dtype, dims), 0.0))

@@ -103,7 +103,7 @@ class Restriction(Places):
         self.state: dict[str, StateSpec] = {}
         self.updated: dict[str, fx.Node] = {}
         self.new: dict[fx.Node, fx.Node] = {}
-        self.layers = 0
+        self.layers = self.recurrences = 0  # ops that mix rows, and those of them that do so by state
         self.tail = self.find_tail() if last else set()
 
     def result(self, name: str) -> Restricted:
@@ -128,7 +128,12 @@ class Restriction(Places):
         inputs |= {n: s.spec for n, s in self.state.items()}
         graph = build(name, self.out, inputs, ["logits", "slot_positions", *self.state], self.weights)
         state = {"slot_positions": StateSpec(self.kind, inputs["slot_positions"], -1, 1), **self.state}
-        facts = {"masks": sorted(self.masks), "attentions": self.layers, "reach": self.seen.tolist()}
+        facts = {
+            "masks": sorted(self.masks),
+            "attentions": self.layers - self.recurrences,
+            "recurrences": self.recurrences,
+            "reach": self.seen.tolist(),
+        }
         return Restricted(graph, state, {c: v for c, v in self.constants.items() if c in graph.weights()}, facts)
 
     @property

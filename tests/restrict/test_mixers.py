@@ -65,9 +65,12 @@ def greedy(module: nn.Module, prompt: list[int], n: int) -> list[int]:
 PROMPTS = [[4, 5, 6, 7, 8, 9], [3], [10, 2, 4]]
 
 
-@pytest.mark.parametrize("attention", [False, True], ids=["alone", "beside attention"])
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_a_model_is_cached_and_verified(attention: bool, target: str) -> None:
+BOTH = [("eager", False), pytest.param("eager", True, marks=pytest.mark.exhaustive),
+        pytest.param("onnxruntime", False, marks=pytest.mark.exhaustive), ("onnxruntime", True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "attention"), BOTH)
+def test_a_model_is_cached_and_verified(target: str, attention: bool) -> None:
     """One state a layer, in place of keys and values; sequences of any lengths in one batch."""
     module = model(attention)
     made = aropt.optimize(aropt.capture(module), target=target)

@@ -86,7 +86,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+SELDOM = {
+    "where", "cast", "dropout", "weak fill", "negated", "after softmax", "rows filled after the sinks", "sinks",
+    "whole numbers", "a floor that is scaled", "rows drowned wholly", "other axis", "sinks lowered too",
+}  # fmt: skip
+SPREAD = [pytest.param(n, marks=[pytest.mark.exhaustive] * (n in SELDOM)) for n in FORMS]
+
+
+@pytest.mark.parametrize("name", SPREAD)
 def test_forms(name: str) -> None:
     count, weigh = FORMS[name]
     torch.manual_seed(0)
