@@ -167,7 +167,7 @@ def chosen(value: Tensor, node: fx.Node, round: Round | None, slots: Tensor | No
         if slots is None and value.shape[axis] == len(round.before):
             value = value.index_select(axis, round.rows)
         elif slots is not None and value.shape[axis] == slots.shape[1]:
-            value = value.narrow(axis, 0, len(round.rows))
+            value = value.narrow(axis, 0, min(len(round.rows), value.shape[axis]))  # fewer: it compares with nothing
     return value
 
 
