@@ -20,9 +20,9 @@ from aropt.ir.program import Spec, StateSpec
 from aropt.restrict.dims import COLUMN, ROW, Axes, B, NotRowwise, align, broadcast, find, fixed, free, from_sizes, has
 from aropt.restrict.info import Hide, Info
 from aropt.restrict.positions import HIDES, LIMIT, Positions, hides_future
+from aropt.restrict.written_out import PRODUCTS
 
 UNDERFLOW = 104.0  # exp(-104) is exactly 0 in fp32
-PRODUCTS = {"aten::matmul", "aten::bmm"}
 SDPA = "aten::scaled_dot_product_attention"
 MIXERS = {
     SDPA: Mixer(rows={"query": -2}, slots={"key": -2, "value": -2}, mask="attn_mask", causal="is_causal"),
@@ -203,7 +203,7 @@ def write_attended(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.
     else:
         bias = made.hiding(mask, info.operands[mask], info.hides[mask], beside)
     given = {key: whole[x[key]], value: whole[x[value]], mixer.mask: bias, mixer.causal: False}
-    return called(made, node, info, given)
+    return call_with(made, node, info, given)
 
 
 # --- by slots without a softmax: weights of a canvas that are made element by element (YOSO) -------------------------
@@ -259,7 +259,7 @@ def carried(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
                 raise NotRowwise(f"has a {name} that depends on the tokens")
             if axes[0] != B or axes[mixer.rows[name]] != ROW or sum(has(a, "brc?") for a in axes) > 2:
                 raise NotRowwise("runs over something other than the sequence")
-        elif name in mixer.rows:
+        elif name in mixer.rows and source is not None:
             raise NotRowwise("mixes rows that do not depend on the tokens")
     info = Info([], role="mixer")
     for source in tensor_inputs(node):
@@ -280,25 +280,20 @@ def write_carried(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.N
     for name, value in zip(mixer.state, node.meta["val"][1:], strict=True):
         dims = tuple("B" if i == 0 else int(size) for i, size in enumerate(value.shape))
         given[name] = made.stored(f"{name}_{layer}", StateSpec("recurrent", Spec(value.dtype, dims), 0.0))
-    result = called(made, node, info, given)
+    result = call_with(made, node, info, given)
     for i, name in enumerate(mixer.state):
         made.updated[f"{name}_{layer}"] = made.call(operator.getitem, result, i + 1)
     return result
 
 
-def called(made: Writes, node: fx.Node, info: Info, given: dict[str, Any]) -> fx.Node:
+def call_with(made: Writes, node: fx.Node, info: Info, given: dict[str, Any]) -> fx.Node:
     """The op's call with some arguments given, and the others for the rows at hand."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    x = bind(node)
     arguments = node.target._schema.arguments
-    values = {a.name: given[a.name] if a.name in given else rows_of(made, node, info, x[a.name]) for a in arguments}
+    rest = {name: value for name, value in bind(node).items() if name not in given}
+    values = {**fx.node.map_arg(rest, lambda source: made.operand(source, node, info)), **given}
     by_place = [a for a in arguments if not a.kwarg_only]
     while by_place and by_place[-1].has_default_value() and values[by_place[-1].name] == by_place[-1].default_value:
         by_place.pop()
     options = {a.name: values[a.name] for a in arguments if a.kwarg_only and values[a.name] != a.default_value}
     return made.call(node.target, *[values[a.name] for a in by_place], like=node, **options)
-
-
-def rows_of(made: Writes, node: fx.Node, info: Info, value: Any) -> Any:
-    """An argument for the rows at hand."""
-    return fx.node.map_arg(value, lambda source: made.operand(source, node, info))

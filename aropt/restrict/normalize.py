@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from aropt.errors import Unsupported
 from aropt.ir import ops
 from aropt.ir.calls import bind, op_name
 from aropt.ir.edit import copied
@@ -41,11 +42,11 @@ def normalize_attention(
             reader = Reader(node, content, positions)
             try:
                 reader.read()
-            except NotAttention as reason:
+            except (NotAttention, Unsupported) as reason:  # the latter of a bias that no number of tokens gives
                 for one in reader.path:
-                    one.meta[WHY] = by_name[one.name].meta[WHY] = str(reason)
+                    by_name[one.name].meta[WHY] = reason.why if isinstance(reason, Unsupported) else str(reason)
                 continue
-            write(copy, reader)
+            content |= write(copy, reader)
             count += 1
     if not count:
         return graph, 0
@@ -57,8 +58,11 @@ def sums_columns(product: Any) -> bool:
     return not isinstance(product.args[0].meta["val"].shape[-1], int)
 
 
-def write(graph: fx.Graph, reader: Reader) -> None:
-    """Replaces the product with the values by one attention, laid out as the scores are at `Reader.anchor`."""
+def write(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
+    """Replaces the product with the values by one attention, laid out as the scores are at `Reader.anchor`.
+
+    Returns what stands in the place of the product, and of the sums of its softmax.
+    """
     product, call = reader.product, graph.call_function
     query, keys = reader.scores.args
     values: Any = product.args[1]
@@ -75,9 +79,13 @@ def write(graph: fx.Graph, reader: Reader) -> None:
         result, seen = attention(graph, reader, (stages[-1], k, v, mask))
         for step in reader.behind:
             result = relaid(graph, result, step, values.meta["val"].shape[-1])
+        made = {product: result}
         for node in reader.sums():
-            node.replace_all_uses_with(call(aten.unsqueeze.default, (seen, -1)) if bind(node)["keepdim"] else seen)
-    product.replace_all_uses_with(result)
+            made[node] = call(aten.unsqueeze.default, (seen, -1)) if bind(node)["keepdim"] else seen
+    for old, new in made.items():
+        old.replace_all_uses_with(new)
+        new.meta["val"] = old.meta["val"]
+    return set(made.values())
 
 
 def attention(graph: fx.Graph, reader: Reader, given: tuple[Any, ...]) -> tuple[fx.Node, fx.Node]:

@@ -19,6 +19,7 @@ from aropt.restrict.positions import HIDES, LIMIT, Positions
 
 SOFTMAX = {"aten::softmax", "aten::_softmax"}
 PRODUCTS = {"aten::matmul", "aten::bmm"}
+COPIES = {"aten::clone", "aten::lift_fresh_copy", "aten::contiguous"}
 CASTS = {"aten::_to_copy", "aten::to", "aten::clone", "aten::dropout", "aten::type_as", "aten::contiguous"}
 RESHAPES = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
 SWAPS = {"aten::transpose", "aten::permute"}
@@ -42,7 +43,7 @@ class Reader:
         self.softmax: fx.Node | None = None
         self.scale, self.softcap = 1.0, 0.0
         self.biases: list[tuple[Any, float, int]] = []  # a node, or (condition, hides where, low); factor; layouts then
-        self.zeroed: list[tuple[fx.Node, int]] = []  # tables of 0 and 1 for scores, and how many biases come after
+        self.zeroed: list[tuple[fx.Node, int, int]] = []  # tables of 0 and 1; how many biases come after; layouts then
         self.sinks: tuple[fx.Node, float] | None = None
         self.dropped = False  # a column after the softmax
         self.layouts: list[fx.Node] = []
@@ -117,8 +118,8 @@ class Reader:
         for node in self.path[1:]:
             if any(user not in known and not self.beside(user) for user in node.users):
                 raise NotAttention("its scores or weights are used otherwise too")
-        for table, later in self.zeroed:
-            self.check_zeroed(table, later)
+        for found in self.zeroed:
+            self.check_zeroed(*found)
         self.check_rows()
 
     def check_heads(self, query: Any, keys: Any, values: Any) -> None:
@@ -156,8 +157,8 @@ class Reader:
 
     def check_rows(self) -> None:
         """Raises NotAttention where numbers that do not drown the scores take the place of a whole row."""
-        low = [value * factor for (*_, value), factor, _ in self.fills()]
-        if all(value <= DROWNS for value in low):
+        fills = [bias[2] * factor for bias, factor, _ in self.biases if not isinstance(bias, fx.Node)]
+        if all(value <= DROWNS for value in fills):
             return
         if len({layouts for *_, layouts in self.biases}) > 1:
             raise NotAttention("its scores are replaced by a number, and laid out anew before another mask")
@@ -171,15 +172,12 @@ class Reader:
         if not bool((sum(tables).amax(-1) > -HIDES).all()):
             raise NotAttention("a row of its scores is replaced by a number wholly")
 
-    def fills(self) -> list[Any]:
-        return [one for one in self.biases if not isinstance(one[0], fx.Node)]
-
-    def check_zeroed(self, table: fx.Node, later: int) -> None:
+    def check_zeroed(self, table: fx.Node, later: int, layouts: int) -> None:
         """Raises NotAttention unless a mask that comes after it hides just what the table sets to zero."""
         for length in {3, self.positions.capacity}:
             value, total = self.positions.value(table, length), torch.zeros(())
-            for bias, factor, _ in self.biases[:later]:
-                if not isinstance(bias, fx.Node):
+            for bias, factor, at in self.biases[:later]:
+                if not isinstance(bias, fx.Node) or at != layouts:
                     raise NotAttention("its scores are multiplied with a table")
                 total = total + self.positions.value(bias, length) * factor
             if not bool((torch.where(value == 0, total <= -HIDES, value == 1)).all()):
@@ -187,6 +185,8 @@ class Reader:
 
     def number(self, value: Any) -> float | None:
         """A Python number, or the value of a constant of one element."""
+        while isinstance(value, fx.Node) and op_name(value) in COPIES:
+            value = value.args[0]
         if isinstance(value, fx.Node) and op_name(value) == "aten::full" and not bind(value)["size"]:
             value = bind(value)["fill_value"]
         elif isinstance(value, fx.Node) and value.op == "get_attr":
@@ -217,7 +217,7 @@ def scaled(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
         source, other = other, source
     factor = None if x.get("rounding_mode") else reader.number(other)
     if factor is None and op_name(node) == "aten::mul" and other not in reader.content and not reader.softcap:
-        reader.zeroed.append((other, len(reader.biases)))
+        reader.zeroed.append((other, len(reader.biases), len(reader.layouts)))
         return source
     if factor is None or factor <= 0:
         raise NotAttention("its scores are multiplied with something other than a positive number")
@@ -243,7 +243,7 @@ def biased(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
 
 def is_maximum(other: Any, source: Any) -> bool:
     """Whether it is the maximum of each row of scores, which a softmax takes out."""
-    if op_name(other) == "getitem" and other.args[1] == 0:
+    if isinstance(other, fx.Node) and op_name(other) == "getitem" and other.args[1] == 0:
         other = other.args[0]
     if not isinstance(other, fx.Node) or op_name(other) not in ("aten::amax", "aten::max"):
         return False
@@ -287,7 +287,7 @@ def sunk(reader: Reader, node: fx.Node, x: Mapping[str, Any]) -> Any:
     tensors = x["tensors"]
     if len(tensors) != 2 or x["dim"] not in (-1, rank(node) - 1) or tensors[1] in reader.content:
         raise NotAttention("columns are added to its scores")
-    if reader.layouts or reader.biases or reader.zeroed:
+    if len(reader.layouts) > reader.split or reader.biases or reader.zeroed:
         raise NotAttention("a column is added to its scores before they are changed")
     heads, sink = tensors[0].meta["val"].shape[-3], tensors[1]
     shapes = []

@@ -82,6 +82,12 @@ FORMS = {
         lambda s, sees: torch.softmax(s.masked_fill(odd(s), -1e4).masked_fill(~sees, -math.inf), -1),
     ),
     "rows drowned wholly": (1, lambda s, sees: torch.softmax(s.masked_fill(odd(s), LOW), -1)),
+    "lowered by a number": (0, lambda s, sees: torch.softmax(bias(s - 3.0, sees), -1)),
+    "a floor that is a tensor": (1, lambda s, sees: torch.softmax(torch.max(bias(s, sees), torch.tensor(LOW)), -1)),
+    "sinks, then flat": (
+        1,
+        lambda s, sees: torch.softmax(sunk(bias(s, sees)), -1)[..., :-1].flatten(0, 1).view(s.shape),
+    ),
     "other axis": (0, lambda s, sees: torch.softmax(bias(s, sees), -2)),
 }
 
@@ -115,6 +121,18 @@ def test_the_sum_of_a_softmax_is_a_result_of_attention(other: bool) -> None:
     torch.manual_seed(0)
     step = attention(lambda m, q, k, v: gated(m, q, k, v, other))
     assert rewritten(Tiny(**step), 23, 12) == (not other)
+
+
+def test_attention_over_the_result_of_attention() -> None:
+    """Each is read, with nothing between them but a product."""
+    torch.manual_seed(0)
+
+    def twice(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sees = causal(q.shape[2])
+        first = torch.softmax(bias(q @ k.transpose(-1, -2) / 3, sees), -1) @ v @ m.out.weight[:8, :8]
+        return torch.softmax(bias(first @ k.transpose(-1, -2), sees), -1) @ first
+
+    assert rewritten(Tiny(**attention(twice)), 23, 12) == 2
 
 
 def test_keys_not_transposed() -> None:
