@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from aropt.errors import Unsupported
 from aropt.frontend.decompositions import TABLE
+from aropt.frontend.looping import looping
 from aropt.ir.torch_compat import size_at, size_conditions
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers then leaves groups of heads to SDPA
@@ -39,7 +40,7 @@ def export_forward(
         exported = deferring(module, (example,), shapes)
     except Exception as error:  # torch.export raises anything that a model's code does
         if "scaled_dot_product_attention" not in (user_frame(error) or ""):
-            raise export_failure(error) from error
+            raise named(export_failure(error), module, example, capacity) from error
         with grouped():
             try:
                 exported = deferring(module, (example,), shapes)
@@ -53,6 +54,20 @@ def export_forward(
             raise limited(f"{condition} is not true of them, which its graph would take for granted", wrong[0][1] - 1)
     with torch.no_grad(), quiet():
         return exported.run_decompositions(TABLE), sorted(failing)
+
+
+def named(failure: Unsupported, module: nn.Module, example: torch.Tensor, capacity: int) -> Unsupported:
+    """The failure with the module that loops over the sequence, if that is what it is."""
+    found = looping(module, example, capacity) if failure.what == NOT_STATED else None
+    if found is None:
+        return failure
+    where, grows = found
+    return Unsupported(
+        what="a module mixes the sequence in a loop that has no graph for all lengths",
+        where=where.removeprefix("model."),
+        why=f"{grows}; it is none of the recurrences that aropt knows",
+        hint="write the loop as one op: docs/adding_a_mixer.md",
+    )
 
 
 def deferring(module: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:

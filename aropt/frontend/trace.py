@@ -27,6 +27,7 @@ from aropt.frontend.export import (
     torch_reason,
 )
 from aropt.frontend.forwards import HINT, Forward
+from aropt.frontend.known_mixers import known_mixers
 from aropt.ir.dims import parse
 from aropt.ir.edit import share
 from aropt.ir.naming import weight_name
@@ -62,7 +63,7 @@ def capture_model(
     model = model.eval().requires_grad_(False)
     example = torch.randint(0, vocab, (3, min(7, capacity), *row), generator=torch.Generator().manual_seed(0))
     check_weights(model)
-    with batched_experts(model), fixed_rotary(model, capacity):
+    with batched_experts(model), fixed_rotary(model, capacity), known_mixers(model):
         exported, unsure = export_forward(Forward(model), example, capacity)
     specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
     graph, weights = from_exported("model", exported, specs, ["logits"], capacity=capacity)
@@ -291,11 +292,15 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
 
 
 def is_identity_slice(node: fx.Node) -> bool:
-    """x[0:end] over a whole axis."""
+    """x[0:] over a whole axis, or x[-size:], as models cut off what a cache put before."""
     if node.target is not aten.slice.Tensor:
         return False
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[:5]
-    return bool(start in (0, None) and end in (None, MAXINT) and step == 1)
+    source: Any = node.args[0]
+    _, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[:5]
+    if isinstance(start, fx.Node):
+        start = start.meta["val"]
+    whole = start in (0, None) or str(start) == str(-source.meta["val"].shape[axis])
+    return bool(whole and end in (None, MAXINT) and step == 1)
 
 
 def module_path(node: fx.Node) -> str:

@@ -6,6 +6,7 @@ by one parametrized test that every op gets by being listed in `aropt.ir.ops`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -119,6 +120,7 @@ class OpDef:
 
 
 _registered: dict[str, OpDef] = {}
+_numbers = itertools.count()  # of ONNX graphs, whose names differ
 
 
 def register(op: OpDef) -> None:
@@ -155,3 +157,31 @@ def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attribu
     node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
     evaluator.default().nodes.append(node)
     return list(node.outputs)
+
+
+def onnx_scan(
+    step: Callable[..., tuple[Any, ...]], states: Sequence[Any], rows: Sequence[Any], axis: int, out: int
+) -> list[Any]:
+    """In an ONNX translation: a Scan of fp32 values along `axis` of all rows: `step(*states, *row)` -> (*states, *y).
+
+    Returns the last states and each y, stacked at axis `out`.
+    """
+    import onnx_ir as ir
+    from onnxscript import evaluator
+
+    recorder, number = evaluator.default(), next(_numbers)
+    given = [
+        ir.Value(name=f"scan_{number}.{i}", type=ir.TensorType(ir.DataType.FLOAT))
+        for i in range(len(states) + len(rows))
+    ]
+    outside, recorder.nodes = recorder.nodes, []
+    try:
+        made = step(*given)
+    finally:
+        inside, recorder.nodes = recorder.nodes, outside
+    for i, node in enumerate(inside):
+        for j, value in enumerate(node.outputs):
+            value.name = f"scan_{number}.{i}.{j}"
+    body, results = ir.Graph(given, made, nodes=inside, name=f"scan_{number}"), len(made) - len(states)
+    axes = {"scan_input_axes": [axis] * len(rows), "scan_output_axes": [out] * results}
+    return onnx_node("", "Scan", [*states, *rows], len(made), body=body, num_scan_inputs=len(rows), **axes)

@@ -33,6 +33,16 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 GROUPED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
 MLA = {**GROUPED, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
        "n_group": 2, "num_key_value_heads": 4}  # fmt: skip
+MAMBA = {"state_size": 4, "time_step_rank": 4, "num_attention_heads": None, "head_dim": None}
+MAMBA2 = {"state_size": 8, "chunk_size": 8, "num_attention_heads": None}
+MAMBA_HEADS = {"mamba_expand": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8,
+               "mamba_chunk_size": 8}  # fmt: skip
+HYBRID = {"layers_block_type": ["mamba", "hybrid", "mamba"],
+          "layer_types": ["linear_attention", "hybrid", "linear_attention"],
+          "num_hidden_layers": 3, "attention_hidden_size": 64, "attention_head_dim": 16,
+          "num_key_value_heads": 4, "mamba_expand": 2}  # fmt: skip
+DELTA = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
 # sizes by the names that a config gives them; None drops one
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4}, "codegen": HALF_ROTARY, "gptj": HALF_ROTARY, "falcon": {"head_dim": None},
@@ -43,7 +53,42 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 64, "scale_embedding": True},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "gpt_bigcode": {"n_inner": 64}, "roberta": DECODER,
     "bert-generation": DECODER, "olmoe": {"num_key_value_heads": 4},
+    "mamba": MAMBA, "falcon_mamba": MAMBA, "mamba2": {**MAMBA2, "num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "mamba_d_state": 4, "mamba_dt_rank": 4, "layer_types": None},
+    "bamba": {**MAMBA_HEADS, "attn_layer_indices": [1]}, "falcon_h1": {**MAMBA_HEADS, "mamba_d_ssm": 64},
+    "granitemoehybrid": {**MAMBA_HEADS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
+                   "layers_block_type": ["mamba", "attention"]},
+    "zamba": {**HYBRID, "n_mamba_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "zamba2": {**HYBRID, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 2, "mamba_d_state": 8,
+               "hybrid_layer_ids": [1], "num_mem_blocks": 1, "chunk_size": 8},
+    "qwen3_next": DELTA, "qwen3_5_text": DELTA, "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4},
+    "kimi_linear": {**DELTA, **MLA, "linear_head_dim": 8, "linear_num_heads": 4},
+    "bailing_hybrid": {**DELTA, **MLA, "layer_group_size": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
 }  # fmt: skip
+RECURRENT = [
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "jamba",
+    "bamba",
+    "zamba",
+    "zamba2",
+    "granitemoehybrid",
+    "nemotron_h",
+    "falcon_h1",
+    "qwen3_next",
+    "qwen3_5_text",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bailing_hybrid",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+]
 NAMES = [
     "llama", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "phi3", "gemma", "gemma2", "gemma3_text",
     "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmo", "olmo2", "stablelm", "starcoder2", "cohere", "cohere2", "mpt",
@@ -51,8 +96,9 @@ NAMES = [
     "nemotron", "persimmon", "smollm3", "mistral", "deepseek_v3", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense",
     "arcee", "apertus", "phimoe", "olmoe", "qwen2_moe", "diffllama", "doge", "nanochat", "modernbert-decoder",
     "vaultgemma", "openai-gpt", "ctrl", "bert-generation", "glm4_moe", "dots1",
-    # to be refused: bidirectional, positions from tokens, convolutions and recurrences
-    "bert", "roformer", "roberta", "lfm2", "mamba", "rwkv", "recurrent_gemma",
+    *RECURRENT,
+    # to be refused: bidirectional, positions from tokens, recurrences that no op stands for
+    "bert", "roformer", "roberta", "rwkv", "recurrent_gemma",
 ]  # fmt: skip
 
 

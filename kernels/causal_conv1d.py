@@ -1,0 +1,110 @@
+"""`aropt::causal_conv1d`: a depthwise causal convolution along the sequence, from the inputs that came before.
+
+    causal_conv1d(x, weight, bias, state, positions) -> (y, state)
+
+* `x` float [B, C, R]: channels, then rows. `weight` float [C, K]; `bias` float [C] or None.
+* y[:, c, t] = bias[c] + sum over i < K of weight[c, i] * x[:, c, t - (K - 1) + i]: the shapes of Dao's causal_conv1d.
+* `state` float [B, C, K - 1]: the inputs before the first row, the latest last; None: zeros. The returned one holds the
+  last K - 1 inputs.
+* `positions` int64 [B, R] or None: rows at -1 are padding and come first; they are no inputs of later rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aropt.ir.opdef import Cost, Mixer, OpDef
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition: padding lies between the state and the rows, and is stepped over."""
+    before = x.new_zeros(x.shape[0], x.shape[1], weight.shape[1] - 1) if state is None else state
+    inputs = torch.cat([before, x], 2)
+    if positions is not None:
+        place, pads = torch.arange(inputs.shape[2], device=x.device), (positions < 0).sum(1, keepdim=True)
+        place = torch.where(place >= before.shape[2] + pads, place, (place - pads).clamp(min=0))  # [B, K - 1 + R]
+        inputs = inputs.gather(2, place.unsqueeze(1).expand_as(inputs))
+    y = functional.conv1d(inputs, weight.unsqueeze(1), bias, groups=weight.shape[0])
+    return y.clone(memory_format=torch.contiguous_format), inputs[..., x.shape[2] :].clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[1], weight.shape[1] - 1))
+
+
+def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops: one row is a sum, several are a Conv in groups."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    channels, width = weight.shape
+    if state is None:
+        state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
+    inputs, rows = op.Concat(state, x, axis=2), op.Shape(x, start=2, end=3)
+    if positions is not None:
+        zero, one, last = op.Constant(value_int=0), op.Constant(value_int=1), op.Constant(value_int=width - 1)
+        pads = op.ReduceSum(op.Cast(op.Less(positions, zero), to=7), ints(1), keepdims=1)
+        place = op.Range(zero, op.Add(op.Squeeze(rows), last), one)
+        kept = op.GreaterOrEqual(place, op.Add(pads, last))
+        place = op.Where(kept, place, op.Max(op.Sub(place, pads), zero))
+        inputs = op.GatherElements(inputs, op.Expand(op.Unsqueeze(place, ints(1)), op.Shape(inputs)), axis=2)
+    if x.shape[2] == 1:
+        y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
+        y = y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1)))
+    else:
+        y = op.Conv(inputs, op.Unsqueeze(weight, ints(1)), *([] if bias is None else [bias]), group=int(channels))
+    return y, op.Slice(inputs, rows, op.Constant(value_ints=[2**62]), ints(2))
+
+
+def cost(x: Tensor, weight: Tensor, *_: Any) -> Cost:
+    """Two operations a tap; rows in and out, and the state."""
+    kept = x.shape[0] * weight.numel() * x.element_size()
+    return Cost(2.0 * x.numel() * weight.shape[1], 2.0 * x.nbytes + weight.nbytes + 2.0 * kept)
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """Widths of 2 to 4, fewer rows than taps and more, from a state or from nothing, with padding or without."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: Any) -> tuple[Any, ...]:
+        batch, rows = draw(st.integers(1, 3)), draw(st.integers(1, 7))
+        channels, width = like[1].shape if like else (draw(st.integers(1, 5)), draw(st.integers(2, 4)))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        biased, given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (2, 3, 4))
+        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
+        x, weight, bias, state = (
+            torch.randn(shape, generator=generator)
+            for shape in ((batch, channels, rows), (channels, width), (channels,), (batch, channels, width - 1))
+        )
+        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        return x, weight, bias if biased else None, state if given else None, positions
+
+    return build()
+
+
+OP = OpDef(
+    name="causal_conv1d",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? positions) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"x": (1,), "weight": (0, 1), "bias": (0,), "state": (1, 2)},
+    mixer=Mixer(rows={"x": -1}, state=("state",), positions="positions"),
+    tolerance={torch.float32: (1e-4, 1e-5)},
+)

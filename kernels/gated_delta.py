@@ -1,0 +1,146 @@
+"""`aropt::gated_delta`: the gated delta rule, which unlearns what a key says before it learns (Yang et al. 2024).
+
+    gated_delta(q, k, v, g, beta, state, positions) -> (o, state)
+
+* `q`, `k` float [B, R, H, K]: normalized and scaled as the model wants them. `v` float [B, R, H, V].
+* `g` float [B, R, H] <= 0, the logarithm of the decay; `beta` float [B, R, H], how much is learned.
+* S' = exp(g[t]) * S[t - 1];  S[t] = S' + k[t] (beta[t] * (v[t] - S'^T k[t]))^T;  o[t] = S[t]^T q[t], for each head.
+* `state` float [B, H, K, V]: S before the first row, None: zeros. The returned one is S of the last row.
+* `positions` int64 [B, R] or None: a row at -1 is padding, which leaves S as it is.
+
+A chunk of rows is one triangular system for what each learns (Yang et al. 2024, section 3; the names are those of fla).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+CHUNK = 64  # rows at once
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, chunk by chunk."""
+    if positions is not None:
+        valid = (positions >= 0).unsqueeze(2)
+        g, beta = g * valid, beta * valid
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if state is None else state
+    found = []
+    for start in range(0, q.shape[1], CHUNK):
+        piece = [x[:, start : start + CHUNK].transpose(1, 2) for x in (q, k, v, g, beta)]
+        o, state = chunk(state, *piece)
+        found.append(o)
+    o = torch.cat(found, 2).transpose(1, 2)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (o, state))  # type: ignore[return-value]
+
+
+def chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """o [B, H, R, V] and the state after the rows, from [B, H, R, ..]."""
+    total = g.cumsum(2)
+    later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, -torch.inf).exp()
+    known = total.exp().unsqueeze(3) * (k @ state)
+    system = beta.unsqueeze(3) * decay * (k @ k.transpose(2, 3))  # of what is learned, its diagonal taken for ones
+    learned = torch.linalg.solve_triangular(system, beta.unsqueeze(3) * (v - known), upper=False, unitriangular=True)
+    o = (decay * (q @ k.transpose(2, 3))) @ learned + total.exp().unsqueeze(3) * (q @ state)
+    left = (total[..., -1:] - total).exp().unsqueeze(3)
+    return o, total[..., -1, None, None].exp() * state + (left * k).transpose(2, 3) @ learned
+
+
+def fake(q: Tensor, k: Any, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+
+
+def onnx(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops: one row is a step, several are a Scan of it."""
+    return stepped(q, k, v, g, beta, state, positions, (3, 4))
+
+
+def stepped(
+    q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, positions: Any, axes: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """With `axes` that are added to g to make it [B, R, H, K, 1] or [B, R, H, 1, 1]."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    heads, size, width = *map(int, q.shape[2:]), int(v.shape[3])
+    decay = op.Unsqueeze(g, ints(*axes))
+    amount = op.Unsqueeze(beta, ints(3, 4))
+    if positions is not None:
+        valid = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
+        valid = op.Unsqueeze(valid, ints(2, 3, 4))
+        decay, amount = op.Mul(decay, valid), op.Mul(amount, valid)
+    if state is None:
+        shape = op.Concat(op.Shape(q, start=0, end=1), ints(heads, size, width), axis=0)
+        state = op.Expand(op.Constant(value_float=0.0), shape)
+
+    def step(kept: Any, q: Any, k: Any, v: Any, decay: Any, amount: Any) -> tuple[Any, Any]:
+        """[B, H, K, V]; q [B, H, 1, K], k [B, H, K, 1], v [B, H, 1, V], [B, H, .., 1] -> kept, o [B, H, 1, V]."""
+        kept = op.Mul(op.Exp(decay), kept)
+        learned = op.Mul(amount, op.Sub(v, op.MatMul(op.Transpose(k, perm=[0, 1, 3, 2]), kept)))
+        kept = op.Add(kept, op.Mul(k, learned))
+        return kept, op.MatMul(q, kept)
+
+    rows = [op.Unsqueeze(q, ints(3)), op.Unsqueeze(k, ints(4)), op.Unsqueeze(v, ints(3)), decay, amount]
+    if q.shape[1] == 1:
+        kept, o = step(state, *(op.Squeeze(value, ints(1)) for value in rows))
+        o = op.Unsqueeze(o, ints(1))
+    else:
+        kept, o = onnx_scan(step, [state], rows, 1, 1)
+    return op.Squeeze(o, ints(3)), kept
+
+
+def cost(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Cost:
+    """Eight operations an element of the state and row; the state in and out."""
+    state = q.shape[0] * q.shape[2] * q.shape[3] * v.shape[3]
+    moved = q.nbytes + k.nbytes + 2 * v.nbytes + rest[0].nbytes + rest[1].nbytes + 8 * state
+    return Cost(8.0 * state * q.shape[1], float(moved))
+
+
+def drawn(draw: Any, like: tuple[Any, ...] | None, each_channel: bool) -> tuple[Any, ...]:
+    """Arguments with normalized keys: one row, several, more than a chunk; from a state or none; padded or not."""
+    from hypothesis import strategies as st
+
+    batch, rows = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5, 9, CHUNK + 3]))
+    heads, size, width = (*like[0].shape[2:], like[2].shape[3]) if like else (draw(st.integers(1, 4)) for _ in "hkv")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (5, 6))
+    pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
+    shapes = ((size,), (size,), (width,), (size,) if each_channel else (), ())
+    q, k, v, g, beta = (torch.randn(batch, rows, heads, *shape, generator=generator) for shape in shapes)
+    state = torch.randn(batch, heads, size, width, generator=generator) if given else None
+    k = torch.nn.functional.normalize(k, dim=3)
+    positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+    return q, k, v, -g.exp() * draw(st.sampled_from([0.1, 3.0])), beta.sigmoid(), state, positions
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    from hypothesis import strategies as st
+
+    return st.composite(lambda draw: drawn(draw, like, each_channel=False))()
+
+
+OP = OpDef(
+    name="gated_delta",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state, Tensor? positions) "
+    "-> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
+    mixer=Mixer(rows={"q": -3, "k": -3, "v": -3, "g": -2, "beta": -2}, state=("state",), positions="positions"),
+    tolerance={torch.float32: (1e-3, 1e-4)},
+)

@@ -1,0 +1,159 @@
+"""`aropt::ssd_scan`: Mamba-2's state-space duality, one scalar decay a head (Dao & Gu 2024, section 6).
+
+    ssd_scan(x, dt, A, B, C, D, state, positions) -> (y, state)
+
+* `x` float [B, R, H, P]; `dt` float [B, R, H] >= 0, after its softplus; `A` float [H] < 0.
+* `B`, `C` float [B, R, G, N]: each group serves H / G heads in turn. `D` float [H] or None.
+* S[t] = exp(dt[t] * A) * S[t - 1] + dt[t] * x[t] B[t]^T  and  y[t] = S[t] C[t] + D * x[t], for each head.
+* `state` float [B, H, P, N]: S before the first row, None: zeros. The returned one is S of the last row.
+* `positions` int64 [B, R] or None: a row at -1 is padding, which leaves S as it is.
+
+A chunk of rows is computed at once by attention-like products, with sums of logarithms masked before they are
+exponentiated (the names are those of mamba_ssm).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, Mixer, OpDef
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+CHUNK = 64  # rows at once: products between them grow with the square
+
+
+def reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, chunk by chunk."""
+    batch, rows, heads, size = x.shape
+    dt = dt if positions is None else dt * (positions >= 0).unsqueeze(2)
+    state = x.new_zeros(batch, heads, size, B.shape[3]) if state is None else state
+    found = []
+    for start in range(0, rows, CHUNK):
+        piece = slice(start, start + CHUNK)
+        y, state = chunk(x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], state)
+        found.append(y)
+    y = torch.cat(found, 1)
+    y = y if D is None else y + D.unsqueeze(1) * x
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, state))  # type: ignore[return-value]
+
+
+def chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, R, H, P] without D, and the state after the rows."""
+    served = x.shape[2] // B.shape[2]
+    total = (dt * A).cumsum(1).transpose(1, 2)  # [B, H, R]: the logarithm of the decay since the state
+    later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=x.device).triu(1)
+    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, -torch.inf).exp()
+    b, c = B.transpose(1, 2), C.transpose(1, 2)  # [B, G, R, N]
+    scores = (c @ b.transpose(2, 3)).repeat_interleave(served, 1) * decay
+    b, c = b.repeat_interleave(served, 1), c.repeat_interleave(served, 1)
+    given = x.transpose(1, 2) * dt.transpose(1, 2).unsqueeze(3)  # [B, H, R, P]
+    y = scores @ given + total.exp().unsqueeze(3) * (c @ state.transpose(2, 3))
+    left = (total[..., -1:] - total).exp().unsqueeze(3)
+    state = total[..., -1, None, None].exp() * state + (left * given).transpose(2, 3) @ b
+    return y.transpose(1, 2), state
+
+
+def fake(x: Tensor, dt: Any, A: Any, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], x.shape[3], B.shape[3]))
+
+
+def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops, all rows as one chunk."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    heads, groups, size = int(x.shape[2]), int(B.shape[2]), int(B.shape[3])
+    if positions is not None:
+        valid = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
+        dt = op.Mul(dt, op.Unsqueeze(valid, ints(2)))
+    total = op.Transpose(op.CumSum(op.Mul(dt, A), op.Constant(value_int=1)), perm=[0, 2, 1])
+    given = op.Transpose(op.Mul(x, op.Unsqueeze(dt, ints(3))), perm=[0, 2, 1, 3])
+
+    def each_head(value: Any) -> Any:
+        """[B, R, G, N] as [B, H, R, N]."""
+        value = op.Transpose(value, perm=[0, 2, 1, 3])
+        if groups in (1, heads):
+            return value
+        shape = op.Concat(op.Shape(x, start=0, end=1), ints(groups, heads // groups), op.Shape(x, start=1, end=2),
+                          ints(size), axis=0)  # fmt: skip
+        whole = op.Concat(op.Shape(x, start=0, end=1), ints(heads), op.Shape(x, start=1, end=2), ints(size), axis=0)
+        return op.Reshape(op.Expand(op.Unsqueeze(value, ints(2)), shape), whole)
+
+    b, c = each_head(B), each_head(C)
+    apart = op.Sub(op.Unsqueeze(total, ints(3)), op.Unsqueeze(total, ints(2)))
+    one = op.Expand(op.Constant(value_float=1.0), op.Shape(apart))
+    sees = op.Cast(op.Trilu(one, upper=0), to=9)
+    decay = op.Exp(op.Where(sees, apart, op.Constant(value_float=float("-inf"))))
+    y = op.MatMul(op.Mul(op.MatMul(c, op.Transpose(b, perm=[0, 1, 3, 2])), decay), given)
+    last = op.Slice(total, ints(-1), ints(2**62), ints(2))
+    left = op.Mul(op.Exp(op.Unsqueeze(op.Sub(last, total), ints(3))), given)
+    after = op.MatMul(op.Transpose(left, perm=[0, 1, 3, 2]), b)
+    if state is not None:
+        before = op.MatMul(c, op.Transpose(state, perm=[0, 1, 3, 2]))
+        y = op.Add(y, op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), before))
+        after = op.Add(after, op.Mul(op.Exp(op.Unsqueeze(last, ints(3))), state))
+    y = op.Transpose(y, perm=[0, 2, 1, 3])
+    return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), after
+
+
+def cost(x: Tensor, dt: Tensor, A: Any, B: Tensor, C: Tensor, *_: Any) -> Cost:
+    """Three operations an element of the state and row for each of update and reading; the state in and out."""
+    state = x.shape[0] * x.shape[2] * x.shape[3] * B.shape[3]
+    moved = 2 * x.nbytes + dt.nbytes + B.nbytes + C.nbytes + 2 * state * x.element_size()
+    return Cost(6.0 * state * x.shape[1], float(moved))
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """Groups, more rows than a chunk, strong decays, from a state or from nothing, with padding or without."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: Any) -> tuple[Any, ...]:
+        batch, rows = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5, 9, CHUNK + 3]))
+        groups, served, size, width = (draw(st.integers(1, n)) for n in (2, 3, 5, 6))
+        heads = groups * served
+        if like:
+            heads, size, groups, width = (like[i].shape[axis] for i, axis in ((0, 2), (0, 3), (3, 2), (3, 3)))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        skip, given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (5, 6, 7))
+        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
+        shapes = ((batch, rows, heads, size), (batch, rows, heads), (heads,), (batch, rows, groups, width),
+                  (batch, rows, groups, width), (heads,), (batch, heads, size, width))  # fmt: skip
+        x, dt, decay, b, c, direct, state = (torch.randn(shape, generator=generator) for shape in shapes)
+        decay = -(decay * draw(st.sampled_from([1.0, 3.0]))).exp()
+        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        dt = torch.nn.functional.softplus(dt)
+        return x, dt, decay, b, c, direct if skip else None, state if given else None, positions
+
+    return build()
+
+
+OP = OpDef(
+    name="ssd_scan",
+    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? positions) "
+    "-> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
+    mixer=Mixer(rows={"x": -3, "dt": -2, "B": -3, "C": -3}, state=("state",), positions="positions"),
+    tolerance={torch.float32: (1e-3, 1e-4)},
+)
