@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aropt.ir.opdef import Cost, Mixer, OpDef
+from aropt.kernels.delay import joined, onnx_joined
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -26,13 +27,9 @@ if TYPE_CHECKING:
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The definition: padding lies between the state and the rows, and is stepped over."""
+    """The definition."""
     before = x.new_zeros(x.shape[0], x.shape[1], weight.shape[1] - 1) if state is None else state
-    inputs = torch.cat([before, x], 2)
-    if positions is not None:
-        place, pads = torch.arange(inputs.shape[2], device=x.device), (positions < 0).sum(1, keepdim=True)
-        place = torch.where(place >= before.shape[2] + pads, place, (place - pads).clamp(min=0))  # [B, K - 1 + R]
-        inputs = inputs.gather(2, place.unsqueeze(1).expand_as(inputs))
+    inputs = joined(x.transpose(1, 2), before.transpose(1, 2), positions).transpose(1, 2)
     y = functional.conv1d(inputs, weight.unsqueeze(1), bias, groups=weight.shape[0])
     return y.clone(memory_format=torch.contiguous_format), inputs[..., x.shape[2] :].clone(
         memory_format=torch.contiguous_format
@@ -53,14 +50,7 @@ def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
     channels, width = weight.shape
     if state is None:
         state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
-    inputs, rows = op.Concat(state, x, axis=2), op.Shape(x, start=2, end=3)
-    if positions is not None:
-        zero, one, last = op.Constant(value_int=0), op.Constant(value_int=1), op.Constant(value_int=width - 1)
-        pads = op.ReduceSum(op.Cast(op.Less(positions, zero), to=7), ints(1), keepdims=1)
-        place = op.Range(zero, op.Add(op.Squeeze(rows), last), one)
-        kept = op.GreaterOrEqual(place, op.Add(pads, last))
-        place = op.Where(kept, place, op.Max(op.Sub(place, pads), zero))
-        inputs = op.GatherElements(inputs, op.Expand(op.Unsqueeze(place, ints(1)), op.Shape(inputs)), axis=2)
+    inputs, rows = onnx_joined(x, state, positions, 2), op.Shape(x, start=2, end=3)
     if x.shape[2] == 1:
         y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
         y = y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1)))

@@ -133,6 +133,43 @@ def delta_rule(name: str) -> Callable[..., tuple[Tensor, None]]:
     return chunked
 
 
+def wkv(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any = None, return_state: bool = False
+) -> tuple[Tensor, None]:
+    """[D] twice, [B, T, D] twice."""
+    fresh("rwkv_linear_attention", state=state, return_state=return_state)
+    y: Tensor = op("wkv", key.float(), value, -time_decay.exp(), time_first, None, None, None, None)[0]
+    return y.to(key.dtype), None
+
+
+def rnn_scan(
+    self: nn.Module,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, None]:
+    """RecurrentGemma's: [B, T, D] twice, [B, T, 1]."""
+    fresh("_rnn_scan", recurrent_states=recurrent_states)
+    y: Tensor = op("rg_lru", hidden_states.type(acc_dtype), (recurrent_gate * ~reset).type(acc_dtype), None, None)[0]
+    return y.type(hidden_states.dtype), None
+
+
+def lightning(
+    self: Any, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **rest: Any
+) -> tuple[Tensor, None]:
+    """MiniMax's forward [B, T, D]: a scan whose decay is a constant of each head, so that each step has size 1."""
+    fresh("MiniMaxLightningAttention", attention_mask=attention_mask, past_key_values=past_key_values)
+    rows, heads = hidden_states.shape[:2], self.num_attention_heads
+    qkv = self.act_fn(self.qkv_proj(hidden_states)).reshape(*rows, heads, 3 * self.head_dim)
+    q, k, v = torch.split(qkv, self.head_dim, dim=3)
+    y: Tensor = op("ssd_scan", v, torch.ones_like(v[..., 0]), -self.slope_rate.flatten(), k, q, None, None, None)[0]
+    y = self.norm(y.reshape(*rows, heads * self.head_dim))
+    y = self.out_proj(functional.sigmoid(self.output_gate(hidden_states)) * y)
+    return y, None
+
+
 KNOWN: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "mamba2_chunk_scan": chunk_scan,
@@ -142,20 +179,28 @@ KNOWN: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": delta_rule("gated_delta"),
     "chunk_gated_delta_rule": delta_rule("gated_delta"),
     "chunk_kimi_delta_attention": delta_rule("kda"),
+    "rwkv_linear_attention": wkv,
+}
+METHODS: dict[tuple[str, str], Callable[..., Any]] = {  # of classes that loop in a method of their own
+    ("RecurrentGemmaRglru", "_rnn_scan"): rnn_scan,
+    ("MiniMaxLightningAttention", "forward"): lightning,
 }
 
 
 @contextlib.contextmanager
 def known_mixers(model: nn.Module) -> Iterator[None]:
-    """Puts ops in the place of the functions that the files of the model's modules call by a known name."""
-    files = {
-        sys.modules[type(module).__module__] for module in model.modules() if type(module).__module__ in sys.modules
-    }
-    found = [(file, name, vars(file)[name]) for file in files for name in KNOWN if callable(vars(file).get(name))]
-    for file, name, _ in found:
-        setattr(file, name, KNOWN[name])
+    """Puts ops in the place of functions that the files of a model's modules hold by a known name, and of METHODS."""
+    classes = {type(module) for module in model.modules()}
+    files: set[Any] = {sys.modules[kind.__module__] for kind in classes if kind.__module__ in sys.modules}
+    found: list[tuple[Any, str, Any]] = [(f, n, KNOWN[n]) for f in files for n in KNOWN if callable(vars(f).get(n))]
+    found += [
+        (c, n, made) for (kind, n), made in METHODS.items() for c in classes if c.__name__ == kind and n in vars(c)
+    ]
+    before = [(home, name, vars(home)[name]) for home, name, _ in found]
+    for home, name, made in found:
+        setattr(home, name, made)
     try:
         yield
     finally:
-        for file, name, function in found:
-            setattr(file, name, function)
+        for home, name, function in before:
+            setattr(home, name, function)

@@ -6,6 +6,7 @@ batch are symbolic. Metadata checks, identity slices and repeated subexpressions
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,8 @@ def capture_model(
     example = torch.randint(0, vocab, (3, min(7, capacity), *row), generator=torch.Generator().manual_seed(0))
     check_weights(model)
     with batched_experts(model), fixed_rotary(model, capacity), known_mixers(model):
+        with contextlib.suppress(Exception), torch.no_grad():  # what fails fails in the export too, with its reason
+            Forward(model)(example)  # a model may settle something in its first call: RWKV scales its weights
         exported, unsure = export_forward(Forward(model), example, capacity)
     specs = {"ids": Spec(torch.int64, ("B", "T", *row))}
     graph, weights = from_exported("model", exported, specs, ["logits"], capacity=capacity)

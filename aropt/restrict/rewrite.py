@@ -30,6 +30,7 @@ from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
 from aropt.restrict import mixers, moves
 from aropt.restrict.analysis import FULL_SIZE, Analysis, unsupported
+from aropt.restrict.convolved import normalize_convolutions
 from aropt.restrict.dims import (
     Axis,
     B,
@@ -83,6 +84,7 @@ def restrict(
     """
     try:
         graph, _ = normalize_attention(graph, weights, capacity, never)
+        graph = graph if canvas else normalize_convolutions(graph, weights, never)
         traced, names = graph.fx, propagate(graph.fx, graph.inputs, weights)
         if not canvas:
             traced, names = prepared(graph, weights, names, capacity, never)

@@ -33,6 +33,7 @@ from tests.support.decoders import (
     Given,
     Memory,
     MemoryGiven,
+    Rolled,
     Shared,
 )  # fmt: skip
 from tests.support.run import generate
@@ -117,10 +118,14 @@ def test_plain_modules_are_cached_as_written(kind: Any) -> None:
     assert reached(kind(), ("kv-cache",))["kv-cache"] == "applied"
 
 
-@pytest.mark.parametrize("kind", SHIFTS[:1] + [pytest.param(k, marks=pytest.mark.exhaustive) for k in SHIFTS[1:]])
-def test_rows_that_move_are_refused_by_name(kind: Any) -> None:
+@pytest.mark.parametrize("kind", SHIFTS)
+def test_shifts_and_convolutions_are_cached(kind: Any) -> None:
+    assert reached(kind(), ("kv-cache",))["kv-cache"] == "applied"
+
+
+def test_rows_that_move_in_a_circle_are_refused_by_name() -> None:
     with pytest.raises(Unsupported, match="along the sequence") as refusal:
-        reached(kind(), ("kv-cache",))
+        reached(Rolled(), ("kv-cache",))
     assert "recurrent state" in refusal.value.why
 
 

@@ -261,12 +261,24 @@ class Convolved(Shifted):
         return self.conv(x.transpose(1, 2))[..., :-1].transpose(1, 2)
 
 
+class Depthwise(Shifted):
+    """Padding before the first row, in a convolution of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = self.heads * self.size
+        self.conv = nn.Conv1d(width, width, 3, groups=width)
+
+    def shift(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
 CACHED = [
     Attention, Filled, Given, Buffered, Alibi, AlibiFromTheEnd, AlibiFilled, Bucketed, Continuous, Gathered, Memory,
     MemoryAfter, MemoryGiven, Shared, SharedLate, SharedBroadcast,
 ]  # fmt: skip
 TALKING = [Talking, TalkingByProduct, Leaking]
-SHIFTS = [Shifted, Rolled, Joined, Convolved]
+SHIFTS = [Shifted, Joined, Convolved, Depthwise]
 
 
 class Branching(Attention):

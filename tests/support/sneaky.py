@@ -202,10 +202,12 @@ def log_total(m: Tiny, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, dict[str, Step]] = {
-    "shift by slice": mix(lambda x: F.pad(x[:, :-1], (0, 0, 1, 0))),
+    "shift by two and one cut off": mix(lambda x: F.pad(x[:, :-1], (0, 0, 2, 0))[:, 1:]),
+    "shift by slice of ones": mix(lambda x: F.pad(x[:, :-1], (0, 0, 1, 0), value=1.0)),
+    "shift by cat of ones": mix(lambda x: torch.cat([torch.ones_like(x[:, :1]), x[:, :-1]], 1)),
+    "shift back": mix(lambda x: F.pad(x, (0, 0, -1, 1))),
+    "convolution": {"mix": lambda m, x, ids: x + m.conv(x.transpose(1, 2))[..., 1:-1].transpose(1, 2)},
     "shift by roll": mix(lambda x: x.roll(1, 1)),
-    "shift by cat": mix(lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)),
-    "causal convolution": {"mix": lambda m, x, ids: x + m.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)},
     "cumsum": mix(lambda x: x.cumsum(1)),
     "cummax": mix(lambda x: x.cummax(1).values),
     "mean over time": mix(lambda x: x.mean(1, keepdim=True)),
@@ -317,6 +319,11 @@ EXACT: dict[str, dict[str, Step]] = {
     "mask by head": attention(masked(two_heads)),
     "biased mask": attention(masked(lambda n: torch.where(causal(n), torch.arange(n) * 0.1, LOW))),
     "chunked": attention(masked(lambda n: causal(n) & (torch.arange(n)[None] // 4 == torch.arange(n)[:, None] // 4))),
+    "shift by slice": mix(lambda x: F.pad(x[:, :-1], (0, 0, 1, 0))),
+    "shift by cat": mix(lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)),
+    "causal convolution": {"mix": lambda m, x, ids: x + m.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)},
+    "shift by padding": mix(lambda x: F.pad(x, (0, 0, 1, -1))),
+    "shift of channels and rows": mix(lambda x: F.pad(x.transpose(1, 2), (1, -1)).transpose(1, 2)),
     "window": attention(masked(lambda n: causal(n) & (torch.arange(n)[None] > torch.arange(n)[:, None] - 3))),
     "dilated": attention(masked(lambda n: causal(n) & ((torch.arange(n)[:, None] - torch.arange(n)[None]) % 2 == 0))),
     "first columns kept": attention(masked(

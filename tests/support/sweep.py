@@ -60,7 +60,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**MAMBA_HEADS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
                    "layers_block_type": ["mamba", "attention"]},
-    "zamba": {**HYBRID, "n_mamba_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "zamba": {**HYBRID, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+              "layer_types": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 4,
+              "mamba_dt_rank": 4},
     "zamba2": {**HYBRID, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 2, "mamba_d_state": 8,
                "hybrid_layer_ids": [1], "num_mem_blocks": 1, "chunk_size": 8},
     "qwen3_next": DELTA, "qwen3_5_text": DELTA, "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4},
@@ -68,27 +70,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**DELTA, **MLA, "layer_group_size": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+    "rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"block_types": ["recurrent", "attention"],
+                                                              "lru_width": 32, "attention_window_size": 6},
 }  # fmt: skip
 RECURRENT = [
-    "mamba",
-    "mamba2",
-    "falcon_mamba",
-    "jamba",
-    "bamba",
-    "zamba",
-    "zamba2",
-    "granitemoehybrid",
-    "nemotron_h",
-    "falcon_h1",
-    "qwen3_next",
-    "qwen3_5_text",
-    "olmo_hybrid",
-    "kimi_linear",
-    "bailing_hybrid",
-    "lfm2",
-    "lfm2_moe",
-    "lfm3",
-]
+    "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba", "zamba2", "granitemoehybrid", "nemotron_h",
+    "falcon_h1", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "lfm2", "lfm2_moe",
+    "lfm3", "rwkv", "recurrent_gemma", "minimax",
+]  # fmt: skip
 NAMES = [
     "llama", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "phi3", "gemma", "gemma2", "gemma3_text",
     "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmo", "olmo2", "stablelm", "starcoder2", "cohere", "cohere2", "mpt",
@@ -97,8 +87,8 @@ NAMES = [
     "arcee", "apertus", "phimoe", "olmoe", "qwen2_moe", "diffllama", "doge", "nanochat", "modernbert-decoder",
     "vaultgemma", "openai-gpt", "ctrl", "bert-generation", "glm4_moe", "dots1",
     *RECURRENT,
-    # to be refused: bidirectional, positions from tokens, recurrences that no op stands for
-    "bert", "roformer", "roberta", "rwkv", "recurrent_gemma",
+    # to be refused: bidirectional, positions from tokens
+    "bert", "roformer", "roberta",
 ]  # fmt: skip
 
 

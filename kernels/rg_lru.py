@@ -1,0 +1,95 @@
+"""`aropt::rg_lru`: Griffin's real-gated linear recurrent unit, after its gates (De et al. 2024, section 2.4).
+
+    rg_lru(x, a, state, positions) -> (h, state)
+
+* `x`, `a` float [B, R, D], 0 <= a <= 1: h[t] = a[t] * h[t - 1] + x[t], each channel for itself.
+* `state` float [B, D]: h before the first row, None: zeros. The returned one is h of the last row.
+* `positions` int64 [B, R] or None: a row at -1 is padding, which leaves h as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def reference(x: Tensor, a: Tensor, state: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition, row by row."""
+    if positions is not None:
+        padding = (positions < 0).unsqueeze(2)
+        x, a = x.masked_fill(padding, 0.0), a.masked_fill(padding, 1.0)
+    h = torch.zeros_like(x[:, 0]) if state is None else state
+    found = []
+    for t in range(x.shape[1]):
+        h = a[:, t] * h + x[:, t]
+        found.append(h)
+    return torch.stack(found, 1), h.clone(memory_format=torch.contiguous_format)
+
+
+def fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2]))
+
+
+def onnx(x, a, state, positions):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops: one row is a step, several are a Scan of it."""
+    from onnxscript import opset20 as op
+
+    axis, zero, one = op.Constant(value_ints=[1]), op.Constant(value_float=0.0), op.Constant(value_float=1.0)
+    if positions is not None:
+        padding = op.Unsqueeze(op.Less(positions, op.Constant(value_int=0)), op.Constant(value_ints=[2]))
+        x, a = op.Where(padding, zero, x), op.Where(padding, one, a)
+    if state is None:
+        state = op.Expand(zero, op.Concat(op.Shape(x, start=0, end=1), op.Shape(x, start=2, end=3), axis=0))
+
+    def step(h: Any, x: Any, a: Any) -> tuple[Any, Any]:
+        """[B, D] -> h twice."""
+        h = op.Add(op.Mul(a, h), x)
+        return h, op.Identity(h)
+
+    if x.shape is not None and x.shape[1] == 1:
+        h = step(state, op.Squeeze(x, axis), op.Squeeze(a, axis))[0]
+        return op.Unsqueeze(h, axis), h
+    h, y = onnx_scan(step, [state], [x, a], 1, 1)
+    return y, h
+
+
+def cost(x: Tensor, *_: Any) -> Cost:
+    """Two operations an element."""
+    return Cost(2.0 * x.numel(), 3.0 * x.nbytes + 2.0 * x[:, 0].nbytes)
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """One row and several, with resets (a = 0), from a state or from nothing, with padding or without."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: Any) -> tuple[Any, ...]:
+        batch, rows, size = (draw(st.integers(1, n)) for n in (3, 7, 5))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (2, 3))
+        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
+        x, a = (torch.randn(batch, rows, size, generator=generator) for _ in "xa")
+        state = torch.randn(batch, size, generator=generator) if given else None
+        return x, a.sigmoid() * (a < 1), state, (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+
+    return build()
+
+
+OP = OpDef(
+    name="rg_lru",
+    schema="(Tensor x, Tensor a, Tensor? state, Tensor? positions) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    mixer=Mixer(rows={"x": -2, "a": -2}, state=("state",), positions="positions"),
+    tolerance={torch.float32: (1e-4, 1e-5)},
+)
