@@ -52,6 +52,7 @@ def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
         state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
     inputs, rows = onnx_joined(x, state, positions, 2), op.Shape(x, start=2, end=3)
     if x.shape[2] == 1:
+        rows = ints(1)
         y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
         y = y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1)))
     else:

@@ -50,6 +50,12 @@ def onnx_joined(x: Any, state: Any, positions: Any, axis: int) -> Any:
     if positions is None:
         return inputs
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    if x.shape[axis] == 1:
+        first = op.Slice(
+            state, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[axis])
+        )
+        padding = op.Unsqueeze(op.Less(positions, zero), op.Constant(value_ints=[3 - axis]))
+        return op.Where(padding, op.Concat(first, state, axis=axis), inputs)
     pads = op.ReduceSum(op.Cast(op.Less(positions, zero), to=7), op.Constant(value_ints=[1]), keepdims=1)
     kept = op.Squeeze(op.Shape(state, start=axis, end=axis + 1))
     place = op.Range(zero, op.Squeeze(op.Shape(inputs, start=axis, end=axis + 1)), one)
@@ -68,7 +74,7 @@ def onnx(x, rows, state, positions):  # type: ignore[no-untyped-def]
     if state is None:
         shape = op.Concat(op.Shape(x, start=0, end=1), ints(rows), op.Shape(x, start=2), axis=0)
         state = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), shape)
-    inputs, length = onnx_joined(x, state, positions, 1), op.Shape(x, start=1, end=2)
+    inputs, length = onnx_joined(x, state, positions, 1), ints(1) if x.shape[1] == 1 else op.Shape(x, start=1, end=2)
     return op.Slice(inputs, ints(0), length, ints(1)), op.Slice(inputs, length, ints(2**62), ints(1))
 
 

@@ -72,7 +72,7 @@ def fake(x: Tensor, dt: Any, A: Any, B: Tensor, *_: Any) -> tuple[Tensor, Tensor
 
 
 def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
-    """The same in standard ONNX ops, all rows as one chunk."""
+    """The same in standard ONNX ops: one row is a step, several are one chunk."""
     from onnxscript import opset20 as op
 
     def ints(*values: int) -> Any:
@@ -82,6 +82,9 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
     if positions is not None:
         valid = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
         dt = op.Mul(dt, op.Unsqueeze(valid, ints(2)))
+    if x.shape[1] == 1 and state is not None:
+        y, after = onnx_step(x, dt, A, B, C, state)
+        return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), after
     total = op.Transpose(op.CumSum(op.Mul(dt, A), op.Constant(value_int=1)), perm=[0, 2, 1])
     given = op.Transpose(op.Mul(x, op.Unsqueeze(dt, ints(3))), perm=[0, 2, 1, 3])
 
@@ -110,6 +113,23 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
         after = op.Add(after, op.Mul(op.Exp(op.Unsqueeze(last, ints(3))), state))
     y = op.Transpose(y, perm=[0, 2, 1, 3])
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), after
+
+
+def onnx_step(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]:
+    """y [B, 1, H, P] without D, and the state, of one row: heads of a group side by side, [B, G, H / G, P, N]."""
+    from onnxscript import opset20 as op
+
+    def shaped(value: Any, *sizes: int) -> Any:
+        return op.Reshape(value, op.Constant(value_ints=[0, *sizes]))
+
+    heads, size, groups, width = (int(n) for n in (*x.shape[2:], *B.shape[2:]))
+    served = heads // groups
+    decay = shaped(op.Exp(op.Mul(dt, A)), groups, served, 1, 1)
+    given = shaped(op.Mul(x, op.Unsqueeze(dt, op.Constant(value_ints=[3]))), groups, served, size, 1)
+    kept = op.Mul(decay, shaped(state, groups, served, size, width))
+    kept = op.Add(kept, op.Mul(given, shaped(B, groups, 1, 1, width)))
+    y = op.MatMul(kept, shaped(C, groups, 1, width, 1))
+    return shaped(y, 1, heads, size), shaped(kept, heads, size, width)
 
 
 def cost(x: Tensor, dt: Tensor, A: Any, B: Tensor, C: Tensor, *_: Any) -> Cost:
