@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aropt.ir.opdef import Cost, Mixer, OpDef
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
 from aropt.kernels.delay import joined, onnx_joined
 
 if TYPE_CHECKING:
@@ -50,14 +50,19 @@ def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
     channels, width = weight.shape
     if state is None:
         state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
-    inputs, rows = onnx_joined(x, state, positions, 2), op.Shape(x, start=2, end=3)
-    if x.shape[2] == 1:
-        rows = ints(1)
+
+    def several() -> tuple[Any, Any]:
+        inputs = onnx_joined(x, state, positions, 2, single=False)
+        y = op.Conv(inputs, op.Unsqueeze(weight, ints(1)), *([] if bias is None else [bias]), group=int(channels))
+        return y, op.Slice(inputs, op.Shape(x, start=2, end=3), ints(2**62), ints(2))
+
+    def one() -> tuple[Any, Any]:
+        inputs = onnx_joined(x, state, positions, 2, single=True)
         y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
         y = y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1)))
-    else:
-        y = op.Conv(inputs, op.Unsqueeze(weight, ints(1)), *([] if bias is None else [bias]), group=int(channels))
-    return y, op.Slice(inputs, rows, op.Constant(value_ints=[2**62]), ints(2))
+        return y, op.Slice(inputs, ints(1), ints(2**62), ints(2))
+
+    return onnx_rows(x, 2, one, several)
 
 
 def cost(x: Tensor, weight: Tensor, *_: Any) -> Cost:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -42,15 +42,15 @@ def fake(x: Tensor, rows: int, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], rows, x.shape[2]))
 
 
-def onnx_joined(x: Any, state: Any, positions: Any, axis: int) -> Any:
-    """`joined` in standard ONNX ops, rows at an axis of three."""
+def onnx_joined(x: Any, state: Any, positions: Any, axis: int, single: bool) -> Any:
+    """`joined` in standard ONNX ops, rows at an axis of three; `single`: there is one row."""
     from onnxscript import opset20 as op
 
     inputs = op.Concat(state, x, axis=axis)
     if positions is None:
         return inputs
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    if x.shape[axis] == 1:
+    if single:
         first = op.Slice(
             state, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[axis])
         )
@@ -74,8 +74,16 @@ def onnx(x, rows, state, positions):  # type: ignore[no-untyped-def]
     if state is None:
         shape = op.Concat(op.Shape(x, start=0, end=1), ints(rows), op.Shape(x, start=2), axis=0)
         state = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), shape)
-    inputs, length = onnx_joined(x, state, positions, 1), ints(1) if x.shape[1] == 1 else op.Shape(x, start=1, end=2)
-    return op.Slice(inputs, ints(0), length, ints(1)), op.Slice(inputs, length, ints(2**62), ints(1))
+
+    def several() -> tuple[Any, Any]:
+        inputs, length = onnx_joined(x, state, positions, 1, single=False), op.Shape(x, start=1, end=2)
+        return op.Slice(inputs, ints(0), length, ints(1)), op.Slice(inputs, length, ints(2**62), ints(1))
+
+    def one() -> tuple[Any, Any]:
+        inputs = onnx_joined(x, state, positions, 1, single=True)
+        return op.Slice(inputs, ints(0), ints(1), ints(1)), op.Slice(inputs, ints(1), ints(2**62), ints(1))
+
+    return onnx_rows(x, 1, one, several)
 
 
 def cost(x: Tensor, rows: int, *_: Any) -> Cost:

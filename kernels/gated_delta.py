@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -93,11 +93,12 @@ def stepped(
         return kept, op.MatMul(q, kept)
 
     rows = [op.Unsqueeze(q, ints(3)), op.Unsqueeze(k, ints(4)), op.Unsqueeze(v, ints(3)), decay, amount]
-    if q.shape[1] == 1:
+
+    def one() -> tuple[Any, Any]:
         kept, o = step(state, *(op.Squeeze(value, ints(1)) for value in rows))
-        o = op.Unsqueeze(o, ints(1))
-    else:
-        kept, o = onnx_scan(step, [state], rows, 1, 1)
+        return kept, op.Unsqueeze(o, ints(1))
+
+    kept, o = onnx_rows(q, 1, one, lambda: onnx_scan(step, [state], rows, 1, 1))
     return op.Squeeze(o, ints(3)), kept
 
 

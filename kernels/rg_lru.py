@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -41,10 +41,11 @@ def onnx(x, a, state, positions):  # type: ignore[no-untyped-def]
     """The same in standard ONNX ops: one row is a step, several are a Scan of it."""
     from onnxscript import opset20 as op
 
-    axis, zero, one = op.Constant(value_ints=[1]), op.Constant(value_float=0.0), op.Constant(value_float=1.0)
+    axis, zero, kept = op.Constant(value_ints=[1]), op.Constant(value_float=0.0), op.Constant(value_float=1.0)
+    rows = x
     if positions is not None:
         padding = op.Unsqueeze(op.Less(positions, op.Constant(value_int=0)), op.Constant(value_ints=[2]))
-        x, a = op.Where(padding, zero, x), op.Where(padding, one, a)
+        x, a = op.Where(padding, zero, x), op.Where(padding, kept, a)
     if state is None:
         state = op.Expand(zero, op.Concat(op.Shape(x, start=0, end=1), op.Shape(x, start=2, end=3), axis=0))
 
@@ -53,10 +54,11 @@ def onnx(x, a, state, positions):  # type: ignore[no-untyped-def]
         h = op.Add(op.Mul(a, h), x)
         return h, op.Identity(h)
 
-    if x.shape is not None and x.shape[1] == 1:
+    def one() -> tuple[Any, Any]:
         h = step(state, op.Squeeze(x, axis), op.Squeeze(a, axis))[0]
-        return op.Unsqueeze(h, axis), h
-    h, y = onnx_scan(step, [state], [x, a], 1, 1)
+        return h, op.Unsqueeze(h, axis)
+
+    h, y = onnx_rows(rows, 1, one, lambda: onnx_scan(step, [state], [x, a], 1, 1))
     return y, h
 
 

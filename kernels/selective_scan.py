@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -71,12 +71,15 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
         h = op.Add(op.Mul(op.Exp(op.Mul(dt, A)), h), op.Mul(op.Mul(dt, b), x))
         return h, op.ReduceSum(op.Mul(h, c), ints(2), keepdims=0)
 
-    if x.shape[2] == 1:
+    def one() -> tuple[Any, Any]:
         h, y = step(state, x, dt, op.Transpose(B, perm=[0, 2, 1]), op.Transpose(C, perm=[0, 2, 1]))
-        y = op.Unsqueeze(y, ints(2))
-    else:
+        return h, op.Unsqueeze(y, ints(2))
+
+    def several() -> Any:
         rows = [op.Unsqueeze(value, ints(axis)) for value, axis in ((x, 2), (dt, 2), (B, 1), (C, 1))]
-        h, y = onnx_scan(step, [state], rows, 3, 2)
+        return onnx_scan(step, [state], rows, 3, 2)
+
+    h, y = onnx_rows(x, 2, one, several)
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), h
 
 

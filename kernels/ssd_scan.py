@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -75,16 +75,25 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
     """The same in standard ONNX ops: one row is a step, several are one chunk."""
     from onnxscript import opset20 as op
 
+    if positions is not None:
+        valid = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
+        dt = op.Mul(dt, op.Unsqueeze(valid, op.Constant(value_ints=[2])))
+    if state is None:
+        y, after = onnx_chunk(x, dt, A, B, C, None)
+    else:
+        given = (x, dt, A, B, C, state)
+        y, after = onnx_rows(x, 1, lambda: onnx_step(*given), lambda: onnx_chunk(*given))
+    return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, op.Constant(value_ints=[1])), x)), after
+
+
+def onnx_chunk(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]:
+    """`chunk` in standard ONNX ops."""
+    from onnxscript import opset20 as op
+
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
     heads, groups, size = int(x.shape[2]), int(B.shape[2]), int(B.shape[3])
-    if positions is not None:
-        valid = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
-        dt = op.Mul(dt, op.Unsqueeze(valid, ints(2)))
-    if x.shape[1] == 1 and state is not None:
-        y, after = onnx_step(x, dt, A, B, C, state)
-        return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), after
     total = op.Transpose(op.CumSum(op.Mul(dt, A), op.Constant(value_int=1)), perm=[0, 2, 1])
     given = op.Transpose(op.Mul(x, op.Unsqueeze(dt, ints(3))), perm=[0, 2, 1, 3])
 
@@ -111,8 +120,7 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
         before = op.MatMul(c, op.Transpose(state, perm=[0, 1, 3, 2]))
         y = op.Add(y, op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), before))
         after = op.Add(after, op.Mul(op.Exp(op.Unsqueeze(last, ints(3))), state))
-    y = op.Transpose(y, perm=[0, 2, 1, 3])
-    return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), after
+    return op.Transpose(y, perm=[0, 2, 1, 3]), after
 
 
 def onnx_step(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -86,10 +86,13 @@ def onnx(k, v, w, u, num, den, top, positions):  # type: ignore[no-untyped-def]
         return *(op.Where(there, x, old) for x, old in zip(after, (num, den, top), strict=True)), y
 
     valid = op.Unsqueeze(valid, op.Constant(value_ints=[2]))
-    if k.shape[1] == 1:
-        num, den, top, y = step(num, den, top, *(op.Squeeze(x, axis) for x in (k, v, valid)))
-        return op.Unsqueeze(y, axis), num, den, top
-    num, den, top, y = onnx_scan(step, [num, den, top], [k, v, valid], 1, 1)
+    kept = [num, den, top]
+
+    def one() -> tuple[Any, ...]:
+        *after, y = step(*kept, *(op.Squeeze(x, axis) for x in (k, v, valid)))
+        return *after, op.Unsqueeze(y, axis)
+
+    num, den, top, y = onnx_rows(k, 1, one, lambda: onnx_scan(step, kept, [k, v, valid], 1, 1))
     return y, num, den, top
 
 

@@ -167,21 +167,41 @@ def onnx_scan(
     Returns the last states and each y, stacked at axis `out`.
     """
     import onnx_ir as ir
+
+    name, kind = f"scan_{next(_numbers)}", ir.TensorType(ir.DataType.FLOAT)
+    given = [ir.Value(name=f"{name}.{i}", type=kind) for i in range(len(states) + len(rows))]
+    body, count = onnx_body(name, lambda: step(*given), given), len(states)
+    axes = {"scan_input_axes": [axis] * len(rows), "scan_output_axes": [out] * (len(body.outputs) - count)}
+    return onnx_node("", "Scan", [*states, *rows], len(body.outputs), body=body, num_scan_inputs=len(rows), **axes)
+
+
+def onnx_rows(x: Any, axis: int, one: Callable[[], Any], several: Callable[[], Any]) -> Any:
+    """In an ONNX translation: what `one` writes where x has one row at `axis`, else what `several` writes.
+
+    Where the graph serves both prefill and decode, an If chooses; both write as many values.
+    """
+    from onnxscript import opset20 as op
+
+    if isinstance(x.shape[axis], int):
+        return one() if x.shape[axis] == 1 else several()
+    name = f"rows_{next(_numbers)}"
+    decode, prefill = (onnx_body(f"{name}.{branch}", write, []) for branch, write in (("one", one), ("more", several)))
+    single = op.Equal(op.Shape(x, start=axis, end=axis + 1), op.Constant(value_ints=[1]))
+    return onnx_node("", "If", [op.Squeeze(single)], len(decode.outputs), then_branch=decode, else_branch=prefill)
+
+
+def onnx_body(name: str, write: Callable[[], Any], inputs: Sequence[Any]) -> Any:
+    """The nodes that `write` makes as a graph of their own, whose outputs are its results."""
+    import onnx_ir as ir
     from onnxscript import evaluator
 
-    recorder, number = evaluator.default(), next(_numbers)
-    given = [
-        ir.Value(name=f"scan_{number}.{i}", type=ir.TensorType(ir.DataType.FLOAT))
-        for i in range(len(states) + len(rows))
-    ]
+    recorder = evaluator.default()
     outside, recorder.nodes = recorder.nodes, []
     try:
-        made = step(*given)
+        made = write()
     finally:
         inside, recorder.nodes = recorder.nodes, outside
     for i, node in enumerate(inside):
         for j, value in enumerate(node.outputs):
-            value.name = f"scan_{number}.{i}.{j}"
-    body, results = ir.Graph(given, made, nodes=inside, name=f"scan_{number}"), len(made) - len(states)
-    axes = {"scan_input_axes": [axis] * len(rows), "scan_output_axes": [out] * results}
-    return onnx_node("", "Scan", [*states, *rows], len(made), body=body, num_scan_inputs=len(rows), **axes)
+            value.name = f"{name}.{i}.{j}"
+    return ir.Graph(inputs, list(made), nodes=inside, name=name)

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aropt.ir import opdef, ops
 from aropt.ir.opdef import OpDef
+from tests.support.op_models import Call, assert_matches, free, sizable, symbolic, tensors
 
 ROOT = Path(__file__).parents[2]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,57 +35,8 @@ def examples(count: int) -> Any:
     )
 
 
-def tensors(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def assert_matches(op: OpDef, got: Any, want: Any) -> None:
-    """Equality within the op's tolerance; bit for bit where it states none."""
-    assert len(tensors(got)) == len(tensors(want))
-    for g, w in zip(tensors(got), tensors(want)):
-        rtol, atol = op.tolerance.get(w.dtype, (0.0, 0.0))
-        torch.testing.assert_close(g.cpu(), w.cpu(), rtol=rtol, atol=atol, equal_nan=True)
-
-
-class Call(torch.nn.Module):
-    """The op as a model of its tensor arguments, the others held; `constant`: those that the op wants held, too."""
-
-    def __init__(self, op: OpDef, args: tuple[Any, ...], constant: bool = False) -> None:
-        super().__init__()
-        self.overload, self.args = op.overload, args
-        self.held = set(op.held) if constant else set()
-        self.names = [argument.name for argument in op.overload._schema.arguments]
-
-    def forward(self, *given: torch.Tensor) -> Any:
-        rest, named = iter(given), zip(self.names, self.args)
-        return self.overload(*(next(rest) if varies(arg) and n not in self.held else arg for n, arg in named))
-
-
-def varies(arg: Any) -> bool:
-    return isinstance(arg, torch.Tensor)
-
-
-def free(op: OpDef, args: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The tensors that a translation takes as inputs."""
-    names = [argument.name for argument in op.overload._schema.arguments]
-    return [arg for name, arg in zip(names, args) if varies(arg) and name not in op.held]
-
-
 def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
     return (arg for arg in args if isinstance(arg, torch.Tensor))
-
-
-def sizable(op: OpDef) -> Any:
-    """Samples without sizes 0 and 1, which export and compilation would make constants."""
-    return op.samples().filter(lambda args: all(size > 1 for tensor in free(op, args) for size in tensor.shape))
-
-
-def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
-    """Every size of every tensor as a symbol, but those that the op takes as constants."""
-    names = [argument.name for argument in op.overload._schema.arguments]
-    given = [(name, arg) for name, arg in zip(names, args) if varies(arg) and name not in op.held]
-    auto = torch.export.Dim.AUTO
-    return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
 
 
 def test_every_file_is_an_op_of_its_name() -> None:

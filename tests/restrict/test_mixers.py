@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from aropt.pipeline.registry import make
 from aropt.restrict import analysis, mixers
 from aropt.restrict.rewrite import restrict
 from tests.restrict.toys import moving_average
+from tests.support.op_models import Call, assert_matches, free, sizable, symbolic
 
 ops.add(moving_average.OP)
 CARRIED = [op for op in ops.load_all().values() if op.mixer and op.mixer.state]
@@ -194,3 +195,31 @@ def test_pieces_equal_the_whole(op: OpDef, data: st.DataObject) -> None:
     torch.testing.assert_close(torch.cat(parts, next(iter(mixer.rows.values()))), want, rtol=rtol, atol=atol)
     for got, value in zip(state.values(), last, strict=True):
         torch.testing.assert_close(got, value, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("op", [op for op in CARRIED if op.onnx], ids=lambda op: op.name)
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_one_row_in_onnx(op: OpDef, data: st.DataObject) -> None:
+    """An export for any number of rows takes another branch for one: both give the reference's rows and state."""
+    runtime = pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
+    names, mixer = [argument.name for argument in op.overload._schema.arguments], op.mixer
+    assert mixer is not None
+    kept = [names.index(n) for n in (*mixer.state, mixer.positions)]
+    args = data.draw(sizable(op).filter(lambda args: all(args[i] is not None for i in kept)))
+    model = torch.onnx.export(
+        Call(op, args, constant=True).eval(),
+        tuple(free(op, args)),
+        dynamo=True,
+        dynamic_shapes=(symbolic(op, args),),
+        custom_translation_table=ops.translation_table(),
+        verbose=False,
+    ).model_proto
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    axes = {**mixer.rows, mixer.positions: 1}
+    for row in range(3):
+        at = {n: v.narrow(axes[n], row % v.shape[axes[n]], 1) if n in axes else v for n, v in zip(names, args)}
+        at[mixer.positions] = torch.full_like(at[mixer.positions], row - 1)  # padding, then rows
+        feeds = zip(session.get_inputs(), free(op, tuple(at.values())), strict=True)
+        got = [torch.from_numpy(a) for a in session.run(None, {i.name: v.contiguous().numpy() for i, v in feeds})]
+        assert_matches(op, got, op.reference(*at.values()))
