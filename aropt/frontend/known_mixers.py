@@ -127,7 +127,8 @@ def delta_rule(name: str) -> Callable[..., tuple[Tensor, None]]:
             q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPS) for x in (q, k))
         if k.shape[2] != v.shape[2]:
             q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], 2) for x in (q, k))
-        o: Tensor = op(name, q * q.shape[-1] ** -0.5, k, v, decay, amount, None, None)[0]
+        scale = rest.get("scale")
+        o: Tensor = op(name, q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, decay, amount, None, None)[0]
         return o.to(query.dtype), None
 
     return chunked

@@ -73,7 +73,8 @@ def joined(node: fx.Node) -> Write | None:
     if not isinstance(rows, int) or not (op_name(first) in ZEROS or fill == 0):
         return None
     inner = cut(rest, axis, rows)
-    return delay(inner, axis, rows) if inner is not None else None
+    alike = inner is not None and inner.meta["val"].dtype == node.meta["val"].dtype
+    return delay(inner, axis, rows) if inner is not None and alike else None
 
 
 def one_axis(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
