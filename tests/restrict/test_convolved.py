@@ -82,6 +82,9 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "joined to ones": lambda x: torch.cat([torch.ones_like(x[:, :1]), x[:, :-1]], 1),
     "shifted to the front": lambda x: F.pad(x, (0, 0, -1, 1)),
     "cut at the front": lambda x: F.pad(x[:, 1:], (0, 0, 1, 0)),
+    "convolved too late": lambda x: F.conv1d(x.transpose(1, 2), torch.ones(D, 1, 2), padding=2, groups=D)[
+        ..., : x.shape[1]
+    ].transpose(1, 2),
     "over batches": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
     "repeated": lambda x: F.pad(x.transpose(1, 2), (1, 0), mode="replicate")[..., :-1].transpose(1, 2),
 }
