@@ -6,7 +6,7 @@
 * y[:, c, t] = bias[c] + sum over i < K of weight[c, i] * x[:, c, t - (K - 1) + i]: the shapes of Dao's causal_conv1d.
 * `state` float [B, C, K - 1]: the inputs before the first row, the latest last; None: zeros. The returned one holds the
   last K - 1 inputs.
-* `positions` int64 [B, R] or None: rows at -1 are padding and come first; they are no inputs of later rows.
+* `positions` int64 [B, R] or None: rows at -1 are padding, before the others or after; they are no inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
-from aropt.kernels.delay import joined, onnx_joined
+from aropt.kernels.delay import joined, onnx_joined, padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -29,11 +29,9 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition."""
     before = x.new_zeros(x.shape[0], x.shape[1], weight.shape[1] - 1) if state is None else state
-    inputs = joined(x.transpose(1, 2), before.transpose(1, 2), positions).transpose(1, 2)
+    inputs, left = (t.transpose(1, 2) for t in joined(x.transpose(1, 2), before.transpose(1, 2), positions))
     y = functional.conv1d(inputs, weight.unsqueeze(1), bias, groups=weight.shape[0])
-    return y.clone(memory_format=torch.contiguous_format), inputs[..., x.shape[2] :].clone(
-        memory_format=torch.contiguous_format
-    )
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, left))  # type: ignore[return-value]
 
 
 def fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -52,15 +50,14 @@ def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
         state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
 
     def several() -> tuple[Any, Any]:
-        inputs = onnx_joined(x, state, positions, 2, single=False)
+        inputs, left = onnx_joined(x, state, positions, 2, single=False)
         y = op.Conv(inputs, op.Unsqueeze(weight, ints(1)), *([] if bias is None else [bias]), group=int(channels))
-        return y, op.Slice(inputs, op.Shape(x, start=2, end=3), ints(2**62), ints(2))
+        return y, left
 
     def one() -> tuple[Any, Any]:
-        inputs = onnx_joined(x, state, positions, 2, single=True)
+        inputs, left = onnx_joined(x, state, positions, 2, single=True)
         y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
-        y = y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1)))
-        return y, op.Slice(inputs, ints(1), ints(2**62), ints(2))
+        return y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1))), left
 
     return onnx_rows(x, 2, one, several)
 
@@ -81,12 +78,11 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
         channels, width = like[1].shape if like else (draw(st.integers(1, 5)), draw(st.integers(2, 4)))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         biased, given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (2, 3, 4))
-        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
         x, weight, bias, state = (
             torch.randn(shape, generator=generator)
             for shape in ((batch, channels, rows), (channels, width), (channels,), (batch, channels, width - 1))
         )
-        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        positions = padding(batch, rows, generator) if padded else None
         return x, weight, bias if biased else None, state if given else None, positions
 
     return build()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -117,12 +118,11 @@ def drawn(draw: Any, like: tuple[Any, ...] | None, each_channel: bool) -> tuple[
     heads, size, width = (*like[0].shape[2:], like[2].shape[3]) if like else (draw(st.integers(1, 4)) for _ in "hkv")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (5, 6))
-    pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
     shapes = ((size,), (size,), (width,), (size,) if each_channel else (), ())
     q, k, v, g, beta = (torch.randn(batch, rows, heads, *shape, generator=generator) for shape in shapes)
     state = torch.randn(batch, heads, size, width, generator=generator) if given else None
     k = torch.nn.functional.normalize(k, dim=3)
-    positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+    positions = padding(batch, rows, generator) if padded else None
     return q, k, v, -g.exp() * draw(st.sampled_from([0.1, 3.0])), beta.sigmoid(), state, positions
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -76,10 +77,9 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
         batch, rows, size = (draw(st.integers(1, n)) for n in (3, 7, 5))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (2, 3))
-        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
         x, a = (torch.randn(batch, rows, size, generator=generator) for _ in "xa")
         state = torch.randn(batch, size, generator=generator) if given else None
-        return x, a.sigmoid() * (a < 1), state, (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        return x, a.sigmoid() * (a < 1), state, padding(batch, rows, generator) if padded else None
 
     return build()
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -99,11 +100,10 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
         channels, width = like[2].shape if like else (draw(st.integers(1, 5)), draw(st.integers(1, 4)))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         skip, given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (5, 6, 7))
-        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
         shapes = ((batch, channels, rows), (batch, channels, rows), (channels, width), (batch, width, rows),
                   (batch, width, rows), (channels,), (batch, channels, width))  # fmt: skip
         x, dt, decay, b, c, direct, state = (torch.randn(shape, generator=generator) for shape in shapes)
-        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        positions = padding(batch, rows, generator) if padded else None
         dt = torch.nn.functional.softplus(dt)
         return x, dt, -decay.exp(), b, c, direct if skip else None, state if given else None, positions
 

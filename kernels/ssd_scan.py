@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
+from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -160,12 +161,11 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
             heads, size, groups, width = (like[i].shape[axis] for i, axis in ((0, 2), (0, 3), (3, 2), (3, 3)))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         skip, given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (5, 6, 7))
-        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
         shapes = ((batch, rows, heads, size), (batch, rows, heads), (heads,), (batch, rows, groups, width),
                   (batch, rows, groups, width), (heads,), (batch, heads, size, width))  # fmt: skip
         x, dt, decay, b, c, direct, state = (torch.randn(shape, generator=generator) for shape in shapes)
         decay = -(decay * draw(st.sampled_from([1.0, 3.0]))).exp()
-        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        positions = padding(batch, rows, generator) if padded else None
         dt = torch.nn.functional.softplus(dt)
         return x, dt, decay, b, c, direct if skip else None, state if given else None, positions
 

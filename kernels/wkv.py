@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -111,12 +112,11 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
         size = like[2].shape[0] if like else draw(st.integers(1, 5))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         given, padded = (draw(st.booleans()) if like is None else like[i] is not None for i in (4, 7))
-        pads = torch.randint(0, rows + 1, (batch, 1), generator=generator)
         k, v = (torch.randn(batch, rows, size, generator=generator) for _ in "kv")
         w, u = -torch.randn(size, generator=generator).exp(), torch.randn(size, generator=generator)
         num, den, top = (torch.randn(batch, size, generator=generator) for _ in range(3))
         kept = (num, den.exp(), top) if given else (None, None, None)
-        positions = (torch.arange(rows) - pads).clamp(min=-1) if padded else None
+        positions = padding(batch, rows, generator) if padded else None
         return k * draw(st.sampled_from([1.0, 40.0])), v, w, u, *kept, positions
 
     return build()

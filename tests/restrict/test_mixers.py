@@ -167,15 +167,15 @@ def test_a_canvas_is_refused() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_equal_the_whole(op: OpDef, data: st.DataObject) -> None:
-    """Rows in two calls, the second on the state of the first, and padding before them, which changes nothing."""
+    """Rows in two calls, the second on the state of the first; padding before or after them changes nothing."""
     names = [argument.name for argument in op.overload._schema.arguments]
     mixer = op.mixer
     assert mixer is not None
     whole = dict(zip(names, data.draw(op.samples()), strict=True))
     whole[mixer.positions] = None
     rows = whole[next(iter(mixer.rows))].shape[next(iter(mixer.rows.values()))]
-    want, *last = op.reference(*whole.values())
-    cut, pads = data.draw(st.integers(0, rows)), data.draw(st.integers(0, 3))
+    want, *after = op.reference(*whole.values())
+    cut, pads, last = data.draw(st.integers(0, rows)), data.draw(st.integers(0, 3)), data.draw(st.booleans())
     parts, state = [], {n: whole[n] for n in mixer.state}
     for start, end, before in ((0, cut, pads), (cut, rows, 0)):
         if end - start + before == 0:
@@ -184,16 +184,17 @@ def test_pieces_equal_the_whole(op: OpDef, data: st.DataObject) -> None:
         for name, axis in mixer.rows.items():
             piece = whole[name].narrow(axis, start, end - start)
             padding = torch.full_like(whole[name].narrow(axis, 0, 1), 7.0).repeat_interleave(before, axis)
-            given_rows[name] = torch.cat([padding, piece], axis)
+            given_rows[name] = torch.cat([piece, padding] if last else [padding, piece], axis)
         batch = want.shape[0]
-        at = torch.cat([torch.full((before,), -1), torch.arange(start, end)]).expand(batch, -1)
+        at = [torch.full((before,), -1), torch.arange(start, end)]
+        at = torch.cat(at[::-1] if last else at).expand(batch, -1)
         got, *left = op.reference(*(whole | given_rows | state | {mixer.positions: at}).values())
         state = dict(zip(mixer.state, left, strict=True))
         axis = next(iter(mixer.rows.values()))
-        parts.append(got.narrow(axis, before, end - start))
+        parts.append(got.narrow(axis, 0 if last else before, end - start))
     rtol, atol = op.tolerance.get(torch.float32, (0.0, 0.0))
     torch.testing.assert_close(torch.cat(parts, next(iter(mixer.rows.values()))), want, rtol=rtol, atol=atol)
-    for got, value in zip(state.values(), last, strict=True):
+    for got, value in zip(state.values(), after, strict=True):
         torch.testing.assert_close(got, value, rtol=rtol, atol=atol)
 
 
