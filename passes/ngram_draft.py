@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.ir.control import Loop, Seq, renamed
+from aropt.frontend.trace import capture_function
+from aropt.ir.control import Call, Loop, Seq, renamed
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.guidance import NEW_ROWS, guided
@@ -27,7 +28,6 @@ from aropt.loops.rules import draws
 from aropt.loops.speculate import (
     DRAFTS,
     NO_DRAFTS,
-    REWINDS,
     Draft,
     Rounds,
     beside,
@@ -38,6 +38,7 @@ from aropt.loops.speculate import (
     varies,
 )
 from aropt.restrict.all_rows import wide
+from aropt.restrict.stash import COUNTS, stashed
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.target import Target
@@ -53,7 +54,7 @@ class NgramDraft:
         "rounding",
         when="tried",
         after=("fuse-attention", "kv-cache"),
-        requires=(NEW_ROWS, REWINDS, NO_DRAFTS, ROWS_OF_ONE),
+        requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
         establishes=(DRAFTS,),
         tries=("drafts=4",),
     )
@@ -68,8 +69,11 @@ class NgramDraft:
             return Skips("no greedy loop over positions runs a cached step")
         if guided(program) or any(varies(program, one.rule) for one in found):
             return Skips("the rule depends on more than a row's logits")
-        if wide(program.graphs[found[0].step.graph], program.weights) is None:
+        verify = wide(program.graphs[found[0].step.graph], program.weights)
+        if verify is None:
             return Skips("the step's last rows can't be computed alone")
+        if stashed(verify, carried(program, verify), program.weights) is None:
+            return Skips("rejected rows can't be taken back of its recurrent state")
         return Applies((f"{self.drafts} drafts a round, for one sequence",))
 
     def run(self, program: Program) -> Program:
@@ -77,7 +81,12 @@ class NgramDraft:
         verify = wide(program.graphs[found[0].step.graph], program.weights)
         assert verify is not None
         vocab, capacity = (int(program.meta[k]) for k in ("vocab", "capacity"))
-        made = {g.name: g for g in (verify, *from_text(Draft(self.drafts, vocab, dense(verify)), capacity))}
+        after = []
+        if carried(program, verify):
+            stash = stashed(verify, carried(program, verify), program.weights)
+            assert stash is not None
+            verify, *after = (*stash, counted(self.drafts + 1))
+        made = {g.name: g for g in (verify, *after, *from_text(Draft(self.drafts, vocab, dense(verify)), capacity))}
         state = {
             "begun": StateSpec("flag", Spec(torch.bool), 0),
             "settled": StateSpec("flag", Spec(torch.bool)),
@@ -99,11 +108,28 @@ def greedy(program: Program) -> list[Rounds]:
     return [one for one in checkable(program) if not draws(program.graphs[one.rule.graph])]
 
 
+def carried(program: Program, verify: Graph) -> list[str]:
+    """The state that does not take rejected rows back by writing them again."""
+    return [name for name in verify.outputs if name in program.state and not program.state[name].rewinds]
+
+
+def counted(rows: int) -> Graph:
+    """Which rows of a round count, of its window."""
+    window = {"window": Spec(torch.int64, ("B", rows))}
+    return capture_function("counted", lambda window: (window >= 0).to(torch.int64) - 1, window, [COUNTS])
+
+
 def drafting(plain: Loop, rounds: Rounds, made: dict[str, Graph]) -> Seq:
     """The rounds with drafts, and plain ones for what is left."""
     (emitted,), instead = plain.emits, {rounds.step.reads["ids"]: "drafted", plain.decides: "picks"}
-    verify, every = replace(rounds.step, graph="verify"), replace(rounds.last, graph="every")
+    step, every = rounds.step, replace(rounds.last, graph="every")
+    verify = Call("verify", step.reads, {o: step.writes.get(o, o) for o in made["verify"].outputs})
     body = [renamed(call, instead) for call in (*rounds.before, verify, every, rounds.rule)]
-    checked = checking("settled", Seq((*body, call_by_name(made["accept"]))), plain)
+    body.append(call_by_name(made["accept"]))
+    if "replay" in made:
+        again = made["replay"]
+        reads, writes = {i: step.reads.get(i, i) for i in again.inputs}, {o: step.writes[o] for o in again.outputs}
+        body += [call_by_name(made["counted"]), Call("replay", reads, writes)]
+    checked = checking("settled", Seq(tuple(body)), plain)
     rest = replace(plain, emits={emitted: "rest"})
     return Seq((call_by_name(made["recall"]), checked, call_by_name(made["resume"]), rest))

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import AroptError, Unsupported
+from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.opdef import Mixer, OpDef
-from aropt.ir.program import Graph, Program
+from aropt.ir.program import Graph, Program, Spec
+from aropt.passes import ngram_draft
 from aropt.pipeline.registry import make
 from aropt.restrict import analysis, mixers
 from aropt.restrict.rewrite import restrict
@@ -94,13 +96,24 @@ def test_the_whole_loop_is_one_onnx_file(tmp_path: Path) -> None:
     assert run_loop.compare(path, made.program)["status"] == "pass"
 
 
-def test_drafts_leave_recurrent_state_alone() -> None:
-    """A rejected row is taken back by writing its slot anew, which changes no recurrent state."""
-    for name in ("ngram-draft", "int8-draft"):
-        made = aropt.optimize(aropt.capture(model()), target="eager", passes=[make("kv-cache"), make(name)])
-        found = {p["name"]: p for p in made.report["passes"]}
-        assert found["kv-cache"]["status"] == "applied"
-        assert found[name]["status"] == "skipped" and "recurrent" in found[name]["reason"], found[name]
+def test_a_sketch_leaves_recurrent_state_alone() -> None:
+    """What it drafts would be in the state that the check starts from."""
+    made = aropt.optimize(aropt.capture(model()), target="eager", passes=[make("kv-cache"), make("int8-draft")])
+    found = {p["name"]: p for p in made.report["passes"]}
+    assert found["kv-cache"]["status"] == "applied"
+    assert found["int8-draft"]["status"] == "skipped" and "recurrent" in found["int8-draft"]["reason"]
+
+
+def test_drafts_from_the_text_are_checked_on_recurrent_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were rejected leave no trace in it; a state that keeps them gives other tokens, which is caught."""
+    passes = [make("kv-cache"), make("ngram-draft")]
+    made = aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
+    assert [p["status"] for p in made.report["passes"]] == ["applied"] * 2
+    assert made.report["verify"]["status"] == "pass"
+    monkeypatch.setattr(ngram_draft, "counted", lambda rows: capture_function(
+        "counted", lambda window: window * 0, {"window": Spec(torch.int64, ("B", rows))}, ["counts"]))  # fmt: skip
+    with pytest.raises(AroptError, match="differ"):
+        aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
 
 
 def test_padding_that_changes_state_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
