@@ -55,7 +55,10 @@ class Model(nn.Module):
         return self.head(x + self.mixed(torch.tanh(x)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("form", SHIFTS)
+SELDOM = [pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * ("joined" not in f)) for f in SHIFTS])
 def test_shifts(form: str) -> None:
     result, restricted = check(Model(SHIFTS[form]), VOCAB, CAPACITY, rounds=1)
     assert result.ok and result.reach > 100 * result.floor, result
@@ -90,7 +93,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * ("ones" not in f)) for f in OTHERS])
 def test_what_is_no_shift_is_left_alone(form: str) -> None:
     graph, weights = capture_model(Model(OTHERS[form]), VOCAB, CAPACITY)
     assert normalize_convolutions(graph, weights) is graph

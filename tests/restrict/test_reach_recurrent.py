@@ -17,7 +17,7 @@ from tests.support.sweep import CAPACITY, RECURRENT, VOCAB, build
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 OPS = {op.OP.name for op in (causal_conv1d, gated_delta, kda, selective_scan, ssd_scan)}
-QUICK = {"mamba", "mamba2", "qwen3_5_text"}  # one of each recurrence, and attention beside one
+QUICK = {"mamba", "mamba2"}
 SPREAD = [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in QUICK)) for name in RECURRENT]
 
 

@@ -156,7 +156,7 @@ slip(
     "canvas_of_41_to_110_is_unsure",
     "canvas",
     unmask([30], 32, block=16),
-    give("confidence", lambda c: c.flip(1) if 40 < c.shape[1] < 111 else c, graph="step"),
+    give("confidence", lambda c: c.flip(1) if 40 < c.shape[1] < 111 else c, graph="model"),
 )
 slip(
     "blocks_given_whole_are_stale",
