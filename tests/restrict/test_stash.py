@@ -18,8 +18,6 @@ from tests.support.sweep import RECURRENT, build
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 BASE = ("canonicalize", "kv-cache")
-QUICK = {"rwkv"}  # three ops a layer, one of them of three states
-SPREAD = [pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in QUICK)) for name in RECURRENT]
 
 
 def program(name: str, *passes: str) -> tuple[Program, dict[str, str], str]:
@@ -29,7 +27,8 @@ def program(name: str, *passes: str) -> tuple[Program, dict[str, str], str]:
     return made.program, {p["name"]: p["status"] for p in made.report["passes"]}, made.report["verify"]["status"]
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.exhaustive  # test_mixers has one that is quick
+@pytest.mark.parametrize("name", RECURRENT)
 def test_drafts_change_no_token(name: str) -> None:
     """Greedy ids with drafts are those without, whether drafts are mostly right or mostly wrong."""
     plain, _, _ = program(name)
