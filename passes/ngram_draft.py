@@ -4,7 +4,7 @@ What followed the last three ids where they stood before (or two, or one; the la
 computes the new id and the drafts as rows of one call; the rule picks an id for each row, and a draft counts if it is
 what the row before picked (LLMA, Yang et al. 2023, arXiv 2304.04487; prompt lookup). So the ids are the greedy
 ones, whatever the drafts. Keys and values of wrong ones are in slots that the next round writes again before a row sees
-them.
+them; recurrent state is written after the check, by the rows that count (`restrict/stash.py`).
 
 It is for one sequence at a time, greedy: others run as before. The prompt is a round of the plain step, and so are the
 last rounds, where fewer ids are left than a round may write. A round of five rows costs more than one of one row: it
@@ -72,7 +72,8 @@ class NgramDraft:
         verify = wide(program.graphs[found[0].step.graph], program.weights)
         if verify is None:
             return Skips("the step's last rows can't be computed alone")
-        if stashed(verify, carried(program, verify), program.weights) is None:
+        lost = carried(program, verify)
+        if lost and stashed(verify, lost, program.weights) is None:
             return Skips("rejected rows can't be taken back of its recurrent state")
         return Applies((f"{self.drafts} drafts a round, for one sequence",))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aropt
@@ -47,12 +50,64 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
         assert list(found)[-8:] == ids[0, len(prompt) :].tolist()
 
 
-def test_the_whole_loop_of_a_recurrence_is_one_onnx_file() -> None:
-    """Its prefill scans rows in ONNX's own operator; its tokens are those of the forward."""
+def test_the_whole_loop_of_a_recurrence_is_one_onnx_file(tmp_path: Path) -> None:
+    """Its prefill scans rows in ONNX's own operator; its tokens are those of the program."""
+    from aropt.exporters.whole_loop import export_program
+    from aropt.targets.ort import run_loop
+
     program = aropt.optimize(aropt.capture(build("mamba"), capacity=32), target="onnxruntime")
     assert program.report["verify"]["status"] == "pass"
     statuses = {p["name"]: p["status"] for p in program.report["passes"]}
     assert statuses["kv-cache"] == "applied"
+    export_program(program.program, tmp_path / "loop.onnx")
+    assert run_loop.compare(tmp_path / "loop.onnx", program.program)["status"] == "pass"
+
+
+def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):  # type: ignore[no-untyped-def]
+    """mamba_ssm's, as its own reference is written."""
+    delta = F.softplus(delta + delta_bias[:, None]) if delta_softplus else delta
+    h, found = u.new_zeros(u.shape[0], *A.shape), []
+    for t in range(u.shape[2]):
+        h = torch.exp(delta[..., t, None] * A) * h + delta[..., t, None] * B[:, None, :, t] * u[..., t, None]
+        found.append((h * C[:, None, :, t]).sum(2))
+    return (torch.stack(found, 2) + D[:, None] * u) * F.silu(z)
+
+
+def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, **rest):  # type: ignore[no-untyped-def]
+    """fla's, row by row."""
+    state, found = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        state = g[:, t].exp()[..., None, None] * state
+        learned = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + k[:, t, :, :, None] * learned[:, :, None]
+        found.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t] * scale))
+    return torch.stack(found, 1), None
+
+
+class Remote(nn.Module):
+    """Code that calls both kernels by their public names and arguments."""
+
+    capacity = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.mix, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, 32), nn.Linear(8, VOCAB)
+        self.decay, self.bias = nn.Parameter(torch.rand(8, 4)), nn.Parameter(torch.rand(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        u, delta, b, c, z = self.mix(self.embedding(ids)).transpose(1, 2).split([8, 8, 4, 4, 8], 1)
+        x = selective_scan_fn(u, delta, -self.decay, b, c, self.bias, z=z, delta_bias=self.bias, delta_softplus=True)
+        q, k, v, g = (t.unflatten(2, (2, 4)) for t in self.mix(x.transpose(1, 2)).chunk(4, 2))
+        k, gate = F.normalize(k, dim=3), g[..., 0].sigmoid()
+        o, _ = chunk_gated_delta_rule(q, k, v, gate.log(), gate, scale=0.3, output_final_state=False)
+        return self.head(o.flatten(2))  # type: ignore[no-any-return]
+
+
+def test_code_that_calls_the_kernels_is_taken() -> None:
+    result, restricted = check(Remote(), VOCAB, 12, rounds=1)
+    assert result.ok and result.reach > 100 * result.floor, result
+    assert [s.kind for s in restricted.state.values()].count("recurrent") == 2
 
 
 def test_functions_stand_again_after_a_capture() -> None:
