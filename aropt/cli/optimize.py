@@ -77,6 +77,7 @@ def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
         else:
             notes.append("Nothing was timed: --runs 0.")
         artifact.write(done.program, folder, report, source.files)
+        write.say("done")  # raises an interrupt that was lost on the way, before the folder takes its place
     return json.loads((write.out / "report.json").read_text())  # type: ignore[no-any-return]
 
 

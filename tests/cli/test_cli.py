@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -308,11 +307,28 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     for line in process.stderr:
         if "kv-cache" in line:
             break
-    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     process.wait(timeout=60)
     assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupt_that_was_lost_in_the_last_step_counts(folder: Path, tmp_path: Path) -> None:
+    """A callback of torch may swallow it; the command has no other step after it."""
+    script = (
+        "import signal, aropt.cli.optimize as o, aropt.cli.main as c, sys\n"
+        "real = o.samples\n"
+        "def lost(*given):\n"
+        "    try: signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt: pass\n"
+        "    return real(*given)\n"
+        "o.samples = lost\n"
+        f"sys.argv = ['aropt', 'optimize', '{folder}/model.py:good', '-o', '{tmp_path}/out', *{QUICK}]\n"
+        "c.main()\n"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert made.returncode == 130 and "interrupted" in made.stderr, made.stderr
     assert not any(tmp_path.iterdir())
 
 
