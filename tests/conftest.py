@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tests.support.run import generate
 from tests.support.targets import ORT
 
 gc.set_threshold(200_000, 20, 100)  # graphs live as long as their tests: looking for garbage took 6 % of the time
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so in the background of a shell, and commands honour it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 VOCAB, CAPACITY, WIDTH = 11, 16, 4
 GOLDEN = Path(__file__).parent / "golden"
 
