@@ -23,8 +23,9 @@ EPS = 1e-6  # in the length of queries and keys, as fla has it
 
 
 def op(name: str, *args: Any) -> Any:
-    """The op's results."""
-    return ops.load(name).overload(*args)
+    """The op's results: while a forward is captured a node, else computed by its definition, which has gradients."""
+    found = ops.load(name)
+    return found.overload(*args) if torch.compiler.is_exporting() else found.reference(*args)
 
 
 def fresh(name: str, **given: Any) -> None:

@@ -53,6 +53,9 @@ class Mixer:
         state: arguments that are None in a plain forward and hold what earlier rows left behind (Gu & Dao 2023); the
             results after the first are their new values, in this order. They start as zeros.
         positions: the argument int64 [B, R] with the rows' positions; None in a plain forward, without padding.
+        tree: the op with the same arguments but for `pairs` bool [B, R, R] in the place of `positions`, whose only
+            result is the first: rows are the nodes of a tree that goes on from `state`, a node's parent before it, and
+            `pairs` says which are above each or itself. "" where there is none.
     """
 
     rows: Mapping[str, int]
@@ -61,6 +64,7 @@ class Mixer:
     causal: str = ""
     state: Sequence[str] = ()
     positions: str = ""
+    tree: str = ""
 
 
 @dataclass(frozen=True)
