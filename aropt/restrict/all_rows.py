@@ -48,7 +48,7 @@ def shape(node: fx.Node) -> Sequence[Any]:
 
 
 def widened(graph: fx.Graph, node: fx.Node) -> bool:
-    """Gives a reshape of [B, 1, ...] all rows; one that changes nothing goes. Whether it is one of these."""
+    """Gives a reshape all rows in the place of its one size of 1; one that changes nothing goes. Whether it is so."""
     source, sizes = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(sizes, (list, tuple))
     before, now = shape(source), shape(node)
@@ -57,10 +57,12 @@ def widened(graph: fx.Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         return True
-    one_row = not isinstance(before[1], int) or before[1] == 1
-    if node.target is not aten.reshape.default or list(sizes[:2]) != [-1, 1] or not one_row:
+    ones = list(sizes).count(1)
+    if node.target is not aten.reshape.default or -1 not in sizes or ones > 1:
         return False
+    if not ones:  # rows are part of the axis that takes what is left
+        return True
     with graph.inserting_before(node):
-        batch = graph.call_function(aten.sym_size.int, (next(iter(graph.nodes)), 0))
-    node.args = (source, [batch, -1, *sizes[2:]])
+        rows = graph.call_function(aten.sym_size.int, (next(iter(graph.nodes)), 1))
+    node.args = (source, [rows if size == 1 else size for size in sizes])
     return True

@@ -1,0 +1,247 @@
+"""A step whose rows are the nodes of a token tree, and what takes one of its paths into the state (STree, Wu et al.
+2025, section 4; for slots, Miao et al. 2024, section 4.2).
+
+    tree(ids[B, R], positions[B, R], pairs[B, R, R], slot_positions, k_0, state_1, ..)
+        -> logits[B, R, V], k_0_rows, state_1_x, ..
+    settle(path[B, P], start[B], origin[B], slot_positions, k_0, state_1, .., k_0_rows, state_1_x, ..)
+        -> slot_positions, k_0, state_1, ..
+
+The tree's step reads the state and writes none. `pairs` says which nodes are above a node or the node itself: of new
+rows a row sees these alone, and of what is stored what it sees anyway. Its stash is what the rows would have written:
+keys and values, and what recurrences were given. `settle` writes that of the path's nodes (-1: none), the first to slot
+`start` of its sequence with position `origin`. A recurrence is run once more, over the path alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from aropt.frontend.trace import capture_function
+from aropt.ir import ops
+from aropt.ir.calls import bind, op_name
+from aropt.ir.edit import copied, inline
+from aropt.ir.program import Graph, Spec
+from aropt.ir.torch_compat import build
+from aropt.restrict.all_rows import wide
+from aropt.restrict.mixers import mixer_of
+from aropt.restrict.stash import rows_given
+
+aten = torch.ops.aten
+I64, BOOL = torch.int64, torch.bool
+STORED = "aten::index_copy"
+PATH = {"path": Spec(I64, ("B", "P")), "start": Spec(I64, ("B",)), "origin": Spec(I64, ("B",))}
+
+
+class NoTree(Exception):
+    """Why a step can't be computed for the nodes of a tree."""
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The graphs "tree" and "settle" of a step."""
+
+    tree: Graph
+    settle: Graph
+
+
+@dataclass
+class Kept:
+    """What a state gets from the rows of a step: the node of the rows and their axis, or the recurrence's call."""
+
+    rows: dict[str, tuple[fx.Node, int]]  # of the stash, with the axis of rows
+    call: fx.Node | None = None
+
+
+def forms(step: Graph, weights: Mapping[str, Tensor]) -> Forms:
+    """Both forms of a step [B, R] that was derived by `restrict`. Raises NoTree."""
+    verify = wide(step, weights)
+    if verify is None:
+        raise NoTree("the step's last rows can't be computed alone")
+    graph = copied(verify.fx)
+    placed = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    with graph.inserting_after(placed["positions"]):
+        pairs = graph.placeholder("pairs")
+    kept = stashed_slots(graph, placed, pairs, verify.inputs) if "slots" in placed else {}
+    kept |= stashed_recurrences(graph, placed, pairs)
+    missing = set(verify.outputs) - {"logits", "slot_positions", *(s for one in kept for s in one.split())}
+    if missing:
+        raise NoTree(f"nothing is known of its state {', '.join(sorted(missing))}")
+    tree = tree_of(verify, graph, kept, weights)
+    return Forms(tree, settle_of(verify, tree, kept, weights))
+
+
+def stashed_slots(
+    graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node, specs: Mapping[str, Spec]
+) -> dict[str, Kept]:
+    """Reads new rows beside what is stored, in place of writing them there; a row sees those that `pairs` says."""
+    found = {}
+    writes = [n for n in graph.nodes if op_name(n) == STORED]
+    for node in sorted(writes, key=lambda n: n.args[0] is placed["slot_positions"]):  # that one last
+        store, axis, slots, rows = node.args
+        if slots is not placed["slots"] or store.op != "placeholder" or specs[store.name].dims[0] != "B":
+            raise NoTree(f"its state {store.name} is not one of slots for each sequence")
+        with graph.inserting_before(node):
+            both = graph.call_function(aten.cat.default, ([store, rows], axis))
+        both.meta = dict(node.meta)
+        node.replace_all_uses_with(both)
+        graph.erase_node(node)
+        if store is placed["slot_positions"]:
+            own_slots(graph, placed, both)
+            hide_others(graph, placed, both, pairs)
+        else:
+            found[store.name] = Kept({f"{store.name}_rows": (rows, axis)})
+    return found
+
+
+def own_slots(graph: fx.Graph, placed: Mapping[str, fx.Node], columns: fx.Node) -> None:
+    """New rows come after all slots."""
+    call = graph.call_function
+    with graph.inserting_before(columns.next):
+        stored, rows = (call(aten.sym_size.int, (placed[n], 1)) for n in ("slot_positions", "positions"))
+        count = call(aten.arange.default, (rows,), {"device": torch.device("cpu")})
+        places = call(aten.add.Tensor, (count, stored))
+    placed["slots"].replace_all_uses_with(places)
+
+
+def hide_others(graph: fx.Graph, placed: Mapping[str, fx.Node], columns: fx.Node, pairs: fx.Node) -> None:
+    """Where the step asks which slots are filled, it asks of new rows whether they are on the same path."""
+    call = graph.call_function
+    for node in [n for u in columns.users if op_name(u) == "aten::unsqueeze" for n in u.users if is_filled(n)]:
+        with graph.inserting_before(node.next):
+            stored, rows = (
+                call(aten.ge.Scalar, (call(aten.unsqueeze.default, (placed[name], at)), -1))
+                for name, at in (("slot_positions", 1), ("positions", 2))
+            )
+            every = call(aten.logical_or.default, (stored, rows))  # [B, R, S]: of what is stored, all
+            allowed = call(aten.cat.default, ([every, pairs], 2))
+            seen = call(aten.logical_and.default, (node, allowed))
+        node.replace_all_uses_with(seen, delete_user_cb=lambda user, made=seen: user is not made)
+
+
+def is_filled(node: fx.Node) -> bool:
+    return node.target is aten.ge.Scalar and node.args[1] == 0
+
+
+def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node) -> dict[str, Kept]:
+    """Computes recurrences for the nodes of a tree; {names of the state, with spaces: what becomes of it}."""
+    found = {}
+    for node in list(graph.nodes):
+        mixer = mixer_of(node) if node.op == "call_function" else None
+        if mixer is None or not mixer.state:
+            continue
+        given = bind(node)
+        if not mixer.tree or given[mixer.positions] is not placed["positions"]:
+            raise NoTree(f"{op_name(node)} has no form for trees")
+        names = [given[name].name for name in mixer.state]
+        target = ops.load(mixer.tree).overload
+        with graph.inserting_before(node):
+            made = graph.call_function(target, tuple(pairs if n == mixer.positions else v for n, v in given.items()))
+        made.meta = dict(node.meta)
+        for user in list(node.users):
+            if user.args[1] == 0:
+                user.replace_all_uses_with(made)
+        rows = {
+            f"{names[0]}_{argument.lower()}": (value, value.meta["val"].dim() + mixer.rows[argument])
+            for argument, value in rows_given(node).items()
+        }
+        found[" ".join(names)] = Kept(rows, node)
+    return found
+
+
+def tree_of(step: Graph, graph: fx.Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
+    """The step for nodes: its logits, and the stash."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    results: Any = output.args[0]
+    logits = results[list(step.outputs).index("logits")]
+    stash = {name: rows for one in kept.values() for name, (rows, _) in one.rows.items()}
+    output.args = ((logits, *stash.values()),)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    specs = {**step.inputs, "pairs": Spec(BOOL, ("B", "R", "R"))}
+    for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+        graph.erase_node(node)
+    inputs = {n.name: specs[n.name] for n in graph.nodes if n.op == "placeholder"}
+    return build("tree", graph, inputs, ["logits", *stash], weights)
+
+
+def path_places(slots: bool) -> Graph:
+    """Of a path's nodes: which rows of the stash, -1 where a row does not count, and where they go.
+
+    What is no node is the first one again, so that it changes nothing.
+    """
+
+    def places(path: Tensor, start: Tensor, origin: Tensor, **stored: Tensor) -> tuple[Tensor, ...]:
+        there, first = path >= 0, path[:, :1]
+        index = torch.where(there, path, first).clamp(min=0)
+        counts = torch.where(there, 0, -1)
+        if not slots:
+            return index, counts
+        ahead = torch.where(there, torch.arange(path.shape[1]), 0)
+        at = (start.unsqueeze(1) + ahead).clamp(max=stored["slot_positions"].shape[1] - 1)
+        return index, counts, at, torch.where(first >= 0, origin.unsqueeze(1) + ahead, -1)
+
+    inputs = {**PATH, **({"slot_positions": Spec(I64, ("B", "S"))} if slots else {})}
+    return capture_function("places", places, inputs, ["index", "counts", *(["at", "rows"] if slots else [])])
+
+
+def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
+    """The graph that takes a path's rows into the state."""
+    slots = "slot_positions" in step.outputs
+    states = {n: s for n, s in step.inputs.items() if n in step.outputs}
+    inputs = PATH | states | {n: tree.outputs[n] for one in kept.values() for n in one.rows}
+    graph = fx.Graph()
+    given = {n: graph.placeholder(n) for n in inputs}
+    placed = inline(graph, path_places(slots), given)
+    write = ops.load("write_rows").overload
+    made: dict[str, fx.Node] = {}
+    if slots:
+        made["slot_positions"] = graph.call_function(write, (given["slot_positions"], placed["at"], placed["rows"], 1))
+    for names, one in kept.items():
+        rows = {n: on_path(graph, given[n], placed["index"], inputs[n], axis) for n, (_, axis) in one.rows.items()}
+        if one.call is None:
+            ((row, (_, axis)),) = one.rows.items()
+            made[names] = graph.call_function(write, (given[names], placed["at"], rows[row], axis))
+        else:
+            made |= again(graph, names.split(), one, {**given, **rows}, placed["counts"])
+    graph.output(tuple(made[n] for n in states))
+    for node in [n for n in given.values() if not n.users]:
+        graph.erase_node(node)
+    used = {n: s for n, s in inputs.items() if given[n].users}
+    return build("settle", graph, used, list(states), weights, "bookkeeping")
+
+
+def on_path(graph: fx.Graph, rows: fx.Node, index: fx.Node, spec: Spec, axis: int) -> fx.Node:
+    """The path's rows of a stash."""
+    for at in range(1, len(spec.dims)):
+        if at != axis:
+            index = graph.call_function(aten.unsqueeze.default, (index, at))
+    sizes = [-1 if i in (0, axis) else size for i, size in enumerate(spec.dims)]
+    return graph.call_function(
+        aten.gather.default, (rows, axis, graph.call_function(aten.expand.default, (index, sizes)))
+    )
+
+
+def again(
+    graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.Node], counts: fx.Node
+) -> dict[str, fx.Node]:
+    """The recurrence over the path's rows; {state: its new value}."""
+    assert one.call is not None
+    mixer, arguments = mixer_of(one.call), bind(one.call)
+    assert mixer is not None
+    arguments |= {a: given[f"{names[0]}_{a.lower()}"] for a in rows_given(one.call)}
+    arguments |= {a: given[name] for a, name in zip(mixer.state, names, strict=True)} | {mixer.positions: counts}
+    done: dict[fx.Node, fx.Node] = {n: n for n in arguments.values() if isinstance(n, fx.Node) and n.graph is graph}
+
+    def held(node: fx.Node) -> fx.Node:
+        """A weight, or what is made of weights alone."""
+        if node not in done:
+            done[node] = graph.node_copy(node, held)
+        return done[node]
+
+    call = graph.call_function(one.call.target, tuple(fx.node.map_arg(v, held) for v in arguments.values()))
+    return {name: graph.call_function(operator.getitem, (call, i + 1)) for i, name in enumerate(names)}
