@@ -133,5 +133,5 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"state": (1,)},
-    mixer=Mixer(rows={"x": -2}, state=("state",), positions="positions"),
+    mixer=Mixer(rows={"x": -2}, state=("state",), positions="positions", tree="tree_delay"),
 )

@@ -1,0 +1,169 @@
+"""`aropt::tree_delay`: `aropt::delay` on the nodes of a tree, each as its ancestor some steps above was.
+
+    tree_delay(x, rows, state, pairs) -> y
+
+* `x` [B, R, F]: y[:, t] is x of the ancestor `rows` steps above node t; above the roots lie the rows of `state`.
+* `state` [B, rows, F]: the rows before the roots, the latest last; None: zeros.
+* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself. A node comes after its ancestors: its
+  parent is the last of them. A node that has none goes on from `state`, as several may.
+
+What the tree forms of all mixers share is here too: trees as parents and as pairs, and random ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, OpDef, onnx_scan
+from aropt.kernels import delay
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+POWERS = [float(2**i) for i in range(21)]  # of trees with fewer nodes, where an ONNX graph is for any number
+
+
+def pairs_of(parents: Tensor) -> Tensor:
+    """bool [B, R, R] from int64 [B, R]: each node's parent, which comes before it, or -1."""
+    rows = parents.shape[1]
+    place = torch.arange(rows, device=parents.device)
+    pairs = (parents.unsqueeze(2) == place) | (place.unsqueeze(1) == place)
+    for _ in range((rows - 1).bit_length()):  # what is seen from there is seen from here: twice as far each time
+        pairs = pairs.float() @ pairs.float() > 0
+    return pairs
+
+
+def parents_of(pairs: Tensor) -> Tensor:
+    """int64 [B, R]: the last node that is an ancestor of each, or -1."""
+    place = torch.arange(pairs.shape[1], device=pairs.device)
+    return torch.where(pairs & (place.unsqueeze(1) != place), place, -1).amax(2)
+
+
+def above(pairs: Tensor, kept: int, steps: int) -> Tensor:
+    """int64 [B, R]: where, behind `kept` rows of a state, the node is that lies so many steps above each."""
+    depth = pairs.sum(2) - 1
+    wanted = depth - steps
+    found = (pairs & (depth.unsqueeze(1) == wanted.unsqueeze(2))).int().argmax(2)
+    return kept + torch.where(wanted >= 0, found, wanted)
+
+
+def reference(x: Tensor, rows: int, state: Tensor | None, pairs: Tensor) -> Tensor:
+    """The definition."""
+    state = x.new_zeros(x.shape[0], rows, x.shape[2]) if state is None else state
+    place = above(pairs, rows, rows).unsqueeze(2).expand(-1, -1, x.shape[2])
+    return torch.cat([state, x], 1).gather(1, place)
+
+
+def fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def onnx_parents(pairs: Any) -> Any:
+    """`parents_of` in standard ONNX ops."""
+    from onnxscript import opset20 as op
+
+    one, zero = op.Constant(value_int=1), op.Constant(value_int=0)
+    place = op.Range(zero, op.Squeeze(op.Shape(pairs, start=1, end=2)), one)
+    strict = op.And(pairs, op.Less(place, op.Unsqueeze(place, op.Constant(value_ints=[1]))))
+    return op.ReduceMax(op.Where(strict, place, op.Constant(value_int=-1)), op.Constant(value_ints=[2]), keepdims=0)
+
+
+def onnx_above(pairs: Any, kept: int, steps: Sequence[int]) -> Any:
+    """`above` in standard ONNX ops, int64 [B, R, S] for each of S numbers of steps."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    depth = op.Sub(op.ReduceSum(op.Cast(pairs, to=7), ints(2), keepdims=0), ints(1))
+    wanted = op.Sub(op.Unsqueeze(depth, ints(2)), ints(*steps))  # [B, R, S]
+    there = op.Equal(op.Unsqueeze(wanted, ints(3)), op.Unsqueeze(depth, ints(1, 2)))
+    there = op.Cast(op.And(there, op.Unsqueeze(pairs, ints(2))), to=6)  # [B, R, S, R]
+    found = op.ArgMax(there, axis=3, keepdims=0)
+    return op.Add(op.Where(op.GreaterOrEqual(wanted, ints(0)), found, wanted), ints(kept))
+
+
+def onnx_doubled(x: Any, axis: int, states: Sequence[Any], double: Callable[..., tuple[Any, ...]], more: int) -> Any:
+    """In an ONNX translation: the states after `double(*states, n)` for n = 1, 2, 4, .. below the rows of x + `more`.
+
+    n and the states are fp32. Where the graph is for any number of rows, a Scan does it.
+    """
+    from onnxscript import opset20 as op
+
+    rows = x.shape[axis]
+    if isinstance(rows, int):
+        for n in POWERS[: (rows + more - 1).bit_length()]:
+            states = double(*states, op.Constant(value_float=n))
+        return states
+    count = op.Add(op.Shape(x, start=axis, end=axis + 1), op.Constant(value_ints=[more]))
+    below = op.Cast(op.Less(op.Constant(value_floats=POWERS), op.Cast(count, to=1)), to=7)
+    ends = op.Max(op.ReduceSum(below, op.Constant(value_ints=[0]), keepdims=1), op.Constant(value_ints=[1]))
+    sizes = op.Slice(op.Constant(value_floats=POWERS), op.Constant(value_ints=[0]), ends)
+    return onnx_scan(double, list(states), [sizes], 0, 0)
+
+
+def onnx(x, rows, state, pairs):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops."""
+    from onnxscript import opset20 as op
+
+    if state is None:
+        shape = op.Concat(op.Shape(x, start=0, end=1), op.Constant(value_ints=[rows]), op.Shape(x, start=2), axis=0)
+        state = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), shape)
+    return op.GatherND(op.Concat(state, x, axis=1), onnx_above(pairs, rows, [rows]), batch_dims=1)
+
+
+def cost(x: Tensor, rows: int, state: Any, pairs: Tensor) -> Cost:
+    """Rows in and out, the state and the pairs."""
+    return Cost(0.0, 2.0 * x.nbytes + 1.0 * rows * x[:, 0].nbytes + pairs.nbytes)
+
+
+def drawn(draw: Any, batch: int, rows: int) -> Tensor:
+    """Parents int64 [B, R] for samples: chains, stars, bushes, chains with twigs and forests, or one node."""
+    from hypothesis import strategies as st
+
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    place, chance = torch.arange(rows), torch.rand(3, batch, rows, generator=generator)
+    bush = (chance[0] * place).long()
+    kinds = {
+        "chain": place - 1,
+        "star": place * 0,
+        "bush": bush,
+        "twigs": (place - 1 - (chance[1] * 3).long()).clamp(min=0),
+        "forest": torch.where(chance[2] < 0.3, -1, bush),
+    }
+    chosen = [draw(st.sampled_from(sorted(kinds))) for _ in range(batch)]
+    parents = torch.stack([kinds[kind].expand(batch, -1)[i] for i, kind in enumerate(chosen)])
+    return torch.where(place > 0, parents, -1)
+
+
+def on_trees(samples: Callable[..., Any], axis: int, like: tuple[Any, ...] | None) -> SearchStrategy[tuple[Any, ...]]:
+    """The samples of a mixer with pairs in the place of its positions; `axis`: that of rows in its first argument."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def build(draw: Any) -> tuple[Any, ...]:
+        *args, _ = draw(samples(None if like is None else (*like[:-1], None)))
+        return *args, pairs_of(drawn(draw, args[0].shape[0], args[0].shape[axis]))
+
+    return build()
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """Fewer nodes above than the delay and more, from a state or from nothing."""
+    return on_trees(delay.samples, 1, like)
+
+
+OP = OpDef(
+    name="tree_delay",
+    schema="(Tensor x, int rows, Tensor? state, Tensor pairs) -> Tensor",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"state": (1,)},
+)
