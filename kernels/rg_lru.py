@@ -92,6 +92,6 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
-    mixer=Mixer(rows={"x": -2, "a": -2}, state=("state",), positions="positions"),
+    mixer=Mixer(rows={"x": -2, "a": -2}, state=("state",), positions="positions", tree="rg_lru_tree"),
     tolerance={torch.float32: (1e-4, 1e-5)},
 )
