@@ -1,0 +1,80 @@
+"""`aropt::tree_conv1d`: `aropt::causal_conv1d` on the nodes of a tree, each over its ancestors.
+
+    tree_conv1d(x, weight, bias, state, pairs) -> y
+
+* `x` float [B, C, R]: channels, then nodes. `weight` float [C, K]; `bias` float [C] or None.
+* y[:, c, t] = bias[c] + sum over i < K of weight[c, i] * x[:, c, the ancestor K - 1 - i steps above t].
+* `state` float [B, C, K - 1]: the inputs above the roots, the latest last; None: zeros.
+* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, OpDef
+from aropt.kernels import causal_conv1d
+from aropt.kernels.tree_delay import above, on_trees, onnx_above
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, pairs: Tensor) -> Tensor:
+    """The definition, tap by tap."""
+    kept = weight.shape[1] - 1
+    before = x.new_zeros(x.shape[0], x.shape[1], kept) if state is None else state
+    inputs = torch.cat([before, x], 2)
+    y = x.new_zeros(x.shape)
+    for i in range(kept + 1):
+        place = above(pairs, kept, kept - i).unsqueeze(1).expand(-1, x.shape[1], -1)
+        y = y + weight[:, i, None] * inputs.gather(2, place)
+    return y if bias is None else y + bias.unsqueeze(1)
+
+
+def fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def onnx(x, weight, bias, state, pairs):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops: the taps of each node are gathered, then summed."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    kept = int(weight.shape[1]) - 1
+    if state is None:
+        state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(kept), axis=0))
+    inputs = op.Transpose(op.Concat(state, x, axis=2), perm=[0, 2, 1])
+    place = onnx_above(pairs, kept, range(kept, -1, -1))  # [B, R, K]
+    taps = op.GatherND(inputs, op.Unsqueeze(place, ints(3)), batch_dims=1)  # [B, R, K, C]
+    y = op.ReduceSum(op.Mul(taps, op.Transpose(weight, perm=[1, 0])), ints(2), keepdims=0)
+    return op.Transpose(y if bias is None else op.Add(y, bias), perm=[0, 2, 1])
+
+
+def cost(x: Tensor, weight: Tensor, bias: Any, state: Any, pairs: Tensor) -> Cost:
+    """Two operations a tap; nodes in and out, the state and the pairs."""
+    kept = x.shape[0] * weight.numel() * x.element_size()
+    return Cost(2.0 * x.numel() * weight.shape[1], 2.0 * x.nbytes + weight.nbytes + kept + pairs.nbytes)
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """Widths of 2 to 4, trees less deep than the taps and deeper, from a state or from nothing."""
+    return on_trees(causal_conv1d.samples, 2, like)
+
+
+OP = OpDef(
+    name="tree_conv1d",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor pairs) -> Tensor",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"x": (1,), "weight": (0, 1), "bias": (0,), "state": (1, 2)},
+    tolerance={torch.float32: (1e-4, 1e-5)},
+)
