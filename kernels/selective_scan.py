@@ -41,12 +41,18 @@ def reference(
     h = x.new_zeros(x.shape[0], *A.shape) if state is None else state
     found = []
     for t in range(x.shape[2]):
-        step = dt[..., t, None]
-        h = (step * A).exp() * h + step * B[:, None, :, t] * x[..., t, None]
-        found.append((h * C[:, None, :, t]).sum(2))
+        h, y = row(h, x, dt, A, B, C, t)
+        found.append(y)
     y = torch.stack(found, 2)
     y = y if D is None else y + D.unsqueeze(1) * x
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, h))  # type: ignore[return-value]
+
+
+def row(h: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """h after row t and its y [B, D] without D."""
+    size = dt[..., t, None]
+    h = (size * A).exp() * h + size * B[:, None, :, t] * x[..., t, None]
+    return h, (h * C[:, None, :, t]).sum(2)
 
 
 def fake(x: Tensor, dt: Any, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -120,6 +126,8 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"x": (1,), "dt": (1,), "A": (0, 1), "B": (1,), "C": (1,), "D": (0,), "state": (1, 2)},
-    mixer=Mixer(rows={"x": -1, "dt": -1, "B": -1, "C": -1}, state=("state",), positions="positions"),
+    mixer=Mixer(
+        rows={"x": -1, "dt": -1, "B": -1, "C": -1}, state=("state",), positions="positions", tree="selective_tree_scan"
+    ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
