@@ -132,6 +132,6 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"w": (0,), "u": (0,), "k": (2,), "v": (2,), "num": (1,), "den": (1,), "top": (1,)},
-    mixer=Mixer(rows={"k": -2, "v": -2}, state=("num", "den", "top"), positions="positions"),
+    mixer=Mixer(rows={"k": -2, "v": -2}, state=("num", "den", "top"), positions="positions", tree="wkv_tree"),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
