@@ -54,18 +54,24 @@ def reference(
 
 def chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, R, H, P] without D, and the state after the rows."""
-    served = x.shape[2] // B.shape[2]
     total = (dt * A).cumsum(1).transpose(1, 2)  # [B, H, R]: the logarithm of the decay since the state
     later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=x.device).triu(1)
-    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, -torch.inf).exp()
-    b, c = B.transpose(1, 2), C.transpose(1, 2)  # [B, G, R, N]
-    scores = (c @ b.transpose(2, 3)).repeat_interleave(served, 1) * decay
-    b, c = b.repeat_interleave(served, 1), c.repeat_interleave(served, 1)
     given = x.transpose(1, 2) * dt.transpose(1, 2).unsqueeze(3)  # [B, H, R, P]
-    y = scores @ given + total.exp().unsqueeze(3) * (c @ state.transpose(2, 3))
+    y = read(given, total, later, B, C, state)
+    b = B.transpose(1, 2).repeat_interleave(x.shape[2] // B.shape[2], 1)
     left = (total[..., -1:] - total).exp().unsqueeze(3)
     state = total[..., -1, None, None].exp() * state + (left * given).transpose(2, 3) @ b
     return y.transpose(1, 2), state
+
+
+def read(given: Tensor, total: Tensor, hidden: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """y [B, H, R, P] from what rows give, the decays since the state, and which rows [.., R, R] a row doesn't see."""
+    served = given.shape[1] // B.shape[2]
+    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(hidden, -torch.inf).exp()
+    b, c = B.transpose(1, 2), C.transpose(1, 2)  # [B, G, R, N]
+    scores = (c @ b.transpose(2, 3)).repeat_interleave(served, 1) * decay
+    before = c.repeat_interleave(served, 1) @ state.transpose(2, 3)
+    return scores.masked_fill(hidden, 0.0) @ given + total.exp().unsqueeze(3) * before
 
 
 def fake(x: Tensor, dt: Any, A: Any, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -94,34 +100,53 @@ def onnx_chunk(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
-    heads, groups, size = int(x.shape[2]), int(B.shape[2]), int(B.shape[3])
+    heads = int(x.shape[2])
     total = op.Transpose(op.CumSum(op.Mul(dt, A), op.Constant(value_int=1)), perm=[0, 2, 1])
+    size = op.Shape(x, start=1, end=2)
+    one = op.Expand(op.Constant(value_float=1.0), op.Concat(size, size, axis=0))
     given = op.Transpose(op.Mul(x, op.Unsqueeze(dt, ints(3))), perm=[0, 2, 1, 3])
-
-    def each_head(value: Any) -> Any:
-        """[B, R, G, N] as [B, H, R, N]."""
-        value = op.Transpose(value, perm=[0, 2, 1, 3])
-        if groups in (1, heads):
-            return value
-        shape = op.Concat(op.Shape(x, start=0, end=1), ints(groups, heads // groups), op.Shape(x, start=1, end=2),
-                          ints(size), axis=0)  # fmt: skip
-        whole = op.Concat(op.Shape(x, start=0, end=1), ints(heads), op.Shape(x, start=1, end=2), ints(size), axis=0)
-        return op.Reshape(op.Expand(op.Unsqueeze(value, ints(2)), shape), whole)
-
-    b, c = each_head(B), each_head(C)
-    apart = op.Sub(op.Unsqueeze(total, ints(3)), op.Unsqueeze(total, ints(2)))
-    one = op.Expand(op.Constant(value_float=1.0), op.Shape(apart))
-    sees = op.Cast(op.Trilu(one, upper=0), to=9)
-    decay = op.Exp(op.Where(sees, apart, op.Constant(value_float=float("-inf"))))
-    y = op.MatMul(op.Mul(op.MatMul(c, op.Transpose(b, perm=[0, 1, 3, 2])), decay), given)
+    y = onnx_read(given, total, op.Cast(op.Trilu(one, upper=0), to=9), B, C, state, heads)
     last = op.Slice(total, ints(-1), ints(2**62), ints(2))
     left = op.Mul(op.Exp(op.Unsqueeze(op.Sub(last, total), ints(3))), given)
-    after = op.MatMul(op.Transpose(left, perm=[0, 1, 3, 2]), b)
+    after = op.MatMul(op.Transpose(left, perm=[0, 1, 3, 2]), onnx_heads(B, heads))
     if state is not None:
-        before = op.MatMul(c, op.Transpose(state, perm=[0, 1, 3, 2]))
-        y = op.Add(y, op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), before))
         after = op.Add(after, op.Mul(op.Exp(op.Unsqueeze(last, ints(3))), state))
     return op.Transpose(y, perm=[0, 2, 1, 3]), after
+
+
+def onnx_read(given: Any, total: Any, sees: Any, B: Any, C: Any, state: Any, heads: int) -> Any:
+    """`read` in standard ONNX ops, with the rows that a row sees."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    b, c = onnx_heads(B, heads), onnx_heads(C, heads)
+    apart = op.Sub(op.Unsqueeze(total, ints(3)), op.Unsqueeze(total, ints(2)))
+    decay = op.Exp(op.Where(sees, apart, op.Constant(value_float=float("-inf"))))
+    scores = op.Mul(op.MatMul(c, op.Transpose(b, perm=[0, 1, 3, 2])), decay)
+    y = op.MatMul(op.Where(sees, scores, op.Constant(value_float=0.0)), given)
+    if state is None:
+        return y
+    before = op.MatMul(c, op.Transpose(state, perm=[0, 1, 3, 2]))
+    return op.Add(y, op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), before))
+
+
+def onnx_heads(value: Any, heads: int) -> Any:
+    """B or C [B, R, G, N] as [B, H, R, N], or [B, 1, R, N]."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    groups, size = int(value.shape[2]), int(value.shape[3])
+    batch, rows = op.Shape(value, start=0, end=1), op.Shape(value, start=1, end=2)
+    value = op.Transpose(value, perm=[0, 2, 1, 3])
+    if groups in (1, heads):
+        return value
+    shape = op.Concat(batch, ints(groups, heads // groups), rows, ints(size), axis=0)
+    whole = op.Concat(batch, ints(heads), rows, ints(size), axis=0)
+    return op.Reshape(op.Expand(op.Unsqueeze(value, ints(2)), shape), whole)
 
 
 def onnx_step(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]:
@@ -182,6 +207,8 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
-    mixer=Mixer(rows={"x": -3, "dt": -2, "B": -3, "C": -3}, state=("state",), positions="positions"),
+    mixer=Mixer(
+        rows={"x": -3, "dt": -2, "B": -3, "C": -3}, state=("state",), positions="positions", tree="ssd_tree_scan"
+    ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
