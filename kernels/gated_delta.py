@@ -48,13 +48,21 @@ def chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tenso
     """o [B, H, R, V] and the state after the rows, from [B, H, R, ..]."""
     total = g.cumsum(2)
     later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, -torch.inf).exp()
-    known = total.exp().unsqueeze(3) * (k @ state)
-    system = beta.unsqueeze(3) * decay * (k @ k.transpose(2, 3))  # of what is learned, its diagonal taken for ones
-    learned = torch.linalg.solve_triangular(system, beta.unsqueeze(3) * (v - known), upper=False, unitriangular=True)
-    o = (decay * (q @ k.transpose(2, 3))) @ learned + total.exp().unsqueeze(3) * (q @ state)
+    o, learned = solved(state, q, k, v, total, beta, later)
     left = (total[..., -1:] - total).exp().unsqueeze(3)
     return o, total[..., -1, None, None].exp() * state + (left * k).transpose(2, 3) @ learned
+
+
+def solved(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, beta: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o, and what each row learns [B, H, R, V], from decays since the state and the rows that a row doesn't see."""
+    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(hidden, -torch.inf).exp()
+    known = total.exp().unsqueeze(3) * (k @ state)
+    alike, wanted = ((decay * (x @ k.transpose(2, 3))).masked_fill(hidden, 0.0) for x in (k, q))
+    system = beta.unsqueeze(3) * alike  # of what is learned, its diagonal taken for ones
+    learned = torch.linalg.solve_triangular(system, beta.unsqueeze(3) * (v - known), upper=False, unitriangular=True)
+    return wanted @ learned + total.exp().unsqueeze(3) * (q @ state), learned
 
 
 def fake(q: Tensor, k: Any, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -111,7 +119,7 @@ def cost(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Cost:
 
 
 def drawn(draw: Any, like: tuple[Any, ...] | None, each_channel: bool) -> tuple[Any, ...]:
-    """Arguments with normalized keys: one row, several, more than a chunk; from a state or none; padded or not."""
+    """Arguments with normalized keys, all alike or not: one row, several, more than a chunk; from a state or none."""
     from hypothesis import strategies as st
 
     batch, rows = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5, 9, CHUNK + 3]))
@@ -121,9 +129,9 @@ def drawn(draw: Any, like: tuple[Any, ...] | None, each_channel: bool) -> tuple[
     shapes = ((size,), (size,), (width,), (size,) if each_channel else (), ())
     q, k, v, g, beta = (torch.randn(batch, rows, heads, *shape, generator=generator) for shape in shapes)
     state = torch.randn(batch, heads, size, width, generator=generator) if given else None
-    k = torch.nn.functional.normalize(k, dim=3)
+    k = torch.nn.functional.normalize(k if draw(st.booleans()) else k[:, :1].expand_as(k).clone(), dim=3)
     positions = padding(batch, rows, generator) if padded else None
-    return q, k, v, -g.exp() * draw(st.sampled_from([0.1, 3.0])), beta.sigmoid(), state, positions
+    return q, k, v, -g.exp() * draw(st.sampled_from([0.0, 0.1, 3.0])), beta.sigmoid(), state, positions
 
 
 def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
@@ -142,6 +150,11 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
-    mixer=Mixer(rows={"q": -3, "k": -3, "v": -3, "g": -2, "beta": -2}, state=("state",), positions="positions"),
+    mixer=Mixer(
+        rows={"q": -3, "k": -3, "v": -3, "g": -2, "beta": -2},
+        state=("state",),
+        positions="positions",
+        tree="gdn_tree_scan",
+    ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )

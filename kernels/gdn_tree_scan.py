@@ -1,0 +1,126 @@
+"""`aropt::gdn_tree_scan`: `aropt::gated_delta` on the nodes of a tree.
+
+    gdn_tree_scan(q, k, v, g, beta, state, pairs) -> o
+
+* `q`, `k` float [B, R, H, K]: normalized and scaled as the model wants them. `v` float [B, R, H, V].
+* `g` float [B, R, H] <= 0, the logarithm of the decay; `beta` float [B, R, H], how much is learned.
+* S' = exp(g[i]) * S[parent of i];  S[i] = S' + k[i] (beta[i] * (v[i] - S'^T k[i]))^T;  o[i] = S[i]^T q[i]; each head.
+* `state` float [B, H, K, V]: S above the nodes without a parent, None: zeros.
+* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+
+It is a chunk of `aropt::gated_delta` (Yang et al. 2024, section 3) in which a row sees its ancestors, not all before it: a
+node comes after them, so that the system for what is learned stays triangular. In ONNX its inverse is made in blocks,
+twice as large in each of log2 R rounds. A product of powers of the system would take as many, and loses all digits
+where keys are alike: its terms then grow as binomials.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aropt.ir.opdef import Cost, OpDef
+from aropt.kernels import gated_delta
+from aropt.kernels.tree_delay import on_trees, onnx_doubled
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, pairs: Tensor) -> Tensor:
+    """The definition, as one triangular system."""
+    state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]) if state is None else state
+    hidden, total = ~pairs.unsqueeze(1), (pairs.to(g.dtype) @ g).transpose(1, 2)
+    q, k, v, beta = (x.transpose(1, 2) for x in (q, k, v, beta))
+    o, _ = gated_delta.solved(state, q, k, v, total, beta, hidden)
+    return o.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def fake(q: Tensor, k: Any, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def onnx(q, k, v, g, beta, state, pairs):  # type: ignore[no-untyped-def]
+    """The same in standard ONNX ops."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    total = op.Transpose(op.MatMul(op.Cast(pairs, to=1), g), perm=[0, 2, 1])
+    q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+    sees = op.Unsqueeze(pairs, ints(1))
+    apart = op.Sub(op.Unsqueeze(total, ints(3)), op.Unsqueeze(total, ints(2)))
+    decay, turned = op.Exp(onnx_masked(sees, apart, float("-inf"))), op.Transpose(k, perm=[0, 1, 3, 2])
+    alike, wanted = (onnx_masked(sees, op.Mul(decay, op.MatMul(x, turned)), 0.0) for x in (k, q))
+    since = op.Exp(op.Unsqueeze(total, ints(3)))
+    before = [None, None] if state is None else [op.Mul(since, op.MatMul(x, state)) for x in (k, q)]
+    return onnx_solved(pairs, v, beta, alike, wanted, *before)
+
+
+def onnx_masked(sees: Any, value: Any, other: float) -> Any:
+    """The value where a node is seen."""
+    from onnxscript import opset20 as op
+
+    return op.Where(sees, value, op.Constant(value_float=other))
+
+
+def onnx_solved(pairs: Any, v: Any, beta: Any, alike: Any, wanted: Any, known: Any, before: Any) -> Any:
+    """o [B, R, H, V] from v [B, H, R, V], products of keys and of queries with keys, and what is read of the state."""
+    from onnxscript import opset20 as op
+
+    amount = op.Unsqueeze(op.Transpose(beta, perm=[0, 2, 1]), op.Constant(value_ints=[3]))
+    system = op.Mul(amount, alike)
+    learned = op.Mul(amount, v if known is None else op.Sub(v, known))
+    o = op.MatMul(wanted, op.MatMul(onnx_inverse(pairs, system), learned))
+    return op.Transpose(o if before is None else op.Add(o, before), perm=[0, 2, 1, 3])
+
+
+def onnx_inverse(pairs: Any, system: Any) -> Any:
+    """The inverse of [.., R, R], lower triangular with ones for its diagonal.
+
+    Of blocks [[a, 0], [c, b]] with inverses known of a and b, what is missing is -b^-1 c a^-1.
+    """
+    from onnxscript import opset20 as op
+
+    place = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(pairs, start=1, end=2)), op.Constant(value_int=1))
+    row, column = (op.Unsqueeze(place, op.Constant(value_ints=[axis])) for axis in (1, 0))
+    zero, one, two = (op.Constant(value_float=n) for n in (0.0, 1.0, 2.0))
+    inverse = op.Expand(op.Where(op.Equal(row, column), one, zero), op.Shape(system))
+
+    def double(inverse: Any, size: Any) -> tuple[Any]:
+        """Of blocks twice the size."""
+        inner, outer = (op.Floor(op.Div(op.Cast(place, to=1), n)) for n in (size, op.Mul(size, two)))
+        rows, columns = ([op.Unsqueeze(x, op.Constant(value_ints=[axis])) for x in (inner, outer)] for axis in (1, 0))
+        inside = op.And(op.Greater(rows[0], columns[0]), op.Equal(rows[1], columns[1]))
+        missing = op.MatMul(op.MatMul(inverse, op.Where(inside, system, zero)), inverse)
+        return (op.Sub(inverse, missing),)
+
+    return onnx_doubled(pairs, 1, (inverse,), double, 0)[0]
+
+
+def cost(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Any, pairs: Tensor) -> Cost:
+    """What keys and queries read of the state; products of nodes with nodes, and the system; the state is read once."""
+    rows, size = q.shape[1], q.shape[0] * q.shape[2] * q.shape[3] * v.shape[3]
+    moved = q.nbytes + k.nbytes + 2 * v.nbytes + g.nbytes + beta.nbytes + size * q.element_size() + pairs.nbytes
+    return Cost(4.0 * size * rows + rows * (4.0 * q.numel() + 3.0 * v.numel()), float(moved))
+
+
+def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
+    """Keys that differ and keys alike, from a state or from nothing."""
+    return on_trees(gated_delta.samples, 1, like)
+
+
+OP = OpDef(
+    name="gdn_tree_scan",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state, Tensor pairs) -> Tensor",
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    samples=samples,
+    onnx=onnx,
+    fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
+    tolerance={torch.float32: (1e-3, 1e-4)},
+)
