@@ -41,14 +41,22 @@ def reference(
 def chunk(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """o [B, H, R, V] and the state after the rows, from [B, H, R, ..]; decays are differences, never quotients."""
     total = g.cumsum(2)
-    later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=q.device).triu(1).unsqueeze(2)
-    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, -torch.inf).exp()  # [B, H, R, R, K]
-    known = (k * total.exp()) @ state
-    system = beta.unsqueeze(3) * torch.einsum("bhik,bhjk,bhijk->bhij", k, k, decay)
-    learned = torch.linalg.solve_triangular(system, beta.unsqueeze(3) * (v - known), upper=False, unitriangular=True)
-    o = torch.einsum("bhik,bhjk,bhijk->bhij", q, k, decay) @ learned + (q * total.exp()) @ state
+    later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    o, learned = solved(state, q, k, v, total, beta, later)
     left = (total[:, :, -1:] - total).exp()
     return o, total[:, :, -1].exp().unsqueeze(3) * state + (left * k).transpose(2, 3) @ learned
+
+
+def solved(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, beta: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """o, and what each row learns [B, H, R, V], from decays since the state and the rows that a row doesn't see."""
+    decay = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(hidden.unsqueeze(-1), -torch.inf).exp()
+    known = (k * total.exp()) @ state  # decays are [B, H, R, R, K]
+    alike, wanted = (torch.einsum("bhik,bhjk,bhijk->bhij", x, k, decay).masked_fill(hidden, 0.0) for x in (k, q))
+    system = beta.unsqueeze(3) * alike
+    learned = torch.linalg.solve_triangular(system, beta.unsqueeze(3) * (v - known), upper=False, unitriangular=True)
+    return wanted @ learned + (q * total.exp()) @ state, learned
 
 
 def onnx(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
@@ -72,6 +80,11 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2, 3), "beta": (2,), "state": (1, 2, 3)},
-    mixer=Mixer(rows={"q": -3, "k": -3, "v": -3, "g": -3, "beta": -2}, state=("state",), positions="positions"),
+    mixer=Mixer(
+        rows={"q": -3, "k": -3, "v": -3, "g": -3, "beta": -2},
+        state=("state",),
+        positions="positions",
+        tree="kda_tree_scan",
+    ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
