@@ -57,12 +57,15 @@ def widened(graph: fx.Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         return True
-    ones = list(sizes).count(1)
-    if node.target is not aten.reshape.default or -1 not in sizes or ones > 1:
+    if node.target is not aten.reshape.default or -1 not in sizes:
         return False
-    if not ones:  # rows are part of the axis that takes what is left
+    if 1 not in sizes:  # rows are part of the axis that takes what is left
         return True
+    second = list(sizes[:2]) == [-1, 1] and (not isinstance(before[1], int) or before[1] == 1)
+    if not second and list(sizes).count(1) > 1:
+        return False
     with graph.inserting_before(node):
         rows = graph.call_function(aten.sym_size.int, (next(iter(graph.nodes)), 1))
-    node.args = (source, [rows if size == 1 else size for size in sizes])
+    at = 1 if second else list(sizes).index(1)
+    node.args = (source, [*sizes[:at], rows, *sizes[at + 1 :]])
     return True

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,11 @@ from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.calls import bind, op_name
 from aropt.ir.edit import copied, inline
+from aropt.ir.opdef import Mixer
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import build
 from aropt.restrict.all_rows import wide
 from aropt.restrict.mixers import mixer_of
-from aropt.restrict.stash import rows_given
 
 aten = torch.ops.aten
 I64, BOOL = torch.int64, torch.bool
@@ -52,10 +52,12 @@ class Forms:
 
 @dataclass
 class Kept:
-    """What a state gets from the rows of a step: the node of the rows and their axis, or the recurrence's call."""
+    """What a state gets from the rows of a step; of a recurrence its op, and the arguments that were its own."""
 
     rows: dict[str, tuple[fx.Node, int]]  # of the stash, with the axis of rows
-    call: fx.Node | None = None
+    op: Any = None
+    mixer: Mixer | None = None
+    given: dict[str, Any] = field(default_factory=dict)
 
 
 def forms(step: Graph, weights: Mapping[str, Tensor]) -> Forms:
@@ -148,9 +150,10 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
                 user.replace_all_uses_with(made)
         rows = {
             f"{names[0]}_{argument.lower()}": (value, value.meta["val"].dim() + mixer.rows[argument])
-            for argument, value in rows_given(node).items()
+            for argument in mixer.rows
+            if (value := given[argument]) is not None
         }
-        found[" ".join(names)] = Kept(rows, node)
+        found[" ".join(names)] = Kept(rows, node.target, mixer, given)
     return found
 
 
@@ -203,7 +206,7 @@ def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mappi
         made["slot_positions"] = graph.call_function(write, (given["slot_positions"], placed["at"], placed["rows"], 1))
     for names, one in kept.items():
         rows = {n: on_path(graph, given[n], placed["index"], inputs[n], axis) for n, (_, axis) in one.rows.items()}
-        if one.call is None:
+        if one.mixer is None:
             ((row, (_, axis)),) = one.rows.items()
             made[names] = graph.call_function(write, (given[names], placed["at"], rows[row], axis))
         else:
@@ -230,11 +233,10 @@ def again(
     graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.Node], counts: fx.Node
 ) -> dict[str, fx.Node]:
     """The recurrence over the path's rows; {state: its new value}."""
-    assert one.call is not None
-    mixer, arguments = mixer_of(one.call), bind(one.call)
+    mixer = one.mixer
     assert mixer is not None
-    arguments |= {a: given[f"{names[0]}_{a.lower()}"] for a in rows_given(one.call)}
-    arguments |= {a: given[name] for a, name in zip(mixer.state, names, strict=True)} | {mixer.positions: counts}
+    arguments = one.given | {n: given[f"{names[0]}_{n.lower()}"] for n in mixer.rows if one.given[n] is not None}
+    arguments |= {n: given[name] for n, name in zip(mixer.state, names, strict=True)} | {mixer.positions: counts}
     done: dict[fx.Node, fx.Node] = {n: n for n in arguments.values() if isinstance(n, fx.Node) and n.graph is graph}
 
     def held(node: fx.Node) -> fx.Node:
@@ -243,5 +245,5 @@ def again(
             done[node] = graph.node_copy(node, held)
         return done[node]
 
-    call = graph.call_function(one.call.target, tuple(fx.node.map_arg(v, held) for v in arguments.values()))
+    call = graph.call_function(one.op, tuple(fx.node.map_arg(v, held) for v in arguments.values()))
     return {name: graph.call_function(operator.getitem, (call, i + 1)) for i, name in enumerate(names)}

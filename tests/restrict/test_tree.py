@@ -15,11 +15,13 @@ from aropt.ir.program import Graph, Program
 from aropt.pipeline.registry import make
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.tree import forms
-from tests.support.sweep import build
+from tests.support.sweep import RECURRENT, build
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 CAPACITY = 40
-NAMES = ["llama", "gemma2", "gpt2", "bloom"]
+QUICK = ("llama", "gemma2", "bamba", "mamba")
+OTHERS = ("gpt2", "bloom", *(name for name in RECURRENT if name not in QUICK))
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)]
 PROGRAMS: dict[str, Program] = {}
 
 
@@ -58,7 +60,9 @@ def pairs_of(above: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(above=parents(), seed=st.integers(0, 2**20), pads=st.integers(0, 2))
-@settings(max_examples=6, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=4, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 def test_a_node_is_the_last_row_of_its_path(name: str, above: list[int], seed: int, pads: int) -> None:
     """In a batch of two prompts, one of them padded; then a path of each sequence is kept."""
     made = program(name)
