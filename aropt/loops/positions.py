@@ -250,10 +250,10 @@ class Positions(Scheme):
         return {"prompt": padded(made), "lengths": constant(tuple(map(len, made))), "limit": limit}
 
     def observe(self, program: Program, inputs: Values) -> Look:
-        """Evidence is [branches * sequences, ...], of drafts [branches * drafts, ...] of the one sequence."""
+        """Evidence is [branches * sequences * drafts, ...]; there is one draft where a round checks none."""
         size, axes, alone = len(inputs["lengths"]), len(window(program.meta)), 0
 
-        def look(loop: Loop, values: Values) -> list[Round]:
+        def look(loop: Loop, values: Values) -> list[list[Round]]:
             nonlocal alone
             decided, seen = values[loop.shown].clone(), values[loop.evidence].clone()
             drafts = decided.dim() > 1 + axes
@@ -261,9 +261,9 @@ class Positions(Scheme):
             decided = decided if drafts else decided.unsqueeze(1)
             seen = seen.reshape(alone // size, size, -1, *seen.shape[1:])
             rows = torch.arange(len(seen))
-            found = [Round("token", decided[i, j], seen[:, i, j], rows)
-                     for j in range(seen.shape[2]) for i in range(size)]  # fmt: skip
-            return [one for one in found if not one.empty] if len(found) > size else found  # drafts that count
+            found = [[Round("token", decided[i, j], seen[:, i, j], rows) for j in range(seen.shape[2])]
+                     for i in range(size)]  # fmt: skip
+            return [[one for one in mine if not one.empty] for mine in found] if drafts else found  # those that count
 
         return look
 

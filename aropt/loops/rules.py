@@ -194,8 +194,11 @@ def rule(
     sampled: bool,
     row: tuple[int, ...] = (),
     never: Sequence[int] = (),
+    best: int = 0,
 ) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
     """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B].
+
+    `best`: so many ids in its place, int64 [B, best]: those that the rule puts first, its token and the next ones.
 
     `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own. `never`: ids that are
     not picked (see aropt.restrict.excluded).
@@ -233,9 +236,8 @@ def rule(
             names = (*processor.params, *processor.reads)
             logits = processor.apply(logits, **{n: values[n] for n in names})
         if sampled:
-            token = draw(logits, values["seed"], values["streams"], values["position"])
-        else:
-            token = torch.argmax(logits, dim=-1)
+            logits = logits - gumbel_noise(vocab, *(values[n] for n in ("seed", "streams", "position")))
+        token = torch.topk(logits, best, dim=-1).indices if best else torch.argmax(logits, dim=-1)
         return token.reshape(-1, *row) if row else token
 
     return function, inputs

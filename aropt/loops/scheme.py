@@ -74,7 +74,7 @@ class Round:
 
 
 Prompts = Sequence[Sequence[int]]
-Look = Callable[[Loop, Values], list[Round]]  # a round's values, as rounds of each sequence in turn
+Look = Callable[[Loop, Values], list[list[Round]]]  # a round's values, as rounds of each sequence
 
 
 class Scheme:
@@ -125,11 +125,11 @@ class Scheme:
     def observe(self, program: Program, inputs: Values) -> Look:
         """Takes apart what a batch's rounds decide."""
 
-        def look(loop: Loop, values: Values) -> list[Round]:
+        def look(loop: Loop, values: Values) -> list[list[Round]]:
             shown, seen = values[loop.shown], values[loop.evidence]
             rows = torch.arange(seen.shape[1] if seen.dim() > 1 else 1)
             pairs = zip(shown.clone().unbind(), seen.clone().unbind(), strict=True)
-            return [Round(loop.decides, decided, evidence, rows) for decided, evidence in pairs]
+            return [[Round(loop.decides, decided, evidence, rows)] for decided, evidence in pairs]
 
         return look
 

@@ -57,6 +57,9 @@ def widened(graph: fx.Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         return True
+    if node.target is aten.expand.default and len(before) == len(now):
+        node.args = (source, [-1 if str(a) == str(b) else size for a, b, size in zip(before, now, sizes, strict=True)])
+        return True
     if node.target is not aten.reshape.default or -1 not in sizes:
         return False
     if 1 not in sizes:  # rows are part of the axis that takes what is left

@@ -123,11 +123,12 @@ def hide_others(graph: fx.Graph, placed: Mapping[str, fx.Node], columns: fx.Node
             every = call(aten.logical_or.default, (stored, rows))  # [B, R, S]: of what is stored, all
             allowed = call(aten.cat.default, ([every, pairs], 2))
             seen = call(aten.logical_and.default, (node, allowed))
-        node.replace_all_uses_with(seen, delete_user_cb=lambda user, made=seen: user is not made)
+        for user in [user for user in node.users if user is not seen]:
+            user.replace_input_with(node, seen)
 
 
 def is_filled(node: fx.Node) -> bool:
-    return node.target is aten.ge.Scalar and node.args[1] == 0
+    return node.target is aten.ge.Scalar and bool(node.args[1] == 0)
 
 
 def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node) -> dict[str, Kept]:

@@ -68,7 +68,7 @@ def computed(candidate: Program, case: Case, group: list[int], row: int) -> list
     def keep(loop: Loop, values: Values) -> None:
         if not loop.decides:
             return
-        kept.append(Computed(recorder.taken(), look(loop, values)[place :: len(group)]))
+        kept.append(Computed(recorder.taken(), look(loop, values)[place]))
         if len(kept) > most:
             raise Enough
 

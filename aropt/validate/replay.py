@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ class Trace:
             look, most = scheme.observe(candidate, inputs), scheme.most_rounds(inputs)
 
             def keep(loop: Loop, values: Values, group: list[int] = group, most: int = most, look: Look = look) -> None:
-                for i, one in zip(cycle(group), look(loop, values) if loop.decides else ()):
-                    self.rounds[i].append(one)
+                for i, found in zip(group, look(loop, values) if loop.decides else ()):
+                    self.rounds[i] += found
                 if len(self.rounds[group[0]]) > most:
                     raise Mismatch(f"does not end after {scheme.counted(candidate, most)}")
 

@@ -80,7 +80,7 @@ class Unmask(Scheme):
     def observe(self, program: Program, inputs: Values) -> Look:
         sizes, width, last = inputs["lengths"].tolist(), inputs["canvas"].shape[1], inputs["canvas"]
 
-        def look(loop: Loop, values: Values) -> list[Round]:
+        def look(loop: Loop, values: Values) -> list[list[Round]]:
             nonlocal last
             canvas, seen, found = values[loop.shown].clone(), values[loop.evidence], []
             for j, size in enumerate(sizes):
@@ -88,7 +88,7 @@ class Unmask(Scheme):
                 slots = values["slots"][j] if "slots" in values else torch.arange(width)
                 real = (slots >= pad) & (slots < width)
                 evidence, rows = seen[j][real].clone(), slots[real] - pad
-                found.append(Round(loop.decides, canvas[j, pad:], evidence, rows, last[j, pad:]))
+                found.append([Round(loop.decides, canvas[j, pad:], evidence, rows, last[j, pad:])])
             last = canvas
             return found
 

@@ -1,0 +1,68 @@
+"""A smaller model that drafts for a program: its cached step, and this step for the nodes of a tree."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from aropt.errors import UsageError
+from aropt.frontend.facts import Source
+from aropt.frontend.sources import resolve
+from aropt.ir.edit import copied
+from aropt.ir.program import Graph, Meta, StateSpec
+from aropt.ir.torch_compat import build
+from aropt.loops.drafters import Model
+from aropt.restrict import excluded
+from aropt.restrict.rewrite import restrict
+from aropt.rewriting.tree import forms
+
+PREFIX = "draft."  # of its weights
+
+
+@functools.lru_cache(maxsize=2)
+def restricted(text: str, capacity: int) -> tuple[Source, Graph, dict[str, StateSpec], dict[str, Tensor]]:
+    """The model that a text names: what is known of it, its cached step, its state and its weights."""
+    source = resolve(text, capacity)
+    graph, weights = source.captured()
+    never = excluded.facts(graph, source.meta).get("never", ())
+    found = restrict(graph, weights, capacity, "last", never=never)
+    return source, found.graph, found.state, {**weights, **found.constants}
+
+
+def check(text: str, meta: Meta) -> None:
+    """Raises UsageError for a model that can't draft for one with this meta, Unsupported for one without a cache."""
+    source = restricted(text, int(meta["capacity"]))[0]
+    mine, theirs = (str(m.get("tokenizer", "")) for m in (meta, source.meta))
+    wrong = ""
+    if source.meta["vocab"] != meta["vocab"]:
+        wrong = f"it has {source.meta['vocab']} ids, and the model {meta['vocab']}"
+    elif source.meta.get("mask") is not None:
+        wrong = "it unmasks a canvas, and writes no ids one after the other"
+    elif mine and theirs and mine != theirs:
+        wrong = "its tokenizer is another one"
+    if wrong:
+        raise UsageError(what=f"{text} can't draft for {meta.get('name', 'this model')}", where="--draft", why=wrong,
+                         hint="give a smaller model of the same family, or leave --draft out")  # fmt: skip
+
+
+def read(text: str, meta: Meta, weights: dict[str, Tensor]) -> Model:
+    """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
+    check(text, meta)
+    _, step, state, own = restricted(text, int(meta["capacity"]))
+    both = forms(step, own)
+    weights |= {PREFIX + n: own[n] for g in (step, both.tree, both.settle) for n in g.weights()}
+    graphs = {"step": step, "tree": both.tree, "settle": both.settle}
+    return Model(**{n: renamed(g, f"draft_{n}", weights) for n, g in graphs.items()}, state=state)
+
+
+def renamed(graph: Graph, name: str, weights: Mapping[str, Tensor]) -> Graph:
+    """The graph under another name, on weights of the prefix."""
+    made = copied(graph.fx)
+    for node in made.nodes:
+        if node.op == "get_attr":
+            node.target = PREFIX + str(node.target)
+        node.meta.pop("origin", None)  # nothing of the reference computes this
+    return replace(build(name, made, dict(graph.inputs), list(graph.outputs), weights), role="bookkeeping")

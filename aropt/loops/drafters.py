@@ -1,0 +1,211 @@
+"""Where the drafts of a tree come from: what runs in the prompt's round, and what writes `level_1` .. in each round.
+
+A drafter is graphs, state and calls. All draft by the target's own rule with the noise of the place that a draft is
+for, so that they guess draws as well as choices; a node's children are the ids that the rule puts first.
+
+    own_model   another, smaller model with a state of its own (Leviathan et al. 2023, 2211.17192)
+    own_step    a cheaper form of the target's step, on the target's state, which no step for nodes writes
+    from_text   what followed the latest ids where they stood before (prompt lookup): a chain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aropt.ir.control import Call
+from aropt.ir.edit import call_by_name
+from aropt.ir.program import Graph, Spec, StateSpec
+from aropt.loops.speculate import LATEST
+from aropt.loops.trees import Made, Shape
+
+BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
+SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A loop's rule as a call, and as a function of how many of the ids are wanted that it puts first."""
+
+    call: Call
+    best: Callable[[int], tuple[Callable[..., Tensor], dict[str, Spec]]]
+
+
+@dataclass
+class Drafter:
+    """Calls before the prompt's round, in it after its rows are placed, and in each round."""
+
+    state: dict[str, StateSpec] = field(default_factory=dict)
+    before: list[Call] = field(default_factory=list)
+    prompt: list[Call] = field(default_factory=list)
+    rounds: list[Call] = field(default_factory=list)
+
+
+def guess(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -> Call:
+    """The call that drafts the children of a level's nodes, whose logits are those of `rows`."""
+    count, (most, chosen) = len(shape.level(depth)), shape.drafted(depth)
+    function, inputs = rule.best(most)
+    given = {n: s for n, s in inputs.items() if n not in ("logits", "streams", "position")}
+    sampled = "position" in inputs
+
+    def draft(logits: Tensor, **values: Tensor) -> Tensor:
+        found, batch = logits.index_select(1, values["rows"]).to(F32).flatten(0, 1), logits.shape[0]
+        held = {n: values[n] for n in given}
+        if sampled:
+            places = (values["origin"] + depth + 1).unsqueeze(1).expand(batch, count)
+            held |= {"position": places.flatten()}
+            held |= {"streams": values["streams"].unsqueeze(1).expand(batch, count).flatten()}
+        return function(found, **held).reshape(batch, count * most).index_select(1, values["chosen"])
+
+    more = {"origin": ROWS, "streams": ROWS} if sampled else {}
+    graph = made.add(
+        f"guess_{rule.call.graph}_{depth}", draft, {"logits": Spec(F32, ("B", "R", made.vocab)), **given, **more},
+        [f"level_{depth + 1}"], tables={"chosen": torch.tensor(chosen), "rows": torch.tensor(rows)},
+    )  # fmt: skip
+    reads = {n: rule.call.reads.get(n, n) for n in graph.inputs} | {"logits": "draft_logits"}
+    return Call(graph.name, {n: reads[n] for n in graph.inputs}, {n: n for n in graph.outputs})
+
+
+def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
+    """The call that says which rows the drafter computes next: the nodes down to a depth, `root` among them or not."""
+    kept = [node for node, d in enumerate(shape.depth) if (0 if root else 1) <= d <= depth]
+    levels = {f"level_{d}": Spec(I64, ("B", len(shape.level(d)))) for d in range(1, depth + 1)}
+    tables = {"depth": torch.tensor([shape.depth[n] for n in kept]), "pairs": shape.pairs[kept][:, kept]}
+
+    def grow(window: Tensor, origin: Tensor, live: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+        newest = window.gather(1, ((window >= 0).to(I64).sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
+        ids = torch.cat([*([newest] if root else []), *(given[n] for n in levels)], 1)
+        places = (origin.unsqueeze(1) + given["depth"]).clamp(max=made.capacity - 1)
+        places = torch.where(live.unsqueeze(1), places, -1)
+        return ids, places, given["pairs"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
+
+    inputs = {"window": shape.window, "origin": ROWS, "live": Spec(BOOL, ("B",)), **levels}
+    return call_by_name(
+        made.add(f"grow_{depth}", grow, inputs, ["draft_ids", "draft_positions", "draft_pairs"], tables=tables)
+    )
+
+
+def where(made: Made, shape: Shape) -> Call:
+    """The call that says where the newest ids stand."""
+
+    def newest(window: Tensor, lengths: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+        return lengths + counts - 1, (window >= 0).any(1)
+
+    inputs = {"window": shape.window, "lengths": ROWS, "counts": ROWS}
+    return call_by_name(made.add("newest", newest, inputs, ["origin", "live"]))
+
+
+def drafting(call: Call, prefix: str) -> Call:
+    """A step for nodes on what `grown` writes; the state's names begin with the prefix, and so does the stash's."""
+    given = {"ids": "draft_ids", "positions": "draft_positions", "pairs": "draft_pairs"}
+    reads = {n: given.get(n, prefix + v) for n, v in call.reads.items()}
+    writes = {n: "draft_logits" if n == "logits" else prefix + v for n, v in call.writes.items()}
+    return Call(call.graph, reads, writes)
+
+
+def own_step(made: Made, shape: Shape, tree: Graph, rule: Ranked) -> Drafter:
+    """Drafts by the graph `tree`, a cheaper form of the target's step for nodes."""
+    made.graphs[tree.name] = tree
+    step = call_by_name(tree)
+    rounds = [where(made, shape)]
+    for depth in range(shape.deepest):
+        rounds += [
+            grown(made, shape, depth, True),
+            drafting(step, ""),
+            guess(made, shape, depth, rule, shape.level(depth)),
+        ]
+    return Drafter(rounds=rounds)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Another model's step, and the same for nodes; all names of its graphs, state and weights begin with draft."""
+
+    step: Graph
+    tree: Graph
+    settle: Graph
+    state: Mapping[str, StateSpec]
+
+
+def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
+    """Drafts by a model of its own: each round it reads the ids that came last, then the tree as it grows."""
+    made.graphs |= {g.name: g for g in (model.step, model.tree, model.settle)}
+    fed = {"ids": "feed", "slots": "slots", "positions": "positions"}
+    step = Call(
+        model.step.name,
+        {n: fed.get(n, "draft_" + n) for n in model.step.inputs},
+        {n: "draft_" + n for n in model.step.outputs},
+    )
+    tree = call_by_name(model.tree)
+    settle = Call(
+        model.settle.name,
+        {n: {"path": "window_path", "start": "window_start", "origin": "window_origin"}.get(n, "draft_" + n)
+         for n in model.settle.inputs},
+        {n: "draft_" + n for n in model.settle.outputs},
+    )  # fmt: skip
+    count = shape.deepest + 1
+
+    def follow(window: Tensor, origin: Tensor, pads: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+        there, ahead = window >= 0, torch.arange(count)
+        first = origin - there.to(I64).sum(1) + 1
+        positions = torch.where(there, first.unsqueeze(1) + ahead, -1)
+        pairs = given["below"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
+        return window.clamp(min=0), positions, pairs, torch.where(there, ahead, -1), pads + first, first
+
+    def last(draft_logits: Tensor, window: Tensor) -> Tensor:
+        place = ((window >= 0).to(I64).sum(1) - 1).clamp(min=0)
+        return draft_logits.gather(1, place.reshape(-1, 1, 1).expand(-1, 1, made.vocab))
+
+    made.add(
+        "follow", follow, {"window": shape.window, "origin": ROWS, "pads": ROWS},
+        ["draft_ids", "draft_positions", "draft_pairs", "window_path", "window_start", "window_origin"],
+        tables={"below": torch.ones(count, count, dtype=BOOL).tril()},
+    )  # fmt: skip
+    made.add(
+        "last_drafted",
+        last,
+        {"draft_logits": Spec(F32, ("B", "R", made.vocab)), "window": shape.window},
+        ["draft_logits"],
+    )
+    rounds = [where(made, shape), call_by_name(made.graphs["follow"]), drafting(tree, "draft_"), settle]
+    rounds += [call_by_name(made.graphs["last_drafted"]), guess(made, shape, 0, rule, [0])]
+    for depth in range(1, shape.deepest):
+        rounds += [
+            grown(made, shape, depth, False),
+            drafting(tree, "draft_"),
+            guess(made, shape, depth, rule, [n - 1 for n in shape.level(depth)]),
+        ]
+    state = {"draft_" + n: s for n, s in model.state.items()}
+    return Drafter(state, prompt=[step], rounds=rounds)
+
+
+def from_text(made: Made, shape: Shape) -> Drafter:
+    """Drafts a chain from the ids so far, the newest first in `history` int64 [B, C], -1 after them."""
+    size, count = max(8, min(made.capacity, LATEST)), shape.deepest
+    history = Spec(I64, ("B", size))
+
+    def remember(prompt: Tensor, lengths: Tensor) -> Tensor:
+        places = torch.arange(size)
+        ids = prompt.index_select(1, (prompt.shape[1] - 1 - places).clamp(min=0))
+        return torch.where(places < lengths.unsqueeze(1), ids, -1)
+
+    def recall(window: Tensor, history: Tensor) -> tuple[Tensor, ...]:
+        new = (window >= 0).to(I64).sum(1, keepdim=True)
+        rows = torch.cat([window.flip(1), history], 1)
+        history = rows.gather(1, (window.shape[1] - new + torch.arange(size)).clamp(max=rows.shape[1] - 1))
+        alike = [(history[:, 1 + i : size - 2 + i] == history[:, i : i + 1], 4.0 / 2**i) for i in range(3)]
+        first, second, third = [torch.where(same, worth, 0.0) for same, worth in alike]
+        start = (first + second + third).argmax(1, keepdim=True)
+        drafts = history.gather(1, start - torch.arange(count) % (start + 1)).clamp(min=0)
+        return history, *(drafts[:, i : i + 1].clone() for i in range(count))
+
+    levels = [f"level_{d}" for d in range(1, count + 1)]
+    prompt = {"prompt": Spec(I64, ("B", "P")), "lengths": ROWS}
+    before = call_by_name(made.add("remember", remember, prompt, ["history"], "prologue"))
+    rounds = call_by_name(
+        made.add("recall", recall, {"window": shape.window, "history": history}, ["history", *levels])
+    )
+    return Drafter({"history": StateSpec("tokens", history, -1)}, before=[before], rounds=[rounds])

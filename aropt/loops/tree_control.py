@@ -1,0 +1,63 @@
+"""The control of rounds that check a tree of drafts, in the place of a loop over positions (see trees.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from aropt.ir.control import Call, Control, If, Loop, Seq, loops, map_parts, parts, renamed, sequence
+from aropt.ir.edit import call_by_name
+from aropt.ir.program import Graph, Program
+from aropt.loops.drafters import Drafter
+from aropt.loops.speculate import Rounds, checking, dense, rounds_of
+from aropt.loops.trees import Made
+
+
+def general(program: Program) -> list[Rounds]:
+    """The loops over positions whose step takes rows of any prompts, short ones padded."""
+    found = [made for loop in loops(program.control, "positions") if (made := rounds_of(loop, program.graphs))]
+    return [made for made in found if not dense(program.graphs[made.step.graph]) and made.before]
+
+
+def beside(program: Program, found: Sequence[Rounds], made: Made, drafted: Callable[[Rounds], Control]) -> Control:
+    """Each loop, in all its forms, as it was for large batches, and with drafts for others."""
+
+    def of(loop: Control) -> Rounds | None:
+        return next((one for one in found if one.loop == loop), None)
+
+    def change(node: Control) -> Control:
+        one = of(node)
+        if one is None and isinstance(node, If):  # the same rounds for rows that fill the same slots, or not
+            both = [rounds_of(p, program.graphs) if isinstance(p, Loop) else None for p in parts(node)]
+            if None not in both and both[0].rule.graph == both[1].rule.graph:  # type: ignore[union-attr]
+                one = next((o for p in parts(node) if (o := of(p))), None)
+        if one is None:
+            return map_parts(node, change)
+        return Seq((call_by_name(made.graphs["open"]), If("speculates", drafted(one), node)))
+
+    return change(program.control)
+
+
+def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
+    """The prompt's round, the rounds that check drafts, and the ids of all of them."""
+    plain, graphs = one.loop, made.graphs
+    (emitted,) = plain.emits
+    opening = sequence(plain.body)
+    count = len(one.before)
+    lead = Call("lead", {"token": emitted}, {n: n for n in graphs["lead"].outputs})
+    first = (*opening[:count], *drafter.prompt, *opening[count:], call_by_name(graphs["opened"]), lead)
+    prompt = replace(plain, body=Seq(first), until="begun", emits={emitted: "first"})
+    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs))), plain)
+    return Seq((*drafter.before, prompt, rounds, call_by_name(graphs["merge"])))
+
+
+def checked(one: Rounds, graphs: dict[str, Graph]) -> tuple[Call, ...]:
+    """What a round does with its drafts."""
+    plain, tree = one.loop, graphs["tree"]
+    fed = {"ids": "nodes", "positions": "node_positions", "pairs": "node_pairs"}
+    verify = Call("tree", {n: fed.get(n, n) for n in tree.inputs}, {n: n for n in tree.outputs})
+    rows = renamed(call_by_name(graphs["node_rows"]), {"row": "node_row"})
+    names = {plain.evidence: "node_row", plain.decides: "picks", "position": "node_places", "streams": "node_streams"}
+    shown = Call("shown", {"row": "node_row", "path": "path"}, {"row": plain.evidence})
+    calls = [call_by_name(graphs[n]) for n in ("spread", "accept", "settle")]
+    return calls[0], verify, rows, renamed(one.rule, names), calls[1], shown, calls[2]

@@ -1,0 +1,137 @@
+"""tree-draft: a cheaper model drafts a tree of ids for each sequence, and one call of the step checks all its nodes.
+
+A tree says what to try where the first guess is wrong (SpecInfer, Miao et al. 2024, 2305.09781; on recurrent state:
+STree, Wu et al. 2025, 2505.14969). The step for nodes reads the state and writes none; what a path of accepted nodes
+would have written is kept aside and taken in afterwards, so that nothing has to be rolled back (`rewriting/tree.py`).
+A draft counts if the rule picks it itself after its parent, with the noise of its place: the ids are those of the plain
+loop, greedy or drawn, whatever is drafted. Sequences of a batch accept different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from aropt.errors import UsageError
+from aropt.ir.control import Control
+from aropt.ir.edit import trim
+from aropt.ir.program import Graph, Program, Spec, StateSpec
+from aropt.loops.draft_model import check, read
+from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step
+from aropt.loops.guidance import NEW_ROWS
+from aropt.loops.rules import chosen, draws, rule
+from aropt.loops.speculate import DRAFTS, NO_DRAFTS, Rounds, varies
+from aropt.loops.tree_control import beside, general, with_drafts
+from aropt.loops.trees import Made, Shape, rounds
+from aropt.rewriting.contract import Applies, Contract, Skips
+from aropt.rewriting.facts import ROWS_OF_ONE
+from aropt.rewriting.int8 import EightBits
+from aropt.rewriting.target import Target
+from aropt.rewriting.tree import NoTree, forms
+
+SOURCES = ("self", "text")
+
+
+@dataclass(frozen=True)
+class TreeDraft:
+    """Options.
+
+    `draft`, what drafts: "self" (the step with weights of eight bits), "text" (what followed the latest ids where they
+    stood before: a chain), or a smaller model, as `aropt optimize` takes one. `shape`, the tree: chain:4, the children
+    of a node on each level (3,2,1), or each draft's parent (0-0-1). `most`, sequences of a batch that is speculated.
+    """
+
+    draft: str = "self"
+    shape: str = "chain:4"
+    most: int = 8
+    name: ClassVar[str] = "tree-draft"
+    contract: ClassVar[Contract] = Contract(
+        "rounding",
+        when="asked",
+        after=("fuse-attention", "kv-cache", "merge-linears"),
+        requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
+        establishes=(DRAFTS,),
+    )
+
+    def __post_init__(self) -> None:
+        found = self.tree
+        if self.draft == "text" and found.parents != tuple(range(-1, found.nodes - 1)):
+            raise UsageError(what=f"tree-draft:shape={self.shape}", why="the text drafts chains", hint="shape=chain:4")
+        if self.most < 1:
+            raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
+
+    @property
+    def tree(self) -> Shape:
+        return Shape.parse(self.shape)
+
+    def plan(self, program: Program, target: Target) -> Applies | Skips:
+        found = general(program)
+        if not found:
+            return Skips("no loop over positions runs a cached step for rows of any prompt")
+        if program.state["feed"].spec.dims[0] != "B":
+            return Skips("a round feeds both branches of guidance")
+        if other := sorted({v for one in found for v in varies(program, one.rule)}):
+            return Skips(f"the rule depends on more than a row's logits: {', '.join(other)}")
+        if self.draft not in SOURCES:
+            check(self.draft, program.meta)
+        try:
+            forms(program.graphs[found[0].step.graph], program.weights)
+        except NoTree as reason:
+            return Skips(f"{reason}, so that no tree can be checked")
+        return Applies((f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}",))
+
+    def run(self, program: Program) -> Program:
+        found, shape = general(program), self.tree
+        made = Made({}, dict(program.weights), int(program.meta["vocab"]), int(program.meta["capacity"]))
+        rounds(made, shape, self.most)
+        target = forms(program.graphs[found[0].step.graph], program.weights)
+        made.graphs |= {"tree": target.tree, "settle": target.settle}
+        drafter_of, state = self.drafters(program, made), dict(program.state)
+
+        def drafted(one: Rounds) -> Control:
+            drafter = drafter_of(one)
+            state.update(drafter.state)
+            return with_drafts(one, drafter, made)
+
+        control = beside(program, found, made, drafted)
+        state |= {
+            "begun": StateSpec("flag", Spec(torch.bool), 0),
+            "window": StateSpec("tokens", shape.window, -1),
+            "counts": StateSpec("lengths", Spec(torch.int64, ("B",)), 0),
+        }
+        graphs = {**program.graphs, **made.graphs}
+        return program.replace(graphs=graphs, state=state, control=control, weights=made.weights)
+
+    def drafters(self, program: Program, made: Made) -> Callable[[Rounds], Drafter]:
+        """What drafts for a loop."""
+        shape, meta = self.tree, program.meta
+        if self.draft == "text":
+            return lambda one: from_text(made, shape)
+
+        def ranked(one: Rounds) -> Ranked:
+            sampled, names = draws(program.graphs[one.rule.graph]), tuple(meta["rules"])
+            function = partial(rule, chosen(names), made.vocab, sampled, (), meta.get("never", ()))
+            return Ranked(one.rule, function)
+
+        if self.draft == "self":
+            tree = self.sketch(program, made.weights)
+            return lambda one: own_step(made, shape, tree, ranked(one))
+        model = read(self.draft, meta, made.weights)
+        return lambda one: own_model(made, shape, model, ranked(one))
+
+    def sketch(self, program: Program, weights: dict[str, Tensor]) -> Graph:
+        """The step for nodes with weights of eight bits where that is worth it; nobody reads its stash."""
+        step, bits = program.graphs[general(program)[0].step.graph], EightBits(128, 2**16, self.name)
+        step = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch")
+        tree = trim(forms(step, weights).tree, {"logits"}, weights)
+        for node in tree.fx.nodes:
+            node.meta.pop("origin", None)  # nothing of the reference computes this
+        return replace(tree, name="sketch")
+
+
+PASS = TreeDraft
