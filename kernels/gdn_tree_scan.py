@@ -8,10 +8,10 @@
 * `state` float [B, H, K, V]: S above the nodes without a parent, None: zeros.
 * `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
 
-It is a chunk of `aropt::gated_delta` (Yang et al. 2024, section 3) in which a row sees its ancestors, not all before it.
-A node comes after them, so that the system for what is learned stays triangular. In ONNX its inverse is made in blocks,
-twice as large in each of log2 R rounds. A product of powers of the system would take as many, and loses all digits
-where keys are alike: its terms then grow as binomials.
+It is a chunk of `aropt::gated_delta` (Yang et al. 2024, section 3) in which a row sees its ancestors, not all before
+it. A node comes after them, so that the system for what is learned stays triangular. In ONNX its inverse is made in
+blocks, twice as large in each of log2 R rounds. A product of powers of the system would take as many, and loses all
+digits where keys are alike: its terms then grow as binomials.
 """
 
 from __future__ import annotations

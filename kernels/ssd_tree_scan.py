@@ -8,8 +8,8 @@
 * `state` float [B, H, P, N]: S above the nodes without a parent, None: zeros.
 * `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
 
-It is a chunk of `aropt::ssd_scan` in which a row sees its ancestors, not all before it: with L[i] the sum of dt * A over
-j = i and its ancestors, y[i] = exp(L[i]) state C[i] + sum over j of exp(L[i] - L[j]) (C[i] B[j]) dt[j] x[j] + D * x[i].
+It is a chunk of `aropt::ssd_scan` in which a row sees its ancestors, not all before it: with L[i] the sum of dt * A
+over j = i and its ancestors, y[i] = exp(L[i]) state C[i] + sum over j of exp(L[i] - L[j]) (C[i] B[j]) dt[j] x[j].
 """
 
 from __future__ import annotations

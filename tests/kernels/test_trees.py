@@ -213,6 +213,17 @@ def test_what_is_beside_a_path_leaves_it_alone(op: OpDef, data: st.DataObject) -
             close(got.index_select(rows_axis(op), path), want, op, bits=True)
 
 
+@pytest.mark.parametrize("name", ["gdn_tree_scan", "kda_tree_scan"])
+def test_keys_that_overflow_stay_beside(name: str) -> None:
+    """The product of two leaves' keys, which no double holds, is that of no path."""
+    *args, pairs = double(chain(name, 6))
+    pairs[:] = pairs_of(torch.tensor([[-1, 0, 0, 0, 0, 0]]))
+    want = ops.load(name).reference(*args, pairs)
+    args[0][:, [2, 4]] = args[1][:, [2, 4]] = 1e200
+    got = ops.load(name).reference(*args, pairs)
+    assert torch.equal(got[:, [0, 1, 3, 5]], want[:, [0, 1, 3, 5]])
+
+
 @every_op
 @on_samples(15)
 @given(data=st.data())
