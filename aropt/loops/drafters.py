@@ -88,13 +88,13 @@ def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
     )
 
 
-def where(made: Made, shape: Shape) -> Call:
-    """The call that says where the newest ids stand."""
+def where(made: Made) -> Call:
+    """The call that says where the newest ids stand, and which sequences go on."""
 
-    def newest(window: Tensor, lengths: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-        return lengths + counts - 1, (window >= 0).any(1)
+    def newest(lengths: Tensor, counts: Tensor, limit: Tensor, done: Tensor) -> tuple[Tensor, ...]:
+        return lengths + counts - 1, ~done & (counts < limit)
 
-    inputs = {"window": shape.window, "lengths": ROWS, "counts": ROWS}
+    inputs = {"lengths": ROWS, "counts": ROWS, "limit": SCALAR, "done": Spec(BOOL, ("B",))}
     return call_by_name(made.add("newest", newest, inputs, ["origin", "live"]))
 
 
@@ -110,7 +110,7 @@ def own_step(made: Made, shape: Shape, tree: Graph, rule: Ranked) -> Drafter:
     """Drafts by the graph `tree`, a cheaper form of the target's step for nodes."""
     made.graphs[tree.name] = tree
     step = call_by_name(tree)
-    rounds = [where(made, shape)]
+    rounds = [where(made)]
     for depth in range(shape.deepest):
         rounds += [
             grown(made, shape, depth, True),
@@ -148,8 +148,8 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     )  # fmt: skip
     count = shape.deepest + 1
 
-    def follow(window: Tensor, origin: Tensor, pads: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
-        there, ahead = window >= 0, torch.arange(count)
+    def follow(window: Tensor, origin: Tensor, live: Tensor, pads: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+        there, ahead = (window >= 0) & live.unsqueeze(1), torch.arange(count)
         first = origin - there.to(I64).sum(1) + 1
         positions = torch.where(there, first.unsqueeze(1) + ahead, -1)
         pairs = given["below"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
@@ -160,7 +160,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
         return draft_logits.gather(1, place.reshape(-1, 1, 1).expand(-1, 1, made.vocab))
 
     made.add(
-        "follow", follow, {"window": shape.window, "origin": ROWS, "pads": ROWS},
+        "follow", follow, {"window": shape.window, "origin": ROWS, "live": Spec(BOOL, ("B",)), "pads": ROWS},
         ["draft_ids", "draft_positions", "draft_pairs", "window_path", "window_start", "window_origin"],
         tables={"below": torch.ones(count, count, dtype=BOOL).tril()},
     )  # fmt: skip
@@ -170,7 +170,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
         {"draft_logits": Spec(F32, ("B", "R", made.vocab)), "window": shape.window},
         ["draft_logits"],
     )
-    rounds = [where(made, shape), call_by_name(made.graphs["follow"]), drafting(tree, "draft_"), settle]
+    rounds = [where(made), call_by_name(made.graphs["follow"]), drafting(tree, "draft_"), settle]
     rounds += [call_by_name(made.graphs["last_drafted"]), guess(made, shape, 0, rule, [0])]
     for depth in range(1, shape.deepest):
         rounds += [

@@ -195,8 +195,8 @@ def path_places(slots: bool) -> Graph:
 
 def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
     """The graph that takes a path's rows into the state."""
-    slots = "slot_positions" in step.outputs
     states = {n: s for n, s in step.inputs.items() if n in step.outputs}
+    slots = "slot_positions" in states
     inputs = PATH | states | {n: tree.outputs[n] for one in kept.values() for n in one.rows}
     graph = fx.Graph()
     given = {n: graph.placeholder(n) for n in inputs}
