@@ -68,7 +68,8 @@ def onnx(logits, k=None, p=None):  # type: ignore[no-untyped-def]
     size = op.Shape(logits, start=1, end=2)
     if k is not None:
         off = op.LessOrEqual(k, op.Constant(value_int=0))
-        ordered, _ = op.TopK(logits, op.Where(off, one, op.Max(op.Min(k, size), one)), axis=1, largest=1, sorted=1)
+        # no Max around the Min: onnxscript makes both a Clip, whose bounds get lost where k is read twice
+        ordered, _ = op.TopK(logits, op.Where(off, one, op.Min(k, size)), axis=1, largest=1, sorted=1)
         kept = op.GreaterOrEqual(logits, op.ReduceMin(ordered, one, keepdims=1))
     else:
         off = op.GreaterOrEqual(p, op.Constant(value_float=1.0))

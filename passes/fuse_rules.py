@@ -29,7 +29,7 @@ KNOWN = {"guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-
 @dataclass(frozen=True)
 class FuseRules:
     name: ClassVar[str] = "fuse-rules"
-    contract: ClassVar[Contract] = Contract("rounding", when="asked", after=("int8-draft", "ngram-draft"))
+    contract: ClassVar[Contract] = Contract("rounding", when="asked", after=("int8-draft", "ngram-draft", "tree-draft"))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         rules = program.of_role("rule")

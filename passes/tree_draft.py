@@ -43,7 +43,7 @@ class TreeDraft:
 
     `draft`, what drafts: "self" (the step with weights of eight bits), "text" (what followed the latest ids where they
     stood before: a chain), or a smaller model, as `aropt optimize` takes one. `shape`, the tree: chain:4, the children
-    of a node on each level (3,2,1), or each draft's parent (0-0-1). `most`, sequences of a batch that is speculated.
+    of a node on each level (3x2x1), or each draft's parent (0-0-1). `most`, sequences of a batch that is speculated.
     """
 
     draft: str = "self"

@@ -40,8 +40,9 @@ class Loop:
     `emits` maps a value written in the body to the value that collects it over the rounds, stacked along axis 1.
     `kind` is for people. What a round means is said by roles, which are names of values: `decides` is what it decided
     (ids, of which -1 is none, or latents), `evidence` is what it decided them from (logits, a velocity), both with the
-    batch first. A pass may fuse them away; validation exposes them again. The rounds of an `internal` loop (drafts) are
-    none of the generation: nobody watches them.
+    batch first. Where a round computes more than it decides, `at` int64 [B, P] says which rows of the evidence [B * N]
+    of its sequence each decided id is from (-1: none). A pass may fuse them away; validation exposes them again. The
+    rounds of an `internal` loop (drafts) are none of the generation: nobody watches them.
     """
 
     kind: str
@@ -52,6 +53,12 @@ class Loop:
     decides: str = ""
     evidence: str = ""
     internal: bool = False
+    at: str = ""
+
+    @property
+    def roles(self) -> set[str]:
+        """The values that say what a round means."""
+        return {self.decides, self.evidence, self.at} - {""}
 
     @property
     def shown(self) -> str:

@@ -21,7 +21,7 @@ def outputs_needed(program: Program) -> dict[str, set[str]]:
         needed: dict[str, set[str]] = defaultdict(set, {c.graph: set() for c in calls(program.control)})
         live_before(program.control, set(program.outputs), needed, depends, roles)
         left = rewrite(program.control, lambda call, kept=needed: live(call, kept[call.graph]))  # type: ignore[misc]
-        found = {r for at in loops(left) for r in (at.decides, at.evidence) if r in partly(at.body)}
+        found = {r for at in loops(left) for r in at.roles & partly(at.body)}
         if found <= roles:
             return dict(needed)
         roles |= found
@@ -70,7 +70,7 @@ def live_before(
         case Loop(_, until, body, emits):
             around = (live - set(emits.values())) | {until}
             watched = set() if control.internal else {control.shown} - {""}
-            ends = set(emits) | watched | (roles & {control.decides, control.evidence})
+            ends = set(emits) | watched | (roles & control.roles)
             while True:
                 before = live_before(body, around | ends, needed, depends, roles) | around
                 if before == around:

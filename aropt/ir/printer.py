@@ -118,7 +118,7 @@ def control_lines(control: Control, indent: str) -> Iterator[str]:
         case Loop(kind, until, body, emits, params):
             given = "".join(f" {k}={v}" for k, v in params.items())
             kept = "".join(f" emits %{value} as %{name}" for value, name in emits.items())
-            roles = [(role, getattr(control, role)) for role in ("decides", "evidence")]
+            roles = [(role, getattr(control, role)) for role in ("decides", "evidence", "at")]
             told = "".join(f" {role} %{name}" for role, name in roles if name) + " internal" * control.internal
             yield f"{indent}loop {kind}{given} until %{until}{told}{kept}"
             yield from control_lines(body, deeper)

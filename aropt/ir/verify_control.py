@@ -114,7 +114,7 @@ class ControlCheck:
             dtype, dims = body[name]
             after[target] = self.stored(where, target, (dtype, (*dims[:1], None, *dims[1:])))
         certain = writes(loop.body, certain=True)
-        for role in (loop.decides, loop.evidence):  # fused away, or written in each round
+        for role in sorted(loop.roles):  # fused away, or written in each round
             if role in changed - certain:
                 fail("loop-roles", where, f"it says what '{role}' means, which its body does not write on every path")
         return after

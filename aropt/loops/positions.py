@@ -256,6 +256,7 @@ class Positions(Scheme):
         def look(loop: Loop, values: Values) -> list[list[Round]]:
             nonlocal alone
             decided, seen = values[loop.shown].clone(), values[loop.evidence].clone()
+            seen = rows_at(seen, values[loop.at]) if loop.at else seen
             drafts = decided.dim() > 1 + axes
             alone = alone if drafts else len(seen)  # rows of a round without drafts
             decided = decided if drafts else decided.unsqueeze(1)
@@ -314,6 +315,12 @@ class Positions(Scheme):
             return status, finished | (status != 0)
 
         return Guard(check, ["prompt", "lengths", "limit", "seed", "finished"], ["status", "finished"])
+
+
+def rows_at(seen: Tensor, at: Tensor) -> Tensor:
+    """The rows [B * P, V] at [B, P] of those of each sequence [B * N, V]; the first one where there is none."""
+    index = at.clamp(min=0).unsqueeze(2).expand(-1, -1, seen.shape[-1])
+    return seen.reshape(len(at), -1, seen.shape[-1]).gather(1, index).flatten(0, 1)
 
 
 def read(inputs: Values, number: int) -> int:

@@ -275,9 +275,10 @@ REWINDS = Fact("state that takes rejected rows back", kept)
 NO_DRAFTS = Fact("no drafts", lambda p: "rounds check drafts already" if checks_drafts(p.control) else "")
 
 
-def checking(until: str, body: Control, plain: Loop) -> Loop:
+def checking(until: str, body: Control, plain: Loop, evidence: str = "", at: str = "") -> Loop:
     """Rounds that check drafts, in the place of those of a plain loop."""
-    return Loop("speculate", until, body, {"window": "windows"}, plain.params, "window", plain.evidence)
+    evidence = evidence or plain.evidence
+    return Loop("speculate", until, body, {"window": "windows"}, plain.params, "window", evidence, at=at)
 
 
 def sketching(until: str, body: Control) -> Loop:

@@ -47,7 +47,7 @@ def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
     lead = Call("lead", {"token": emitted}, {n: n for n in graphs["lead"].outputs})
     first = (*opening[:count], *drafter.prompt, *opening[count:], call_by_name(graphs["opened"]), lead)
     prompt = replace(plain, body=Seq(first), until="begun", emits={emitted: "first"})
-    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs))), plain)
+    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs))), plain, "node_row", "path")
     return Seq((*drafter.before, prompt, rounds, call_by_name(graphs["merge"])))
 
 
@@ -58,6 +58,5 @@ def checked(one: Rounds, graphs: dict[str, Graph]) -> tuple[Call, ...]:
     verify = Call("tree", {n: fed.get(n, n) for n in tree.inputs}, {n: n for n in tree.outputs})
     rows = renamed(call_by_name(graphs["node_rows"]), {"row": "node_row"})
     names = {plain.evidence: "node_row", plain.decides: "picks", "position": "node_places", "streams": "node_streams"}
-    shown = Call("shown", {"row": "node_row", "path": "path"}, {"row": plain.evidence})
     calls = [call_by_name(graphs[n]) for n in ("spread", "accept", "settle")]
-    return calls[0], verify, rows, renamed(one.rule, names), calls[1], shown, calls[2]
+    return calls[0], verify, rows, renamed(one.rule, names), calls[1], calls[2]

@@ -2,8 +2,9 @@
 
     lead       the prompt's first id as the window that rounds go on from
     spread     the tree's rows: the newest id, then the drafts, level by level (written by a drafter, see drafters.py)
-    node_rows  the logits of all nodes            accept   which nodes count, and the ids that they give (see accept.py)
-    shown      the logits from which those were   merge    the ids of all rounds, in order
+    node_rows  the logits of all nodes
+    accept     which nodes count, and the ids that they give (see accept.py)
+    merge      the ids of all rounds, in order
 
 A round writes `window` int64 [B, D + 1], the ids of a sequence's path and the one after it, -1 after them. `counts`
 int64 [B] says how many new ids each sequence has: they accept different lengths. Its newest id is no row of the state
@@ -30,7 +31,7 @@ from aropt.loops.speculate import together
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
 MOST = 64  # nodes: their attention to each other grows with the square
-HINT = "write chain:4, or the children of a node on each level, as 3,2,1, or each draft's parent, as 0-0-1"
+HINT = "write chain:4, or the children of a node on each level, as 3x2x1, or each draft's parent, as 0-0-1"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Shape:
                 return cls(tuple(range(-1, int(number))))
             if "-" in text:
                 return cls((-1, *map(int, text.split("-"))))
-            widths = [int(part) for part in text.split(",")]
+            widths = [int(part) for part in text.split("x")]
         except ValueError:
             raise refused(f"'{text}' is no tree") from None
         parents, level = [-1], [0]
@@ -187,16 +188,6 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
     )  # fmt: skip
     made.add("node_rows", lambda logits: logits.to(F32).flatten(0, 1), {"logits": logits}, ["row"])
     accepting(made, shape, tables)
-    made.add(
-        "shown",
-        lambda row, path: (
-            row.reshape(path.shape[0], n, vocab)
-            .gather(1, path.clamp(min=0).unsqueeze(2).expand(-1, -1, vocab))
-            .flatten(0, 1)
-        ),
-        {"row": Spec(F32, (f"{n}*B", vocab)), "path": shape.window},
-        ["row"],
-    )
     made.add(
         "merge", together, {"first": Spec(I64, ("B", "F")), "windows": Spec(I64, ("B", "W", deepest + 1))},
         ["generated"], "epilogue",

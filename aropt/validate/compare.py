@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from aropt.errors import AroptError, UsageError
-from aropt.ir.control import calls, loops, rewrite
+from aropt.ir.control import Call, Control, calls, loops, rewrite
 from aropt.ir.edit import expose
 from aropt.ir.executor import Executor
 from aropt.ir.interpreter import Eager
@@ -26,8 +26,8 @@ from aropt.validate.stops import with_stops
 from aropt.validate.verdict import TOLERANCE, Outcome, Verdict
 
 __all__ = [
-    "TOLERANCE", "Case", "Mismatch", "Oracle", "Outcome", "Trace", "Verdict", "cases", "compare", "fails", "probe",
-    "shrink", "validate", "with_probe", "with_stops",
+    "TOLERANCE", "Case", "Mismatch", "Oracle", "Outcome", "Trace", "Verdict", "cases", "compare", "fails", "shrink",
+    "validate", "with_probe", "with_stops",
 ]  # fmt: skip
 
 
@@ -82,21 +82,25 @@ def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) 
     return outcome
 
 
-def probe(program: Program) -> str:
-    """The value that holds what the rounds decide from."""
-    return next(loop.evidence for loop in loops(program.control) if loop.evidence)
+def probes(program: Program) -> set[str]:
+    """The values that say what rounds decide from, where no call writes them for others to see."""
+    written = {v for c in calls(program.control) for v in c.writes.values()}
+    return {role for loop in loops(program.control) for role in (loop.evidence, loop.at) if role} - written
 
 
 def with_probe(program: Program) -> Program:
-    """The program with what its rounds decide from as the value `probe(program)`, for validation only."""
-    name_of = probe(program)
-    if any(name_of in c.writes.values() for c in calls(program.control)):
+    """The program with what its rounds decide from as values, for validation only."""
+    wanted = probes(program)
+    if not wanted:
         return program
     graphs = dict(program.graphs)
     for name, graph in program.graphs.items():
-        node = next((n for n in graph.fx.nodes if n.meta.get("value") == name_of), None)
-        if node is not None:
-            graphs[name] = expose(graph, {name_of: node})
-    control = rewrite(program.control, lambda c: [replace(c, writes={**c.writes, name_of: name_of})
-                                                  if name_of in graphs[c.graph].outputs else c])  # fmt: skip
-    return program.replace(graphs=graphs, control=control)
+        nodes = {node.meta["value"]: node for node in graph.fx.nodes if node.meta.get("value") in wanted}
+        if nodes:
+            graphs[name] = expose(graph, nodes)
+
+    def shown(call: Call) -> list[Control]:
+        more = {n: n for n in wanted & set(graphs[call.graph].outputs)}
+        return [replace(call, writes={**call.writes, **more})]
+
+    return program.replace(graphs=graphs, control=rewrite(program.control, shown))
