@@ -3,21 +3,28 @@
 A round holds B sequences of n nodes. Node 0, the root, is the newest known id; the others are drafts, each after its
 parent. A rule says which children go on from a node and which id comes where none does. What is common to all rules
 follows from that in closed form, without a loop over nodes (see `descend`).
+
+Rules that draw take `position` int64 [B], the place of the id after the root, and noise that no id is drawn with: the
+same stream and place under another seed (see `beside`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aropt.ir.program import Spec
+from aropt.kernels.noise import P
+from aropt.loops.rules import draw
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 Label = Literal["rounding", "distribution", "lossy"]
+Weigh = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+COINS, REST, DRAFTS = 1, 2, 3  # uses of noise; that of the k-th draft of a place is DRAFTS + k, from 0 on
 
 
 class Tree(NamedTuple):
@@ -46,6 +53,11 @@ def within(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(1, places.clamp(min=0))
 
 
+def of_node(values: Tensor, node: Tensor) -> Tensor:
+    """values[b, node[b], :]."""
+    return values.gather(1, node.reshape(-1, 1, 1).expand(-1, 1, values.shape[2])).squeeze(1)
+
+
 def descend(tree: Tree, goes_on: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
     """The leaf [B] and the path [B, deepest + 1], if `goes_on` [B, n] says which nodes may follow their parents.
 
@@ -58,21 +70,22 @@ def descend(tree: Tree, goes_on: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
     root = torch.arange(tree.tokens.shape[1]) == 0
     good = ~(tree.pairs & ~(counts | root).unsqueeze(1)).any(2)
     leaf = torch.where(good, tree.depth, -1).to(F32).argmax(1)
-    above = tree.pairs.gather(1, leaf.reshape(-1, 1, 1).expand(-1, 1, tree.pairs.shape[2]))
-    levels = above & (tree.depth.unsqueeze(1) == torch.arange(deepest + 1).reshape(1, -1, 1))
+    level = torch.arange(deepest + 1).reshape(1, -1, 1)
+    levels = of_node(tree.pairs, leaf).unsqueeze(1) & (tree.depth.unsqueeze(1) == level)
     return leaf, torch.where(levels.any(2), levels.to(F32).argmax(2), -1)
 
 
-def emit(tree: Tree, leaf: Tensor, path: Tensor, extra: Tensor) -> Accepted:
-    """The result for a path, and for the ids `extra` [B] after its leaf."""
+def emit(tree: Tree, goes_on: Tensor, leaf: Tensor, path: Tensor, otherwise: Tensor) -> Accepted:
+    """The result for a path. After its leaf comes a child that goes on but does not count, else the id `otherwise`."""
+    children = goes_on & (tree.parents == leaf.unsqueeze(1))
+    drafted = within(tree.tokens, children.to(F32).argmax(1, keepdim=True))
+    extra = torch.where(children.any(1, keepdim=True), drafted, otherwise.unsqueeze(1))
     last, room = within(tree.depth, leaf.unsqueeze(1)), tree.room > 0
-    drafts = torch.cat([within(tree.tokens, path[:, 1:]), extra.unsqueeze(1)], 1)
     places = torch.arange(path.shape[1])
-    ids = torch.where(places < last, drafts, torch.where(places == last, extra.unsqueeze(1), -1))
-    ended = (extra.unsqueeze(1) == tree.stop).any(1) & room
-    return Accepted(
-        leaf, path, torch.where(room.unsqueeze(1), ids, -1), torch.where(room, last.squeeze(1) + 1, 0), ended
-    )
+    drafts = torch.cat([within(tree.tokens, path[:, 1:]), extra], 1)
+    ids = torch.where(places < last, drafts, torch.where(places == last, extra, -1))
+    taken, ended = torch.where(room, last.squeeze(1) + 1, 0), (extra == tree.stop).any(1) & room
+    return Accepted(leaf, path, torch.where(room.unsqueeze(1), ids, -1), taken, ended)
 
 
 def match(tree: Tree, deepest: int, picks: Tensor) -> Accepted:
@@ -80,16 +93,124 @@ def match(tree: Tree, deepest: int, picks: Tensor) -> Accepted:
 
     If these are drawn with the noise of their places, the ids are those of decoding without drafts.
     """
-    leaf, path = descend(tree, within(picks, tree.parents) == tree.tokens, deepest)
-    return emit(tree, leaf, path, within(picks, leaf.unsqueeze(1)).squeeze(1))
+    goes_on = within(picks, tree.parents) == tree.tokens
+    leaf, path = descend(tree, goes_on, deepest)
+    return emit(tree, goes_on, leaf, path, within(picks, leaf.unsqueeze(1)).squeeze(1))
+
+
+def beside(seed: Tensor, use: int) -> Tensor:
+    """A seed for another use of noise: no two of them, and no other seed below p, give the same (see kernels/noise)."""
+    return seed + use * P
+
+
+def at(values: Tensor, tokens: Tensor) -> Tensor:
+    """values[b, i, tokens[b, i]]."""
+    return values.gather(2, tokens.unsqueeze(2)).squeeze(2)
+
+
+def alone(p: Tensor, q: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """The chances of the ids themselves."""
+    return at(p, token), at(q, token)
+
+
+def offered(
+    tree: Tree, p: Tensor, q: Tensor, coins: Tensor, weigh: Weigh, width: int, replaced: bool
+) -> tuple[Tensor, Tensor]:
+    """Offers each node's first `width` children, one after the other: who goes on, and what is left of p [B, n, V].
+
+    A child is accepted with the chance that is the quotient of what `weigh` gives for p, q and the ids of children. For
+    each that is not, q is taken from p.
+    """
+    order, ids = torch.arange(p.shape[1]), torch.arange(p.shape[2])
+    alike = tree.parents.unsqueeze(2) == tree.parents.unsqueeze(1)
+    rank = (alike & (order < order.unsqueeze(1))).to(I64).sum(2)
+    child_of = tree.parents.unsqueeze(1) == order.unsqueeze(1)
+    chosen = torch.full_like(tree.parents, -1)
+    for turn in range(width):
+        turns = child_of & (rank == turn).unsqueeze(1)
+        child = torch.where(turns.any(2), turns.to(F32).argmax(2), -1)
+        token = within(tree.tokens, child).clamp(min=0)
+        over, under = weigh(p, q, token)
+        free = (child >= 0) & (chosen < 0)
+        # by a product and strictly: an id that the target never writes has chance 0, whatever q is
+        taken = free & (within(coins, child) * under < over)
+        rest = (p - q).clamp(min=0)
+        total = rest.sum(2, keepdim=True)  # 0 only by rounding: where p is q all are accepted
+        refused = (free & ~taken).unsqueeze(2) & (total > 0)
+        p = torch.where(refused, rest / torch.where(total > 0, total, 1.0), p)
+        chosen = torch.where(taken, child, chosen)
+        if not replaced:
+            q = torch.where(token.unsqueeze(2) == ids, 0.0, q)
+            left = q.sum(2, keepdim=True)
+            q = q / torch.where(left > 0, left, 1.0)
+    return within(chosen, tree.parents) == order, p
+
+
+def rejection(
+    tree: Tree, deepest: int, logits: Tensor, drafted: Tensor, seed: Tensor, streams: Tensor, position: Tensor,
+    width: int | None = None, replaced: bool = True, weigh: Weigh = alone,
+) -> Accepted:  # fmt: skip
+    """Accepts a draft with chance p/q, and draws from the rest otherwise (Leviathan et al. 2023; Miao et al. 2024).
+
+    The target's `logits` and the draft's `drafted` [B, n, V] are those after each node. The children of a node are
+    draws from the latter, in the order of drawing, each from what the ones before it leave if not `replaced`; a node
+    has at most `width`. Children of different nodes may share their noise, as one path alone counts.
+    """
+    nodes, p, q = logits.shape[1], logits.softmax(2), drafted.softmax(2)
+    coins = torch.ops.aropt.noise(beside(seed, COINS), streams, position, nodes)
+    goes_on, p = offered(tree, p, q, coins, weigh, nodes - 1 if width is None else width, replaced)
+    leaf, path = descend(tree, goes_on, deepest)
+    place = position + within(tree.depth, leaf.unsqueeze(1)).squeeze(1)
+    drawn = draw(of_node(p, leaf).log(), beside(seed, REST), streams, place)
+    return emit(tree, goes_on, leaf, path, drawn)
+
+
+def grouped(
+    tree: Tree, deepest: int, logits: Tensor, drafted: Tensor, seed: Tensor, streams: Tensor, position: Tensor,
+    near: Tensor, embeddings: Tensor, distance: Tensor, width: int | None = None, replaced: bool = True, ranks: int = 7,
+) -> Accepted:  # fmt: skip
+    """As `rejection`, but p and q are those of a group of ids like the draft's (So et al. 2025).
+
+    The group: of `ranks` ids below the draft's in the target's order, itself and ranks - 1 above it, those whose chance
+    differs by less than `near` and whose row of `embeddings` [W, E] has a squared distance below `distance`, which is
+    not asked for if one of the ids has no row. An id that the target never writes is refused all the same.
+    """
+    order, rows = torch.sort(logits, dim=2, stable=True).indices, embeddings.shape[0]
+
+    def weigh(p: Tensor, q: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        rank = (order == token.unsqueeze(2)).to(F32).argmax(2, keepdim=True)
+        places = rank + torch.arange(-ranks, ranks)
+        there = (places >= 0) & (places < order.shape[2])
+        ids, own = order.gather(2, places.clamp(0, order.shape[2] - 1)), at(p, token)
+        known = (ids < rows).all(2, keepdim=True)
+        apart = embeddings[ids.clamp(max=rows - 1)] - embeddings[token.clamp(max=rows - 1)].unsqueeze(2)
+        chances = p.gather(2, ids)
+        group = there & ((chances - own.unsqueeze(2)).abs() < near) & (~known | ((apart * apart).sum(3) < distance))
+        over, under = (torch.where(group, x, 0.0).sum(2) for x in (chances, q.gather(2, ids)))
+        return torch.where(own > 0, over, 0.0), under
+
+    return rejection(tree, deepest, logits, drafted, seed, streams, position, width, replaced, weigh)
+
+
+def typical(tree: Tree, deepest: int, logits: Tensor, picks: Tensor, epsilon: Tensor, delta: Tensor) -> Accepted:
+    """A draft counts if its chance is above min(epsilon, delta * exp(-entropy)) (Cai et al. 2024).
+
+    The deepest one is taken, and after it what the target picks: `picks` int64 [B, n].
+    """
+    chances = logits.log_softmax(2)
+    p = chances.exp()
+    bar = torch.minimum(epsilon, delta * torch.where(p > 0, p * chances, 0.0).sum(2).exp())
+    places = tree.parents.clamp(min=0) * p.shape[2] + tree.tokens.clamp(min=0)
+    goes_on = p.flatten(1).gather(1, places) > within(bar, tree.parents)
+    leaf, path = descend(tree, goes_on, deepest)
+    return emit(tree, goes_on, leaf, path, within(picks, leaf.unsqueeze(1)).squeeze(1))
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """A rule and how its ids compare with those of decoding without drafts.
+    """A rule, and how its ids compare with those of decoding without drafts.
 
-    "rounding": they are the same, but for near ties that another shape of the products turns over. "distribution": they
-    are others that are as likely. "lossy": neither.
+    They are the same but for near ties that rounding turns over, or others of the same distribution, or neither.
     """
 
     apply: Callable[..., Accepted]
@@ -97,25 +218,32 @@ class Acceptance:
     inputs: dict[str, Spec]  # besides those of Tree; "N" stands for the number of nodes, "V" for that of ids
 
 
+ROW, EACH = Spec(I64, ("B",)), Spec(F32, ("B", "N", "V"))
+PICKS, SCALE = {"picks": Spec(I64, ("B", "N"))}, Spec(F32)
+DRAWN = {"logits": EACH, "drafted": EACH, "seed": Spec(I64), "streams": ROW, "position": ROW}
+GROUP = {"near": SCALE, "embeddings": Spec(F32, ("W", "E")), "distance": SCALE}
 ACCEPT = {
-    "match": Acceptance(match, "rounding", {"picks": Spec(I64, ("B", "N"))}),
+    "match": Acceptance(match, "rounding", PICKS),
+    "rejection": Acceptance(rejection, "distribution", DRAWN),
+    "typical": Acceptance(typical, "lossy", {"logits": EACH, **PICKS, "epsilon": SCALE, "delta": SCALE}),
+    "grouped": Acceptance(grouped, "lossy", DRAWN | GROUP),
 }
 
 
 def acceptance(
-    name: str, nodes: int, deepest: int, vocab: int = 0
+    name: str, nodes: int, deepest: int, vocab: int = 0, **options: Any
 ) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, Spec]]:
-    """The rule of that name for trees of so many nodes, and its inputs: a function of tensors that gives `Accepted`."""
+    """The rule of that name as a function of tensors, and its inputs; `options`: what it is given besides tensors."""
     rule, sizes = ACCEPT[name], {"N": nodes, "V": vocab}
     given = {n: Spec(s.dtype, tuple(sizes.get(str(d), d) for d in s.dims)) for n, s in rule.inputs.items()}
     row = Spec(I64, ("B", nodes))
     inputs = {
         "tokens": row, "parents": row, "pairs": Spec(BOOL, ("B", nodes, nodes)), "depth": row,
-        "stop": Spec(I64, ("K",)), "room": Spec(I64, ("B",)), **given,
+        "stop": Spec(I64, ("K",)), "room": ROW, **given,
     }  # fmt: skip
 
     def function(**values: Tensor) -> tuple[Tensor, ...]:
         tree = Tree(**{n: values.pop(n) for n in Tree._fields})
-        return tuple(rule.apply(tree, deepest, **values))  # a graph's outputs are a plain one
+        return tuple(rule.apply(tree, deepest, **values, **options))  # a graph's outputs are a plain one
 
     return function, inputs
