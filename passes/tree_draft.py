@@ -28,6 +28,9 @@ from aropt.loops.rules import chosen, draws, rule
 from aropt.loops.speculate import DRAFTS, NO_DRAFTS, Rounds, varies
 from aropt.loops.tree_control import beside, general, with_drafts
 from aropt.loops.trees import Made, Shape, rounds
+from aropt.passes.canonicalize import Canonicalize
+from aropt.passes.kv_cache import KvCache
+from aropt.passes.merge_linears import MergeLinears
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.int8 import EightBits
@@ -78,7 +81,7 @@ class TreeDraft:
         if other := sorted({v for one in found for v in varies(program, one.rule)}):
             return Skips(f"the rule depends on more than a row's logits: {', '.join(other)}")
         if self.draft not in SOURCES:
-            check(self.draft, program.meta)
+            check(self.draft, program.meta, prepared)
         try:
             forms(program.graphs[found[0].step.graph], program.weights)
         except NoTree as reason:
@@ -121,7 +124,7 @@ class TreeDraft:
         if self.draft == "self":
             tree = self.sketch(program, made.weights)
             return lambda one: own_step(made, shape, tree, ranked(one))
-        model = read(self.draft, meta, made.weights)
+        model = read(self.draft, meta, made.weights, prepared)
         return lambda one: own_model(made, shape, model, ranked(one))
 
     def sketch(self, program: Program, weights: dict[str, Tensor]) -> Graph:
@@ -135,3 +138,10 @@ class TreeDraft:
 
 
 PASS = TreeDraft
+
+
+def prepared(program: Program) -> Program:
+    """A draft model's program with a cached step."""
+    for one in (Canonicalize(), KvCache(), MergeLinears()):
+        program = one.run(program)
+    return program

@@ -28,9 +28,9 @@ from aropt.frontend.export import (
     torch_reason,
 )
 from aropt.frontend.forwards import HINT, Forward
-from aropt.frontend.known_mixers import known_mixers
 from aropt.ir.dims import parse
 from aropt.ir.edit import share
+from aropt.ir.known_mixers import known_mixers
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Role, Spec
 from aropt.ir.torch_compat import build, examples, settled_size, trace_function

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor
 
@@ -12,29 +13,30 @@ from aropt.errors import UsageError
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.ir.edit import copied
-from aropt.ir.program import Graph, Meta, StateSpec
+from aropt.ir.program import Graph, Meta, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.drafters import Model
+from aropt.loops.scheme import scheme
+from aropt.loops.tree_control import general
 from aropt.restrict import excluded
-from aropt.restrict.rewrite import restrict
 from aropt.rewriting.tree import forms
 
+Prepare = Callable[[Program], Program]  # the passes that give a program a cached step
 PREFIX = "draft."  # of its weights
 
 
 @functools.lru_cache(maxsize=2)
-def restricted(text: str, capacity: int) -> tuple[Source, Graph, dict[str, StateSpec], dict[str, Tensor]]:
-    """The model that a text names: what is known of it, its cached step, its state and its weights."""
+def cached(text: str, capacity: int, prepare: Prepare) -> tuple[Source, Program]:
+    """The model that a text names, and its program with a cached step."""
     source = resolve(text, capacity)
     graph, weights = source.captured()
-    never = excluded.facts(graph, source.meta).get("never", ())
-    found = restrict(graph, weights, capacity, "last", never=never)
-    return source, found.graph, found.state, {**weights, **found.constants}
+    meta = cast(Meta, source.meta | excluded.facts(graph, source.meta))
+    return source, prepare(scheme("positions").build(graph, weights, meta, (), None))
 
 
-def check(text: str, meta: Meta) -> None:
+def check(text: str, meta: Meta, prepare: Prepare) -> None:
     """Raises UsageError for a model that can't draft for one with this meta, Unsupported for one without a cache."""
-    source = restricted(text, int(meta["capacity"]))[0]
+    source, _ = cached(text, int(meta["capacity"]), prepare)
     mine, theirs = (str(m.get("tokenizer", "")) for m in (meta, source.meta))
     wrong = ""
     if source.meta["vocab"] != meta["vocab"]:
@@ -48,14 +50,16 @@ def check(text: str, meta: Meta) -> None:
                          hint="give a smaller model of the same family, or leave --draft out")  # fmt: skip
 
 
-def read(text: str, meta: Meta, weights: dict[str, Tensor]) -> Model:
+def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
-    check(text, meta)
-    _, step, state, own = restricted(text, int(meta["capacity"]))
+    check(text, meta, prepare)
+    _, program = cached(text, int(meta["capacity"]), prepare)
+    step, own = program.graphs[general(program)[0].step.graph], program.weights
     both = forms(step, own)
     weights |= {PREFIX + n: own[n] for g in (step, both.tree, both.settle) for n in g.weights()}
     graphs = {"step": step, "tree": both.tree, "settle": both.settle}
-    return Model(**{n: renamed(g, f"draft_{n}", weights) for n, g in graphs.items()}, state=state)
+    made = {n: renamed(g, f"draft_{n}", weights) for n, g in graphs.items()}
+    return Model(**made, state={n: s for n, s in program.state.items() if n in step.outputs})
 
 
 def renamed(graph: Graph, name: str, weights: Mapping[str, Tensor]) -> Graph:

@@ -150,7 +150,7 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
 
     Nodes beyond the capacity, which never count, stand at its last position.
     """
-    n, deepest, vocab = shape.nodes, shape.deepest, made.vocab
+    deepest, vocab = shape.deepest, made.vocab
     levels = {f"level_{d}": Spec(I64, ("B", len(shape.level(d)))) for d in range(1, deepest + 1)}
     tables = shape.tables()
     logits = Spec(F32, ("B", "R", vocab))

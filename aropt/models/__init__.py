@@ -25,6 +25,15 @@ def _record(name: str, section: Literal["heldout", "training"]) -> dict[str, Any
     return record[section]
 
 
+PROMPTS = (
+    "The following is a list of ",
+    "A mapping object maps ",
+    "def __init__(self, ",
+    'import os\nimport sys\n\n__all__ = ["',
+    "    for key, value in ",
+)
+
+
 @dataclass(frozen=True)
 class Reference:
     """A trained model and what is known of it."""
@@ -92,25 +101,28 @@ REFERENCES: dict[str, Reference] = {
             )
             for window in (2, 4)
         ),
-        Reference(
-            name="text-ar",
-            modality="text",
-            description="byte-level Llama over English text and Python code from the Python distribution",
-            checkpoint=CHECKPOINTS / "text-ar",
-            capacity=1024,
-            vocab=260,
-            prompts=tuple(
-                tuple(prompt.encode("utf-8"))
-                for prompt in (
-                    "The following is a list of ",
-                    "A mapping object maps ",
-                    "def __init__(self, ",
-                    'import os\nimport sys\n\n__all__ = ["',
-                    "    for key, value in ",
-                )
-            ),
-            heldout=_record("text-ar", "heldout"),
-            training=_record("text-ar", "training"),
+        *(
+            Reference(
+                name=name,
+                modality="text",
+                description=f"byte-level {what} over English text and Python code from the Python distribution",
+                checkpoint=CHECKPOINTS / name,
+                capacity=1024,
+                vocab=260,
+                prompts=tuple(tuple(prompt.encode("utf-8")) for prompt in PROMPTS),
+                heldout=_record(name, "heldout"),
+                training=_record(name, "training"),
+            )
+            for name, what in (
+                ("text-ar", "Llama"),
+                ("text-mamba2", "Mamba-2"),
+                ("text-hybrid", "hybrid of Mamba-2 and attention (Bamba)"),
+                ("text-deltanet", "hybrid of the gated delta rule and attention (Qwen 3.5)"),
+                ("text-ar-draft", "Llama of one layer, a draft for text-ar,"),
+                ("text-mamba2-draft", "Mamba-2 of one layer, a draft for text-mamba2,"),
+                ("text-hybrid-draft", "Bamba of two layers, a draft for text-hybrid,"),
+                ("text-deltanet-draft", "Qwen 3.5 of two layers, a draft for text-deltanet,"),
+            )
         ),
         *(
             Reference(
@@ -139,8 +151,8 @@ def load(name: str, folder: Path = CHECKPOINTS) -> torch.nn.Module:
     """The reference model called name, from its checkpoint in folder: float32, in eval mode, without gradients.
 
     digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17], the shuffled models ids int64 [B, T, W] to logits
-    float32 [B, T, W, 17]; text-ar is a LlamaForCausalLM; text-mdlm and text-bd
-    map a canvas int64 [B, T] to logits float32 [B, T, 260].
+    float32 [B, T, W, 17]; the others of text are causal language models of transformers but for text-mdlm and text-bd,
+    which map a canvas int64 [B, T] to logits float32 [B, T, 260].
     """
     if name not in REFERENCES:
         raise KeyError(f"no reference model {name!r}; known: {', '.join(REFERENCES)}")

@@ -1,20 +1,20 @@
-"""text-ar: a byte-level Llama trained on English text and Python code from the Python distribution.
+"""Byte-level language models of English text and Python code from the Python distribution: attention and recurrences.
 
-Token ids are byte values 0..255, then pad, beginning of document, end of document and unknown.  The checkpoint is an
+Token ids are byte values 0..255, then pad, beginning of document, end of document and unknown.  A checkpoint is an
 ordinary Hugging Face directory, so nothing below is needed to use it elsewhere: AutoModelForCausalLM and AutoTokenizer
-load it offline.
+load it offline.  A smaller model of each kind, its name ending in -draft, drafts for the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = 256, 257, 258, 259
 SPECIAL = {"<|pad|>": PAD, "<|begin|>": BOS, "<|end|>": EOS, "<|unknown|>": UNKNOWN}
@@ -88,25 +88,111 @@ def stream(docs: dict[str, bytes]) -> list[int]:
     return ids
 
 
-def build() -> LlamaForCausalLM:
-    """An untrained float32 model: ids int64 [B, T] with T <= 1024 to logits float32 [B, T, 260]."""
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "tie_word_embeddings": False,
+}
+
+
+def llama(width: int, layers: int, inner: int, heads: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=CAPACITY,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
+        **COMMON,
     )
     return LlamaForCausalLM(config)
+
+
+def mamba2(width: int, layers: int, state: int) -> PreTrainedModel:
+    """Mamba-2 (Dao & Gu 2024): no attention."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        head_dim=32,
+        num_heads=width // 16,
+        state_size=state,
+        n_groups=1,
+        expand=2,
+        chunk_size=64,
+        residual_in_fp32=False,
+        **COMMON,
+    )
+    return Mamba2ForCausalLM(config)
+
+
+def hybrid(width: int, layers: int, inner: int, attention: list[int]) -> PreTrainedModel:
+    """Bamba: Mamba-2, and attention in the layers `attention`."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    config = BambaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        mamba_d_head=32,
+        mamba_n_heads=width // 16,
+        mamba_d_state=32,
+        mamba_n_groups=1,
+        mamba_expand=2,
+        mamba_chunk_size=64,
+        num_attention_heads=width // 32,
+        num_key_value_heads=3,
+        attn_layer_indices=attention,
+        max_position_embeddings=CAPACITY,
+        **COMMON,
+    )
+    return BambaForCausalLM(config)
+
+
+def deltanet(width: int, layers: int, inner: int) -> PreTrainedModel:
+    """Qwen 3.5's: the gated delta rule (Yang et al. 2024), and attention in the last layer."""
+    from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_attention_heads=width // 32,
+        num_key_value_heads=3,
+        head_dim=32,
+        linear_num_key_heads=3,
+        linear_num_value_heads=width // 32,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        layer_types=["linear_attention"] * (layers - 1) + ["full_attention"],
+        max_position_embeddings=CAPACITY,
+        **COMMON,
+    )
+    return Qwen3_5ForCausalLM(config)
+
+
+BUILDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "text-ar": lambda: llama(192, 4, 512, 6),
+    "text-ar-draft": lambda: llama(128, 1, 256, 4),
+    "text-mamba2": lambda: mamba2(256, 4, 64),
+    "text-mamba2-draft": lambda: mamba2(128, 1, 64),
+    "text-hybrid": lambda: hybrid(192, 4, 320, [2]),
+    "text-hybrid-draft": lambda: hybrid(96, 2, 160, [1]),
+    "text-deltanet": lambda: deltanet(192, 4, 384),
+    "text-deltanet-draft": lambda: deltanet(96, 2, 192),
+}
+
+
+def build(name: str = "text-ar") -> PreTrainedModel:
+    """An untrained float32 model, one of BUILDS: ids int64 [B, T] with T <= 1024 to logits float32 [B, T, 260]."""
+    return BUILDS[name]()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -135,9 +221,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load(directory: Path) -> LlamaForCausalLM:
+def load(directory: Path) -> PreTrainedModel:
     """The model saved in directory, widened to float32."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    return model

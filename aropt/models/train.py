@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aropt.ir.known_mixers import known_mixers
 from aropt.models import (
     CHECKPOINTS,
     REFERENCES,
@@ -42,6 +43,7 @@ STEPS = {
     "digits-shuffle4": 900,
     "digits-ar-cca": 100,
     "text-ar": 2000,
+    **{name: 1500 for name in text.BUILDS if name != "text-ar"},
     "text-mdlm": 3000,
     "text-bd": 400,
 }
@@ -49,7 +51,14 @@ SHUFFLED = 900  # steps of --from digits-ar --shuffle
 TUNED = 1500  # steps of tuning, for text-mdlm
 
 
-# text-ar
+# Byte-level language models
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """float32 [B, T, 260], with the definitions of our ops in the place of transformers' loops over chunks."""
+    with known_mixers(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 @torch.no_grad()
@@ -61,7 +70,7 @@ def text_nll(model: nn.Module, ids: Tensor, length: int) -> float:
     windows = ids[: len(ids) // length * length].view(-1, length)
     total = 0.0
     for batch in torch.split(windows, max(1, 8192 // length)):
-        logits = model(input_ids=batch, use_cache=False).logits
+        logits = logits_of(model, batch)
         total += F.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="sum").item()
     return total / (windows.shape[0] * (length - 1))
 
@@ -84,13 +93,13 @@ def text_measure(model: nn.Module) -> dict[str, Any]:
 
 
 def train_text(name: str, steps: int, out: Path) -> dict[str, Any]:
-    """Train text-ar, write its Hugging Face directory into out and return its record but for the measurements.
+    """Train one of text.BUILDS, write its Hugging Face directory into out; return its record but for the measurements.
 
     The last fifth of the steps reads sequences as long as the model's capacity, to train it at every position.
     """
     train, held = text.split()
     stream, check = torch.tensor(text.stream(train)), torch.tensor(text.stream(held)[:16384])
-    model = text.build().train()
+    model = text.build(name).train()
     generator = torch.Generator().manual_seed(SEED)
     for step, _ in optimise(model, steps, peak=2e-3, decay=0.1):
         if step % 100 == 0:
@@ -98,7 +107,7 @@ def train_text(name: str, steps: int, out: Path) -> dict[str, Any]:
         rows, length = (12, 256) if step < steps * 4 // 5 else (3, text.CAPACITY)
         starts = torch.randint(len(stream) - length, (rows, 1), generator=generator)
         batch = stream[starts + torch.arange(length + 1)]
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        logits = logits_of(model, batch[:, :-1])
         torch.autograd.backward(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:]))
     directory = out / name
     model.to(torch.bfloat16).save_pretrained(directory)
@@ -133,7 +142,7 @@ def make(name: str, steps: int, out: Path) -> tuple[nn.Module, dict[str, Any]]:
     elif name.endswith("-cca"):
         _, made = train_cca.tune(load(name.removesuffix("-cca")), name, steps, out)
     else:
-        made = (train_text if name == "text-ar" else train_digits.train)(name, steps, out)
+        made = (train_text if name in text.BUILDS else train_digits.train)(name, steps, out)
     return load(name, out), made
 
 
