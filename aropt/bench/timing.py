@@ -35,6 +35,7 @@ AGAINST = {
     "one-call": "the same artifact, the whole loop in one call of ONNX Runtime",
     "ngram-draft": "the same model with the pass ngram-draft, greedy and one sequence",
     "no-draft": "the same model without it",
+    "plain": "the same model without drafts of any kind",
     "hf": "transformers' generate with its own cache",
     "hf-static": "transformers' generate with its static cache and its built-in torch.compile",
     "hf-lookup": "transformers' generate with prompt lookup, as many drafts as the pass ngram-draft",

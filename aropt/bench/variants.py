@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aropt.ir.program import Meta  # a spec is read without torch
     from aropt.pipeline.compiled import Compiled
 
-NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", *PEERS)
+NEED_MODEL = ("eager", "hf", "hf-static", "hf-lookup", "ngram-draft", "no-draft", "plain", *PEERS)
 TARGETS = {"cached": "eager", "stepping": "onnxruntime", "one-call": "onnxruntime"} | dict.fromkeys(
     ("inductor", "inductor-max"), "inductor"
 )
@@ -61,7 +61,7 @@ def variant(spec: Spec) -> Generate:
         return eager(spec)
     if spec.variant in ("hf", "hf-static", "hf-lookup"):
         return huggingface(spec)
-    if spec.variant in ("ngram-draft", "no-draft"):
+    if spec.variant in ("ngram-draft", "no-draft", "plain"):
         drafts = ["ngram-draft"] if spec.variant == "ngram-draft" else []
         return stepping(again(spec, [*lossy(spec), *drafts]), spec)
     from aropt.pipeline.reading import load

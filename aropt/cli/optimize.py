@@ -13,7 +13,8 @@ from aropt.bench.timing import check as check_variants
 from aropt.bench.variants import Origin
 from aropt.bench.window_sweep import curve
 from aropt.cli.asked import check
-from aropt.cli.options import Doing, Reading, Writing
+from aropt.cli.drafts import check_draft, tries, with_draft
+from aropt.cli.options import Doing, Reading, Writing, timed
 from aropt.cli.sections import benchmark, samples
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
 from aropt.frontend.examples import prompts, texts
@@ -30,7 +31,7 @@ from aropt.pipeline.api import optimize as optimize_program
 from aropt.pipeline.bisect import bisect
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.compiled import Compiled
-from aropt.pipeline.registry import pipeline, untold
+from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Pass, Skips, planned
 from aropt.targets import find_target
 from aropt.validate.drift import budget
@@ -52,6 +53,8 @@ def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
         torch.set_num_threads(1)  # costs more than it brings, and on a busy machine far more
     write.say("capture")
     program = captured(read, source)
+    if do.draft:
+        check_draft(do.draft, program, source)
     instruments = Instruments(
         write.say, write.show, frozenset(write.print_after or ()), write.print_diff, write.dump_dir, not do.no_check
     )
@@ -60,8 +63,8 @@ def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
             source.texts.save(folder)
         done = optimize_program(
             program, do.target, chosen, check=not do.no_check, folder=folder, threads=threads, instruments=instruments,
-            seed=do.seed, strict=False, measure=do.runs > 0 or do.measure, tries=untold(do.passes or (),
-            do.no_pass or ()), budget=allowed, keep_going=do.keep_going, thorough=do.thorough,
+            seed=do.seed, strict=False, measure=timed(do), tries=tries(do), budget=allowed, keep_going=do.keep_going,
+            thorough=do.thorough,
         )  # fmt: skip
         demand(done, folder, source, read, do, write)
         write.say("samples")
@@ -156,8 +159,9 @@ def guide_of(read: Reading) -> str | None:
 
 
 def passes(do: Doing) -> list[Pass]:
-    """Those that are asked for."""
-    return pipeline(do.passes or (), do.no_pass or ())
+    """Those that are asked for; the draft model's with its usual tree where nothing is timed."""
+    chosen = pipeline(do.passes or (), do.no_pass or ())
+    return with_draft(chosen, do.draft, timed(do)) if do.draft else chosen
 
 
 def run_bisect(read: Reading, do: Doing, write: Writing) -> str | None:

@@ -17,9 +17,9 @@ from aropt.targets import DEFAULT, TARGETS
 SEEDS = 2**62 - 1  # the largest
 TOKENS = 200  # new tokens of a benchmark, where the model has room
 ORDER = (  # of --help
-    "model out target passes budget examples prompts plugin no_pass rule capacity threads seed runs tokens against "
-    "loop guide mask block shift force dry_run explain no_check thorough keep_going bisect print_after print_diff "
-    "dump_dir trust_remote_code as_json verbose"
+    "model out target draft passes budget examples prompts plugin no_pass rule capacity threads seed runs tokens "
+    "against loop guide mask block shift force dry_run explain no_check thorough keep_going bisect print_after "
+    "print_diff dump_dir trust_remote_code as_json verbose"
 )
 Option = typer.Option
 Command = Callable[..., None]
@@ -85,6 +85,10 @@ class Doing:
 
     target: Annotated[str, Option(help=", ".join(TARGETS))] = DEFAULT
     passes: Annotated[list[str] | None, Option("--pass", metavar="NAME[:k=v,..]", help="Options for a pass.")] = None
+    draft: Annotated[
+        str | None,
+        Option(metavar="MODEL", help="A smaller model that drafts; kept where the answers come faster so."),
+    ] = None
     budget: Annotated[
         str,
         Option(metavar="METRIC=BOUND,..", help="What lossy passes may lose: kl, kl_max, top1, agreement, quality."),
@@ -103,6 +107,11 @@ class Doing:
         bool, Option("--keep-going", help="Write the rest where a pass fails (else an internal error).")
     ] = False
     measure: bool = False  # let the target choose by timing even if nothing else is timed
+
+
+def timed(do: Doing) -> bool:
+    """Whether passes and targets may choose by timing."""
+    return do.runs > 0 or do.measure
 
 
 @dataclass(frozen=True)

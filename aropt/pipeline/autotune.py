@@ -33,6 +33,7 @@ TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many se
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
 WITHOUT = "without"
+FROM_TEXT = ("ngram-draft",)  # passes whose drafts are pieces of the prompt
 LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read
 
 
@@ -46,6 +47,7 @@ class Trial:
     level: str
     kept: str = ""
     ms: dict[str, float] = field(default_factory=dict)
+    ids: dict[str, float] = field(default_factory=dict)  # that a round gives, on average
     prompts: int = 0
     tokens: int = 0
     reason: str = ""
@@ -56,8 +58,10 @@ class Trial:
             return f"{self.name} was not tried: {self.reason}."
         best = fastest(self.ms)
         does = f"{self.kept} was kept" if self.kept else f"{best} was left out"
+        longer = self.ms[best] / self.ms[WITHOUT] * self.ids[best] / self.ids[WITHOUT]
         return (
-            f"{does}: the program is {self.ms[WITHOUT] / self.ms[best]:.2f} times as fast with it on "
+            f"{does}: a round gives {self.ids[best]:.2f} ids and takes {longer:.2f} times as long as one without, so "
+            f"that the program is {self.ms[WITHOUT] / self.ms[best]:.2f} times as fast with it on "
             f"{self.prompts} prompts and {self.tokens} new tokens each. That depends on the model and the text: "
             f"--prompts FILE tries others, --pass and --no-pass {self.name} decide."
         )
@@ -114,6 +118,7 @@ def trial(
     made = {way: known.get(key(lists[way])) or lowered(one, target, threads) for way, one in programs.items()}
     found.prompts, found.tokens = len(prompts), tokens
     found.ms = timed(made, prompts, found.tokens, drawn)
+    found.ids = {way: ids_of_round(one, prompts, found.tokens, drawn) for way, one in made.items()}
     best = fastest(found.ms)
     found.kept = best if found.ms[WITHOUT] > MARGIN * found.ms[best] else ""
     chosen = lists[found.kept or WITHOUT]
@@ -148,6 +153,8 @@ def unfit(program: Program, target: str, prompts: list[list[int]], name: str) ->
     if name == "int8-draft":
         size = sum(w.nbytes for w in program.weights.values())
         return "" if size > LARGE else f"all weights are {size / 2**20:.0f} MiB, which takes next to no time to read"
+    if name not in FROM_TEXT:
+        return ""
     if program.meta.get("modality") == "image":
         return "an image hardly repeats its ids in order"
     if max(map(len, prompts), default=0) < 2:
@@ -191,13 +198,27 @@ def lowered(program: Program, target: str, threads: int | None) -> Compiled:
     return Compiled(program, lower(program, target, threads=threads).multi_step(program))
 
 
+def ids_of_round(made: Compiled, prompts: list[list[int]], n: int, drawn: bool) -> float:
+    """New ids of a round, on average over the answers to the prompts."""
+    rounds, ids = [0], 0
+
+    def count(_: Any) -> None:
+        rounds[0] += 1
+
+    for prompt in prompts:
+        ids += len(made.generate([prompt], n, plain=True, on_round=count, **options_of(made, prompt, drawn))[0])
+    return ids / max(1, rounds[0])
+
+
+def options_of(made: Compiled, prompt: list[int], drawn: bool) -> dict[str, Any]:
+    """Besides the prompt."""
+    given: dict[str, Any] = {"temperature": 1.0} if drawn else {}
+    return {**given, "negative": [prompt]} if needs_negative(made.program) else given
+
+
 def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:
     """Milliseconds of a turn, which generates the answer to each prompt by itself: medians, the first turn apart."""
     runs: dict[str, list[float]] = {way: [] for way in ways}
-    options: list[dict[str, Any]] = [{"temperature": 1.0} if drawn else {} for _ in prompts]
-    some = next(iter(ways.values())).program
-    if needs_negative(some):
-        options = [{**given, "negative": [prompt]} for given, prompt in zip(options, prompts, strict=True)]
     began = time.perf_counter()
     while min(map(len, runs.values())) <= TURNS and (
         min(map(len, runs.values())) < 2 or time.perf_counter() - began < PATIENCE
@@ -205,7 +226,7 @@ def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bo
         for way, made in ways.items():
             time.sleep(PAUSE)
             start = time.perf_counter()
-            for prompt, given in zip(prompts, options, strict=True):
-                made.generate([prompt], n, plain=True, **given)
+            for prompt in prompts:
+                made.generate([prompt], n, plain=True, **options_of(made, prompt, drawn))
             runs[way].append((time.perf_counter() - start) * 1e3)
     return {way: statistics.median(times[1:]) for way, times in runs.items()}

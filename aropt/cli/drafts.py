@@ -1,0 +1,56 @@
+"""A draft model of the command line: the pass that takes it, in which forms it is tried, and what it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from aropt.cli.options import Doing
+from aropt.errors import UsageError
+from aropt.frontend.facts import Source
+from aropt.frontend.sources import resolve
+from aropt.ir.program import Program
+from aropt.loops.scheme import scheme_of
+from aropt.pipeline.registry import inserted, make, parse, untold
+from aropt.rewriting.contract import Pass
+
+TREES = "tree-draft"
+SHAPES = ("chain:3", "chain:5", "2x1x1", "3x2x1x1")  # of the tree, the usual one first
+
+
+def with_draft(chosen: Sequence[Pass], draft: str, timed: bool) -> list[Pass]:
+    """The passes with the draft model: where TREES is asked for, or where nothing will tell whether it pays."""
+    told = [p for p in chosen if p.name == TREES]
+    if told:
+        return [make(TREES, {**options(p), "draft": draft}) if p in told else p for p in chosen]
+    return list(chosen) if timed else inserted(chosen, drafted(draft, SHAPES[0]))
+
+
+def tries(do: Doing) -> list[list[Pass]]:
+    """Passes that stay where they pay, each in several ways: trees of the draft model before all others."""
+    told = any(parse(text)[0] == TREES for text in do.passes or ())
+    trees = [[drafted(do.draft, shape) for shape in SHAPES]] if do.draft and not told else []
+    return [*trees, *untold(do.passes or (), do.no_pass or ())]
+
+
+def drafted(draft: str, shape: str) -> Pass:
+    return make(TREES, {"draft": draft, "shape": shape})
+
+
+def options(one: Any) -> dict[str, str]:
+    """A pass's options, as text."""
+    return {f.name: str(getattr(one, f.name)) for f in dataclasses.fields(one)}
+
+
+def check_draft(draft: str, program: Program, source: Source) -> None:
+    """Raises UsageError for a draft model of a program that it can't draft for."""
+    found, told = resolve(draft), [bytes(range(32, 127)).decode(), "caf\u00e9 \u2713"]
+    why = ""
+    if not scheme_of(program).forced:
+        why = "this model unmasks a canvas, and writes no ids one after the other"
+    elif source.texts and found.texts and any(source.texts.encode(t) != found.texts.encode(t) for t in told):
+        why = "its tokenizer reads texts as other ids"
+    if why:
+        hint = "give a smaller model of the same family, or leave --draft out"
+        raise UsageError(what=f"{draft} can't draft for {program.name}", where="--draft", why=why, hint=hint)

@@ -1,0 +1,192 @@
+"""tree-draft: whatever is drafted, on whatever state, the ids are those of the plain loop."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import aropt
+from aropt.errors import UsageError
+from aropt.ir.program import Program
+from aropt.loops.trees import Shape
+from aropt.pipeline.registry import make
+from aropt.validate.compare import validate, with_probe
+from tests.support import draft_models
+from tests.support.draft_models import CAPACITY
+
+pytest.importorskip("transformers", reason="needs aropt[hf]")
+FILE = Path(draft_models.__file__)
+PROMPTS = [[5, 6, 7, 5, 6, 7], [9], [3, 3, 3, 3, 8, 11, 30]]
+NEW = 17
+
+
+def named(factory: str) -> str:
+    return f"{FILE}:{factory}"
+
+
+@cache
+def captured(model: str) -> Program:
+    return aropt.capture(getattr(draft_models, model)(), capacity=CAPACITY)
+
+
+@cache
+def drafted(model: str, draft: str, shape: str, after: tuple[str, ...] = ()) -> Program:
+    """The model's program with a tree of drafts; nothing is lowered."""
+    program = captured(model)
+    options = {"draft": named(draft) if hasattr(draft_models, draft) else draft, "shape": shape}
+    for one in (make("canonicalize"), make("kv-cache"), make("tree-draft", options), *map(make, after)):
+        program = one.run(program)
+    return program
+
+
+def rounds(program: Program, prompt: list[int], n: int, **params: Any) -> tuple[list[list[int]], int]:
+    """The ids, and how many rounds gave them."""
+    count = [0]
+
+    def seen(_: Any) -> None:
+        count[0] += 1
+
+    return aropt.generate(program, [prompt], n, on_round=seen, plain=True, **params), count[0]
+
+
+WAYS = [
+    ("llama", "text", "chain:3"),
+    ("llama", "nearly", "2x2x1"),
+    ("llama", "mamba2", "3x1"),
+    ("mamba2", "text", "chain:4"),
+    ("hybrid", "self", "2x2"),
+    ("hybrid", "llama", "0-0-1-1-2"),
+    ("mamba2", "hybrid", "chain:2"),
+]
+
+
+SLOW = pytest.mark.exhaustive
+QUICK = (WAYS[1], WAYS[6])
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "shape"), [pytest.param(*way, marks=() if way in QUICK else SLOW) for way in WAYS]
+)
+def test_ids_are_those_of_the_plain_loop(model: str, draft: str, shape: str) -> None:
+    """Alone and in a ragged batch, greedy and drawn, up to a stop id and up to the capacity."""
+    plain, fast = captured(model), drafted(model, draft, shape)
+    for prompts in ([PROMPTS[0]], PROMPTS):
+        for params in ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_k": 9, "stop": [7, 20, 33]}):
+            want = aropt.generate(plain, prompts, NEW, plain=True, **params)
+            assert aropt.generate(fast, prompts, NEW, plain=True, **params) == want
+    full = [[4] * (CAPACITY - 5)]
+    assert aropt.generate(fast, full, 6, plain=True) == aropt.generate(plain, full, 6, plain=True)
+
+
+@pytest.mark.parametrize(("model", "shape"), [("llama", "chain:3"), ("llama", "2x1x1"), ("hybrid", "chain:2")])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 5}])
+def test_a_drafter_that_is_always_right(model: str, shape: str, params: dict[str, Any]) -> None:
+    """The prompt's round gives an id, each other one a path of the tree and the id after it."""
+    fast, deepest = drafted(model, model, shape), Shape.parse(shape).deepest
+    for n in (1, 2, 9, NEW):
+        ids, count = rounds(fast, PROMPTS[2], n, **params)
+        assert len(ids[0]) == n and count == 1 + math.ceil((n - 1) / (deepest + 1))
+
+
+def test_a_drafter_that_is_wrong_costs_no_id() -> None:
+    """Drafts of another random model are hardly right; still each round gives an id."""
+    ids, count = rounds(drafted("llama", "mamba2", "chain:2"), PROMPTS[0], NEW)
+    assert len(ids[0]) == NEW and NEW // 3 <= count <= NEW
+
+
+@pytest.mark.parametrize(("model", "draft", "shape"), [WAYS[4], pytest.param(*WAYS[1], marks=SLOW)])
+def test_it_is_validated_after_fusion(model: str, draft: str, shape: str) -> None:
+    """One graph a round, and its rows are compared with the reference's."""
+    fast = with_probe(drafted(model, draft, shape, ("fuse-sampler", "prune")))
+    verdict = validate(captured(model), fast)
+    assert verdict.passed and len(verdict.outcomes) > 20
+
+
+@SLOW
+@pytest.mark.parametrize("target", ["onnxruntime"])
+@pytest.mark.parametrize(("model", "draft", "shape"), WAYS)
+def test_targets(model: str, draft: str, shape: str, target: str) -> None:
+    options = {"draft": named(draft) if hasattr(draft_models, draft) else draft, "shape": shape}
+    passes = [make("canonicalize"), make("kv-cache"), make("tree-draft", options), make("fuse-sampler"), make("prune")]
+    made = aropt.optimize(captured(model), target=target, passes=passes, threads=1)
+    assert made.report["verify"]["status"] == "pass"
+    want = aropt.generate(captured(model), PROMPTS, NEW, plain=True)
+    assert made.generate(PROMPTS, NEW, plain=True) == want
+
+
+def changed(program: Program, name: str, weight: str, value: torch.Tensor) -> Program:
+    key = f"trees.{name}.{weight}"
+    return program.replace(weights={**program.weights, key: value})
+
+
+def test_slips_are_caught() -> None:
+    """Nodes that see their siblings; a depth that is off; a parent that is another one."""
+    good = drafted("hybrid", "hybrid", "2x2")
+    shape = Shape.parse("2x2")
+    assert validate(captured("hybrid"), with_probe(good), explain=False).passed
+    everything = torch.ones(shape.nodes, shape.nodes, dtype=torch.bool).tril()
+    slips = [
+        ("spread", "pairs", everything),
+        ("spread", "depth", torch.tensor([0, 1, 1, 1, 2, 2, 2])),
+        ("accept", "parents", torch.tensor([-1, 0, 0, 2, 2, 1, 1])),
+    ]
+    for name, weight, value in slips:
+        assert not validate(captured("hybrid"), with_probe(changed(good, name, weight, value)), explain=False).passed
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=12), st.randoms())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_shapes(numbers: list[int], random: Any) -> None:
+    """Parents, pairs, depth and the order of drafts agree."""
+    parents = [-1]
+    for number in sorted(min(n, i) for i, n in enumerate(numbers)):
+        parents.append(number)
+    try:
+        shape = Shape(tuple(parents))
+    except UsageError:  # not level by level
+        depth = [0]
+        for parent in parents[1:]:
+            depth.append(depth[parent] + 1)
+        assert depth != sorted(depth)
+        return
+    above = {node: {node} for node in range(shape.nodes)}
+    for node, parent in enumerate(parents[1:], 1):
+        above[node] |= above[parent]
+    assert all(set(shape.pairs[n].nonzero().flatten().tolist()) == above[n] for n in range(shape.nodes))
+    assert all(len(above[n]) == shape.depth[n] + 1 for n in range(shape.nodes))
+    for depth in range(shape.deepest):
+        most, places = shape.drafted(depth)
+        level = shape.level(depth)
+        for node, place in zip(shape.level(depth + 1), places, strict=True):
+            assert level[place // most] == parents[node]
+        assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("chain:0", "drafts"), ("chain:64", "64 drafts"), ("1-0", "does not come before it"), ("0-1-0", "less deep"),
+        ("9x9", "more than"), ("0", "no drafts"), ("tree", "is no tree"), ("-1-0", "is no tree"),
+    ],
+)  # fmt: skip
+def test_trees_that_are_none(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        make("tree-draft", {"shape": text})
+    assert "chain:4" in str(caught.value.hint)
+
+
+def test_drafts_that_can_not_be() -> None:
+    with pytest.raises(UsageError, match="drafts chains"):
+        make("tree-draft", {"draft": "text", "shape": "2x2"})
+    with pytest.raises(UsageError, match="63 ids"):
+        drafted("llama", "other", "chain:2")
+    repeated = aropt.capture(draft_models.llama(), capacity=CAPACITY, rules=["repetition-penalty"])
+    made = aropt.optimize(repeated, "eager", [make("kv-cache"), make("tree-draft")], check=False)
+    assert [(p["name"], p["status"]) for p in made.report["passes"]][-1] == ("tree-draft", "skipped")

@@ -1,0 +1,53 @@
+"""Tiny models of ids 0..60 that draft for each other, as factories for `aropt optimize FILE:FACTORY`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCAB, CAPACITY = 61, 48
+
+
+def made(kind: str, seed: int, **config: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1}
+    chosen = getattr(transformers, f"{kind}Config")(**common, eos_token_id=2, **config)
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(chosen)
+    return model.eval()
+
+
+def llama(seed: int = 0, **config: Any) -> nn.Module:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    return made("Llama", seed, max_position_embeddings=CAPACITY, **heads, **config)
+
+
+def mamba2(seed: int = 0) -> nn.Module:
+    return made("Mamba2", seed, num_heads=4, head_dim=16, state_size=8, n_groups=1, expand=2, chunk_size=8)
+
+
+def hybrid(seed: int = 0) -> nn.Module:
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "attn_layer_indices": [1]}
+    return made("Bamba", seed, mamba_chunk_size=8, max_position_embeddings=CAPACITY, **heads, **mamba)
+
+
+def nearly(seed: int = 0) -> nn.Module:
+    """The model of `llama`, with weights that are a little off."""
+    model = llama(seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def other() -> nn.Module:
+    """A vocabulary of another size."""
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=VOCAB + 2, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    return transformers.LlamaForCausalLM(config).eval()
