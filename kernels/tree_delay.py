@@ -7,7 +7,8 @@
 * `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself. A node comes after its ancestors: its
   parent is the last of them. A node that has none goes on from `state`, as several may.
 
-What the tree forms of all mixers share is here too: trees as parents and as pairs, and random ones.
+What the tree forms of all mixers share is here too: trees as parents and as pairs, and random ones; and what their
+kernels do alike, which hold all nodes of a tree at once.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from torch import Tensor
 from aropt.ir.opdef import Cost, OpDef, onnx_scan
 from aropt.kernels import delay
 
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
+LARGEST = 64  # nodes that a kernel holds
 POWERS = [float(2**i) for i in range(21)]  # of trees with fewer nodes, where an ONNX graph is for any number
 
 
@@ -114,6 +124,36 @@ def onnx(x, rows, state, pairs):  # type: ignore[no-untyped-def]
         shape = op.Concat(op.Shape(x, start=0, end=1), op.Constant(value_ints=[rows]), op.Shape(x, start=2), axis=0)
         state = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), shape)
     return op.GatherND(op.Concat(state, x, axis=1), onnx_above(pairs, rows, [rows]), batch_dims=1)
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def seen(pairs_ptr, rows, ROWS: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A tree's pairs [ROWS, ROWS], False outside of it; `TURNED`: their transpose."""
+        one, other = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+        at = other * rows + one if TURNED else one * rows + other
+        return tl.load(pairs_ptr + at, mask=(one < rows) & (other < rows), other=0) != 0
+
+
+def refused(given: Sequence[Any]) -> str | None:
+    """Why a kernel for trees, of which the pairs come last, can't take these arguments, or None."""
+    if not HAS_TRITON:
+        return "triton isn't installed"
+    if given[-1].shape[1] > LARGEST:
+        return f"a kernel holds {LARGEST} nodes"
+    floats = {t.dtype for t in given[:-1] if isinstance(t, Tensor)}
+    return None if floats == {torch.float32} else "the kernels compute in float32"
+
+
+def tile(size: int, most: int = LARGEST) -> int:
+    """The power of two that holds the size, within what a kernel multiplies and holds."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def warps(rows: int) -> int:
+    """Of a program, so that a tree's pairs stay in registers."""
+    return 4 if rows < LARGEST else 8
 
 
 def cost(x: Tensor, rows: int, state: Any, pairs: Tensor) -> Cost:
