@@ -14,17 +14,30 @@ over j = i and its ancestors, y[i] = exp(L[i]) state C[i] + sum over j of exp(L[
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import ssd_scan
-from aropt.kernels.tree_delay import on_trees
+from aropt.kernels.tree_delay import LARGEST, on_trees, refused, tile, warps
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import seen
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+WIDTH = 16  # of N in a product
 
 
 def reference(
@@ -57,6 +70,80 @@ def onnx(x, dt, A, B, C, D, state, pairs):  # type: ignore[no-untyped-def]
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _ssd_tree_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, direct_ptr, state_ptr, pairs_ptr, out_ptr, rows, heads, groups, size, width,
+        DIRECT: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a head's `SIZE` values of P; products in three parts of tf32, as exact as fp32."""
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        row, column = tl.arange(0, ROWS), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        there, held = (row < rows)[:, None], (column < size)[None, :]
+        pairs_ptr += batch * rows * rows  # offsets from here on are small
+        first, group = (batch * rows * heads + head) * size, batch * rows * groups + head // (heads // groups)
+        state_ptr += (batch * heads + head) * size * width
+        scores, before = tl.zeros([ROWS, ROWS], tl.float32), tl.zeros([ROWS, SIZE], tl.float32)
+        for start in range(0, width, WIDTH):
+            n = start + tl.arange(0, WIDTH)
+            at, inside = row[:, None] * (groups * width) + n[None, :], there & (n < width)[None, :]
+            c = tl.load(c_ptr + group * width + at, mask=inside, other=0.0)
+            b = tl.load(b_ptr + group * width + at, mask=inside, other=0.0)
+            scores += tl.dot(c, tl.trans(b), input_precision="tf32x3")
+            if GIVEN:
+                s = tl.load(
+                    state_ptr + column[None, :] * width + n[:, None], mask=held & (n < width)[:, None], other=0.0
+                )
+                before += tl.dot(c, s, input_precision="tf32x3")
+        dt = tl.load(dt_ptr + batch * rows * heads + row * heads + head, mask=row < rows, other=0.0)
+        logs = dt * tl.load(a_ptr + head)
+        above = tl.sum(tl.where(seen(pairs_ptr, rows, ROWS, True), logs[:, None], 0.0), 0)  # along the other axis
+        sees = seen(pairs_ptr, rows, ROWS, False)
+        total = tl.sum(tl.where(sees, logs[None, :], 0.0), 1)
+        decay = tl.exp(tl.where(sees, total[:, None] - above[None, :], float("-inf")))
+        scores = tl.where(sees, scores * decay, 0.0)
+        at = row[:, None] * (heads * size) + column[None, :]
+        x = tl.load(x_ptr + first + at, mask=there & held, other=0.0)
+        y = tl.dot(scores, x * dt[:, None], input_precision="tf32x3")
+        if GIVEN:
+            y += tl.exp(total)[:, None] * before
+        if DIRECT:
+            y += tl.load(direct_ptr + head) * x
+        tl.store(out_ptr + first + at, y, mask=there & held)
+
+
+def tiles(rows: int) -> dict[str, int]:
+    """Of a program, so that it stays in registers."""
+    return {"ROWS": tile(rows), "SIZE": 32 if rows <= 32 else 16, "WIDTH": WIDTH}
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(*args: Any) -> Tensor:
+    """Runs the Triton kernel: a program for some of the values of each head."""
+    x, B, D, state = args[0], args[3], args[5], args[6]
+    out, (batch, rows, heads, size) = fake(x), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in args]
+        flags, held = {"DIRECT": D is not None, "GIVEN": state is not None}, tiles(rows)
+        grid = (batch * heads, triton.cdiv(size, held["SIZE"]))
+        sizes = rows, heads, B.shape[2], size, B.shape[3]
+        _ssd_tree_kernel[grid](*given, out, *sizes, **flags, **held, num_warps=warps(held["ROWS"]))
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size; products on tensor cores."""
+    types = [*["*fp32"] * 7, "*i1", "*fp32", *["i32"] * 5, *["constexpr"] * 5]
+    signature = dict(zip(_ssd_tree_kernel.arg_names, types, strict=True))
+    flags, kernel, expects = {"DIRECT": True, "GIVEN": True}, _ssd_tree_kernel, {80: ("mma.sync",)}
+    return [Aot(kernel, signature, {**flags, **tiles(n)}, warps(n), expects) for n in (16, 32, LARGEST)]
+
+
 def cost(x: Tensor, dt: Tensor, A: Any, B: Tensor, C: Tensor, D: Any, state: Any, pairs: Tensor) -> Cost:
     """What nodes read of the state, and products of nodes with nodes; the state is read once."""
     rows, size = x.shape[1], x.shape[0] * x.shape[2] * x.shape[3] * B.shape[3]
@@ -77,6 +164,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
