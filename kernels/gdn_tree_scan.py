@@ -16,17 +16,30 @@ digits where keys are alike: its terms then grow as binomials.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import gated_delta
-from aropt.kernels.tree_delay import on_trees, onnx_doubled
+from aropt.kernels.tree_delay import LARGEST, on_trees, onnx_doubled, refused, tile, warps
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import seen
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+TILES = {"SIZE": 16, "WIDTH": 16}  # of K in a product, of V in a program
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, pairs: Tensor) -> Tensor:
@@ -101,6 +114,85 @@ def onnx_inverse(pairs: Any, system: Any) -> Any:
     return onnx_doubled(pairs, 1, (inverse,), double, 0)[0]
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _gdn_tree_kernel(  # type: ignore[no-untyped-def]
+        q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, pairs_ptr, out_ptr, rows, heads, size, width,
+        GIVEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a head's `WIDTH` values of V; products in three parts of tf32, as exact as fp32."""
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        row, column = tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        there, held = (row < rows)[:, None], (column < width)[None, :]
+        first = batch * rows * heads + head  # offsets from here on are small
+        state_ptr += (batch * heads + head) * size * width
+        STAGES: tl.constexpr = 3 if ROWS < 64 else 1  # loads ahead take registers
+        alike = tl.zeros([ROWS, ROWS], tl.float32)
+        known, before = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+        for start in tl.range(0, size, SIZE, num_stages=STAGES):
+            n = start + tl.arange(0, SIZE)
+            place, inside = row[:, None] * (heads * size) + n[None, :], there & (n < size)[None, :]
+            k = tl.load(k_ptr + first * size + place, mask=inside, other=0.0)
+            alike += tl.dot(k, tl.trans(k), input_precision="tf32x3")
+            if GIVEN:
+                q = tl.load(q_ptr + first * size + place, mask=inside, other=0.0)
+                s = tl.load(
+                    state_ptr + n[:, None] * width + column[None, :], mask=held & (n < size)[:, None], other=0.0
+                )
+                known += tl.dot(k, s, input_precision="tf32x3")
+                before += tl.dot(q, s, input_precision="tf32x3")
+        turned = seen(pairs_ptr + batch * rows * rows, rows, ROWS, True)
+        g = tl.load(g_ptr + first + row * heads, mask=row < rows, other=0.0)
+        beta = tl.load(beta_ptr + first + row * heads, mask=row < rows, other=0.0)
+        above = tl.sum(tl.where(turned, g[:, None], 0.0), 0)
+        total = tl.sum(tl.where(row[:, None] == row[None, :], above[None, :], 0.0), 1)  # along the other axis
+        since, at = tl.exp(total)[:, None], row[:, None] * (heads * width) + column[None, :]
+        v = tl.load(v_ptr + first * width + at, mask=there & held, other=0.0)
+        learned = beta[:, None] * (v - since * known)
+        decay = tl.exp(tl.where(turned, above[None, :] - total[:, None], float("-inf")))  # from ancestors to nodes
+        strict = (row[:, None] < row[None, :]) & (decay > 0)
+        system = tl.where(strict, alike * decay, 0.0) * beta[None, :]
+        for t in range(0, rows):
+            share = tl.sum(tl.where(row[None, :] == t, system, 0.0), 1)
+            learned -= tl.where(row[:, None] == t, tl.sum(share[:, None] * learned, 0)[None, :], 0.0)
+        wanted = tl.zeros([ROWS, ROWS], tl.float32)
+        for start in tl.range(0, size, SIZE, num_stages=STAGES):
+            n = start + tl.arange(0, SIZE)
+            place, inside = row[:, None] * (heads * size) + n[None, :], there & (n < size)[None, :]
+            q = tl.load(q_ptr + first * size + place, mask=inside, other=0.0)
+            k = tl.load(k_ptr + first * size + place, mask=inside, other=0.0)
+            wanted += tl.dot(k, tl.trans(q), input_precision="tf32x3")
+        wanted = tl.where(decay > 0, wanted * decay, 0.0)
+        o = tl.dot(tl.trans(wanted), learned, input_precision="tf32x3") + since * before
+        tl.store(out_ptr + first * width + at, o, mask=there & held)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(*args: Any) -> Tensor:
+    """Runs the Triton kernel: a program for some of the values of each head."""
+    q, _, v, _, _, state, _ = args
+    out, (batch, rows, heads, size), width = fake(q, None, v), q.shape, v.shape[3]
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in args]
+        held, grid = {"ROWS": tile(rows), **TILES}, (batch * heads, triton.cdiv(width, TILES["WIDTH"]))
+        flags = {"GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
+        _gdn_tree_kernel[grid](*given, out, rows, heads, size, width, **held, **flags)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size; products on tensor cores."""
+    types = [*["*fp32"] * 6, "*i1", "*fp32", *["i32"] * 4, *["constexpr"] * 4]
+    kernel, expects = _gdn_tree_kernel, {80: ("mma.sync",)}
+    signature = dict(zip(kernel.arg_names, types, strict=True))
+    return [Aot(kernel, signature, {"GIVEN": True, "ROWS": n, **TILES}, warps(n), expects) for n in (16, 32, LARGEST)]
+
+
 def cost(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Any, pairs: Tensor) -> Cost:
     """What keys and queries read of the state; products of nodes with nodes, and the system; the state is read once."""
     rows, size = q.shape[1], q.shape[0] * q.shape[2] * q.shape[3] * v.shape[3]
@@ -121,6 +213,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
