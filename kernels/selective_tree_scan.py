@@ -9,23 +9,37 @@
 * `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
 
 A closed form would take an exponential for each pair of nodes, channel and state. The definition steps as
-`aropt::selective_scan` does, node by node, and gives its bits; in ONNX nodes step as those of `aropt::rg_lru_tree`.
+`aropt::selective_scan` does, node by node, and gives its bits; in ONNX nodes step as those of `aropt::rg_lru_tree`. The
+kernel keeps h in registers down a chain, and puts it aside where a tree branches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import selective_scan
 from aropt.kernels.rg_lru_tree import onnx_walked, walked
-from aropt.kernels.tree_delay import on_trees
+from aropt.kernels.tree_delay import LARGEST, on_trees, refused, tile, warps
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import seen
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+ELEMENTS = 1024  # of h in a program
 
 
 def reference(
@@ -61,6 +75,81 @@ def onnx(x, dt, A, B, C, D, state, pairs):  # type: ignore[no-untyped-def]
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _selective_tree_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, direct_ptr, state_ptr, pairs_ptr, kept_ptr, out_ptr, rows, channels, width,
+        DIRECT: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a tree, node by node."""
+        batch, row = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)
+        channel, n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, WIDTH)
+        held, wide = channel < channels, n < width
+        inside, cell = held[:, None] & wide[None, :], channel[:, None] * width + n[None, :]
+        sees = seen(pairs_ptr + batch * rows * rows, rows, ROWS, False) & (row[None, :] < row[:, None])
+        parents = tl.max(tl.where(sees, row[None, :], -1), 1)
+        first, size = batch * channels * rows, channels * width
+        a = tl.load(a_ptr + cell, mask=inside, other=0.0)
+        state = tl.zeros([CHANNELS, WIDTH], tl.float32)
+        if GIVEN:
+            state = tl.load(state_ptr + batch * size + cell, mask=inside, other=0.0)
+        if DIRECT:
+            direct = tl.load(direct_ptr + channel, mask=held, other=0.0)
+        h = state
+        for t in range(0, rows):
+            parent = tl.sum(tl.where(row == t, parents, 0), 0)
+            if parent < 0:
+                h = state
+            elif parent < t - 1:
+                tl.debug_barrier()  # what other threads put aside is there
+                h = tl.load(kept_ptr + (batch * rows + parent) * size + cell, mask=inside, other=0.0)
+            at = channel * rows + t
+            dt = tl.load(dt_ptr + first + at, mask=held, other=0.0)
+            x = tl.load(x_ptr + first + at, mask=held, other=0.0)
+            b = tl.load(b_ptr + (batch * width + n) * rows + t, mask=wide, other=0.0)
+            c = tl.load(c_ptr + (batch * width + n) * rows + t, mask=wide, other=0.0)
+            h = tl.exp(dt[:, None] * a) * h + dt[:, None] * b[None, :] * x[:, None]
+            y = tl.sum(h * c[None, :], 1)
+            if DIRECT:
+                y += direct * x
+            tl.store(out_ptr + first + at, y, mask=held)
+            if tl.max(tl.where((row > t + 1) & (parents == t), 1, 0), 0) > 0:
+                tl.store(kept_ptr + (batch * rows + t) * size + cell, h, mask=inside)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given) or ("a program holds all states of a channel" if given[2].shape[1] > ELEMENTS // 4 else None)
+
+
+def tiles(rows: int, width: int) -> dict[str, int]:
+    """Of a program, so that it stays in registers."""
+    states = 1 << (width - 1).bit_length()
+    return {"ROWS": tile(rows), "CHANNELS": ELEMENTS // states, "WIDTH": states}
+
+
+def launch(*args: Any) -> Tensor:
+    """Runs the Triton kernel: a program for some channels of a tree."""
+    x, A, D, state = args[0], args[2], args[5], args[6]
+    out, (batch, channels, rows), width = fake(x), x.shape, A.shape[1]
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in args]
+        held, kept = tiles(rows, width), x.new_empty(batch, rows, channels, width)
+        flags = {"DIRECT": D is not None, "GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
+        grid = (batch, triton.cdiv(channels, held["CHANNELS"]))
+        _selective_tree_kernel[grid](*given, kept, out, rows, channels, width, **held, **flags)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size, Mamba's 16 states and more."""
+    types = [*["*fp32"] * 7, "*i1", "*fp32", "*fp32", *["i32"] * 3, *["constexpr"] * 5]
+    kernel, flags = _selective_tree_kernel, {"DIRECT": True, "GIVEN": True}
+    signature, sizes = dict(zip(kernel.arg_names, types, strict=True)), [(16, 16), (32, 16), (LARGEST, 16), (16, 256)]
+    return [Aot(kernel, signature, {**flags, **tiles(n, width)}, warps(n)) for n, width in sizes]
+
+
 def cost(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, state: Any, pairs: Tensor) -> Cost:
     """Six operations an element of the state and node; the state is read."""
     size = x.shape[0] * A.numel()
@@ -81,6 +170,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (1,), "dt": (1,), "A": (0, 1), "B": (1,), "C": (1,), "D": (0,), "state": (1, 2)},
     tolerance={torch.float32: (1e-3, 1e-4)},
 )
