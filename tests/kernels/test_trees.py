@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from aropt.ir.opdef import Mixer, OpDef
 from aropt.kernels.tree_delay import drawn, pairs_of, parents_of
 from tests.support.op_models import Call, assert_matches, free, symbolic
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 RECURRENT = [op for op in map(ops.load, ops.NAMES) if op.mixer and op.mixer.state]
 STEPPED = {"tree_delay", "rg_lru_tree", "selective_tree_scan"}  # of the bits that steps give
 PRODUCTS = {"ssd_tree_scan": "BC", "gdn_tree_scan": "q", "kda_tree_scan": "q"}  # in which 0 * NaN is: all but these
@@ -322,3 +326,71 @@ def test_onnx_takes_long_paths(name: str, held: bool) -> None:
         args = chain(name, rows)
         feeds = {spec.name: a.numpy() for spec, a in zip(session.get_inputs(), free(op, args), strict=True)}
         assert_matches(op, [torch.from_numpy(a) for a in session.run(None, feeds)], op.reference(*args))
+
+
+def wide(name: str, rows: int) -> Args:
+    """Two trees, larger than a kernel's tiles in each axis; decays are below 1."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(2, *sizes, generator=generator)
+
+    place = torch.arange(rows)
+    parents = torch.where(place > 0, (torch.rand(2, rows, generator=generator) * place).long(), -1)
+    parents[1] = torch.where(place % 5 == 3, -1, (place - 1 - place % 3).clamp(min=-1))
+    pairs = pairs_of(parents)
+    if name == "tree_conv1d":
+        return normal(70, rows), normal(70, 4)[0], normal(70)[0], normal(70, 3), pairs
+    if name == "selective_tree_scan":
+        a, direct = -normal(70, 20)[0].exp(), normal(70)[0]
+        return (normal(70, rows), normal(70, rows).abs(), a, *(normal(20, rows) for _ in "bc"), direct,
+                normal(70, 20), pairs)  # fmt: skip
+    if name == "ssd_tree_scan":
+        b, c, x, dt = (normal(rows, *sizes) for sizes in ((2, 35), (2, 35), (4, 37), (4,)))
+        return x, dt.abs(), -normal(4)[0].abs(), b, c, normal(4)[0], normal(4, 37, 35), pairs
+    q, k, v, g, beta = (normal(rows, 3, *sizes) for sizes in ((35,), (35,), (37,), (), ()))
+    k = torch.nn.functional.normalize(k, dim=3)
+    return q, k, v, -g.abs(), beta.sigmoid(), normal(3, 35, 37), pairs
+
+
+KERNELS = [op for op in RECURRENT if tree(op).launch]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64])
+@pytest.mark.parametrize("op", KERNELS, ids=lambda op: op.name)
+def test_kernel_of_many_tiles(op: OpDef, rows: int) -> None:
+    """Equal to the definition; and what is beside a path leaves its bits alone."""
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    if not (INTERPRET or torch.cuda.is_available()):
+        pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
+    args = wide(mixer(op).tree, rows)
+    args = args if INTERPRET else tuple(a.cuda() for a in args)
+    launch = tree(op).launch
+    assert launch is not None and tree(op).supports(*args) is None
+    got = launch(*args)
+    assert_matches(tree(op), got, tree(op).reference(*args))
+    path = args[-1][0, rows - 1]
+    huge = torch.nan if mixer(op).tree not in PRODUCTS else 1e9
+    others = filled(op, args, (~path).nonzero()[:, 0], lambda name: -huge if name == "g" else huge)
+    kept = path.nonzero()[:, 0]
+    again = launch(*others)[:1].index_select(rows_axis(op), kept)
+    assert torch.equal(again, got[:1].index_select(rows_axis(op), kept))
+
+
+def test_kernels_refuse_what_they_do_not_hold() -> None:
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    assert len(KERNELS) == 4
+    for op in KERNELS:
+        args = wide(mixer(op).tree, 65)
+        assert "nodes" in (tree(op).supports(*args) or "")
+        args = wide(mixer(op).tree, 3)
+        assert "float32" in (tree(op).supports(*double(args)) or "")
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs itself")
+def test_kernels_in_the_interpreter() -> None:
+    """`test_kernel_of_many_tiles` in a process of its own, as in test_ops."""
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_kernel_of_many_tiles"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
