@@ -63,7 +63,7 @@ class TreeDraft:
 
     def __post_init__(self) -> None:
         found = self.tree
-        if self.draft == "text" and found.parents != tuple(range(-1, found.nodes - 1)):
+        if self.draft == "text" and not found.chain:
             raise UsageError(what=f"tree-draft:shape={self.shape}", why="the text drafts chains", hint="shape=chain:4")
         if self.most < 1:
             raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
@@ -83,7 +83,7 @@ class TreeDraft:
         if self.draft not in SOURCES:
             check(self.draft, program.meta, prepared)
         try:
-            forms(program.graphs[found[0].step.graph], program.weights)
+            forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
         except NoTree as reason:
             return Skips(f"{reason}, so that no tree can be checked")
         return Applies((f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}",))
@@ -92,7 +92,7 @@ class TreeDraft:
         found, shape = general(program), self.tree
         made = Made({}, dict(program.weights), int(program.meta["vocab"]), int(program.meta["capacity"]))
         rounds(made, shape, self.most)
-        target = forms(program.graphs[found[0].step.graph], program.weights)
+        target = forms(program.graphs[found[0].step.graph], program.weights, shape.chain)
         made.graphs |= {"tree": target.tree, "settle": target.settle}
         drafter_of, state = self.drafters(program, made), dict(program.state)
 
@@ -124,14 +124,14 @@ class TreeDraft:
         if self.draft == "self":
             tree = self.sketch(program, made.weights)
             return lambda one: own_step(made, shape, tree, ranked(one))
-        model = read(self.draft, meta, made.weights, prepared)
+        model = read(self.draft, meta, made.weights, prepared, shape.chain)
         return lambda one: own_model(made, shape, model, ranked(one))
 
     def sketch(self, program: Program, weights: dict[str, Tensor]) -> Graph:
         """The step for nodes with weights of eight bits where that is worth it; nobody reads its stash."""
         step, bits = program.graphs[general(program)[0].step.graph], EightBits(128, 2**16, self.name)
         step = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch")
-        tree = trim(forms(step, weights).tree, {"logits"}, weights)
+        tree = trim(forms(step, weights, self.tree.chain).tree, {"logits"}, weights)
         for node in tree.fx.nodes:
             node.meta.pop("origin", None)  # nothing of the reference computes this
         return replace(tree, name="sketch")

@@ -12,7 +12,7 @@ from torch import Tensor
 from aropt.errors import UsageError
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
-from aropt.ir.edit import copied
+from aropt.ir.edit import copied, trim
 from aropt.ir.program import Graph, Meta, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.drafters import Model
@@ -50,14 +50,15 @@ def check(text: str, meta: Meta, prepare: Prepare) -> None:
                          hint="give a smaller model of the same family, or leave --draft out")  # fmt: skip
 
 
-def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare) -> Model:
+def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, chain: bool) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
     check(text, meta, prepare)
     _, program = cached(text, int(meta["capacity"]), prepare)
     step, own = program.graphs[general(program)[0].step.graph], program.weights
-    both = forms(step, own)
-    weights |= {PREFIX + n: own[n] for g in (step, both.tree, both.settle) for n in g.weights()}
-    graphs = {"step": step, "tree": both.tree, "settle": both.settle}
+    rows = forms(step, own, chain=True)
+    graphs = {"step": step, "chain": rows.tree, "settle": rows.settle}
+    graphs |= {"tree": rows.tree if chain else trim(forms(step, own).tree, {"logits"}, own)}  # nobody reads its stash
+    weights |= {PREFIX + n: own[n] for g in graphs.values() for n in g.weights()}
     made = {n: renamed(g, f"draft_{n}", weights) for n, g in graphs.items()}
     return Model(**made, state={n: s for n, s in program.state.items() if n in step.outputs})
 

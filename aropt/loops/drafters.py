@@ -122,9 +122,10 @@ def own_step(made: Made, shape: Shape, tree: Graph, rule: Ranked) -> Drafter:
 
 @dataclass(frozen=True)
 class Model:
-    """Another model's step, and the same for nodes; all names of its graphs, state and weights begin with draft."""
+    """Another model's step, the same for the nodes of a chain and of a tree; all names of graphs begin with draft_."""
 
     step: Graph
+    chain: Graph
     tree: Graph
     settle: Graph
     state: Mapping[str, StateSpec]
@@ -132,14 +133,14 @@ class Model:
 
 def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     """Drafts by a model of its own: each round it reads the ids that came last, then the tree as it grows."""
-    made.graphs |= {g.name: g for g in (model.step, model.tree, model.settle)}
+    made.graphs |= {g.name: g for g in (model.step, model.chain, model.tree, model.settle)}
     fed = {"ids": "feed", "slots": "slots", "positions": "positions"}
     step = Call(
         model.step.name,
         {n: fed.get(n, "draft_" + n) for n in model.step.inputs},
         {n: "draft_" + n for n in model.step.outputs},
     )
-    tree = call_by_name(model.tree)
+    chain, tree = call_by_name(model.chain), call_by_name(model.tree)
     settle = Call(
         model.settle.name,
         {n: {"path": "window_path", "start": "window_start", "origin": "window_origin"}.get(n, "draft_" + n)
@@ -148,12 +149,11 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     )  # fmt: skip
     count = shape.deepest + 1
 
-    def follow(window: Tensor, origin: Tensor, live: Tensor, pads: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+    def follow(window: Tensor, origin: Tensor, live: Tensor, pads: Tensor) -> tuple[Tensor, ...]:
         there, ahead = (window >= 0) & live.unsqueeze(1), torch.arange(count)
         first = origin - there.to(I64).sum(1) + 1
         positions = torch.where(there, first.unsqueeze(1) + ahead, -1)
-        pairs = given["below"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
-        return window.clamp(min=0), positions, pairs, torch.where(there, ahead, -1), pads + first, first
+        return window.clamp(min=0), positions, torch.where(there, ahead, -1), pads + first, first
 
     def last(draft_logits: Tensor, window: Tensor) -> Tensor:
         place = ((window >= 0).to(I64).sum(1) - 1).clamp(min=0)
@@ -161,8 +161,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
 
     made.add(
         "follow", follow, {"window": shape.window, "origin": ROWS, "live": Spec(BOOL, ("B",)), "pads": ROWS},
-        ["draft_ids", "draft_positions", "draft_pairs", "window_path", "window_start", "window_origin"],
-        tables={"below": torch.ones(count, count, dtype=BOOL).tril()},
+        ["draft_ids", "draft_positions", "window_path", "window_start", "window_origin"],
     )  # fmt: skip
     made.add(
         "last_drafted",
@@ -170,7 +169,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
         {"draft_logits": Spec(F32, ("B", "R", made.vocab)), "window": shape.window},
         ["draft_logits"],
     )
-    rounds = [where(made), call_by_name(made.graphs["follow"]), drafting(tree, "draft_"), settle]
+    rounds = [where(made), call_by_name(made.graphs["follow"]), drafting(chain, "draft_"), settle]
     rounds += [call_by_name(made.graphs["last_drafted"]), guess(made, shape, 0, rule, [0])]
     for depth in range(1, shape.deepest):
         rounds += [

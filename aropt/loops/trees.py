@@ -77,6 +77,11 @@ class Shape:
         return tuple(found)
 
     @property
+    def chain(self) -> bool:
+        """Whether each node but the last has one child."""
+        return self.parents == tuple(range(-1, self.nodes - 1))
+
+    @property
     def nodes(self) -> int:
         return len(self.parents)
 

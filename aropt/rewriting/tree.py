@@ -60,26 +60,31 @@ class Kept:
     given: dict[str, Any] = field(default_factory=dict)
 
 
-def forms(step: Graph, weights: Mapping[str, Tensor]) -> Forms:
-    """Both forms of a step [B, R] that was derived by `restrict`. Raises NoTree."""
+def forms(step: Graph, weights: Mapping[str, Tensor], chain: bool = False) -> Forms:
+    """Both forms of a step [B, R] that was derived by `restrict`. Raises NoTree.
+
+    `chain`: nodes come one after the other, as the step's own rows do; nothing has to say which are above which.
+    """
     verify = wide(step, weights)
     if verify is None:
         raise NoTree("the step's last rows can't be computed alone")
     graph = copied(verify.fx)
     placed = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    with graph.inserting_after(placed["positions"]):
-        pairs = graph.placeholder("pairs")
+    pairs = None
+    if not chain:
+        with graph.inserting_after(placed["positions"]):
+            pairs = graph.placeholder("pairs")
     kept = stashed_slots(graph, placed, pairs, verify.inputs) if "slots" in placed else {}
     kept |= stashed_recurrences(graph, placed, pairs)
     missing = set(verify.outputs) - {"logits", "slot_positions", *(s for one in kept for s in one.split())}
     if missing:
         raise NoTree(f"nothing is known of its state {', '.join(sorted(missing))}")
     tree = tree_of(verify, graph, kept, weights)
-    return Forms(tree, settle_of(verify, tree, kept, weights))
+    return Forms(tree, settle_of(verify, tree, kept, weights, chain))
 
 
 def stashed_slots(
-    graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node, specs: Mapping[str, Spec]
+    graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node | None, specs: Mapping[str, Spec]
 ) -> dict[str, Kept]:
     """Reads new rows beside what is stored, in place of writing them there; a row sees those that `pairs` says."""
     found = {}
@@ -95,7 +100,8 @@ def stashed_slots(
         graph.erase_node(node)
         if store is placed["slot_positions"]:
             own_slots(graph, placed, both)
-            hide_others(graph, placed, both, pairs)
+            if pairs is not None:
+                hide_others(graph, placed, both, pairs)
         else:
             found[store.name] = Kept({f"{store.name}_rows": (rows, axis)})
     return found
@@ -131,7 +137,7 @@ def is_filled(node: fx.Node) -> bool:
     return node.target is aten.ge.Scalar and bool(node.args[1] == 0)
 
 
-def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node) -> dict[str, Kept]:
+def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node | None) -> dict[str, Kept]:
     """Computes recurrences for the nodes of a tree; {names of the state, with spaces: what becomes of it}."""
     found = {}
     for node in list(graph.nodes):
@@ -142,13 +148,8 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
         if not mixer.tree or given[mixer.positions] is not placed["positions"]:
             raise NoTree(f"{op_name(node)} has no form for trees")
         names = [given[name].name for name in mixer.state]
-        target = ops.load(mixer.tree).overload
-        with graph.inserting_before(node):
-            made = graph.call_function(target, tuple(pairs if n == mixer.positions else v for n, v in given.items()))
-        made.meta = dict(node.meta)
-        for user in list(node.users):
-            if user.args[1] == 0:
-                user.replace_all_uses_with(made)
+        if pairs is not None:
+            on_tree(graph, node, mixer, pairs)
         rows = {
             f"{names[0]}_{argument.lower()}": (value, value.meta["val"].dim() + mixer.rows[argument])
             for argument in mixer.rows
@@ -156,6 +157,18 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
         }
         found[" ".join(names)] = Kept(rows, node.target, mixer, given)
     return found
+
+
+def on_tree(graph: fx.Graph, node: fx.Node, mixer: Mixer, pairs: fx.Node) -> None:
+    """The recurrence's rows as nodes, in the place of rows one after the other."""
+    given = bind(node)
+    with graph.inserting_before(node):
+        made = graph.call_function(
+            ops.load(mixer.tree).overload, tuple(pairs if n == mixer.positions else v for n, v in given.items())
+        )
+    made.meta = dict(node.meta)
+    for user in [u for u in node.users if u.args[1] == 0]:
+        user.replace_all_uses_with(made)
 
 
 def tree_of(step: Graph, graph: fx.Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
@@ -193,7 +206,7 @@ def path_places(slots: bool) -> Graph:
     return capture_function("places", places, inputs, ["index", "counts", *(["at", "rows"] if slots else [])])
 
 
-def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
+def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor], chain: bool) -> Graph:
     """The graph that takes a path's rows into the state."""
     states = {n: s for n, s in step.inputs.items() if n in step.outputs}
     slots = "slot_positions" in states
@@ -206,7 +219,11 @@ def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mappi
     if slots:
         made["slot_positions"] = graph.call_function(write, (given["slot_positions"], placed["at"], placed["rows"], 1))
     for names, one in kept.items():
-        rows = {n: on_path(graph, given[n], placed["index"], inputs[n], axis) for n, (_, axis) in one.rows.items()}
+        rows = (
+            given
+            if chain and one.mixer
+            else {n: on_path(graph, given[n], placed["index"], inputs[n], axis) for n, (_, axis) in one.rows.items()}
+        )  # of a chain all rows: those that do not count change nothing
         if one.mixer is None:
             ((row, (_, axis)),) = one.rows.items()
             made[names] = graph.call_function(write, (given[names], placed["at"], rows[row], axis))
