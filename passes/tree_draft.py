@@ -35,7 +35,7 @@ from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.int8 import EightBits
 from aropt.rewriting.target import Target
-from aropt.rewriting.tree import NoTree, forms
+from aropt.rewriting.tree import NoTree, forms, kept_aside
 
 SOURCES = ("self", "text")
 
@@ -83,10 +83,11 @@ class TreeDraft:
         if self.draft not in SOURCES:
             check(self.draft, program.meta, prepared)
         try:
-            forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
+            both = forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
         except NoTree as reason:
             return Skips(f"{reason}, so that no tree can be checked")
-        return Applies((f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}",))
+        drafts = f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}"
+        return Applies((drafts, kept_aside(both, program.state, self.tree.nodes)))
 
     def run(self, program: Program) -> Program:
         found, shape = general(program), self.tree

@@ -27,7 +27,7 @@ from aropt.ir import ops
 from aropt.ir.calls import bind, op_name
 from aropt.ir.edit import copied, inline
 from aropt.ir.opdef import Mixer
-from aropt.ir.program import Graph, Spec
+from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.restrict.all_rows import wide
 from aropt.restrict.mixers import mixer_of
@@ -265,3 +265,14 @@ def again(
 
     call = graph.call_function(one.op, tuple(fx.node.map_arg(v, held) for v in arguments.values()))
     return {name: graph.call_function(operator.getitem, (call, i + 1)) for i, name in enumerate(names)}
+
+
+def kept_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> str:
+    """What a round keeps aside, in words, and what the recurrent state of each node would take in its place."""
+    sizes = {"B": 1, "R": nodes, "P": nodes, "S": 1}
+    specs = list(both.tree.outputs.values())[1:]  # but for the logits
+    aside = sum(StateSpec("", spec).nbytes(sizes) for spec in specs)
+    states = (state[name] for name in both.settle.outputs if not state[name].rewinds)
+    each = nodes * sum(one.nbytes(sizes) for one in states)
+    beside = f", {each / 2**10:.0f} KiB if each node's state was kept" if each else ""
+    return f"{aside / 2**10:.0f} KiB kept aside for each sequence{beside}"

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import UsageError
-from aropt.ir.program import Program
+from aropt.ir.program import Program, StateSpec
 from aropt.loops.trees import Shape
 from aropt.pipeline.registry import make
+from aropt.rewriting.tree import forms
 from aropt.validate.compare import validate, with_probe
 from tests.support import draft_models
 from tests.support.draft_models import CAPACITY
@@ -119,6 +120,39 @@ def test_targets(model: str, draft: str, shape: str, target: str) -> None:
     assert made.report["verify"]["status"] == "pass"
     want = aropt.generate(captured(model), PROMPTS, NEW, plain=True)
     assert made.generate(PROMPTS, NEW, plain=True) == want
+
+
+@pytest.mark.parametrize("way", [WAYS[0], pytest.param(WAYS[5], marks=SLOW), pytest.param(WAYS[3], marks=SLOW)])
+def test_the_whole_loop_is_one_onnx_file(way: tuple[str, str, str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from aropt.exporters.whole_loop import export_program
+    from aropt.targets.ort import run_loop
+
+    fast = drafted(*way, ("fuse-sampler", "prune"))
+    export_program(fast, tmp_path / "loop.onnx")
+    assert run_loop.compare(tmp_path / "loop.onnx", fast)["status"] == "pass"
+
+
+def test_eight_ragged_sequences_are_each_alone() -> None:
+    """Sequences that accept different lengths do not disturb each other, nor does one that ends early."""
+    fast, prompts = drafted("hybrid", "llama", "0-0-1-1-2"), [[3 + i] * (1 + i % 5) for i in range(8)]
+    stop = [aropt.generate(fast, prompts[:1], NEW, plain=True)[0][4]]
+    together = aropt.generate(fast, prompts, NEW, plain=True, stop=stop)
+    assert together == [aropt.generate(fast, [p], NEW, plain=True, stop=stop)[0] for p in prompts]
+    assert len({len(ids) for ids in together}) > 1
+
+
+def test_what_is_kept_aside_is_a_fiftieth_of_states() -> None:
+    """Of heads 128 of 64 on states of 128 (Nemotron-H's), for each node of a tree."""
+    config = {"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "expand": 256, "chunk_size": 16}
+    program = aropt.capture(draft_models.made("Mamba2", 0, **config), capacity=8)
+    program = make("kv-cache").run(program)
+    (step,) = [g for g in program.graphs.values() if g.role == "forward"]
+    both = forms(step, program.weights)
+    sizes = {"B": 1, "R": 1}
+    aside = sum(StateSpec("", s).nbytes(sizes) for n, s in both.tree.outputs.items() if n != "logits")
+    states = sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "recurrent")
+    assert states >= 50 * aside > 0
 
 
 def changed(program: Program, name: str, weight: str, value: torch.Tensor) -> Program:
