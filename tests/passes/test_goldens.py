@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Base, str]] = {
     "fuse-attention": (written, "canonicalize kv-cache"),
     "ngram-draft": (text, "kv-cache"),
     "int8-draft:least=1,group=32": (written, "canonicalize kv-cache"),
+    "tree-draft:draft=text,shape=chain:2": (text, "kv-cache"),
     "fuse-canvas": (lambda: canvas(block=4), "block-cache"),
     "fuse-rules": (lambda: text("temperature", "top-k"), "kv-cache"),
     "fuse-sampler": (text, "kv-cache"),
@@ -47,7 +48,7 @@ ROWS = ("dkv-cache", "dual-cache", "free-cache", "prefix-cache", "vicinity")  # 
 SHOWN: dict[str, tuple[str, ...]] = dict.fromkeys(ROWS, ("rows",)) | {  # graphs, where all would be too long
     "block-cache": ("rows", "place"), "fuse-attention": ("step",), "fuse-sampler": ("step_greedy",),
     "prune": ("step_greedy",), "token-shuffle": ("model",), "int8-draft": (), "ngram-draft": ("draft",),
-    "guide-cache": ("guide", "guide_rows"), "cfg-interval": ("branch", "join", "part"),
+    "guide-cache": ("guide", "guide_rows"), "tree-draft": (), "cfg-interval": ("branch", "join", "part"),
 }  # fmt: skip
 
 

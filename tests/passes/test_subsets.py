@@ -19,7 +19,8 @@ from tests.support.programs import canvas, image, text, written
 from tests.support.run import generate
 
 EXACT = [name for name in names() if pass_class(name).contract.level in ("bitwise", "rounding")]
-OPTIONS = {"int8-draft": "int8-draft:least=1,group=32,drafts=2", "ngram-draft": "ngram-draft:drafts=2"}
+OPTIONS = {"int8-draft": "int8-draft:least=1,group=32,drafts=2", "ngram-draft": "ngram-draft:drafts=2",
+           "tree-draft": "tree-draft:draft=text,shape=chain:2"}  # fmt: skip
 SAMPLED = ("temperature", "top-k", "top-p", "min-p", "repetition-penalty", "bias")
 GUIDANCE = ((), ("guidance",), ("guidance-interval",))
 COMMITS = ((), ("threshold",), ("entropy",), ("remask",))
