@@ -150,6 +150,9 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
         names = [given[name].name for name in mixer.state]
         if pairs is not None:
             on_tree(graph, node, mixer, pairs)
+        else:  # padding comes after all other rows, whose results it can't change
+            places = [argument.name for argument in node.target._schema.arguments]
+            node.update_arg(places.index(mixer.positions), None)
         rows = {
             f"{names[0]}_{argument.lower()}": (value, value.meta["val"].dim() + mixer.rows[argument])
             for argument in mixer.rows
