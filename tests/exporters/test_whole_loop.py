@@ -30,6 +30,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.targets.ort import run_loop
 from tests.loops.test_unmask import tiny
+from tests.mutants.surgery import Tiny
 from tests.support.run import from_session, generate
 
 PAGE = (Path(__file__).parents[2] / "docs" / "onnx_loop.md").read_text()
@@ -49,6 +50,12 @@ def small_llama(folder: Path) -> str:
     return str(folder)
 
 
+def small(layers: int = 1) -> Tiny:
+    """A model whose attention is fused, and whose sessions are ready at once."""
+    torch.manual_seed(5)
+    return Tiny(layers, groups=2, width=64, vocab=131, capacity=64)
+
+
 def optimized(model: Any, **options: Any) -> Program:
     plain = aropt.capture(model, capacity=64, **options)
     return run_passes(plain, pipeline(), "onnxruntime", Instruments(check=False))[0]
@@ -56,11 +63,12 @@ def optimized(model: Any, **options: Any) -> Program:
 
 @pytest.fixture(
     scope="module",
-    params=["digits-ar", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("directory", "text-ar"))],
+    params=["small", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("digits-ar", "directory", "text-ar"))],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     folder = tmp_path_factory.mktemp("loop")
-    program = optimized(small_llama(folder / "model") if request.param == "directory" else request.param)
+    named: dict[str, Any] = {"directory": lambda: small_llama(folder / "model"), "small": small}
+    program = optimized(named.get(request.param, lambda: request.param)())
     for ort in (False, True):
         export_program(program, folder / ("ort.onnx" if ort else "out-onnx/model.onnx"), ort)
     return program, folder
@@ -275,7 +283,7 @@ def test_a_rule_defined_here_needs_no_change_in_the_exporter(tmp_path: Path, mon
 
     given = {"even_penalty": scalar(torch.float32, 0.0, "takes from even tokens")}
     monkeypatch.setitem(rules.PROCESSORS, "even", Processor(given, lower_even, draws=False))
-    program = optimized(small_llama(tmp_path / "model"), rules=("even", "temperature"))
+    program = optimized(small(), rules=("even", "temperature"))
     export_program(program, tmp_path / "m.onnx")
     session = run_loop.session(tmp_path / "m.onnx", 1)
     for params in ({}, {"even_penalty": 2.0}, {"even_penalty": 0.4, "temperature": 1.0, "seed": 3}):
@@ -289,7 +297,7 @@ def test_a_rule_without_an_onnx_form_is_named(tmp_path: Path, monkeypatch: pytes
         return logits + torch.digamma(logits.abs() + 1)
 
     monkeypatch.setitem(rules.PROCESSORS, "odd", Processor({}, odd, draws=False))
-    plain = aropt.capture(small_llama(tmp_path / "model"), capacity=64, rules=("odd",))
+    plain = make("kv-cache").run(aropt.capture(small(), capacity=64, rules=("odd",)))
     with pytest.raises(Unsupported, match="'greedy' has no ONNX form") as error:
         export_program(plain, tmp_path / "m.onnx")
     assert "digamma" in error.value.why
