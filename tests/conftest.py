@@ -7,6 +7,7 @@ import gc
 import re
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aropt.ir.executor import Values
-from aropt.ir.program import Program
+from aropt.ir.program import Graph, Program
 from aropt.pipeline.compiled import Compiled
 from tests.support.run import generate
 from tests.support.targets import ORT
@@ -57,13 +58,20 @@ class Tiny(nn.Module):
         return self.head(x)
 
 
-def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> Program:
-    """The plain generation loop of a `Tiny` with seeded weights."""
+@cache
+def captured(layers: int) -> tuple[Graph, dict[str, Tensor]]:
+    """A `Tiny` with seeded weights, captured once for all rules."""
     from aropt.frontend.trace import capture_model
-    from aropt.loops.positions import autoregressive
 
     torch.manual_seed(0)
-    graph, weights = capture_model(Tiny(layers), VOCAB, CAPACITY)
+    return capture_model(Tiny(layers), VOCAB, CAPACITY)
+
+
+def make_program(layers: int = 2, rules: tuple[str, ...] = ("temperature",)) -> Program:
+    """The plain generation loop of a `Tiny` with seeded weights; do not change it in place."""
+    from aropt.loops.positions import autoregressive
+
+    graph, weights = captured(layers)
     meta = {"name": "tiny", "vocab": VOCAB, "capacity": CAPACITY, "null": 0}
     return autoregressive(graph, weights, meta, rules)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_module_says_what_its_canvas_is() -> None:
-    model: Any = tiny(4)
+    model: Any = copy.deepcopy(tiny(4))
     model.mask, model.shift = MASK, True
     program = aropt.capture(model)
     assert [program.meta[k] for k in ("loop", "mask", "block", "shift")] == ["unmask", MASK, 4, True]

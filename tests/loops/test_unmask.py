@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthChec
 lists = st.integers(1, 6)
 
 
+@cache
 def tiny(block: int = 0) -> CanvasLM:
+    """One model of a kind for all modules; do not change it in place."""
     torch.manual_seed(1)
     model = CanvasLM(block, width=32, layers=2, heads=2, hidden=48)
     for parameter in model.parameters():
@@ -42,13 +45,20 @@ def model() -> CanvasLM:
     return tiny()
 
 
+@cache
 def capture(model: CanvasLM, *rules: str) -> Program:
     return aropt.capture(source(model), mask=MASK, block=model.block, rules=rules)
 
 
-@cache
 def source(model: CanvasLM) -> Source:
-    """The model, captured once for all rules."""
+    """The model, captured once for all rules and modules."""
+    found = copy(traced(model))
+    found.meta = dict(found.meta)  # what a capture is given goes there
+    return found
+
+
+@cache
+def traced(model: CanvasLM) -> Source:
     found = api.given(model, None)
     captured = found.captured()
     found.captured = lambda: captured  # type: ignore[method-assign]
