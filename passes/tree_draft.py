@@ -81,7 +81,7 @@ class TreeDraft:
         if other := sorted({v for one in found for v in varies(program, one.rule)}):
             return Skips(f"the rule depends on more than a row's logits: {', '.join(other)}")
         if self.draft not in SOURCES:
-            check(self.draft, program.meta, prepared)
+            check(self.draft, program.meta)
         try:
             both = forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
         except NoTree as reason:

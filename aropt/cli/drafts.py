@@ -9,8 +9,8 @@ from typing import Any
 from aropt.cli.options import Doing
 from aropt.errors import UsageError
 from aropt.frontend.facts import Source
-from aropt.frontend.sources import resolve
 from aropt.ir.program import Program
+from aropt.loops.draft_model import check
 from aropt.loops.scheme import scheme_of
 from aropt.pipeline.registry import inserted, make, parse, untold
 from aropt.rewriting.contract import Pass
@@ -45,12 +45,13 @@ def options(one: Any) -> dict[str, str]:
 
 def check_draft(draft: str, program: Program, source: Source) -> None:
     """Raises UsageError for a draft model of a program that it can't draft for."""
-    found, told = resolve(draft), [bytes(range(32, 127)).decode(), "caf\u00e9 \u2713"]
     why = ""
     if not scheme_of(program).forced:
         why = "this model unmasks a canvas, and writes no ids one after the other"
-    elif source.texts and found.texts and any(source.texts.encode(t) != found.texts.encode(t) for t in told):
-        why = "its tokenizer reads texts as other ids"
+    else:
+        found, told = check(draft, program.meta), [bytes(range(32, 127)).decode(), "caf\u00e9 \u2713"]
+        if source.texts and found.texts and any(source.texts.encode(t) != found.texts.encode(t) for t in told):
+            why = "its tokenizer reads texts as other ids"
     if why:
         hint = "give a smaller model of the same family, or leave --draft out"
         raise UsageError(what=f"{draft} can't draft for {program.name}", where="--draft", why=why, hint=hint)

@@ -34,25 +34,25 @@ def cached(text: str, capacity: int, prepare: Prepare) -> tuple[Source, Program]
     return source, prepare(scheme("positions").build(graph, weights, meta, (), None))
 
 
-def check(text: str, meta: Meta, prepare: Prepare) -> None:
-    """Raises UsageError for a model that can't draft for one with this meta, Unsupported for one without a cache."""
-    source, _ = cached(text, int(meta["capacity"]), prepare)
-    mine, theirs = (str(m.get("tokenizer", "")) for m in (meta, source.meta))
+def check(text: str, meta: Meta) -> Source:
+    """What is known of a draft model. Raises UsageError for one that can't draft for a model with this meta."""
+    source = resolve(text)
     wrong = ""
     if source.meta["vocab"] != meta["vocab"]:
         wrong = f"it has {source.meta['vocab']} ids, and the model {meta['vocab']}"
     elif source.meta.get("mask") is not None:
         wrong = "it unmasks a canvas, and writes no ids one after the other"
-    elif mine and theirs and mine != theirs:
-        wrong = "its tokenizer is another one"
+    elif (most := source.meta.get("capacity")) and most < meta["capacity"]:
+        wrong = f"it takes {most} ids at most, and the model {meta['capacity']} (--capacity takes fewer)"
     if wrong:
         raise UsageError(what=f"{text} can't draft for {meta.get('name', 'this model')}", where="--draft", why=wrong,
                          hint="give a smaller model of the same family, or leave --draft out")  # fmt: skip
+    return source
 
 
 def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, chain: bool) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
-    check(text, meta, prepare)
+    check(text, meta)
     _, program = cached(text, int(meta["capacity"]), prepare)
     step, own = program.graphs[general(program)[0].step.graph], program.weights
     rows = forms(step, own, chain=True)

@@ -256,6 +256,20 @@ def test_damaged_directories(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_drafts_that_can_not_be(tmp_path: Path) -> None:
+    """A model that there is not, a canvas, another vocabulary, a tree that is none: nothing is written."""
+    out = tmp_path / "out"
+    refused(aropt("optimize", "text-ar", "--draft", "nonesuch", "-o", out), 2, "no model 'nonesuch'")
+    refused(
+        aropt("optimize", "text-mdlm", "--draft", "text-ar-draft", "-o", out), 2, "can't draft", "canvas", "--draft"
+    )
+    refused(aropt("optimize", "text-ar", "--draft", "digits-ar", "--runs", "0", "-o", out), 2, "17 ids", "260")
+    refused(
+        aropt("optimize", "text-ar", "--pass", "tree-draft:shape=1-0", "-o", out), 2, "no tree of drafts", "chain:4"
+    )
+    assert not out.exists()
+
+
 def test_usage_errors(folder: Path, artifact: Path, tmp_path: Path) -> None:
     good = f"{folder}/model.py:good"
     refused(aropt("optimize", "nonesuch", "-o", tmp_path / "out"), 2, "no model 'nonesuch'", "digits-ar")

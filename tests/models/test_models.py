@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,9 @@ def forwards(digits_model: nn.Module, text_model: nn.Module) -> dict[str, Callab
         "digits-ar": digits_model,
         "text-ar": lambda ids: text_model(input_ids=ids, use_cache=False).logits,
     }
-    return {**known, **{name: load(name) for name in REFERENCES if name not in known}}
+    models = {name: load(name) for name in REFERENCES if name not in known}
+    others = {name: partial(train.logits_of, model) for name, model in models.items() if name in text.BUILDS}
+    return {**models, **others, **known}
 
 
 def example(name: str, rows: int, length: int) -> Tensor:
