@@ -78,8 +78,8 @@ def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
     def grow(window: Tensor, origin: Tensor, live: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
         newest = window.gather(1, ((window >= 0).to(I64).sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
         ids = torch.cat([*([newest] if root else []), *(given[n] for n in levels)], 1)
-        places = (origin.unsqueeze(1) + given["depth"]).clamp(max=made.capacity - 1)
-        places = torch.where(live.unsqueeze(1), places, -1)
+        places = origin.unsqueeze(1) + given["depth"]
+        places = torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1)
         return ids, places, given["pairs"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
 
     inputs = {"window": shape.window, "origin": ROWS, "live": Spec(BOOL, ("B",)), **levels}

@@ -153,7 +153,8 @@ class Made:
 def rounds(made: Made, shape: Shape, most: int) -> None:
     """The graphs that do not depend on where drafts come from. `most`: sequences of a batch that is speculated.
 
-    Nodes beyond the capacity, which never count, stand at its last position.
+    Nodes beyond the capacity, which never count, have no position, as nothing may see them: of a chain, a row sees
+    all rows whose positions are not after its own.
     """
     deepest, vocab = shape.deepest, made.vocab
     levels = {f"level_{d}": Spec(I64, ("B", len(shape.level(d)))) for d in range(1, deepest + 1)}
@@ -174,7 +175,7 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
         pairs = given["pairs"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
         return (
             torch.cat([newest, *(given[name] for name in levels)], 1),
-            torch.where(live.unsqueeze(1), places.clamp(max=made.capacity - 1), -1), pairs, (places + 1).flatten(),
+            torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1), pairs, (places + 1).flatten(),
             streams.unsqueeze(1).expand_as(places).flatten(), pads + at, at, torch.where(live, limit - counts, 0),
         )  # fmt: skip
 

@@ -86,6 +86,11 @@ def test_ids_are_those_of_the_plain_loop(model: str, draft: str, shape: str) -> 
     assert aropt.generate(fast, full, 6, plain=True) == aropt.generate(plain, full, 6, plain=True)
 
 
+def test_drafts_beyond_the_capacity_are_seen_by_nothing() -> None:
+    """Where the newest id stands at the last position, its row is that of the plain loop: no draft after it counts."""
+    assert validate(captured("llama"), with_probe(drafted("llama", "text", "chain:3")), explain=False).passed
+
+
 @pytest.mark.parametrize(("model", "shape"), [("llama", "chain:3"), ("llama", "2x1x1"), ("hybrid", "chain:2")])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 5}])
 def test_a_drafter_that_is_always_right(model: str, shape: str, params: dict[str, Any]) -> None:
