@@ -21,7 +21,7 @@ from aropt.errors import UsageError
 from aropt.ir.control import Control
 from aropt.ir.edit import trim
 from aropt.ir.program import Graph, Program, Spec, StateSpec
-from aropt.loops.draft_model import check, read
+from aropt.loops.draft_model import cached, check, read
 from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step
 from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.rules import chosen, draws, rule
@@ -82,6 +82,7 @@ class TreeDraft:
             return Skips(f"the rule depends on more than a row's logits: {', '.join(other)}")
         if self.draft not in SOURCES:
             check(self.draft, program.meta)
+            cached(self.draft, int(program.meta["capacity"]), prepared)
         try:
             both = forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
         except NoTree as reason:

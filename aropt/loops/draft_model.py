@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
 
-from aropt.errors import UsageError
+from aropt.errors import Unsupported, UsageError
 from aropt.frontend.facts import Source
 from aropt.frontend.sources import resolve
 from aropt.ir.edit import copied, trim
 from aropt.ir.program import Graph, Meta, Program
 from aropt.ir.torch_compat import build
+from aropt.ir.units import window
 from aropt.loops.drafters import Model
 from aropt.loops.scheme import scheme
 from aropt.loops.tree_control import general
@@ -23,37 +25,59 @@ from aropt.rewriting.tree import forms
 
 Prepare = Callable[[Program], Program]  # the passes that give a program a cached step
 PREFIX = "draft."  # of its weights
+HINT = "give a smaller model of the same family, or leave --draft out"
 
 
 @functools.lru_cache(maxsize=2)
-def cached(text: str, capacity: int, prepare: Prepare) -> tuple[Source, Program]:
-    """The model that a text names, and its program with a cached step."""
-    source = resolve(text, capacity)
-    graph, weights = source.captured()
-    meta = cast(Meta, source.meta | excluded.facts(graph, source.meta))
-    return source, prepare(scheme("positions").build(graph, weights, meta, (), None))
+def found(text: str, capacity: int) -> Source:
+    """The model that a text names. Raises UsageError, Unsupported."""
+    with told(text):
+        return resolve(text, capacity)
+
+
+@functools.lru_cache(maxsize=2)
+def cached(text: str, capacity: int, prepare: Prepare) -> Program:
+    """Its program with a cached step. Raises UsageError, Unsupported."""
+    source = found(text, capacity)
+    with told(text):
+        graph, weights = source.captured()
+        meta = cast(Meta, source.meta | excluded.facts(graph, source.meta))
+        return prepare(scheme("positions").build(graph, weights, meta, (), None))
+
+
+@contextlib.contextmanager
+def told(text: str) -> Iterator[None]:
+    """Errors say that they are of the draft model."""
+    try:
+        yield
+    except (UsageError, Unsupported) as error:
+        hint = HINT if isinstance(error, Unsupported) else error.hint
+        raise type(error)(f"the draft model {text}: {error.what}", error.where, error.why, hint) from error
 
 
 def check(text: str, meta: Meta) -> Source:
     """What is known of a draft model. Raises UsageError for one that can't draft for a model with this meta."""
-    source = resolve(text)
+    source = found(text, int(meta["capacity"]))
+    read, known = int(source.meta["input_vocab"]), int(meta.get("input_vocab") or meta["vocab"])
     wrong = ""
     if source.meta["vocab"] != meta["vocab"]:
         wrong = f"it has {source.meta['vocab']} ids, and the model {meta['vocab']}"
+    elif read < known:
+        wrong = f"it reads ids up to {read - 1}, and the model up to {known - 1}"
     elif source.meta.get("mask") is not None:
         wrong = "it unmasks a canvas, and writes no ids one after the other"
-    elif (most := source.meta.get("capacity")) and most < meta["capacity"]:
-        wrong = f"it takes {most} ids at most, and the model {meta['capacity']} (--capacity takes fewer)"
+    elif window(source.meta):
+        wrong = "a row of it holds several ids"
     if wrong:
         raise UsageError(what=f"{text} can't draft for {meta.get('name', 'this model')}", where="--draft", why=wrong,
-                         hint="give a smaller model of the same family, or leave --draft out")  # fmt: skip
+                         hint=HINT)  # fmt: skip
     return source
 
 
 def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, chain: bool) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
     check(text, meta)
-    _, program = cached(text, int(meta["capacity"]), prepare)
+    program = cached(text, int(meta["capacity"]), prepare)
     step, own = program.graphs[general(program)[0].step.graph], program.weights
     rows = forms(step, own, chain=True)
     graphs = {"step": step, "chain": rows.tree, "settle": rows.settle}

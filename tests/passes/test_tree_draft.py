@@ -13,14 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
-from aropt.errors import UsageError
+from aropt.errors import Unsupported, UsageError
 from aropt.ir.program import Program, StateSpec
+from aropt.loops.draft_model import check
 from aropt.loops.trees import Shape
+from aropt.models import REFERENCES
+from aropt.passes.tree_draft import prepared
 from aropt.pipeline.registry import make
 from aropt.rewriting.tree import forms
 from aropt.validate.compare import validate, with_probe
 from tests.support import draft_models
-from tests.support.draft_models import CAPACITY
+from tests.support.draft_models import CAPACITY, VOCAB
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
 FILE = Path(draft_models.__file__)
@@ -229,3 +232,22 @@ def test_drafts_that_can_not_be() -> None:
     repeated = aropt.capture(draft_models.llama(), capacity=CAPACITY, rules=["repetition-penalty"])
     made = aropt.optimize(repeated, "eager", [make("kv-cache"), make("tree-draft")], check=False)
     assert [(p["name"], p["status"]) for p in made.report["passes"]][-1] == ("tree-draft", "skipped")
+
+
+def test_errors_name_the_draft_model() -> None:
+    with pytest.raises(UsageError, match=r"the draft model .*short: .*48") as caught:
+        drafted("llama", "short", "chain:2")
+    assert "--capacity 20" in caught.value.hint
+    with pytest.raises(Unsupported, match=r"the draft model .*sees_all: .*bidirectional") as refused:
+        drafted("llama", "sees_all", "chain:2")
+    assert "--loop" not in refused.value.hint
+
+
+def test_a_draft_model_reads_all_ids_of_the_model_and_one_a_row() -> None:
+    """Class ids that a prompt holds are ids of no smaller embedding; windows are no ids."""
+    wide: Any = {"vocab": VOCAB, "input_vocab": VOCAB + 9, "capacity": CAPACITY}
+    with pytest.raises(UsageError, match="it reads ids up to 60, and the model up to 69"):
+        check(named("llama"), wide, prepared)
+    images: Any = {"vocab": REFERENCES["digits-ar"].vocab, "capacity": 16}
+    with pytest.raises(UsageError, match="several ids"):
+        check("digits-shuffle2", images, prepared)

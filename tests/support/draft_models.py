@@ -51,3 +51,19 @@ def other() -> nn.Module:
 
     config = transformers.LlamaConfig(vocab_size=VOCAB + 2, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def short() -> nn.Module:
+    """Fewer positions."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    return made("Llama", 0, max_position_embeddings=20, **heads)
+
+
+def sees_all() -> nn.Module:
+    """Rows see later ones."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    return transformers.BertForMaskedLM(config).eval()
