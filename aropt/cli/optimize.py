@@ -42,7 +42,7 @@ SMALL = 64 * 2**20  # bytes of weights below which eager runs use one thread
 def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
     """Optimizes, validates, times, and writes OUT. Returns the report. A failed validation leaves OUT.failed."""
     against = DEFAULT_AGAINST if do.against is None else do.against
-    store.check_free(write.out, write.force, inputs(read, write))
+    store.check_free(write.out, write.force, inputs(read, do, write))
     check_variants(against)
     chosen, allowed = passes(do), budget(do.budget)
     write.say("load")
@@ -58,7 +58,7 @@ def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
     instruments = Instruments(
         write.say, write.show, frozenset(write.print_after or ()), write.print_diff, write.dump_dir, not do.no_check
     )
-    with store.staged(write.out, write.force, inputs(read, write)) as folder:
+    with store.staged(write.out, write.force, inputs(read, do, write)) as folder:
         if source.texts is not None:
             source.texts.save(folder)
         done = optimize_program(
@@ -110,9 +110,9 @@ def demand(done: Compiled, folder: Path, source: Source, read: Reading, do: Doin
     )
 
 
-def inputs(read: Reading, write: Writing) -> list[Path]:
+def inputs(read: Reading, do: Doing, write: Writing) -> list[Path]:
     """The files and folders that the result is made from, or that are written besides: it is not written over them."""
-    models = [m for m in (read.model, read.guide) if m is not None and m not in REFERENCES]
+    models = [m for m in (read.model, read.guide, do.draft) if m is not None and m not in REFERENCES]
     files = [Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models]
     return [*(f for f in files if f.exists()), *filter(None, (read.examples, read.prompts, write.dump_dir))]
 

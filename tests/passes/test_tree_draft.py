@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
+from aropt.cli.optimize import inputs
+from aropt.cli.options import Doing, Reading, Writing
 from aropt.errors import Unsupported, UsageError
 from aropt.ir.program import Program, StateSpec
 from aropt.loops.draft_model import check
@@ -251,3 +253,9 @@ def test_a_draft_model_reads_all_ids_of_the_model_and_one_a_row() -> None:
     images: Any = {"vocab": REFERENCES["digits-ar"].vocab, "capacity": 16}
     with pytest.raises(UsageError, match="several ids"):
         check("digits-shuffle2", images, prepared)
+
+
+def test_no_result_is_written_over_the_draft_model(tmp_path: Path) -> None:
+    (tmp_path / "drafts").mkdir()
+    given = Reading("text-ar"), Doing(draft=str(tmp_path / "drafts")), Writing(tmp_path)
+    assert tmp_path / "drafts" in inputs(*given)
