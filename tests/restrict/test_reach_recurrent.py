@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import Unsupported
-from aropt.frontend import known_mixers
+from aropt.ir import known_mixers
 from aropt.kernels import causal_conv1d, gated_delta, kda, selective_scan, ssd_scan
 from aropt.pipeline.registry import make
 from tests.support.equivalence import check
