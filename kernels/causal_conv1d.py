@@ -97,6 +97,6 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     fixed={"x": (1,), "weight": (0, 1), "bias": (0,), "state": (1, 2)},
-    mixer=Mixer(rows={"x": -1}, state=("state",), positions="positions", tree="tree_conv1d"),
+    mixer=Mixer(rows={"x": -1}, state=("state",), positions="positions", tree="tree_conv1d", commit="conv1d_commit"),
     tolerance={torch.float32: (1e-4, 1e-5)},
 )

@@ -155,6 +155,7 @@ OP = OpDef(
         state=("state",),
         positions="positions",
         tree="gdn_tree_scan",
+        commit="gdn_commit",
     ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )

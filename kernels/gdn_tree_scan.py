@@ -6,7 +6,8 @@
 * `g` float [B, R, H] <= 0, the logarithm of the decay; `beta` float [B, R, H], how much is learned.
 * S' = exp(g[i]) * S[parent of i];  S[i] = S' + k[i] (beta[i] * (v[i] - S'^T k[i]))^T;  o[i] = S[i]^T q[i]; each head.
 * `state` float [B, H, K, V]: S above the nodes without a parent, None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 
 It is a chunk of `aropt::gated_delta` (Yang et al. 2024, section 3) in which a row sees its ancestors, not all before
 it. A node comes after them, so that the system for what is learned stays triangular. In ONNX its inverse is made in
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import gated_delta
-from aropt.kernels.tree_delay import LARGEST, on_trees, onnx_doubled, refused, tile, warps
+from aropt.kernels.tree_delay import LARGEST, on_trees, onnx_doubled, refused, shared, tile, warps
 
 try:
     import triton
@@ -62,15 +63,30 @@ def onnx(q, k, v, g, beta, state, pairs):  # type: ignore[no-untyped-def]
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
+    k, total, decay, learned = onnx_learned(k, v, g, beta, state, pairs)
+    q, sees = op.Transpose(q, perm=[0, 2, 1, 3]), op.Unsqueeze(pairs, ints(1))
+    wanted = onnx_masked(sees, op.Mul(decay, op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))), 0.0)
+    o = op.MatMul(wanted, learned)
+    if state is not None:
+        o = op.Add(o, op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), op.MatMul(q, state)))
+    return op.Transpose(o, perm=[0, 2, 1, 3])
+
+
+def onnx_learned(k: Any, v: Any, g: Any, beta: Any, state: Any, pairs: Any) -> tuple[Any, ...]:
+    """Keys [B, H, R, K], decays since the state [B, H, R] and between nodes, and what each learns [B, H, R, V]."""
+    from onnxscript import opset20 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
     total = op.Transpose(op.MatMul(op.Cast(pairs, to=1), g), perm=[0, 2, 1])
-    q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+    k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (k, v))
     sees = op.Unsqueeze(pairs, ints(1))
     apart = op.Sub(op.Unsqueeze(total, ints(3)), op.Unsqueeze(total, ints(2)))
-    decay, turned = op.Exp(onnx_masked(sees, apart, float("-inf"))), op.Transpose(k, perm=[0, 1, 3, 2])
-    alike, wanted = (onnx_masked(sees, op.Mul(decay, op.MatMul(x, turned)), 0.0) for x in (k, q))
-    since = op.Exp(op.Unsqueeze(total, ints(3)))
-    before = [None, None] if state is None else [op.Mul(since, op.MatMul(x, state)) for x in (k, q)]
-    return onnx_solved(pairs, v, beta, alike, wanted, *before)
+    decay = op.Exp(onnx_masked(sees, apart, float("-inf")))
+    alike = onnx_masked(sees, op.Mul(decay, op.MatMul(k, op.Transpose(k, perm=[0, 1, 3, 2]))), 0.0)
+    known = None if state is None else op.Mul(op.Exp(op.Unsqueeze(total, ints(3))), op.MatMul(k, state))
+    return k, total, decay, onnx_solved(pairs, v, beta, alike, known)
 
 
 def onnx_masked(sees: Any, value: Any, other: float) -> Any:
@@ -80,15 +96,14 @@ def onnx_masked(sees: Any, value: Any, other: float) -> Any:
     return op.Where(sees, value, op.Constant(value_float=other))
 
 
-def onnx_solved(pairs: Any, v: Any, beta: Any, alike: Any, wanted: Any, known: Any, before: Any) -> Any:
-    """o [B, R, H, V] from v [B, H, R, V], products of keys and of queries with keys, and what is read of the state."""
+def onnx_solved(pairs: Any, v: Any, beta: Any, alike: Any, known: Any) -> Any:
+    """What nodes learn [B, H, R, V] from v, products of keys with keys, and what the state knows of them."""
     from onnxscript import opset20 as op
 
     amount = op.Unsqueeze(op.Transpose(beta, perm=[0, 2, 1]), op.Constant(value_ints=[3]))
     system = op.Mul(amount, alike)
     learned = op.Mul(amount, v if known is None else op.Sub(v, known))
-    o = op.MatMul(wanted, op.MatMul(onnx_inverse(pairs, system), learned))
-    return op.Transpose(o if before is None else op.Add(o, before), perm=[0, 2, 1, 3])
+    return op.MatMul(onnx_inverse(pairs, system), learned)
 
 
 def onnx_inverse(pairs: Any, system: Any) -> Any:
@@ -178,7 +193,7 @@ def launch(*args: Any) -> Tensor:
     q, _, v, _, _, state, _ = args
     out, (batch, rows, heads, size), width = fake(q, None, v), q.shape, v.shape[3]
     if out.numel():
-        given = [out if t is None else t.contiguous() for t in args]
+        given = [out if t is None else t.contiguous() for t in (*args[:-1], shared(args[-1], batch))]
         held, grid = {"ROWS": tile(rows), **TILES}, (batch * heads, triton.cdiv(width, TILES["WIDTH"]))
         flags = {"GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
         _gdn_tree_kernel[grid](*given, out, rows, heads, size, width, **held, **flags)

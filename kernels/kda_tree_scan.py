@@ -48,8 +48,9 @@ def onnx(q, k, v, g, beta, state, pairs):  # type: ignore[no-untyped-def]
         onnx_masked(sees, op.Squeeze(op.MatMul(decayed, op.Unsqueeze(x, ints(4))), ints(4)), 0.0) for x in (k, q)
     )
     since = op.Exp(total)
-    before = [None, None] if state is None else [op.MatMul(op.Mul(since, x), state) for x in (k, q)]
-    return onnx_solved(pairs, v, beta, alike, wanted, *before)
+    known, before = [None, None] if state is None else [op.MatMul(op.Mul(since, x), state) for x in (k, q)]
+    o = op.MatMul(wanted, onnx_solved(pairs, v, beta, alike, known))
+    return op.Transpose(o if before is None else op.Add(o, before), perm=[0, 2, 1, 3])
 
 
 def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:

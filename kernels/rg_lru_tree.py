@@ -4,7 +4,8 @@
 
 * `x`, `a` float [B, R, D], 0 <= a <= 1: h[i] = a[i] * h[parent of i] + x[i], each channel for itself.
 * `state` float [B, D]: h above the nodes without a parent, None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 
 The definition steps as `aropt::rg_lru` does, node by node, and gives its bits. In ONNX all nodes step at once, in each
 of log2 R rounds twice as far up, from the ancestor that they have come to (pointer jumping).
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from aropt.ir.opdef import Cost, OpDef
 from aropt.kernels import rg_lru
-from aropt.kernels.tree_delay import on_trees, onnx_doubled, onnx_parents, parents_of
+from aropt.kernels.tree_delay import on_trees, onnx_doubled, onnx_parents, onnx_taken, parents_of
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def walked(state: Tensor, pairs: Tensor, step: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Each node's y of `step(h of its parent, node) -> (h, y)`, the state [B, ..] above the roots."""
-    parents, batch = parents_of(pairs), torch.arange(pairs.shape[0], device=pairs.device)
+    parents, batch = parents_of(pairs).expand(state.shape[0], -1), torch.arange(state.shape[0], device=pairs.device)
     kept, found = state.new_zeros(pairs.shape[1] + 1, *state.shape), []
     kept[0] = state
     for t in range(pairs.shape[1]):
@@ -76,8 +77,8 @@ def onnx_walked(decay: Any, given: Any, state: Any, pairs: Any) -> Any:
     above = op.Pad(above, op.Constant(value_ints=[0, 1, 0, 0]), op.Constant(value_float=0.0))
 
     def double(given: Any, decay: Any, above: Any, _: Any) -> tuple[Any, Any, Any]:
-        at = op.Unsqueeze(op.Cast(above, to=7), op.Constant(value_ints=[2]))
-        before, earlier, higher = (op.GatherND(value, at, batch_dims=1) for value in (given, decay, above))
+        at = op.Cast(above, to=7)
+        before, earlier, higher = (onnx_taken(value, at, pairs) for value in (given, decay, above))
         return op.Add(op.Mul(decay, before), given), op.Mul(decay, earlier), higher
 
     return op.Slice(onnx_doubled(pairs, 1, (given, decay, above), double, 1)[0], axis, end, axis)

@@ -6,7 +6,8 @@
 * `B`, `C` float [B, N, R]. `D` float [D] or None.
 * h[i] = exp(dt[i] * A) * h[parent of i] + dt[i] * B[i] * x[i]  and  y[i] = sum over N of h[i] * C[i] + D * x[i].
 * `state` float [B, D, N]: h above the nodes without a parent, None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 
 A closed form would take an exponential for each pair of nodes, channel and state. The definition steps as
 `aropt::selective_scan` does, node by node, and gives its bits; in ONNX nodes step as those of `aropt::rg_lru_tree`. The
@@ -24,7 +25,7 @@ from torch import Tensor
 from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import selective_scan
 from aropt.kernels.rg_lru_tree import onnx_walked, walked
-from aropt.kernels.tree_delay import LARGEST, on_trees, refused, tile, warps
+from aropt.kernels.tree_delay import LARGEST, on_trees, refused, shared, tile, warps
 
 try:
     import triton
@@ -134,7 +135,7 @@ def launch(*args: Any) -> Tensor:
     x, A, D, state = args[0], args[2], args[5], args[6]
     out, (batch, channels, rows), width = fake(x), x.shape, A.shape[1]
     if out.numel():
-        given = [out if t is None else t.contiguous() for t in args]
+        given = [out if t is None else t.contiguous() for t in (*args[:-1], shared(args[-1], batch))]
         held, kept = tiles(rows, width), x.new_empty(batch, rows, channels, width)
         flags = {"DIRECT": D is not None, "GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
         grid = (batch, triton.cdiv(channels, held["CHANNELS"]))

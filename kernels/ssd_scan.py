@@ -208,7 +208,11 @@ OP = OpDef(
     onnx=onnx,
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
     mixer=Mixer(
-        rows={"x": -3, "dt": -2, "B": -3, "C": -3}, state=("state",), positions="positions", tree="ssd_tree_scan"
+        rows={"x": -3, "dt": -2, "B": -3, "C": -3},
+        state=("state",),
+        positions="positions",
+        tree="ssd_tree_scan",
+        commit="ssd_commit",
     ),
     tolerance={torch.float32: (1e-3, 1e-4)},
 )

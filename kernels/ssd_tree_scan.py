@@ -6,7 +6,8 @@
 * `B`, `C` float [B, R, G, N]: each group serves H / G heads in turn. `D` float [H] or None.
 * S[i] = exp(dt[i] * A) * S[parent of i] + dt[i] * x[i] B[i]^T  and  y[i] = S[i] C[i] + D * x[i], for each head.
 * `state` float [B, H, P, N]: S above the nodes without a parent, None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 
 It is a chunk of `aropt::ssd_scan` in which a row sees its ancestors, not all before it: with L[i] the sum of dt * A
 over j = i and its ancestors, y[i] = exp(L[i]) state C[i] + sum over j of exp(L[i] - L[j]) (C[i] B[j]) dt[j] x[j].
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import ssd_scan
-from aropt.kernels.tree_delay import LARGEST, on_trees, refused, tile, warps
+from aropt.kernels.tree_delay import LARGEST, on_trees, refused, shared, tile, warps
 
 try:
     import triton
@@ -128,7 +129,7 @@ def launch(*args: Any) -> Tensor:
     x, B, D, state = args[0], args[3], args[5], args[6]
     out, (batch, rows, heads, size) = fake(x), x.shape
     if out.numel():
-        given = [out if t is None else t.contiguous() for t in args]
+        given = [out if t is None else t.contiguous() for t in (*args[:-1], shared(args[-1], batch))]
         flags, held = {"DIRECT": D is not None, "GIVEN": state is not None}, tiles(rows)
         grid = (batch * heads, triton.cdiv(size, held["SIZE"]))
         sizes = rows, heads, B.shape[2], size, B.shape[3]

@@ -5,7 +5,8 @@
 * `x` float [B, C, R]: channels, then nodes. `weight` float [C, K]; `bias` float [C] or None.
 * y[:, c, t] = bias[c] + sum over i < K of weight[c, i] * x[:, c, the ancestor K - 1 - i steps above t].
 * `state` float [B, C, K - 1]: the inputs above the roots, the latest last; None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import causal_conv1d
-from aropt.kernels.tree_delay import LARGEST, above, on_trees, onnx_above, refused, tile, warps
+from aropt.kernels.tree_delay import LARGEST, above, on_trees, onnx_above, onnx_taken, refused, shared, tile, warps
 
 try:
     import triton
@@ -43,7 +44,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     inputs = torch.cat([before, x], 2)
     y = x.new_zeros(x.shape)
     for i in range(kept + 1):
-        place = above(pairs, kept, kept - i).unsqueeze(1).expand(-1, x.shape[1], -1)
+        place = above(pairs, kept, kept - i).unsqueeze(1).expand(x.shape[0], x.shape[1], -1)
         y = y + weight[:, i, None] * inputs.gather(2, place)
     return y if bias is None else y + bias.unsqueeze(1)
 
@@ -64,7 +65,7 @@ def onnx(x, weight, bias, state, pairs):  # type: ignore[no-untyped-def]
         state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(kept), axis=0))
     inputs = op.Transpose(op.Concat(state, x, axis=2), perm=[0, 2, 1])
     place = onnx_above(pairs, kept, range(kept, -1, -1))  # [B, R, K]
-    taps = op.GatherND(inputs, op.Unsqueeze(place, ints(3)), batch_dims=1)  # [B, R, K, C]
+    taps = onnx_taken(inputs, place, pairs)  # [B, R, K, C]
     y = op.ReduceSum(op.Mul(taps, op.Transpose(weight, perm=[1, 0])), ints(2), keepdims=0)
     return op.Transpose(y if bias is None else op.Add(y, bias), perm=[0, 2, 1])
 
@@ -110,7 +111,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     """Runs the Triton kernel: a program for some channels of a tree."""
     out, (batch, channels, rows) = fake(x), x.shape
     if out.numel():
-        given = [out if t is None else t.contiguous() for t in (x, weight, bias, state, pairs)]
+        given = [out if t is None else t.contiguous() for t in (x, weight, bias, state, shared(pairs, batch))]
         flags = {"BIASED": bias is not None, "GIVEN": state is not None, "TAPS": weight.shape[1]}
         tiles, grid = {"ROWS": tile(rows), "CHANNELS": CHANNELS}, (batch, triton.cdiv(channels, CHANNELS))
         _tree_conv1d_kernel[grid](*given, out, rows, channels, **flags, **tiles, num_warps=warps(tiles["ROWS"]))

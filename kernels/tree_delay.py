@@ -4,8 +4,8 @@
 
 * `x` [B, R, F]: y[:, t] is x of the ancestor `rows` steps above node t; above the roots lie the rows of `state`.
 * `state` [B, rows, F]: the rows before the roots, the latest last; None: zeros.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself. A node comes after its ancestors: its
-  parent is the last of them. A node that has none goes on from `state`, as several may.
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself. A node
+  comes after its ancestors: its parent is the last of them. A node that has none goes on from `state`, as several may.
 
 What the tree forms of all mixers share is here too: trees as parents and as pairs, and random ones; and what their
 kernels do alike, which hold all nodes of a tree at once.
@@ -61,10 +61,19 @@ def above(pairs: Tensor, kept: int, steps: int) -> Tensor:
     return kept + torch.where(wanted >= 0, found, wanted)
 
 
+def on_path(pairs: Tensor | None, leaf: Tensor, rows: int) -> Tensor:
+    """bool [B, R]: a leaf and what is above it; nothing of leaf -1. Without pairs each node is above the next."""
+    place = torch.arange(rows, device=leaf.device)
+    if pairs is None:
+        return place <= leaf.unsqueeze(1)
+    found = pairs.expand(leaf.shape[0], -1, -1).gather(1, leaf.clamp(min=0).reshape(-1, 1, 1).expand(-1, 1, rows))
+    return found.squeeze(1) & (leaf >= 0).unsqueeze(1)
+
+
 def reference(x: Tensor, rows: int, state: Tensor | None, pairs: Tensor) -> Tensor:
     """The definition."""
     state = x.new_zeros(x.shape[0], rows, x.shape[2]) if state is None else state
-    place = above(pairs, rows, rows).unsqueeze(2).expand(-1, -1, x.shape[2])
+    place = above(pairs, rows, rows).unsqueeze(2).expand(x.shape[0], -1, x.shape[2])
     return torch.cat([state, x], 1).gather(1, place)
 
 
@@ -97,6 +106,29 @@ def onnx_above(pairs: Any, kept: int, steps: Sequence[int]) -> Any:
     return op.Add(op.Where(op.GreaterOrEqual(wanted, ints(0)), found, wanted), ints(kept))
 
 
+def onnx_on_path(pairs: Any, leaf: Any, x: Any) -> tuple[Any, Any]:
+    """`on_path` in standard ONNX ops, and fp32 [B, R, 1] that is 1 at the leaf; x has its rows at axis 1."""
+    from onnxscript import opset20 as op
+
+    place = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(x, start=1, end=2)), op.Constant(value_int=1))
+    last = op.Unsqueeze(leaf, op.Constant(value_ints=[1]))
+    alone = op.Cast(op.Equal(place, last), to=1)
+    if pairs is None:
+        return op.LessOrEqual(place, last), op.Unsqueeze(alone, op.Constant(value_ints=[2]))
+    row = op.MatMul(op.Unsqueeze(alone, op.Constant(value_ints=[1])), op.Cast(pairs, to=1))
+    path = op.Cast(op.Squeeze(row, op.Constant(value_ints=[1])), to=9)
+    return path, op.Unsqueeze(alone, op.Constant(value_ints=[2]))
+
+
+def onnx_taken(rows: Any, place: Any, pairs: Any) -> Any:
+    """[B, .., F] in ONNX: the rows [B, N, F] at places int64 [B, ..], or [1, ..] where the pairs are [1, R, R]."""
+    from onnxscript import opset20 as op
+
+    if pairs.shape[0] == 1:  # of a tree that is always the same, places are constants
+        return op.Gather(rows, op.Squeeze(place, op.Constant(value_ints=[0])), axis=1)
+    return op.GatherND(rows, op.Unsqueeze(place, op.Constant(value_ints=[-1])), batch_dims=1)
+
+
 def onnx_doubled(x: Any, axis: int, states: Sequence[Any], double: Callable[..., tuple[Any, ...]], more: int) -> Any:
     """In an ONNX translation: the states after `double(*states, n)` for n = 1, 2, 4, .. below the rows of x + `more`.
 
@@ -123,7 +155,8 @@ def onnx(x, rows, state, pairs):  # type: ignore[no-untyped-def]
     if state is None:
         shape = op.Concat(op.Shape(x, start=0, end=1), op.Constant(value_ints=[rows]), op.Shape(x, start=2), axis=0)
         state = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), shape)
-    return op.GatherND(op.Concat(state, x, axis=1), onnx_above(pairs, rows, [rows]), batch_dims=1)
+    place = op.Squeeze(onnx_above(pairs, rows, [rows]), op.Constant(value_ints=[2]))
+    return onnx_taken(op.Concat(state, x, axis=1), place, pairs)
 
 
 if HAS_TRITON:
@@ -134,6 +167,11 @@ if HAS_TRITON:
         one, other = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
         at = other * rows + one if TURNED else one * rows + other
         return tl.load(pairs_ptr + at, mask=(one < rows) & (other < rows), other=0) != 0
+
+
+def shared(pairs: Tensor, batch: int) -> Tensor:
+    """The pairs of each sequence, as kernels read them."""
+    return pairs.expand(batch, -1, -1).contiguous()
 
 
 def refused(given: Sequence[Any]) -> str | None:
@@ -190,6 +228,13 @@ def on_trees(samples: Callable[..., Any], axis: int, like: tuple[Any, ...] | Non
         return *args, pairs_of(drawn(draw, args[0].shape[0], args[0].shape[axis]))
 
     return build()
+
+
+def leaves(draw: Any, batch: int, rows: int) -> Tensor:
+    """int64 [B] for samples: nodes, and none."""
+    from hypothesis import strategies as st
+
+    return torch.tensor([draw(st.integers(-1, rows - 1)) for _ in range(batch)])
 
 
 def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:

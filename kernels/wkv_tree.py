@@ -4,7 +4,8 @@
 
 * `k`, `v` float [B, R, D]; `w` float [D] < 0, the logarithm of the decay; `u` float [D], the current node's bonus.
 * `num`, `den`, `top` float [B, D]: both sums above the roots, times e^-top; None, or den 0: there is none above.
-* `pairs` bool [B, R, R]: whether node j is an ancestor of node i, or i itself (see `aropt::tree_delay`).
+* `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
+  `aropt::tree_delay`).
 
 It is a softmax over ancestors: one that lies n steps above has the score (n - 1) w + k, the node itself u + k. The sums
 of the state are one more, of score top + d w for a node with d ancestors. The largest score is taken off first.

@@ -10,7 +10,7 @@ loop, greedy or drawn, whatever is drafted. Sequences of a batch accept differen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.rules import chosen, draws, rule
 from aropt.loops.speculate import DRAFTS, NO_DRAFTS, Rounds, varies
 from aropt.loops.tree_control import beside, general, with_drafts
-from aropt.loops.trees import Made, Shape, rounds
+from aropt.loops.trees import MOST, Made, Shape, rounds
 from aropt.passes.canonicalize import Canonicalize
 from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
@@ -35,7 +35,7 @@ from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.int8 import EightBits
 from aropt.rewriting.target import Target
-from aropt.rewriting.tree import NoTree, forms, kept_aside
+from aropt.rewriting.tree import Nodes, NoTree, forms, kept_aside
 
 SOURCES = ("self", "text")
 
@@ -72,6 +72,10 @@ class TreeDraft:
     def tree(self) -> Shape:
         return Shape.parse(self.shape)
 
+    def nodes(self, depth: int = MOST) -> Nodes:
+        """The tree down to a depth, as rows of a step."""
+        return self.tree.rows(range(depth + 1))
+
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = general(program)
         if not found:
@@ -84,7 +88,7 @@ class TreeDraft:
             check(self.draft, program.meta)
             cached(self.draft, int(program.meta["capacity"]), prepared)
         try:
-            both = forms(program.graphs[found[0].step.graph], program.weights, self.tree.chain)
+            both = forms(program.graphs[found[0].step.graph], dict(program.weights), self.nodes())
         except NoTree as reason:
             return Skips(f"{reason}, so that no tree can be checked")
         drafts = f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}"
@@ -94,7 +98,7 @@ class TreeDraft:
         found, shape = general(program), self.tree
         made = Made({}, dict(program.weights), int(program.meta["vocab"]), int(program.meta["capacity"]))
         rounds(made, shape, self.most)
-        target = forms(program.graphs[found[0].step.graph], program.weights, shape.chain)
+        target = forms(program.graphs[found[0].step.graph], made.weights, self.nodes())
         made.graphs |= {"tree": target.tree, "settle": target.settle}
         drafter_of, state = self.drafters(program, made), dict(program.state)
 
@@ -124,19 +128,21 @@ class TreeDraft:
             return Ranked(one.rule, function)
 
         if self.draft == "self":
-            tree = self.sketch(program, made.weights)
-            return lambda one: own_step(made, shape, tree, ranked(one))
-        model = read(self.draft, meta, made.weights, prepared, shape.chain)
+            levels = self.sketches(program, made.weights)
+            return lambda one: own_step(made, shape, levels, ranked(one))
+        model = read(self.draft, meta, made.weights, prepared, shape)
         return lambda one: own_model(made, shape, model, ranked(one))
 
-    def sketch(self, program: Program, weights: dict[str, Tensor]) -> Graph:
-        """The step for nodes with weights of eight bits where that is worth it; nobody reads its stash."""
+    def sketches(self, program: Program, weights: dict[str, Tensor]) -> list[Graph]:
+        """The step for the first levels with weights of eight bits where that is worth it; nobody reads its stash."""
         step, bits = program.graphs[general(program)[0].step.graph], EightBits(128, 2**16, self.name)
-        step = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch")
-        tree = trim(forms(step, weights, self.tree.chain).tree, {"logits"}, weights)
-        for node in tree.fx.nodes:
-            node.meta.pop("origin", None)  # nothing of the reference computes this
-        return replace(tree, name="sketch")
+        step, found = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch"), []
+        for depth in range(self.tree.deepest):
+            level = forms(step, weights, self.nodes(depth), f"sketch_{depth}").tree
+            found.append(trim(level, {"logits"}, weights))
+            for node in found[-1].fx.nodes:
+                node.meta.pop("origin", None)  # nothing of the reference computes this
+        return found
 
 
 PASS = TreeDraft

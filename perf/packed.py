@@ -18,7 +18,7 @@ from aropt.ir.dims import resolve
 from aropt.ir.edit import call_by_name, compose
 from aropt.ir.program import Graph, Program, Spec, sizes_of
 from aropt.loops.tree_control import general
-from aropt.loops.trees import Shape
+from aropt.loops.trees import MOST, Shape
 from aropt.passes.tree_draft import prepared
 from aropt.restrict.all_rows import wide
 from aropt.rewriting.tree import forms
@@ -69,8 +69,8 @@ class Nodes:
 
     def __init__(self, program: Program, shape: Shape, slots: int, threads: int) -> None:
         made = prepared(program)
-        step, weights = made.graphs[general(made)[0].step.graph], made.weights
-        verify, both = wide(step, weights), forms(step, weights)
+        step, weights = made.graphs[general(made)[0].step.graph], dict(made.weights)
+        verify, both = wide(step, weights), forms(step, weights, shape.rows(range(MOST)))
         assert verify is not None
         with Scratch() as folder:
 
@@ -83,7 +83,7 @@ class Nodes:
 
             longest = shape.deepest + 1
             self.prompt, self.step, self.paths = (session(verify, **known) for known in ({}, {"R": 1}, {"R": longest}))
-            self.tree, self.settle = session(both.tree, R=shape.nodes), session(both.settle, R=shape.nodes, P=longest)
+            self.tree, self.settle = session(both.tree), session(both.settle)
         self.shape, self.depth = shape, torch.tensor(shape.depth)
         self.state = {n: s.create({"B": 1, "S": slots}) for n, s in made.state.items() if n in both.settle.outputs}
 
@@ -92,7 +92,7 @@ class Nodes:
         size, ids = len(prompt), torch.tensor([drafts])
         begin = rows(torch.tensor([prompt]), torch.arange(size).unsqueeze(0), 0)
         state = self.state | {n: v for n, v in self.prompt.once(self.state | begin).items() if n in self.state}
-        fed = {"ids": ids, "positions": (size + self.depth).unsqueeze(0), "pairs": self.shape.pairs.unsqueeze(0)}
+        fed = {"ids": ids, "positions": (size + self.depth).unsqueeze(0)}
         tree = bound(self.tree, state | fed)
         start = torch.tensor([size])
         path = {"path": self.path(self.shape.nodes - 1).unsqueeze(0), "start": start, "origin": start}

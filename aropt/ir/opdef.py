@@ -56,6 +56,8 @@ class Mixer:
         tree: the op with the same arguments but for `pairs` bool [B, R, R] in the place of `positions`, whose only
             result is the first: rows are the nodes of a tree that goes on from `state`, a node's parent before it, and
             `pairs` says which are above each or itself. "" where there is none.
+        commit: the op that gives the state (one value) after a path of such a tree from arguments of these names and
+            `leaf` int64 [B], its last node, -1 without one; where its `pairs` may be None, nodes are then a chain.
     """
 
     rows: Mapping[str, int]
@@ -65,6 +67,7 @@ class Mixer:
     state: Sequence[str] = ()
     positions: str = ""
     tree: str = ""
+    commit: str = ""
 
 
 @dataclass(frozen=True)

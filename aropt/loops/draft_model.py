@@ -20,8 +20,9 @@ from aropt.ir.units import window
 from aropt.loops.drafters import Model
 from aropt.loops.scheme import scheme
 from aropt.loops.tree_control import general
+from aropt.loops.trees import Shape
 from aropt.restrict import excluded
-from aropt.rewriting.tree import forms
+from aropt.rewriting.tree import Nodes, forms
 
 Prepare = Callable[[Program], Program]  # the passes that give a program a cached step
 PREFIX = "draft."  # of its weights
@@ -74,17 +75,21 @@ def check(text: str, meta: Meta) -> Source:
     return source
 
 
-def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, chain: bool) -> Model:
+def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, shape: Shape) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
     check(text, meta)
     program = cached(text, int(meta["capacity"]), prepare)
-    step, own = program.graphs[general(program)[0].step.graph], program.weights
-    rows = forms(step, own, chain=True)
+    step, own = program.graphs[general(program)[0].step.graph], dict(program.weights)
+    rows = forms(step, own, Nodes(shape.deepest + 1, shape.deepest + 1, chain=True))  # the ids that came last
     graphs = {"step": step, "chain": rows.tree, "settle": rows.settle}
-    graphs |= {"tree": rows.tree if chain else trim(forms(step, own).tree, {"logits"}, own)}  # nobody reads its stash
+    for depth in range(1, shape.deepest):
+        name = f"level_{depth}"
+        level = forms(step, own, shape.rows(range(1, depth + 1)), f"draft_{name}").tree
+        graphs[name] = trim(level, {"logits"}, own)  # nobody reads its stash
     weights |= {PREFIX + n: own[n] for g in graphs.values() for n in g.weights()}
     made = {n: renamed(g, f"draft_{n}", weights) for n, g in graphs.items()}
-    return Model(**made, state={n: s for n, s in program.state.items() if n in step.outputs})
+    state = {n: s for n, s in program.state.items() if n in step.outputs}
+    return Model(made.pop("step"), made.pop("chain"), made.pop("settle"), list(made.values()), state)
 
 
 def renamed(graph: Graph, name: str, weights: Mapping[str, Tensor]) -> Graph:

@@ -10,7 +10,7 @@ for, so that they guess draws as well as choices; a node's children are the ids 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,19 +73,16 @@ def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
     """The call that says which rows the drafter computes next: the nodes down to a depth, `root` among them or not."""
     kept = [node for node, d in enumerate(shape.depth) if (0 if root else 1) <= d <= depth]
     levels = {f"level_{d}": Spec(I64, ("B", len(shape.level(d)))) for d in range(1, depth + 1)}
-    tables = {"depth": torch.tensor([shape.depth[n] for n in kept]), "pairs": shape.pairs[kept][:, kept]}
+    tables = {"depth": torch.tensor([shape.depth[n] for n in kept])}
 
     def grow(window: Tensor, origin: Tensor, live: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
         newest = window.gather(1, ((window >= 0).to(I64).sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
         ids = torch.cat([*([newest] if root else []), *(given[n] for n in levels)], 1)
         places = origin.unsqueeze(1) + given["depth"]
-        places = torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1)
-        return ids, places, given["pairs"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
+        return ids, torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1)
 
     inputs = {"window": shape.window, "origin": ROWS, "live": Spec(BOOL, ("B",)), **levels}
-    return call_by_name(
-        made.add(f"grow_{depth}", grow, inputs, ["draft_ids", "draft_positions", "draft_pairs"], tables=tables)
-    )
+    return call_by_name(made.add(f"grow_{depth}", grow, inputs, ["draft_ids", "draft_positions"], tables=tables))
 
 
 def where(made: Made) -> Call:
@@ -100,21 +97,20 @@ def where(made: Made) -> Call:
 
 def drafting(call: Call, prefix: str) -> Call:
     """A step for nodes on what `grown` writes; the state's names begin with the prefix, and so does the stash's."""
-    given = {"ids": "draft_ids", "positions": "draft_positions", "pairs": "draft_pairs"}
+    given = {"ids": "draft_ids", "positions": "draft_positions"}
     reads = {n: given.get(n, prefix + v) for n, v in call.reads.items()}
     writes = {n: "draft_logits" if n == "logits" else prefix + v for n, v in call.writes.items()}
     return Call(call.graph, reads, writes)
 
 
-def own_step(made: Made, shape: Shape, tree: Graph, rule: Ranked) -> Drafter:
-    """Drafts by the graph `tree`, a cheaper form of the target's step for nodes."""
-    made.graphs[tree.name] = tree
-    step = call_by_name(tree)
+def own_step(made: Made, shape: Shape, levels: Sequence[Graph], rule: Ranked) -> Drafter:
+    """Drafts by a cheaper form of the target's step: for the root, for it and the first level, and so on."""
+    made.graphs |= {g.name: g for g in levels}
     rounds = [where(made)]
-    for depth in range(shape.deepest):
+    for depth, level in enumerate(levels):
         rounds += [
             grown(made, shape, depth, True),
-            drafting(step, ""),
+            drafting(call_by_name(level), ""),
             guess(made, shape, depth, rule, shape.level(depth)),
         ]
     return Drafter(rounds=rounds)
@@ -122,25 +118,25 @@ def own_step(made: Made, shape: Shape, tree: Graph, rule: Ranked) -> Drafter:
 
 @dataclass(frozen=True)
 class Model:
-    """Another model's step, the same for the nodes of a chain and of a tree; all names of graphs begin with draft_."""
+    """Another model's step, the same for a chain and for the first levels of a tree; all names begin with draft_."""
 
     step: Graph
     chain: Graph
-    tree: Graph
     settle: Graph
+    levels: Sequence[Graph]
     state: Mapping[str, StateSpec]
 
 
 def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     """Drafts by a model of its own: each round it reads the ids that came last, then the tree as it grows."""
-    made.graphs |= {g.name: g for g in (model.step, model.chain, model.tree, model.settle)}
+    made.graphs |= {g.name: g for g in (model.step, model.chain, model.settle, *model.levels)}
     fed = {"ids": "feed", "slots": "slots", "positions": "positions"}
     step = Call(
         model.step.name,
         {n: fed.get(n, "draft_" + n) for n in model.step.inputs},
         {n: "draft_" + n for n in model.step.outputs},
     )
-    chain, tree = call_by_name(model.chain), call_by_name(model.tree)
+    chain = call_by_name(model.chain)
     settle = Call(
         model.settle.name,
         {n: {"path": "window_path", "start": "window_start", "origin": "window_origin"}.get(n, "draft_" + n)
@@ -174,7 +170,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     for depth in range(1, shape.deepest):
         rounds += [
             grown(made, shape, depth, False),
-            drafting(tree, "draft_"),
+            drafting(call_by_name(model.levels[depth - 1]), "draft_"),
             guess(made, shape, depth, rule, [n - 1 for n in shape.level(depth)]),
         ]
     state = {"draft_" + n: s for n, s in model.state.items()}

@@ -54,7 +54,7 @@ def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
 def checked(one: Rounds, graphs: dict[str, Graph]) -> tuple[Call, ...]:
     """What a round does with its drafts."""
     plain, tree = one.loop, graphs["tree"]
-    fed = {"ids": "nodes", "positions": "node_positions", "pairs": "node_pairs"}
+    fed = {"ids": "nodes", "positions": "node_positions"}
     verify = Call("tree", {n: fed.get(n, n) for n in tree.inputs}, {n: n for n in tree.outputs})
     rows = renamed(call_by_name(graphs["node_rows"]), {"row": "node_row"})
     names = {plain.evidence: "node_row", plain.decides: "picks", "position": "node_places", "streams": "node_streams"}

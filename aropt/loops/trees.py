@@ -27,6 +27,7 @@ from aropt.ir.program import Graph, Role, Spec
 from aropt.ir.torch_compat import build
 from aropt.loops.accept import acceptance
 from aropt.loops.speculate import together
+from aropt.rewriting.tree import Nodes
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
@@ -104,6 +105,12 @@ class Shape:
         most = max(ranks) + 1
         return most, [above.index(self.parents[n]) * most + r for n, r in zip(below, ranks, strict=True)]
 
+    def rows(self, depths: range) -> Nodes:
+        """What a step's rows are that compute the nodes of these depths."""
+        kept = [node for node, depth in enumerate(self.depth) if depth in depths]
+        pairs = None if self.chain else self.pairs[kept][:, kept]
+        return Nodes(len(kept), self.deepest + 1, self.chain, pairs)
+
     @cached_property
     def pairs(self) -> Tensor:
         """bool [n, n]: whether the second node is above the first, or the first itself."""
@@ -172,10 +179,9 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
         newest = window.gather(1, ((window >= 0).to(I64).sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
         at, live = lengths + counts - 1, ~done & (counts < limit)
         places = at.unsqueeze(1) + given["depth"]
-        pairs = given["pairs"].unsqueeze(0).expand(window.shape[0], -1, -1).clone()
         return (
             torch.cat([newest, *(given[name] for name in levels)], 1),
-            torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1), pairs, (places + 1).flatten(),
+            torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1), (places + 1).flatten(),
             streams.unsqueeze(1).expand_as(places).flatten(), pads + at, at, torch.where(live, limit - counts, 0),
         )  # fmt: skip
 
@@ -189,8 +195,8 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
         "spread", spread,
         {"window": shape.window, "lengths": ROWS, "pads": ROWS, "counts": ROWS, "limit": SCALAR,
          "done": Spec(BOOL, ("B",)), "streams": ROWS, **levels},
-        ["nodes", "node_positions", "node_pairs", "node_places", "node_streams", "start", "origin", "room"],
-        tables={k: tables[k] for k in ("depth", "pairs")},
+        ["nodes", "node_positions", "node_places", "node_streams", "start", "origin", "room"],
+        tables={"depth": tables["depth"]},
     )  # fmt: skip
     made.add("node_rows", lambda logits: logits.to(F32).flatten(0, 1), {"logits": logits}, ["row"])
     accepting(made, shape, tables)

@@ -7,16 +7,18 @@
         -> slot_positions, k_0, state_1, ..
 
 The tree's step reads the state and writes none. `pairs` says which nodes are above a node or the node itself: of new
-rows a row sees these alone, and of what is stored what it sees anyway. Its stash is what the rows would have written:
-keys and values, and what recurrences were given. `settle` writes that of the path's nodes (-1: none), the first to slot
-`start` of its sequence with position `origin`. A recurrence is run once more, over the path alone.
+rows a row sees these alone, and of what is stored what it sees anyway. Of a tree that is always the same they are a
+constant of the graph (see `Nodes`). The stash is what the rows would have written: keys and values, and what
+recurrences were given. `settle` writes that of the path's nodes (-1: none), the first to slot `start` of its sequence
+with position `origin`. Of a recurrence it computes the state after the path: by the mixer's `commit`, or by running it
+once more over the path alone.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from torch import Tensor, fx
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
 from aropt.ir.calls import bind, op_name
-from aropt.ir.edit import copied, inline
+from aropt.ir.dims import Dim
+from aropt.ir.edit import copied, inline, trim
 from aropt.ir.opdef import Mixer
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
@@ -35,11 +38,24 @@ from aropt.restrict.mixers import mixer_of
 aten = torch.ops.aten
 I64, BOOL = torch.int64, torch.bool
 STORED = "aten::index_copy"
-PATH = {"path": Spec(I64, ("B", "P")), "start": Spec(I64, ("B",)), "origin": Spec(I64, ("B",))}
 
 
 class NoTree(Exception):
     """Why a step can't be computed for the nodes of a tree."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What is known of the rows of a step that are nodes: how many, how many a path has, and which are above which.
+
+    `chain`: each node comes after the one before it, as the step's own rows do. `pairs` bool [R, R]: of a tree that is
+    always the same; where it is None, `pairs` bool [B, R, R] is an input.
+    """
+
+    rows: Dim = "R"
+    path: Dim = "P"
+    chain: bool = False
+    pairs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,27 +76,30 @@ class Kept:
     given: dict[str, Any] = field(default_factory=dict)
 
 
-def forms(step: Graph, weights: Mapping[str, Tensor], chain: bool = False) -> Forms:
+def forms(step: Graph, weights: MutableMapping[str, Tensor], nodes: Nodes = Nodes(), name: str = "tree") -> Forms:
     """Both forms of a step [B, R] that was derived by `restrict`. Raises NoTree.
 
-    `chain`: nodes come one after the other, as the step's own rows do; nothing has to say which are above which.
+    The first graph is called `name`; pairs that are always the same are added to the weights.
     """
     verify = wide(step, weights)
     if verify is None:
         raise NoTree("the step's last rows can't be computed alone")
     graph = copied(verify.fx)
     placed = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    pairs = None
-    if not chain:
-        with graph.inserting_after(placed["positions"]):
-            pairs = graph.placeholder("pairs")
+    held, pairs = f"{name}.pairs", None
+    if not nodes.chain:
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            pairs = graph.placeholder("pairs") if nodes.pairs is None else graph.get_attr(held)
+    if nodes.pairs is not None:
+        weights[held] = nodes.pairs.unsqueeze(0).contiguous()
     kept = stashed_slots(graph, placed, pairs, verify.inputs) if "slots" in placed else {}
     kept |= stashed_recurrences(graph, placed, pairs)
     missing = set(verify.outputs) - {"logits", "slot_positions", *(s for one in kept for s in one.split())}
     if missing:
         raise NoTree(f"nothing is known of its state {', '.join(sorted(missing))}")
-    tree = tree_of(verify, graph, kept, weights)
-    return Forms(tree, settle_of(verify, tree, kept, weights, chain))
+    tree = tree_of(verify, graph, kept, weights, nodes, name)
+    settle = settle_of(verify, tree, kept, weights, nodes, held)
+    return Forms(trim(tree, {"logits", *settle.inputs} & set(tree.outputs), weights), settle)
 
 
 def stashed_slots(
@@ -127,7 +146,8 @@ def hide_others(graph: fx.Graph, placed: Mapping[str, fx.Node], columns: fx.Node
                 for name, at in (("slot_positions", 1), ("positions", 2))
             )
             every = call(aten.logical_or.default, (stored, rows))  # [B, R, S]: of what is stored, all
-            allowed = call(aten.cat.default, ([every, pairs], 2))
+            sizes = (call(aten.sym_size.int, (every, 0)), -1, -1)
+            allowed = call(aten.cat.default, ([every, call(aten.expand.default, (pairs, sizes))], 2))
             seen = call(aten.logical_and.default, (node, allowed))
         for user in [user for user in node.users if user is not seen]:
             user.replace_input_with(node, seen)
@@ -174,7 +194,9 @@ def on_tree(graph: fx.Graph, node: fx.Node, mixer: Mixer, pairs: fx.Node) -> Non
         user.replace_all_uses_with(made)
 
 
-def tree_of(step: Graph, graph: fx.Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor]) -> Graph:
+def tree_of(
+    step: Graph, graph: fx.Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor], nodes: Nodes, name: str
+) -> Graph:
     """The step for nodes: its logits, and the stash."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     results: Any = output.args[0]
@@ -185,12 +207,16 @@ def tree_of(step: Graph, graph: fx.Graph, kept: Mapping[str, Kept], weights: Map
     specs = {**step.inputs, "pairs": Spec(BOOL, ("B", "R", "R"))}
     for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
         graph.erase_node(node)
-    inputs = {n.name: specs[n.name] for n in graph.nodes if n.op == "placeholder"}
-    return build("tree", graph, inputs, ["logits", *stash], weights)
+    inputs = {
+        n.name: replace(specs[n.name], dims=tuple(nodes.rows if d == "R" else d for d in specs[n.name].dims))
+        for n in graph.nodes
+        if n.op == "placeholder"
+    }
+    return build(name, graph, inputs, ["logits", *stash], weights)
 
 
-def path_places(slots: bool) -> Graph:
-    """Of a path's nodes: which rows of the stash, -1 where a row does not count, and where they go.
+def path_places(slots: bool, size: Dim) -> Graph:
+    """Of a path's nodes: which rows of the stash, -1 where a row does not count, the last one, and where they go.
 
     What is no node is the first one again, so that it changes nothing.
     """
@@ -198,44 +224,63 @@ def path_places(slots: bool) -> Graph:
     def places(path: Tensor, start: Tensor, origin: Tensor, **stored: Tensor) -> tuple[Tensor, ...]:
         there, first = path >= 0, path[:, :1]
         index = torch.where(there, path, first).clamp(min=0)
-        counts = torch.where(there, 0, -1)
+        counts, leaf = torch.where(there, 0, -1), path.amax(1)  # a node comes after those above it
         if not slots:
-            return index, counts
+            return index, counts, leaf
         ahead = torch.where(there, torch.arange(path.shape[1]), 0)
         at = (start.unsqueeze(1) + ahead).clamp(max=stored["slot_positions"].shape[1] - 1)
-        return index, counts, at, torch.where(first >= 0, origin.unsqueeze(1) + ahead, -1)
+        return index, counts, leaf, at, torch.where(first >= 0, origin.unsqueeze(1) + ahead, -1)
 
-    inputs = {**PATH, **({"slot_positions": Spec(I64, ("B", "S"))} if slots else {})}
-    return capture_function("places", places, inputs, ["index", "counts", *(["at", "rows"] if slots else [])])
+    inputs = {**path_of(size), **({"slot_positions": Spec(I64, ("B", "S"))} if slots else {})}
+    return capture_function("places", places, inputs, ["index", "counts", "leaf", *(["at", "rows"] if slots else [])])
 
 
-def settle_of(step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor], chain: bool) -> Graph:
-    """The graph that takes a path's rows into the state."""
+def path_of(size: Dim) -> dict[str, Spec]:
+    """What says which nodes count, and where they go."""
+    return {"path": Spec(I64, ("B", size)), "start": Spec(I64, ("B",)), "origin": Spec(I64, ("B",))}
+
+
+def settle_of(
+    step: Graph, tree: Graph, kept: Mapping[str, Kept], weights: Mapping[str, Tensor], nodes: Nodes, held: str
+) -> Graph:
+    """The graph that takes a path's rows into the state; `held` is the name of pairs that are always the same."""
     states = {n: s for n, s in step.inputs.items() if n in step.outputs}
     slots = "slot_positions" in states
-    inputs = PATH | states | {n: tree.outputs[n] for one in kept.values() for n in one.rows}
+    stash = {n: tree.outputs[n] for one in kept.values() for n in one.rows}
+    above = {} if nodes.chain or nodes.pairs is not None else {"pairs": Spec(BOOL, ("B", nodes.rows, nodes.rows))}
+    inputs = path_of(nodes.path) | above | states | stash
     graph = fx.Graph()
-    given = {n: graph.placeholder(n) for n in inputs}
-    placed = inline(graph, path_places(slots), given)
+    given: dict[str, Any] = {n: graph.placeholder(n) for n in inputs}
+    placed = inline(graph, path_places(slots, nodes.path), given)
+    if nodes.pairs is not None:
+        given["pairs"] = graph.get_attr(held)
     write = ops.load("write_rows").overload
     made: dict[str, fx.Node] = {}
     if slots:
         made["slot_positions"] = graph.call_function(write, (given["slot_positions"], placed["at"], placed["rows"], 1))
     for names, one in kept.items():
+        if (closed := commits(one, nodes.chain)) is not None:
+            arguments = rerun(graph, names.split(), one, given) | {"pairs": given.get("pairs"), "leaf": placed["leaf"]}
+            wanted = [arguments[a.name] for a in closed._schema.arguments]
+            made[names] = graph.call_function(closed, tuple(wanted))
+            continue
         rows = (
             given
-            if chain and one.mixer
+            if nodes.chain and one.mixer
             else {n: on_path(graph, given[n], placed["index"], inputs[n], axis) for n, (_, axis) in one.rows.items()}
         )  # of a chain all rows: those that do not count change nothing
         if one.mixer is None:
             ((row, (_, axis)),) = one.rows.items()
             made[names] = graph.call_function(write, (given[names], placed["at"], rows[row], axis))
         else:
-            made |= again(graph, names.split(), one, {**given, **rows}, placed["counts"])
+            arguments = rerun(graph, names.split(), one, {**given, **rows}) | {one.mixer.positions: placed["counts"]}
+            call = graph.call_function(one.op, tuple(arguments.values()))
+            made |= {n: graph.call_function(operator.getitem, (call, i)) for i, n in enumerate(names.split(), 1)}
     graph.output(tuple(made[n] for n in states))
-    for node in [n for n in given.values() if not n.users]:
-        graph.erase_node(node)
-    used = {n: s for n, s in inputs.items() if given[n].users}
+    unread = {name for name, node in given.items() if not node.users}
+    for name in unread:
+        graph.erase_node(given[name])
+    used = {n: s for n, s in inputs.items() if n not in unread}
     return build("settle", graph, used, list(states), weights, "bookkeeping")
 
 
@@ -250,14 +295,21 @@ def on_path(graph: fx.Graph, rows: fx.Node, index: fx.Node, spec: Spec, axis: in
     )
 
 
-def again(
-    graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.Node], counts: fx.Node
-) -> dict[str, fx.Node]:
-    """The recurrence over the path's rows; {state: its new value}."""
+def commits(one: Kept, chain: bool) -> Any:
+    """The op that gives the state after a path in closed form, or None."""
+    if one.mixer is None or not one.mixer.commit:
+        return None
+    closed = ops.load(one.mixer.commit).overload
+    pairs = next(a for a in closed._schema.arguments if a.name == "pairs")
+    return closed if not chain or str(pairs.type).startswith("Optional") else None
+
+
+def rerun(graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.Node]) -> dict[str, Any]:
+    """The recurrence's arguments, of the stash and the state."""
     mixer = one.mixer
     assert mixer is not None
     arguments = one.given | {n: given[f"{names[0]}_{n.lower()}"] for n in mixer.rows if one.given[n] is not None}
-    arguments |= {n: given[name] for n, name in zip(mixer.state, names, strict=True)} | {mixer.positions: counts}
+    arguments |= {n: given[name] for n, name in zip(mixer.state, names, strict=True)} | {mixer.positions: None}
     done: dict[fx.Node, fx.Node] = {n: n for n in arguments.values() if isinstance(n, fx.Node) and n.graph is graph}
 
     def held(node: fx.Node) -> fx.Node:
@@ -266,8 +318,7 @@ def again(
             done[node] = graph.node_copy(node, held)
         return done[node]
 
-    call = graph.call_function(one.op, tuple(fx.node.map_arg(v, held) for v in arguments.values()))
-    return {name: graph.call_function(operator.getitem, (call, i + 1)) for i, name in enumerate(names)}
+    return {name: fx.node.map_arg(value, held) for name, value in arguments.items()}
 
 
 def kept_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> str:

@@ -274,6 +274,123 @@ def test_strong_decays_stay_finite(op: OpDef, data: st.DataObject) -> None:
     assert_paths(op, args)
 
 
+COMMITS = [op for op in RECURRENT if mixer(op).commit]
+every_commit = pytest.mark.parametrize("op", COMMITS, ids=lambda op: op.name)
+
+
+def committed(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Tensor:
+    """The state after the path to each sequence's leaf; `args` are those of the op, which has a state."""
+    closed = ops.load(mixer(op).commit)
+    known = dict(zip(names(op), args, strict=False)) | {"pairs": pairs, "leaf": leaf}
+    return closed.reference(*(known[a.name] for a in closed.overload._schema.arguments))  # type: ignore[no-any-return]
+
+
+def left(op: OpDef, args: Args, path: Tensor) -> Tensor:
+    """The state that rows of one sequence leave one after the other, by the op without a tree."""
+    if not len(path):
+        return args[names(op).index(mixer(op).state[0])]  # type: ignore[no-any-return]
+    return op.reference(*chosen(op, args, path)[:-1], None)[1]  # type: ignore[no-any-return]
+
+
+def test_states_after_paths_are_closed_forms_of_three() -> None:
+    assert [mixer(op).commit for op in COMMITS] == ["conv1d_commit", "gdn_commit", "ssd_commit"]
+    assert all(len(mixer(op).state) == 1 for op in COMMITS)
+
+
+@every_commit
+@on_samples(40)
+@given(data=st.data())
+def test_the_state_after_a_path(op: OpDef, data: st.DataObject) -> None:
+    """Is what the path's rows leave, of any node, and the state itself of none; a chain needs no pairs."""
+    args = double(data.draw(tree(op).samples().filter(lambda a: a[-2] is not None)))
+    batch, count = args[-1].shape[0], args[-1].shape[1]
+    leaf = torch.tensor([data.draw(st.integers(-1, count - 1)) for _ in range(batch)])
+    got = committed(op, args, args[-1], leaf)
+    optional = "pairs" in str(ops.load(mixer(op).commit).schema).partition("Tensor? ")[2]
+    for b, node in enumerate(leaf.tolist()):
+        one = single(op, args, b)
+        path = one[-1][0, node].nonzero()[:, 0] if node >= 0 else torch.tensor([], dtype=torch.int64)
+        close(got[b : b + 1], left(op, one, path), op)
+        if optional:
+            line = committed(op, one, None, leaf[b : b + 1])
+            close(line, left(op, one, torch.arange(node + 1)), op)
+
+
+@every_commit
+@on_samples(20)
+@given(data=st.data())
+def test_nodes_beside_a_path_leave_its_state_alone(op: OpDef, data: st.DataObject) -> None:
+    args = double(single(op, data.draw(tree(op).samples().filter(lambda a: a[-2] is not None)), 0))
+    path, others, pairs = beside(data, args[-1])
+    leaf = path[-1:]
+    want = committed(op, args, args[-1], leaf)
+    got = committed(op, filled(op, args, others, lambda name: HUGE.get(name, 1e30)), pairs, leaf)
+    close(got, want, op)
+
+
+@every_op
+@on_samples(10)
+@given(data=st.data())
+def test_one_tree_of_all_sequences(op: OpDef, data: st.DataObject) -> None:
+    """Pairs [1, R, R] are those of each sequence, bit for bit."""
+    *args, pairs = data.draw(tree(op).samples())
+    batch = pairs.shape[0]
+    want = tree(op).reference(*args, pairs[:1].expand(batch, -1, -1).contiguous())
+    close(tree(op).reference(*args, pairs[:1]), want, op, bits=True)
+    if mixer(op).commit and args[-1] is not None:
+        leaf = torch.arange(-1, batch - 1).clamp(max=pairs.shape[1] - 1)
+        got, want = (committed(op, tuple(args), p, leaf) for p in (pairs[:1], pairs[:1].expand(batch, -1, -1)))
+        close(got, want, op, bits=True)
+
+
+class Constant(torch.nn.Module):
+    """A call of a tree's op, and of what commits a path of it, with pairs that are a constant."""
+
+    def __init__(self, op: OpDef, args: Args) -> None:
+        super().__init__()
+        self.op, self.rest = op, args
+        self.register_buffer("pairs", args[-1])
+
+    def forward(self, leaf: Tensor, *free_args: Tensor) -> Any:
+        values = iter(free_args)
+        args = tuple(next(values) if isinstance(a, Tensor) else a for a in self.rest[:-1])
+        y = tree(self.op).overload(*args, self.pairs)
+        if not mixer(self.op).commit:
+            return y
+        closed = ops.load(mixer(self.op).commit)
+        known = dict(zip(names(self.op), args, strict=False)) | {"pairs": self.pairs, "leaf": leaf}
+        return y, closed.overload(*(known[a.name] for a in closed.overload._schema.arguments))
+
+
+@every_op
+def test_onnx_with_a_tree_that_is_a_constant(op: OpDef) -> None:
+    """For any batch: what follows from the pairs alone is no part of what runs."""
+    pytest.importorskip("onnxscript", reason="needs aropt[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
+    states, batch = mixer(op).state, torch.export.Dim.DYNAMIC
+
+    @on_samples(1)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        wanted = tree(op).samples().filter(lambda a: a[-1].shape[0] > 1 and 3 < a[-1].shape[1] < 9)
+        *args, pairs = data.draw(wanted.filter(lambda a: all(a[names(op).index(n)] is not None for n in states)))
+        model = Constant(op, (*args, pairs[:1].clone())).eval()
+        leaf = torch.tensor([2, -1, 0][: pairs.shape[0]])
+        given_args = (leaf, *(a for a in args if isinstance(a, Tensor)))
+        rows = {*mixer(op).rows, *states}
+        dims = [{0: batch} if n in rows else {} for n, a in zip(names(op), args) if isinstance(a, Tensor)]
+        exported = torch.onnx.export(
+            model, given_args, dynamo=True, dynamic_shapes=({0: batch}, tuple(dims)),
+            custom_translation_table=ops.translation_table(), verbose=False,
+        ).model_proto  # fmt: skip
+        session = runtime.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
+        feeds = {spec.name: a.numpy() for spec, a in zip(session.get_inputs(), given_args, strict=True)}
+        want = model(*given_args)
+        assert_matches(tree(op), [torch.from_numpy(a) for a in session.run(None, feeds)], want)
+
+    check()
+
+
 def test_histories_longer_than_the_tree() -> None:
     """Taps and delays reach from each node over its ancestors into the state."""
     pairs = pairs_of(torch.tensor([[-1, 0, 0, 1, -1]]))

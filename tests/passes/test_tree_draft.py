@@ -166,7 +166,7 @@ def test_what_is_kept_aside_is_a_fiftieth_of_states() -> None:
     program = aropt.capture(draft_models.made("Mamba2", 0, **config), capacity=8)
     program = make("kv-cache").run(program)
     (step,) = [g for g in program.graphs.values() if g.role == "forward"]
-    both = forms(step, program.weights)
+    both = forms(step, dict(program.weights))
     sizes = {"B": 1, "R": 1}
     aside = sum(StateSpec("", s).nbytes(sizes) for n, s in both.tree.outputs.items() if n != "logits")
     states = sum(s.nbytes(sizes) for s in program.state.values() if s.kind == "recurrent")
@@ -174,13 +174,13 @@ def test_what_is_kept_aside_is_a_fiftieth_of_states() -> None:
 
 
 def changed(program: Program, name: str, weight: str, value: torch.Tensor) -> Program:
-    key = f"trees.{name}.{weight}"
+    key = f"tree.{weight}" if name == "tree" else f"trees.{name}.{weight}"
     return program.replace(weights={**program.weights, key: value})
 
 
 EVERY = torch.ones(7, 7, dtype=torch.bool).tril()
 SLIPS = [
-    ("spread", "pairs", EVERY),
+    ("tree", "pairs", EVERY[None]),
     pytest.param("spread", "depth", torch.tensor([0, 1, 1, 1, 2, 2, 2]), marks=SLOW),
     pytest.param("accept", "parents", torch.tensor([-1, 0, 0, 2, 2, 1, 1]), marks=SLOW),
 ]

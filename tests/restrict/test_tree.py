@@ -14,7 +14,7 @@ import aropt
 from aropt.ir.program import Graph, Program
 from aropt.pipeline.registry import make
 from aropt.restrict.all_rows import wide
-from aropt.rewriting.tree import forms
+from aropt.rewriting.tree import Nodes, forms
 from tests.support.sweep import RECURRENT, build
 
 pytest.importorskip("transformers", reason="needs aropt[hf]")
@@ -61,20 +61,27 @@ def pairs_of(above: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(above=parents(), seed=st.integers(0, 2**20), pads=st.integers(0, 2))
+@given(above=parents(), seed=st.integers(0, 2**20), pads=st.integers(0, 2), known=st.booleans())
 @settings(
     max_examples=4, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-def test_a_node_is_the_last_row_of_its_path(name: str, above: list[int], seed: int, pads: int) -> None:
-    """In a batch of two prompts, one of them padded; then a path of each sequence is kept."""
+def test_a_node_is_the_last_row_of_its_path(name: str, above: list[int], seed: int, pads: int, known: bool) -> None:
+    """In a batch of two prompts, one of them padded; then a path of each sequence is kept.
+
+    `known`: the tree is a constant of the graphs.
+    """
     made = program(name)
     step = next(g for g in made.graphs.values() if g.role == "forward")
     chain = above == list(range(-1, len(above) - 1))  # one of two forms, the simpler one where it will do
-    verify, both, weights = wide(step, made.weights), forms(step, made.weights, chain), made.weights
+    weights, n = dict(made.weights), len(above)
+    longest = max(range(n), key=lambda i: len(path_to(i, above)))
+    sizes = (n, len(path_to(longest, above))) if known else ("R", "P")
+    nodes = Nodes(*sizes, chain, pairs_of(above) if known and not chain else None)
+    verify, both = wide(step, weights), forms(step, weights, nodes)
     assert verify is not None
-    generator, size, n = torch.Generator().manual_seed(seed), 5, len(above)
+    generator, size = torch.Generator().manual_seed(seed), 5
     prompt = torch.randint(4, 90, (2, size), generator=generator)
-    nodes = torch.randint(4, 90, (2, n), generator=generator)
+    ids = torch.randint(4, 90, (2, n), generator=generator)
     values = {name: s.create({"B": 2, "S": 24}) for name, s in made.state.items() if name in step.inputs}
     padding = torch.tensor([0, pads])
     at = torch.arange(size)
@@ -82,15 +89,14 @@ def test_a_node_is_the_last_row_of_its_path(name: str, above: list[int], seed: i
     values |= outputs(step, weights, values | {"ids": prompt, "slots": at, "positions": positions})
     before = {k: v.clone() for k, v in values.items()}
     depth = torch.tensor([len(path_to(i, above)) - 1 for i in range(n)])
-    fed = {"ids": nodes, "positions": size - padding[:, None] + depth, "pairs": pairs_of(above).expand(2, n, n)}
+    fed = {"ids": ids, "positions": size - padding[:, None] + depth, "pairs": pairs_of(above).expand(2, n, n)}
     got = outputs(both.tree, weights, values | fed)
     assert all(torch.equal(before[k], values[k]) for k in before)  # nothing is written
-    longest = max(range(n), key=lambda i: len(path_to(i, above)))
     paths, after = [path_to(longest, above), path_to(n - 1, above)], []
     for node in range(n):
         path = path_to(node, above)
         slots = size + torch.arange(len(path))
-        run = {"ids": nodes[:, path], "slots": slots, "positions": slots - padding[:, None]}
+        run = {"ids": ids[:, path], "slots": slots, "positions": slots - padding[:, None]}
         want = outputs(step, weights, values | run)
         torch.testing.assert_close(got["logits"][:, node], want["logits"][:, -1], rtol=1e-4, atol=1e-4)
         after.append(want)
@@ -100,7 +106,8 @@ def test_a_node_is_the_last_row_of_its_path(name: str, above: list[int], seed: i
     for i, path in enumerate(paths):
         kept[i, : len(path)] = torch.tensor(path)
     start = torch.tensor([size, size])
-    state = outputs(both.settle, weights, values | got | {"path": kept, "start": start, "origin": start - padding})
+    given = values | got | fed | {"path": kept, "start": start, "origin": start - padding}
+    state = outputs(both.settle, weights, given)
     for i, path in enumerate(paths):  # what comes next sees the path and nothing else
         run = {"ids": prompt[:, :2], "slots": size + len(path) + torch.arange(2)}
         run["positions"] = run["slots"] - padding[:, None]
