@@ -54,6 +54,7 @@ class Int8Draft:
     drafts: int = 8
     group: int = 128
     least: int = 2**16
+    source: ClassVar[str] = "self"
     name: ClassVar[str] = "int8-draft"
     contract: ClassVar[Contract] = Contract(
         "rounding",

@@ -4,7 +4,7 @@ What followed the last three ids where they stood before (or two, or one; the la
 computes the new id and the drafts as rows of one call; the rule picks an id for each row, and a draft counts if it is
 what the row before picked (LLMA, Yang et al. 2023, arXiv 2304.04487; prompt lookup). So the ids are the greedy
 ones, whatever the drafts. Keys and values of wrong ones are in slots that the next round writes again before a row sees
-them; recurrent state is written after the check, by the rows that count (`restrict/stash.py`).
+them. Recurrent state has no such slots: there `tree-draft` checks drafts of the text.
 
 It is for one sequence at a time, greedy: others run as before. The prompt is a round of the plain step, and so are the
 last rounds, where fewer ids are left than a round may write. A round of five rows costs more than one of one row: it
@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 
 from aropt.errors import UsageError
-from aropt.frontend.trace import capture_function
 from aropt.ir.control import Call, Loop, Seq, renamed
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Program, Spec, StateSpec
@@ -38,7 +37,6 @@ from aropt.loops.speculate import (
     varies,
 )
 from aropt.restrict.all_rows import wide
-from aropt.restrict.stash import COUNTS, stashed
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
 from aropt.rewriting.target import Target
@@ -49,6 +47,7 @@ class NgramDraft:
     """Options: `drafts`, how many ids a round checks beside the one that it would write anyway."""
 
     drafts: int = 4
+    source: ClassVar[str] = "text"
     name: ClassVar[str] = "ngram-draft"
     contract: ClassVar[Contract] = Contract(
         "rounding",
@@ -72,8 +71,7 @@ class NgramDraft:
         verify = wide(program.graphs[found[0].step.graph], program.weights)
         if verify is None:
             return Skips("the step's last rows can't be computed alone")
-        lost = carried(program, verify)
-        if lost and stashed(verify, lost, program.weights) is None:
+        if any(name in program.state and not program.state[name].rewinds for name in verify.outputs):
             return Skips("rejected rows can't be taken back of its recurrent state")
         return Applies((f"{self.drafts} drafts a round, for one sequence",))
 
@@ -82,12 +80,7 @@ class NgramDraft:
         verify = wide(program.graphs[found[0].step.graph], program.weights)
         assert verify is not None
         vocab, capacity = (int(program.meta[k]) for k in ("vocab", "capacity"))
-        after = []
-        if carried(program, verify):
-            stash = stashed(verify, carried(program, verify), program.weights)
-            assert stash is not None
-            verify, *after = (*stash, counted(self.drafts + 1))
-        made = {g.name: g for g in (verify, *after, *from_text(Draft(self.drafts, vocab, dense(verify)), capacity))}
+        made = {g.name: g for g in (verify, *from_text(Draft(self.drafts, vocab, dense(verify)), capacity))}
         state = {
             "begun": StateSpec("flag", Spec(torch.bool), 0),
             "settled": StateSpec("flag", Spec(torch.bool)),
@@ -109,17 +102,6 @@ def greedy(program: Program) -> list[Rounds]:
     return [one for one in checkable(program) if not draws(program.graphs[one.rule.graph])]
 
 
-def carried(program: Program, verify: Graph) -> list[str]:
-    """The state that does not take rejected rows back by writing them again."""
-    return [name for name in verify.outputs if name in program.state and not program.state[name].rewinds]
-
-
-def counted(rows: int) -> Graph:
-    """Which rows of a round count, of its window."""
-    window = {"window": Spec(torch.int64, ("B", rows))}
-    return capture_function("counted", lambda window: (window >= 0).to(torch.int64) - 1, window, [COUNTS])
-
-
 def drafting(plain: Loop, rounds: Rounds, made: dict[str, Graph]) -> Seq:
     """The rounds with drafts, and plain ones for what is left."""
     (emitted,), instead = plain.emits, {rounds.step.reads["ids"]: "drafted", plain.decides: "picks"}
@@ -127,10 +109,6 @@ def drafting(plain: Loop, rounds: Rounds, made: dict[str, Graph]) -> Seq:
     verify = Call("verify", step.reads, {o: step.writes.get(o, o) for o in made["verify"].outputs})
     body = [renamed(call, instead) for call in (*rounds.before, verify, every, rounds.rule)]
     body.append(call_by_name(made["accept"]))
-    if "replay" in made:
-        again = made["replay"]
-        reads, writes = {i: step.reads.get(i, i) for i in again.inputs}, {o: step.writes[o] for o in again.outputs}
-        body += [call_by_name(made["counted"]), Call("replay", reads, writes)]
     checked = checking("settled", Seq(tuple(body)), plain)
     rest = replace(plain, emits={emitted: "rest"})
     return Seq((call_by_name(made["recall"]), checked, call_by_name(made["resume"]), rest))

@@ -55,10 +55,11 @@ class TreeDraft:
     name: ClassVar[str] = "tree-draft"
     contract: ClassVar[Contract] = Contract(
         "rounding",
-        when="asked",
+        when="tried",
         after=("fuse-attention", "kv-cache", "merge-linears"),
         requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
         establishes=(DRAFTS,),
+        tries=("draft=text,shape=chain:4", "draft=self,shape=chain:4"),
     )
 
     def __post_init__(self) -> None:
@@ -67,6 +68,10 @@ class TreeDraft:
             raise UsageError(what=f"tree-draft:shape={self.shape}", why="the text drafts chains", hint="shape=chain:4")
         if self.most < 1:
             raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
+
+    @property
+    def source(self) -> str:
+        return self.draft if self.draft in SOURCES else "model"
 
     @property
     def tree(self) -> Shape:

@@ -28,10 +28,10 @@ def with_draft(chosen: Sequence[Pass], draft: str, timed: bool) -> list[Pass]:
 
 
 def tries(do: Doing) -> list[list[Pass]]:
-    """Passes that stay where they pay, each in several ways: trees of the draft model before all others."""
+    """Passes that stay where they pay, each in several ways: with a draft model, trees of its drafts as well."""
     told = any(parse(text)[0] == TREES for text in do.passes or ())
-    trees = [[drafted(do.draft, shape) for shape in SHAPES]] if do.draft and not told else []
-    return [*trees, *untold(do.passes or (), do.no_pass or ())]
+    trees = [drafted(do.draft, shape) for shape in SHAPES] if do.draft and not told else []
+    return untold(do.passes or (), do.no_pass or (), trees)
 
 
 def drafted(draft: str, shape: str) -> Pass:

@@ -33,14 +33,13 @@ TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many se
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
 WITHOUT = "without"
-FROM_TEXT = ("ngram-draft",)  # passes whose drafts are pieces of the prompt
 LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read
 
 
 @dataclass
 class Trial:
-    """What was found of one pass: `ms` of a turn without it and in each way with it, medians; `kept`: the best way,
-    with its options, or nothing; `reason` says why it was left out.
+    """What was found of a pass: `ms` of a turn without it and in each way with it, medians; `kept`: the best way, with
+    its options, or nothing; `reason` says why it was left out. Of several passes `name` is that of the best way.
     """
 
     name: str
@@ -92,8 +91,8 @@ def trial(
     instruments: Instruments = QUIET,
     known: dict[tuple[str, ...], Compiled] | None = None,
 ) -> tuple[list[Pass], Trial]:
-    """The passes, with the best of `ways`, which are one pass with other options, in its place among them if the
-    program is faster so; and what was found.
+    """The passes, with the best of `ways`, of which a program takes one, in its place among them if the program is
+    faster so; and what was found.
 
     Lossy passes are applied as they are. Raises UsageError where nothing says what they may lose.
     `known` has what an earlier trial lowered, by its passes, and will have the program that is kept.
@@ -101,26 +100,22 @@ def trial(
     passes, found, known = list(passes), Trial(ways[0].name, ways[0].contract.level), {} if known is None else known
     prompts, tokens = workload(program, PROMPTS, TOKENS)
     others = [p.name for p in passes if DRAFTS in p.contract.establishes and DRAFTS in ways[0].contract.establishes]
-    found.reason = f"{others[0]} makes drafts already" if others else unfit(program, target, prompts, found.name)
+    found.reason = f"{others[0]} makes drafts already" if others else unfit(program, target)
     found.reason = found.reason or ("" if tokens > 1 else "no prompt leaves room for an answer")
     if found.reason:
         return passes, found
-    instruments.say(f"{found.name}: is it worth it?")
-    lists = {written(one): inserted(passes, one) for one in ways}
-    drawn = bool(usual(program))
-    lists[WITHOUT] = passes
-    programs: dict[str, Program] = {}
-    for way, chosen in lists.items():
-        programs[way], skipped = applied(half(program, drawn), chosen, target, bool(instruments.budget))
-        if way != WITHOUT and found.name in skipped:
-            found.reason = skipped[found.name]
-            return passes, found
+    drawn, paid = bool(usual(program)), bool(instruments.budget)
+    some = half(program, drawn)
+    lists, programs, found.reason = candidates(some, passes, ways, prompts, target, instruments)
+    if not programs:
+        return passes, found
+    lists[WITHOUT], (programs[WITHOUT], _) = passes, applied(some, passes, target, paid)
     made = {way: known.get(key(lists[way])) or lowered(one, target, threads) for way, one in programs.items()}
     found.prompts, found.tokens = len(prompts), tokens
     found.ms = timed(made, prompts, found.tokens, drawn)
     found.ids = {way: ids_of_round(one, prompts, found.tokens, drawn) for way, one in made.items()}
     best = fastest(found.ms)
-    found.kept = best if found.ms[WITHOUT] > MARGIN * found.ms[best] else ""
+    found.name, found.kept = best.partition(":")[0], best if found.ms[WITHOUT] > MARGIN * found.ms[best] else ""
     chosen = lists[found.kept or WITHOUT]
     known.clear()
     known[key(chosen)] = made[found.kept or WITHOUT]
@@ -144,22 +139,53 @@ def written(one: Pass) -> str:
     return ":".join([one.name, *([",".join(options)] if options else [])])
 
 
-def unfit(program: Program, target: str, prompts: list[list[int]], name: str) -> str:
-    """Why nothing can be learned here, or the pass can't pay; empty if something can."""
+def source(one: Pass) -> str:
+    """What makes the drafts of a pass: the "text", the model it"self", another "model"; "" of a pass without."""
+    return str(getattr(one, "source", ""))
+
+
+def candidates(
+    program: Program, passes: Sequence[Pass], ways: Sequence[Pass], prompts: list[list[int]], target: str,
+    instruments: Instruments,
+) -> tuple[dict[str, list[Pass]], dict[str, Program], str]:  # fmt: skip
+    """Of each way that may pay its passes and its program, and why others are left out.
+
+    Of those that draft from the text the first that applies is enough.
+    """
+    lists, programs, reasons, texts = dict[str, list[Pass]](), dict[str, Program](), dict[str, None](), False
+    for one in ways:
+        if texts and source(one) == "text":
+            continue
+        if why := unpromising(program, prompts, one):
+            reasons[why] = None
+            continue
+        way, chosen = written(one), inserted(passes, one)
+        instruments.say(f"{way}: is it worth it?")
+        made, skipped = applied(program, chosen, target, bool(instruments.budget))
+        if one.name in skipped:
+            reasons[skipped[one.name]] = None
+            continue
+        lists[way], programs[way], texts = chosen, made, texts or source(one) == "text"
+    return lists, programs, "; ".join(reasons)
+
+
+def unfit(program: Program, target: str) -> str:
+    """Why nothing can be learned here; empty if something can."""
     if not find_target(target).has("autotuning"):
         return f"nothing is timed for the target {target}"
-    if not scheme_of(program).forced:
-        return "it is for loops over positions"
-    if name == "int8-draft":
+    return "" if scheme_of(program).forced else "it is for loops over positions"
+
+
+def unpromising(program: Program, prompts: list[list[int]], one: Pass) -> str:
+    """Why the pass can't pay; empty if it may."""
+    if source(one) == "self":
         size = sum(w.nbytes for w in program.weights.values())
         return "" if size > LARGE else f"all weights are {size / 2**20:.0f} MiB, which takes next to no time to read"
-    if name not in FROM_TEXT:
+    if source(one) != "text":
         return ""
     if program.meta.get("modality") == "image":
         return "an image hardly repeats its ids in order"
-    if max(map(len, prompts), default=0) < 2:
-        return "no prompt has two ids: --prompts gives others"
-    return ""
+    return "" if max(map(len, prompts), default=0) > 1 else "no prompt has two ids: --prompts gives others"
 
 
 def half(program: Program, drawn: bool) -> Program:

@@ -157,11 +157,13 @@ def pipeline(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[Pa
     return [make(name, options.get(name)) for name in names() if name in wanted]
 
 
-def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = ()) -> list[list[Pass]]:
-    """The passes to be tried that the caller neither wants nor declines, each with the options to try."""
-    told = {parse(text)[0] for text in chosen} | set(dropped)
-    return [
-        [make(*parse(f"{name}:{options}")) for options in pass_class(name).contract.tries]
-        for name in names("tried")
-        if name not in told
-    ]
+def untold(chosen: Iterable[str] = (), dropped: Iterable[str] = (), more: Iterable[Pass] = ()) -> list[list[Pass]]:
+    """Passes to be tried, `more` and all that the caller neither wants nor declines, with the options to try.
+
+    Those of a list establish the same facts: one of them is kept, or none.
+    """
+    told, found = {parse(text)[0] for text in chosen} | set(dropped), dict[Any, list[Pass]]()
+    usual = [(name, text) for name in names("tried") if name not in told for text in pass_class(name).contract.tries]
+    for one in (*more, *(make(*parse(f"{name}:{text}")) for name, text in usual)):
+        found.setdefault(one.contract.establishes or one.name, []).append(one)
+    return list(found.values())

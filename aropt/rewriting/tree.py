@@ -165,7 +165,7 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
         if mixer is None or not mixer.state:
             continue
         given = bind(node)
-        if not mixer.tree or given[mixer.positions] is not placed["positions"]:
+        if (pairs is not None and not mixer.tree) or given[mixer.positions] is not placed["positions"]:
             raise NoTree(f"{op_name(node)} has no form for trees")
         names = [given[name].name for name in mixer.state]
         if pairs is not None:

@@ -56,7 +56,7 @@ def test_the_default_pipeline() -> None:
         "canonicalize block-cache cfg-batch guide-cache kv-cache token-shuffle-fusion merge-linears fuse-attention "
         "fuse-canvas fuse-sampler prune"
     )
-    assert names("tried") == ["int8-draft", "ngram-draft"]
+    assert names("tried") == ["int8-draft", "ngram-draft", "tree-draft"]
     assert sorted(names("default") + names("tried") + names("asked")) == sorted(registry.known())
 
 

@@ -18,6 +18,7 @@ from aropt.ir.executor import Executor
 from aropt.ir.program import Program
 from aropt.passes.int8_draft import Int8Draft
 from aropt.passes.ngram_draft import NgramDraft
+from aropt.passes.tree_draft import TreeDraft
 from aropt.pipeline import api
 from aropt.pipeline import autotune as trial
 from aropt.pipeline.checks import Instruments
@@ -26,6 +27,7 @@ from aropt.pipeline.registry import names, pipeline, untold
 from aropt.targets import lower
 from aropt.targets.ort.executor import OnnxRuntime
 from tests.conftest import make_program
+from tests.support import draft_models
 from tests.support.run import generate
 
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]
@@ -183,6 +185,21 @@ def test_drafts_that_are_there_or_asked_for_stay(monkeypatch: pytest.MonkeyPatch
     assert passes == [*pipeline(), there] and f"{there.name} makes drafts already" in found.told()
 
 
+def test_one_way_drafts_from_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that applies: on recurrent state that is a chain of tree-draft's, elsewhere ngram-draft."""
+    text = [NgramDraft(), TreeDraft(draft="text")]
+    for program, kept in ((texts(), "ngram-draft"), (recurrent(), "tree-draft:draft=text")):
+        seen = told(monkeypatch, 100.0, 50.0)
+        passes, found = trial.trial(program, pipeline(), text, "onnxruntime", 1)
+        assert list(seen[0]) == [kept, "without"] and found.kept == kept and found.name == kept.partition(":")[0]
+        assert found.name in [p.name for p in passes]
+
+
+def recurrent() -> Program:
+    """A model with recurrent state."""
+    return aropt.capture(draft_models.mamba2(), capacity=24, prompts=REPEATING, modality="text", name="mamba2")
+
+
 def test_small_weights_need_no_drafts_of_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lowered", None)
     passes, found = trial.trial(large(), pipeline(), [Int8Draft()], "onnxruntime")
@@ -190,8 +207,14 @@ def test_small_weights_need_no_drafts_of_eight_bits(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_the_caller_decides_is_not_tried() -> None:
-    assert [ways[0].name for ways in untold()] == names("tried") == ["int8-draft", "ngram-draft"]
-    assert not untold(chosen=["ngram-draft:drafts=2"], dropped=["int8-draft"])
+    """Drafts come from one of them, so they are ways of one trial."""
+    (ways,) = untold()
+    assert (
+        list(dict.fromkeys(one.name for one in ways)) == names("tried") == ["int8-draft", "ngram-draft", "tree-draft"]
+    )
+    assert not untold(chosen=["ngram-draft:drafts=2"], dropped=["int8-draft", "tree-draft"])
+    (more,) = untold(dropped=["int8-draft", "tree-draft"], more=[TreeDraft(draft="text-ar-draft")])
+    assert [one.name for one in more] == ["tree-draft", "ngram-draft"]
     assert not {p.name for p in pipeline()} & set(names("tried"))
 
 

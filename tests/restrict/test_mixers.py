@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import aropt
 from aropt.errors import AroptError, Unsupported
-from aropt.frontend.trace import capture_function
 from aropt.ir import ops
+from aropt.ir.dims import Dim
 from aropt.ir.opdef import Mixer, OpDef
-from aropt.ir.program import Graph, Program, Spec
-from aropt.passes import ngram_draft
+from aropt.ir.program import Graph, Program
 from aropt.pipeline.registry import make
 from aropt.restrict import analysis, mixers
 from aropt.restrict.rewrite import restrict
+from aropt.rewriting import tree
 from tests.restrict.toys import moving_average
 from tests.support.op_models import Call, assert_matches, free, sizable, symbolic
 
@@ -106,12 +106,21 @@ def test_a_sketch_leaves_recurrent_state_alone() -> None:
 
 def test_drafts_from_the_text_are_checked_on_recurrent_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were rejected leave no trace in it; a state that keeps them gives other tokens, which is caught."""
-    passes = [make("kv-cache"), make("ngram-draft")]
+    passes = [make("kv-cache"), make("tree-draft", {"draft": "text", "shape": "chain:3"})]
     made = aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
     assert [p["status"] for p in made.report["passes"]] == ["applied"] * 2
     assert made.report["verify"]["status"] == "pass"
-    monkeypatch.setattr(ngram_draft, "counted", lambda rows: capture_function(
-        "counted", lambda window: window * 0, {"window": Spec(torch.int64, ("B", rows))}, ["counts"]))  # fmt: skip
+    places = tree.path_places
+
+    def every_row_counts(slots: bool, size: Dim) -> Graph:
+        found = places(slots, size)
+        counts = found.results()[1]
+        with found.fx.inserting_after(counts):
+            none = found.fx.call_function(torch.ops.aten.mul.Tensor, (counts, 0))
+        counts.replace_all_uses_with(none, lambda user: user.op == "output")
+        return found
+
+    monkeypatch.setattr(tree, "path_places", every_row_counts)
     with pytest.raises(AroptError, match="differ"):
         aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
 
