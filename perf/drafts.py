@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aropt.bench.drafted import unchecked
 from aropt.targets.ort.threads import own_process
 from perf.canvas import ROOT, environment
 
@@ -42,20 +43,15 @@ def main() -> None:
 
 def optimized(chosen: list[str], threads: int) -> Any:
     import aropt
-    from aropt.pipeline.checks import Instruments
-    from aropt.pipeline.registry import pipeline
 
-    plain, unchecked = aropt.capture("text-ar"), Instruments(check=False)
-    return aropt.optimize(plain, "onnxruntime", pipeline(chosen), check=False, threads=threads, instruments=unchecked)
+    return unchecked(aropt.capture("text-ar"), chosen, threads)
 
 
 def prompts(count: int) -> list[list[int]]:
     """Windows of held-out text, evenly spaced."""
     from aropt.models import text
 
-    ids = text.stream(text.split()[1])
-    step = (len(ids) - PROMPT) // count
-    return [list(map(int, ids[i * step : i * step + PROMPT])) for i in range(count)]
+    return text.heldout(count, PROMPT)
 
 
 def measured(programs: dict[str, Any], prompt: list[int], runs: int) -> dict[str, Any]:

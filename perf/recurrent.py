@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from aropt.bench.drafted import TIE, counted, difference, rounds, unchecked
+from aropt.bench.ratios import over
 from aropt.ir.program import Program
 from aropt.loops.trees import Shape
 from aropt.models import CHECKPOINTS, text
@@ -31,11 +33,10 @@ from aropt.targets.ort.threads import own_process
 from perf.canvas import ROOT, environment
 from perf.drafts import NEW, PROMPT, prompts
 from perf.packed import COPIED, ONE, PATHS, SETTLED, STEPS, Nodes
-from perf.turns import Row, faster, in_turns, markdown, mean, over, told
+from perf.turns import Row, faster, in_turns, markdown, mean, told
 
 RESULTS = ROOT / "perf" / "results" / "recurrent.json"
 RECURRENT = ("text-mamba2", "text-hybrid", "text-deltanet")
-TIE = 1e-3  # logits this near may be ordered either way
 REPEATS = 20  # calls of a run of the section packed
 MODEL = "tree-draft:draft={draft},shape="
 WAYS = {
@@ -109,28 +110,14 @@ def module(folder: Path) -> Any:
 
 
 def optimized(work: Work, name: str, chosen: str = "") -> Any:
-    """The model with the default passes and perhaps one more. Raises SystemExit where that one does not apply."""
-    import aropt
-    from aropt.pipeline.checks import Instruments
-    from aropt.pipeline.registry import pipeline
-
-    passes = pipeline([chosen.format(draft=work.folder(f"{name}-draft"))] if chosen else [])
-    plain, unchecked = captured(work.folder(name)), Instruments(check=False)
-    made = aropt.optimize(plain, "onnxruntime", passes, check=False, threads=work.threads, instruments=unchecked)
-    if chosen and chosen.partition(":")[0] not in {entry.name for entry in made.program.ledger}:
-        raise SystemExit(f"{chosen} does not apply to {name}")
-    return made
+    """The model with the default passes and perhaps one more. Raises UsageError where that one does not apply."""
+    passes = [chosen.format(draft=work.folder(f"{name}-draft"))] if chosen else []
+    return unchecked(captured(work.folder(name)), passes, work.threads)
 
 
 def answered(program: Any, prompt: list[int], **options: Any) -> list[int]:
     ids: list[int] = program.generate([prompt], NEW, plain=True, **options)[0]
     return ids
-
-
-def rounds(program: Any, prompt: list[int]) -> tuple[list[int], int]:
-    """The ids, and how many rounds wrote them."""
-    seen: list[int] = []
-    return answered(program, prompt, on_round=lambda _: seen.append(1)), len(seen)
 
 
 def generated(folder: Path, prompt: list[int]) -> list[int]:
@@ -140,19 +127,6 @@ def generated(folder: Path, prompt: list[int]) -> list[int]:
     with torch.inference_mode():
         out = module(folder).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, **options)
     return list(out[0, len(prompt) :].tolist())
-
-
-def difference(folder: Path, prompt: list[int], want: list[int], got: list[int]) -> dict[str, float] | None:
-    """Where ids first differ, and how far apart the model's logits of both are. Raises SystemExit if that is far."""
-    if got == want:
-        return None
-    at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), -1)
-    with torch.inference_mode():
-        logits = module(folder)(torch.tensor([prompt + want[:at]])).logits[0, -1]
-    gap = float((logits[want[at]] - logits[got[at]]).abs())
-    if gap > TIE or len(want) != len(got):
-        raise SystemExit(f"other ids from number {at} on, whose logits differ by {gap:.2g}, after {prompt}")
-    return {"at": at, "gap": gap}
 
 
 def same(rows: list[Row], way: str) -> str:
@@ -166,7 +140,7 @@ def plain(work: Work, name: str) -> dict[str, Any]:
     for prompt in prompts(work.prompts):
         calls = {"transformers": partial(generated, folder, prompt), "aropt": partial(answered, program, prompt)}
         ms, ids = in_turns(calls, work.runs)
-        differs = difference(folder, prompt, ids["transformers"], ids["aropt"])
+        differs = difference(module(folder), prompt, ids["transformers"], ids["aropt"])
         rows.append({"ms": ms, "differs": {"aropt": differs}})
     return {"rows": rows, "faster": faster(rows, "transformers", "aropt")}
 
@@ -185,9 +159,9 @@ def speculated(work: Work, name: str) -> dict[str, Any]:
     programs = {way: optimized(work, name, chosen) for way, chosen in {"plain": "", **WAYS}.items()}
     rows: list[Row] = []
     for prompt in prompts(work.prompts):
-        counts = {way: rounds(program, prompt)[1] for way, program in programs.items()}
+        counts = {way: rounds(program, prompt, NEW)[1] for way, program in programs.items()}
         ms, ids = in_turns({way: partial(answered, p, prompt) for way, p in programs.items()}, work.runs)
-        differs = {way: difference(work.folder(name), prompt, ids["plain"], ids[way]) for way in WAYS}
+        differs = {way: difference(module(work.folder(name)), prompt, ids["plain"], ids[way]) for way in WAYS}
         rows.append({"ms": ms, "rounds": counts, "differs": differs})
     ways = {}
     for way in WAYS:
@@ -213,12 +187,7 @@ def trees(work: Work, name: str) -> dict[str, Any]:
     """Of the rounds after the prompt's, which gives the first id."""
     shapes = {CHAIN: CHAIN, **TREES}
     programs = {tree: optimized(work, name, MODEL + shape) for tree, shape in shapes.items()}
-    rows: list[Row] = []
-    for prompt in prompts(work.prompts):
-        found = {tree: rounds(program, prompt) for tree, program in programs.items()}
-        want = found[CHAIN][0]
-        differs = {tree: difference(work.folder(name), prompt, want, ids) for tree, (ids, _) in found.items()}
-        rows.append({"checks": {tree: count - 1 for tree, (_, count) in found.items()}, "differs": differs})
+    rows: list[Row] = list(counted(programs, module(work.folder(name)), prompts(work.prompts), NEW))
     ids = {tree: over([(NEW - 1, row["checks"][tree]) for row in rows]) for tree in shapes}
     gain = {tree: over([(row["checks"][CHAIN], row["checks"][tree]) for row in rows]) for tree in TREES}
     return {"shapes": shapes, "rows": rows, "ids": ids, "gain": gain}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module stays in its folder or imports from one to the left; folders of one tuple do not import each other.
 LAYERS = (
     ("errors",), ("ir.opdef",), ("kernels",), ("ir",), ("models",), ("restrict",), ("frontend",), ("rewriting",),
-    ("loops",), ("passes", "exporters"), ("validate",), ("targets",), ("pipeline",), ("bench",), ("cli",),
+    ("loops",), ("passes", "exporters"), ("validate",), ("targets",), ("pipeline",), ("bench",), ("recipes",), ("cli",),
 )  # fmt: skip
 LEVEL = {folder: i for i, folders in enumerate(LAYERS) for folder in folders}
 KERNELS = {"errors", "ir.opdef"}  # what a kernel may import besides kernels: it runs on a bare GPU machine

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from aropt.bench.timing import AGAINST
+from aropt.cli import recipes
 from aropt.cli.console import Progress, ending, interrupted, note, open_streams, show_plan, show_report
 from aropt.cli.options import SEEDS, Doing, ModelArg, Reading, Remote, Writing, split, spread
 from aropt.errors import UsageError
@@ -26,6 +27,8 @@ app = typer.Typer(
     help="An optimizing compiler for generation loops: a plain model in, a verified and faster program out.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(recipes.app, name="recipes")
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="More detail; -vv shows tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

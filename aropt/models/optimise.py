@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SEED = 0
 
@@ -18,6 +18,12 @@ def log(message: str) -> None:
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def windows(ids: Tensor, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """A batch int64 [rows, length] of ids int64 [N], each row from a place drawn at random."""
+    starts = torch.randint(len(ids) - length + 1, (rows, 1), generator=generator)
+    return ids[starts + torch.arange(length)]
 
 
 def optimise(model: nn.Module, steps: int, peak: float, decay: float) -> Iterator[tuple[int, torch.optim.AdamW]]:

@@ -88,6 +88,13 @@ def stream(docs: dict[str, bytes]) -> list[int]:
     return ids
 
 
+def heldout(count: int, length: int) -> list[list[int]]:
+    """So many windows of the held-out documents, evenly spaced, each of `length` ids."""
+    ids = stream(split()[1])
+    step = (len(ids) - length) // count
+    return [list(map(int, ids[i * step : i * step + length])) for i in range(count)]
+
+
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "pad_token_id": PAD,

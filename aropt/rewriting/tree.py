@@ -321,12 +321,17 @@ def rerun(graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.N
     return {name: fx.node.map_arg(value, held) for name, value in arguments.items()}
 
 
-def kept_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> str:
-    """What a round keeps aside, in words, and what the recurrent state of each node would take in its place."""
+def bytes_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> tuple[int, int]:
+    """What a round keeps aside for a sequence, and what the recurrent state of each node would take in its place."""
     sizes = {"B": 1, "R": nodes, "P": nodes, "S": 1}
     specs = list(both.tree.outputs.values())[1:]  # but for the logits
-    aside = sum(StateSpec("", spec).nbytes(sizes) for spec in specs)
     states = (state[name] for name in both.settle.outputs if not state[name].rewinds)
-    each = nodes * sum(one.nbytes(sizes) for one in states)
+    aside = sum(StateSpec("", spec).nbytes(sizes) for spec in specs)
+    return aside, nodes * sum(one.nbytes(sizes) for one in states)
+
+
+def kept_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> str:
+    """The same, in words."""
+    aside, each = bytes_aside(both, state, nodes)
     beside = f", {each / 2**10:.0f} KiB if each node's state was kept" if each else ""
     return f"{aside / 2**10:.0f} KiB kept aside for each sequence{beside}"
