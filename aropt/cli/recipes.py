@@ -29,7 +29,7 @@ def listed(context: typer.Context, as_json: Json = False, verbose: Verbose = 0) 
         print(json.dumps(found, indent=1))
         return
     for one in found:
-        show(f"{one['name']}: {one['title']}", f"{one['paper']}. {one['runs']}", one["rows"])
+        show(f"{one['name']}: {one['title']}", f"{one['paper']}. {one['runs']}.", one["rows"])
 
 
 @app.command()

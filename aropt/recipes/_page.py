@@ -23,7 +23,7 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [HEAD]
     for name in names():
         one = recipe(name)
-        parts.append(f"## {name}: {one.title}\n\n{one.paper}. {one.runs}\n\nProxy: {one.proxy}\n")
+        parts.append(f"## {name}: {one.title}\n\n{one.paper}. {one.runs}.\n\nProxy: {one.proxy}\n")
         parts.append(table(found[name]) if name in found else "Not measured yet.\n")
     return "\n".join(parts)
 
