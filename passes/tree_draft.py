@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from aropt.errors import UsageError
 from aropt.ir.control import Control
-from aropt.ir.edit import trim
-from aropt.ir.program import Graph, Program, Spec, StateSpec
+from aropt.ir.program import Program
 from aropt.loops.draft_model import cached, check, read
 from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step
 from aropt.loops.guidance import NEW_ROWS
+from aropt.loops.own_masks import from_masks, masked
 from aropt.loops.rules import chosen, draws, rule
 from aropt.loops.speculate import DRAFTS, NO_DRAFTS, Rounds, varies
 from aropt.loops.tree_control import beside, general, with_drafts
@@ -33,11 +30,11 @@ from aropt.passes.kv_cache import KvCache
 from aropt.passes.merge_linears import MergeLinears
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.facts import ROWS_OF_ONE
-from aropt.rewriting.int8 import EightBits
 from aropt.rewriting.target import Target
-from aropt.rewriting.tree import Nodes, NoTree, forms, kept_aside
+from aropt.rewriting.tree import Nodes, NoTree, forms, kept_aside, sketches
 
-SOURCES = ("self", "text")
+SOURCES = ("self", "text", "masks")
+CHAINS = ("text", "masks")  # what drafts no trees
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,9 @@ class TreeDraft:
     """Options.
 
     `draft`, what drafts: "self" (the step with weights of eight bits), "text" (what followed the latest ids where they
-    stood before: a chain), or a smaller model, as `aropt optimize` takes one. `shape`, the tree: chain:4, the children
-    of a node on each level (3x2x1), or each draft's parent (0-0-1). `most`, sequences of a batch that is speculated.
+    stood before: a chain), "masks" (rows of the model's `draft_mask`: a chain), or a smaller model, as `aropt optimize`
+    takes one. `shape`, the tree: chain:4, the children of a node on each level (3x2x1), or each draft's parent (0-0-1).
+    `most`, sequences of a batch that is speculated.
     """
 
     draft: str = "self"
@@ -63,9 +61,9 @@ class TreeDraft:
     )
 
     def __post_init__(self) -> None:
-        found = self.tree
-        if self.draft == "text" and not found.chain:
-            raise UsageError(what=f"tree-draft:shape={self.shape}", why="the text drafts chains", hint="shape=chain:4")
+        if not self.tree.chain and self.draft in CHAINS:
+            what = f"tree-draft:draft={self.draft},shape={self.shape}"
+            raise UsageError(what=what, why=f"{self.draft} drafts chains", hint="shape=chain:4")
         if self.most < 1:
             raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
 
@@ -76,10 +74,6 @@ class TreeDraft:
     @property
     def tree(self) -> Shape:
         return Shape.parse(self.shape)
-
-    def nodes(self, depth: int = MOST) -> Nodes:
-        """The tree down to a depth, as rows of a step."""
-        return self.tree.rows(range(depth + 1))
 
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         found = general(program)
@@ -93,19 +87,28 @@ class TreeDraft:
             check(self.draft, program.meta)
             cached(self.draft, int(program.meta["capacity"]), prepared)
         try:
-            both = forms(program.graphs[found[0].step.graph], dict(program.weights), self.nodes())
+            nodes = self.nodes(program)
+            both = forms(program.graphs[found[0].step.graph], dict(program.weights), nodes)
         except NoTree as reason:
             return Skips(f"{reason}, so that no tree can be checked")
         drafts = f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}"
-        return Applies((drafts, kept_aside(both, program.state, self.tree.nodes)))
+        return Applies((drafts, kept_aside(both, program.state, int(nodes.rows))))
+
+    def nodes(self, program: Program) -> Nodes:
+        """The rows of a round. Raises NoTree."""
+        if self.draft != "masks":
+            return self.tree.rows(range(MOST))
+        if program.meta.get("draft_mask") is None:
+            raise NoTree("the model says no `draft_mask`")
+        return masked(self.tree.nodes)
 
     def run(self, program: Program) -> Program:
         found, shape = general(program), self.tree
         made = Made({}, dict(program.weights), int(program.meta["vocab"]), int(program.meta["capacity"]))
         rounds(made, shape, self.most)
-        target = forms(program.graphs[found[0].step.graph], made.weights, self.nodes())
+        target = forms(program.graphs[found[0].step.graph], made.weights, self.nodes(program))
         made.graphs |= {"tree": target.tree, "settle": target.settle}
-        drafter_of, state = self.drafters(program, made), dict(program.state)
+        drafter_of, state = self.drafters(program, made), {**program.state, **shape.state()}
 
         def drafted(one: Rounds) -> Control:
             drafter = drafter_of(one)
@@ -113,11 +116,6 @@ class TreeDraft:
             return with_drafts(one, drafter, made)
 
         control = beside(program, found, made, drafted)
-        state |= {
-            "begun": StateSpec("flag", Spec(torch.bool), 0),
-            "window": StateSpec("tokens", shape.window, -1),
-            "counts": StateSpec("lengths", Spec(torch.int64, ("B",)), 0),
-        }
         graphs = {**program.graphs, **made.graphs}
         return program.replace(graphs=graphs, state=state, control=control, weights=made.weights)
 
@@ -132,22 +130,14 @@ class TreeDraft:
             function = partial(rule, chosen(names), made.vocab, sampled, (), meta.get("never", ()))
             return Ranked(one.rule, function)
 
+        if self.draft == "masks":
+            return lambda one: from_masks(made, shape, int(meta["draft_mask"] or 0), ranked(one))
         if self.draft == "self":
-            levels = self.sketches(program, made.weights)
-            return lambda one: own_step(made, shape, levels, ranked(one))
+            step, levels = program.graphs[general(program)[0].step.graph], range(shape.deepest)
+            graphs = sketches(step, made.weights, [shape.rows(range(d + 1)) for d in levels], self.name)
+            return lambda one: own_step(made, shape, graphs, ranked(one))
         model = read(self.draft, meta, made.weights, prepared, shape)
         return lambda one: own_model(made, shape, model, ranked(one))
-
-    def sketches(self, program: Program, weights: dict[str, Tensor]) -> list[Graph]:
-        """The step for the first levels with weights of eight bits where that is worth it; nobody reads its stash."""
-        step, bits = program.graphs[general(program)[0].step.graph], EightBits(128, 2**16, self.name)
-        step, found = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch"), []
-        for depth in range(self.tree.deepest):
-            level = forms(step, weights, self.nodes(depth), f"sketch_{depth}").tree
-            found.append(trim(level, {"logits"}, weights))
-            for node in found[-1].fx.nodes:
-                node.meta.pop("origin", None)  # nothing of the reference computes this
-        return found
 
 
 PASS = TreeDraft

@@ -72,7 +72,8 @@ def facts(module: nn.Module, capacity: int | None) -> dict[str, Any]:
     Where it has no prompts, generation begins with the id that config says a text does.
     A module may say `capacity`, `input_vocab`, `null`, `prompts` as attributes; of a canvas `mask`, `block`, `shift`;
     of rows of several ids `unit`, `single` (see aropt.ir.units); of images `side`, `window` (see aropt.cli.pictures);
-    `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate).
+    `guidance_free` if it was trained to need no guidance (see the pass cfg-eliminate); `draft_mask`, the id whose rows
+    predict themselves (see the pass tree-draft).
     """
     check_capacity(capacity)
     config = getattr(module, "config", None)

@@ -23,7 +23,7 @@ MODALITIES = ("image", "text", "tokens")
 LARGE = 2**31
 SAID = (
     ("input_vocab", int), ("null", int), ("mask", int), ("block", int), ("shift", bool), ("unit", int), ("single", int),
-    ("side", int), ("window", int), ("guidance_free", bool),
+    ("side", int), ("window", int), ("guidance_free", bool), ("draft_mask", int),
 )  # fmt: skip
 LISTS = ("prompts", "eos", "rules", "examples", "left_out")
 

@@ -184,6 +184,7 @@ class Meta(TypedDict, total=False):
     masks: list[str]
     guide: str
     guidance_free: bool
+    draft_mask: int  # the id of rows that predict themselves, by which a causal model drafts
     eliminated: bool
     needs_finetune: str  # the command that does it
     target: str

@@ -6,6 +6,7 @@ for, so that they guess draws as well as choices; a node's children are the ids 
     own_model   another, smaller model with a state of its own (Leviathan et al. 2023, 2211.17192)
     own_step    a cheaper form of the target's step, on the target's state, which no step for nodes writes
     from_text   what followed the latest ids where they stood before (prompt lookup): a chain
+    from_masks  rows of masks beside the nodes that are checked (own_masks.py): a chain
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from aropt.loops.trees import Made, Shape
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
+NODES = {"ids": "nodes", "positions": "node_positions"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,22 @@ class Ranked:
 
 @dataclass
 class Drafter:
-    """Calls before the prompt's round, in it after its rows are placed, and in each round."""
+    """Calls before the prompt's round, in it after its rows are placed, and in each round.
+
+    A drafter whose rows are computed by the call that checks nodes adds them in `widened`, says which values that call
+    reads (`fed`) and how its `logits` are called, takes them apart in `narrowed`, and drafts in `settled`, once it is
+    known which nodes count.
+    """
 
     state: dict[str, StateSpec] = field(default_factory=dict)
     before: list[Call] = field(default_factory=list)
     prompt: list[Call] = field(default_factory=list)
     rounds: list[Call] = field(default_factory=list)
+    widened: list[Call] = field(default_factory=list)
+    fed: Mapping[str, str] = field(default_factory=lambda: NODES)
+    logits: str = "logits"
+    narrowed: list[Call] = field(default_factory=list)
+    settled: list[Call] = field(default_factory=list)
 
 
 def guess(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -> Call:

@@ -47,16 +47,20 @@ def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
     lead = Call("lead", {"token": emitted}, {n: n for n in graphs["lead"].outputs})
     first = (*opening[:count], *drafter.prompt, *opening[count:], call_by_name(graphs["opened"]), lead)
     prompt = replace(plain, body=Seq(first), until="begun", emits={emitted: "first"})
-    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs))), plain, "node_row", "path")
+    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs, drafter))), plain, "node_row", "path")
     return Seq((*drafter.before, prompt, rounds, call_by_name(graphs["merge"])))
 
 
-def checked(one: Rounds, graphs: dict[str, Graph]) -> tuple[Call, ...]:
+def checked(one: Rounds, graphs: dict[str, Graph], drafter: Drafter) -> tuple[Call, ...]:
     """What a round does with its drafts."""
     plain, tree = one.loop, graphs["tree"]
-    fed = {"ids": "nodes", "positions": "node_positions"}
-    verify = Call("tree", {n: fed.get(n, n) for n in tree.inputs}, {n: n for n in tree.outputs})
+    verify = Call(
+        "tree",
+        {n: drafter.fed.get(n, n) for n in tree.inputs},
+        {n: drafter.logits if n == "logits" else n for n in tree.outputs},
+    )
     rows = renamed(call_by_name(graphs["node_rows"]), {"row": "node_row"})
     names = {plain.evidence: "node_row", plain.decides: "picks", "position": "node_places", "streams": "node_streams"}
-    calls = [call_by_name(graphs[n]) for n in ("spread", "accept", "settle")]
-    return calls[0], verify, rows, renamed(one.rule, names), calls[1], calls[2]
+    spread, accept, settle = (call_by_name(graphs[n]) for n in ("spread", "accept", "settle"))
+    picked = (rows, renamed(one.rule, names), accept)
+    return spread, *drafter.widened, verify, *drafter.narrowed, *picked, *drafter.settled, settle

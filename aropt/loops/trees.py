@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
-from aropt.ir.program import Graph, Role, Spec
+from aropt.ir.program import Graph, Role, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.loops.accept import acceptance
 from aropt.loops.speculate import together
@@ -93,6 +93,14 @@ class Shape:
     @property
     def window(self) -> Spec:
         return Spec(I64, ("B", self.deepest + 1))
+
+    def state(self) -> dict[str, StateSpec]:
+        """What survives a round, besides what the step and its drafter keep."""
+        return {
+            "begun": StateSpec("flag", Spec(BOOL), 0),
+            "window": StateSpec("tokens", self.window, -1),
+            "counts": StateSpec("lengths", ROWS, 0),
+        }
 
     def level(self, depth: int) -> list[int]:
         """The nodes of a depth."""

@@ -104,6 +104,36 @@ class CanvasLM(nn.Module):
         return self.run(torch.cat([noisy, clean], 1), cos, sin, mask)[:, :t]
 
 
+class CausalLM(CanvasLM):
+    """Row t of the logits predicts id t + 1; rows of blocks beside the text may see each other."""
+
+    capacity = CAPACITY
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T] with 1 <= T <= 512 to logits float32 [B, T, 260]."""
+        return self.active(ids, ids.shape[1])
+
+    def active(self, ids: Tensor, start: int) -> Tensor:
+        """The same, where the rows from `start` on see each other."""
+        t = ids.shape[1]
+        rows = torch.arange(t, device=ids.device)
+        return self.run(ids, self.cos[:t], self.sin[:t], (rows[:, None] >= rows) | (rows[:, None] >= start))
+
+    def beside(self, clean: Tensor, noisy: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, 260] of a text and of blocks of a noisy one; T is a multiple of the block.
+
+        Of 2T rows the first half is the text, causal. A row of the second sees its own block and the text before it.
+        """
+        t = clean.shape[1]
+        rows = torch.arange(t, device=clean.device)
+        blocks, causal = rows // block, rows[:, None] >= rows
+        own, before = blocks[:, None] == blocks, blocks[:, None] > blocks
+        mask = torch.cat([torch.cat([causal, torch.zeros_like(causal)], 1), torch.cat([before, own], 1)])
+        cos, sin = self.cos[:t].repeat(2, 1), self.sin[:t].repeat(2, 1)
+        logits = self.run(torch.cat([clean, noisy], 1), cos, sin, mask)
+        return logits[:, :t], logits[:, t:]
+
+
 def load(path: Path, block: int) -> CanvasLM:
     """The model saved at path (safetensors, bfloat16), widened to float32."""
     from safetensors.torch import load_file

@@ -66,8 +66,9 @@ def aside(name: str, program: Program) -> Row:
     """The bytes that a round keeps for a sequence until it is known which nodes count."""
     for one in (Canonicalize(), KvCache()):
         program = one.run(program)
-    nodes = Shape.parse(TREE).nodes
-    both = forms(program.graphs[general(program)[0].step.graph], program.weights)
+    shape = Shape.parse(TREE)
+    step, nodes = program.graphs[general(program)[0].step.graph], shape.nodes
+    both = forms(step, dict(program.weights), shape.rows(range(nodes)))
     kept, states = bytes_aside(both, program.state, nodes)
     return Row(
         f"{name}: what a round keeps aside for its nodes is less than their recurrent states",

@@ -17,7 +17,7 @@ once more over the path alone.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.restrict.all_rows import wide
 from aropt.restrict.mixers import mixer_of
+from aropt.rewriting.int8 import EightBits
 
 aten = torch.ops.aten
 I64, BOOL = torch.int64, torch.bool
@@ -49,13 +50,15 @@ class Nodes:
     """What is known of the rows of a step that are nodes: how many, how many a path has, and which are above which.
 
     `chain`: each node comes after the one before it, as the step's own rows do. `pairs` bool [R, R]: of a tree that is
-    always the same; where it is None, `pairs` bool [B, R, R] is an input.
+    always the same; where it is None, `pairs` bool [B, R, R] is an input. `ahead`: a node may see others at later
+    positions, where the pairs say so; no recurrence computes such rows.
     """
 
     rows: Dim = "R"
     path: Dim = "P"
     chain: bool = False
     pairs: Tensor | None = None
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def forms(step: Graph, weights: MutableMapping[str, Tensor], nodes: Nodes = Node
     if nodes.pairs is not None:
         weights[held] = nodes.pairs.unsqueeze(0).contiguous()
     kept = stashed_slots(graph, placed, pairs, verify.inputs) if "slots" in placed else {}
+    if nodes.ahead:
+        see_ahead(graph, placed, pairs)
     kept |= stashed_recurrences(graph, placed, pairs)
     missing = set(verify.outputs) - {"logits", "slot_positions", *(s for one in kept for s in one.split())}
     if missing:
@@ -151,6 +156,30 @@ def hide_others(graph: fx.Graph, placed: Mapping[str, fx.Node], columns: fx.Node
             seen = call(aten.logical_and.default, (node, allowed))
         for user in [user for user in node.users if user is not seen]:
             user.replace_input_with(node, seen)
+
+
+def see_ahead(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: fx.Node | None) -> None:
+    """Where the step asks which rows stand before a row, it asks of new rows what `pairs` says. Raises NoTree."""
+    mixers = [mixer for n in graph.nodes if n.op == "call_function" and (mixer := mixer_of(n)) is not None]
+    asked = [n for n in graph.nodes if n.target is aten.le.Tensor and is_before(n, placed["positions"])]
+    if pairs is None or not asked or any(mixer.state for mixer in mixers):
+        raise NoTree("nothing is known of rows that see later ones")
+    call = graph.call_function
+    for node in asked:
+        with graph.inserting_before(node.next):
+            stored = call(aten.unsqueeze.default, (call(aten.lt.Scalar, (placed["slot_positions"], -1)), 1))
+            none = call(aten.expand.default, (stored, [-1, call(aten.sym_size.int, (placed["positions"], 1)), -1]))
+            own = call(aten.expand.default, (pairs, [call(aten.sym_size.int, (none, 0)), -1, -1]))
+            seen = call(aten.logical_or.default, (node, call(aten.cat.default, ([none, own], 2))))
+        for user in [user for user in node.users if user is not seen]:
+            user.replace_input_with(node, seen)
+
+
+def is_before(node: fx.Node, positions: fx.Node) -> bool:
+    """Whether a comparison is columns [B, 1, S] <= rows' positions [B, R, 1]."""
+    columns, rows = (n for n in node.args if isinstance(n, fx.Node))
+    shaped = all(op_name(n) == "aten::unsqueeze" and n.args[1] == at for n, at in ((columns, 1), (rows, 2)))
+    return shaped and rows.args[0] is positions
 
 
 def is_filled(node: fx.Node) -> bool:
@@ -319,6 +348,17 @@ def rerun(graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.N
         return done[node]
 
     return {name: fx.node.map_arg(value, held) for name, value in arguments.items()}
+
+
+def sketches(step: Graph, weights: dict[str, Tensor], levels: Sequence[Nodes], owner: str) -> list[Graph]:
+    """The step for nodes with weights of eight bits where that is worth it; nobody reads its stash."""
+    bits, found = EightBits(128, 2**16, owner), []
+    step = bits.changed(step, bits.layers(step, weights)[0], weights, "sketch")
+    for depth, nodes in enumerate(levels):
+        found.append(trim(forms(step, weights, nodes, f"sketch_{depth}").tree, {"logits"}, weights))
+        for node in found[-1].fx.nodes:
+            node.meta.pop("origin", None)  # nothing of the reference computes this
+    return found
 
 
 def bytes_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> tuple[int, int]:
