@@ -202,10 +202,13 @@ def held(kept: Sequence[Forward]) -> int:
 
 
 def noise_floor(single: Tensor, double: Tensor) -> float:
-    """Largest distance between fp32 and fp64 logits, and at least a few units in the last place."""
+    """Largest distance between fp32 and fp64 logits, and at least a few units in the last place; never 0."""
     finite = torch.isfinite(single) & torch.isfinite(double)
+    if not finite.any():
+        return 4 * EPS
     single, double = single[finite].double(), double[finite]
-    return max(4 * EPS * float(single.abs().max()), float((single - double).abs().max())) if finite.any() else 4 * EPS
+    units, least = 4 * EPS * float(single.abs().max()), torch.finfo(torch.float32).tiny  # of logits that are all 0
+    return max(units, float((single - double).abs().max()), least)
 
 
 def farthest(single: Tensor, one: Tensor, other: Tensor | None = None) -> Tensor:

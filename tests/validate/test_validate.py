@@ -75,6 +75,14 @@ def test_equal_logits_are_a_tie(plain: Program) -> None:
     assert validate(tied, tied, chosen=GREEDY).metrics()["ties"] == 0
 
 
+def test_logits_that_are_exactly_zero_have_a_floor(plain: Program) -> None:
+    """Then fp32 and fp64 agree, and the floor of a request is not 0: equal ones pass, others fail."""
+    zeros = with_table(plain, torch.zeros(VOCAB, VOCAB))
+    assert validate(zeros, zeros, chosen=GREEDY).passed
+    other = with_table(plain, torch.full((VOCAB, VOCAB), 1e-6))
+    assert "logits differ by 1e-06" in validate(zeros, other, chosen=GREEDY).outcomes[-1].problem
+
+
 def test_a_difference_above_the_floor_is_no_tie(plain: Program) -> None:
     clear = with_table(plain, table(t3=5.001, t7=5.0))
     lower = swap(clear, argmax, lambda x, axis: x.index_fill(1, torch.tensor(3), 0).argmax(axis), graph="greedy")
