@@ -128,7 +128,7 @@ def quality(model: TiDAR, count: int) -> Row:
     right = (masked.argmax(-1) == ids).view(count, -1, BLOCK)[:, 1:].float().mean((0, 1))
     each = ", ".join(f"{share:.0%}" for share in right.tolist())
     return Row(
-        "masks foresee what comes, each further one less",
+        "masks foresee what comes, the nearest best",
         f"{loss:.2f} nats a byte; of the masks of a block are right: {each}; of the text's rows"
         f" {float((following[:, :-1].argmax(-1) == ids[:, 1:]).float().mean()):.0%}",
         count, f"windows of {LENGTH} bytes", float(right[0]) > float(right[1]) > float(right[-1]),

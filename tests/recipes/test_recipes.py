@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+import aropt.recipes.__main__ as writing
 from aropt.bench.drafted import counted, difference
 from aropt.errors import UsageError, VerificationFailed
 from aropt.recipes import FOLDER, Recipe, Row, checkpoint, names, recipe, results
@@ -128,3 +131,29 @@ def test_drafts_are_counted() -> None:
         difference(Next(), [3], [4, 5, 6], [4, 6, 7])
     with pytest.raises(VerificationFailed, match="number -1 on"):
         difference(Next(), [3], [4, 5, 6], [4, 5])
+
+
+def test_what_is_trained_and_measured_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint in bfloat16, readable to all; the rows beside those of the others, with the versions."""
+
+    def check(say: Any, quick: bool) -> Iterator[Row]:
+        assert not quick
+        yield Row("it is measured", "once", 1, "time", True)
+
+    made = Recipe("numbers", "nobody", "nothing", "none", check, lambda: nn.Linear(2, 3))
+    before = {"other": {"versions": {}, "rows": []}}
+    (tmp_path / "results.json").write_text(json.dumps(before))
+    monkeypatch.setattr(writing, "recipe", lambda name: made)
+    monkeypatch.setattr(writing, "checkpoint", lambda name: tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(writing, "results", lambda: before)
+    monkeypatch.setattr(writing, "RESULTS", tmp_path / "results.json")
+    writing.train("numbers")
+    saved = load_file(tmp_path / "checkpoints" / "numbers")
+    assert {n: (v.dtype, tuple(v.shape)) for n, v in saved.items()} == {
+        "weight": (torch.bfloat16, (3, 2)), "bias": (torch.bfloat16, (3,)),
+    }  # fmt: skip
+    assert (tmp_path / "checkpoints" / "numbers").stat().st_mode & 0o044 == 0o044
+    writing.measure("numbers")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["other"] == before["other"] and found["numbers"]["rows"][0]["measured"] == "once"
+    assert found["numbers"]["versions"]["torch"] == torch.__version__
