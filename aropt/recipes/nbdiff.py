@@ -24,7 +24,7 @@ from aropt.models.canvas import MASK, CausalLM
 from aropt.models.optimise import SEED, log, optimise, windows
 from aropt.passes.tree_draft import prepared
 from aropt.recipes import Recipe, Row, Say, checkpoint
-from aropt.rewriting.tree import forms
+from aropt.rewriting.tree import Nodes, forms
 
 LENGTH, BATCH = 128, 12
 STAGES = {1: 1500, 2: 200, 4: 300, 8: 900}  # size of a block: steps
@@ -118,7 +118,7 @@ class Stored:
     @classmethod
     def of(cls, program: Program, clean: bool = True) -> Stored:
         made = prepared(program)
-        both = forms(made.graphs[general(made)[0].step.graph], made.weights, ahead=True)
+        both = forms(made.graphs[general(made)[0].step.graph], dict(made.weights), Nodes(ahead=True))
         sizes = {"B": 1, "S": int(program.meta["capacity"])}
         state = {n: made.state[n].create(sizes) for n in both.settle.outputs}
         return cls(both.tree, both.settle, dict(made.weights), state, clean)
