@@ -28,7 +28,10 @@ COINS, REST, DRAFTS = 1, 2, 3  # uses of noise; that of the k-th draft of a plac
 
 
 class Tree(NamedTuple):
-    """The drafts of a round. A node other than the root whose parent is -1 is padding: it is never accepted."""
+    """The drafts of a round. A node other than the root whose parent is -1 is padding: it is never accepted.
+
+    Parents, pairs and depth [1, ..] are those of all sequences.
+    """
 
     tokens: Tensor  # int64 [B, n]
     parents: Tensor  # int64 [B, n]: smaller than the node's own index; -1 for the root
@@ -48,13 +51,27 @@ class Accepted(NamedTuple):
     ended: Tensor  # bool [B]: whether the last of them is a stop id
 
 
+def of_all(values: Tensor) -> bool:
+    """Whether these are values [1, ..] of all sequences: a size that varies is no int."""
+    return isinstance(values.shape[0], int) and values.shape[0] == 1
+
+
 def within(values: Tensor, places: Tensor) -> Tensor:
-    """values[b, places[b, i]] for each i; a negative place reads the first value."""
-    return values.gather(1, places.clamp(min=0))
+    """values[b, places[b, i]] for each i; a negative place reads the first value. Either may be of all sequences."""
+    places = places.clamp(min=0)
+    if of_all(places):
+        return values.index_select(1, places[0])
+    return (
+        of_node(values.unsqueeze(2), places.flatten()).reshape(places.shape)
+        if of_all(values)
+        else values.gather(1, places)
+    )
 
 
 def of_node(values: Tensor, node: Tensor) -> Tensor:
     """values[b, node[b], :]."""
+    if of_all(values):
+        return values[0].index_select(0, node)
     return values.gather(1, node.reshape(-1, 1, 1).expand(-1, 1, values.shape[2])).squeeze(1)
 
 
@@ -70,9 +87,9 @@ def descend(tree: Tree, goes_on: Tensor, deepest: int) -> tuple[Tensor, Tensor]:
     root = torch.arange(tree.tokens.shape[1]) == 0
     good = ~(tree.pairs & ~(counts | root).unsqueeze(1)).any(2)
     leaf = torch.where(good, tree.depth, -1).to(F32).argmax(1)
-    level = torch.arange(deepest + 1).reshape(1, -1, 1)
-    levels = of_node(tree.pairs, leaf).unsqueeze(1) & (tree.depth.unsqueeze(1) == level)
-    return leaf, torch.where(levels.any(2), levels.to(F32).argmax(2), -1)
+    level = torch.arange(deepest + 1).reshape(1, 1, -1, 1)
+    above = tree.pairs.unsqueeze(2) & (tree.depth.reshape(-1, 1, 1, tree.depth.shape[1]) == level)  # of each node
+    return leaf, of_node(torch.where(above.any(3), above.to(F32).argmax(3), -1), leaf)
 
 
 def emit(tree: Tree, goes_on: Tensor, leaf: Tensor, path: Tensor, otherwise: Tensor) -> Accepted:
@@ -80,12 +97,17 @@ def emit(tree: Tree, goes_on: Tensor, leaf: Tensor, path: Tensor, otherwise: Ten
     children = goes_on & (tree.parents == leaf.unsqueeze(1))
     drafted = within(tree.tokens, children.to(F32).argmax(1, keepdim=True))
     extra = torch.where(children.any(1, keepdim=True), drafted, otherwise.unsqueeze(1))
-    last, room = within(tree.depth, leaf.unsqueeze(1)), tree.room > 0
-    places = torch.arange(path.shape[1])
     drafts = torch.cat([within(tree.tokens, path[:, 1:]), extra], 1)
-    ids = torch.where(places < last, drafts, torch.where(places == last, extra, -1))
-    taken, ended = torch.where(room, last.squeeze(1) + 1, 0), (extra == tree.stop).any(1) & room
-    return Accepted(leaf, path, torch.where(room.unsqueeze(1), ids, -1), taken, ended)
+    last = within(tree.depth, leaf.unsqueeze(1))
+    return given(tree, leaf, path, torch.where(torch.arange(path.shape[1]) == last, extra, drafts), extra)
+
+
+def given(tree: Tree, leaf: Tensor, path: Tensor, ids: Tensor, extra: Tensor) -> Accepted:
+    """The result of the ids after each node of a path, the last of which is `extra` [B, 1]."""
+    room = tree.room > 0
+    taken = torch.where(room, within(tree.depth, leaf.unsqueeze(1)).squeeze(1) + 1, 0)
+    emitted = torch.where((path >= 0) & room.unsqueeze(1), ids, -1)
+    return Accepted(leaf, path, emitted, taken, (extra == tree.stop).any(1) & room)
 
 
 def match(tree: Tree, deepest: int, picks: Tensor) -> Accepted:
@@ -95,7 +117,7 @@ def match(tree: Tree, deepest: int, picks: Tensor) -> Accepted:
     """
     goes_on = within(picks, tree.parents) == tree.tokens
     leaf, path = descend(tree, goes_on, deepest)
-    return emit(tree, goes_on, leaf, path, within(picks, leaf.unsqueeze(1)).squeeze(1))
+    return given(tree, leaf, path, within(picks, path), within(picks, leaf.unsqueeze(1)))  # drafts that count are picks
 
 
 def beside(seed: Tensor, use: int) -> Tensor:

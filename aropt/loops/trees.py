@@ -222,7 +222,7 @@ def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor]) -> None:
         nodes: Tensor, picks: Tensor, room: Tensor, counts: Tensor, limit: Tensor, done: Tensor, stop: Tensor,
         **held: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        rows = {k: v.unsqueeze(0).expand(nodes.shape[0], *v.shape) for k, v in held.items()}
+        rows = {k: v.unsqueeze(0) for k, v in held.items()}
         given = {"tokens": nodes, "picks": picks.reshape(-1, shape.nodes), "stop": stop, "room": room, **rows}
         _, path, window, taken, ended = rule(**{name: given[name] for name in wanted})
         path = torch.where((room > 0).unsqueeze(1), path, -1)
