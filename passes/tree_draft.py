@@ -4,24 +4,24 @@ A tree says what to try where the first guess is wrong (SpecInfer, Miao et al. 2
 STree, Wu et al. 2025, 2505.14969). The step for nodes reads the state and writes none; what a path of accepted nodes
 would have written is kept aside and taken in afterwards, so that nothing has to be rolled back (`rewriting/tree.py`).
 A draft counts if the rule picks it itself after its parent, with the noise of its place: the ids are those of the plain
-loop, greedy or drawn, whatever is drafted. Sequences of a batch accept different lengths.
+loop, greedy or drawn, whatever is drafted. Sequences of a batch accept different lengths. `accept` names other rules,
+for ids that are drawn (loops/accept.py): with temperature 0 each of them is this one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from aropt.errors import UsageError
 from aropt.ir.control import Control
 from aropt.ir.program import Program
+from aropt.loops.accept import ACCEPT
 from aropt.loops.draft_model import cached, check, read
-from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step
+from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step, ranking
 from aropt.loops.guidance import NEW_ROWS
 from aropt.loops.own_masks import from_masks, masked
-from aropt.loops.rules import chosen, draws, rule
 from aropt.loops.speculate import DRAFTS, NO_DRAFTS, Rounds, varies
 from aropt.loops.tree_control import beside, general, with_drafts
 from aropt.loops.trees import MOST, Made, Shape, rounds
@@ -44,12 +44,14 @@ class TreeDraft:
     `draft`, what drafts: "self" (the step with weights of eight bits), "text" (what followed the latest ids where they
     stood before: a chain), "masks" (rows of the model's `draft_mask`: a chain), or a smaller model, as `aropt optimize`
     takes one. `shape`, the tree: chain:4, the children of a node on each level (3x2x1), or each draft's parent (0-0-1).
-    `most`, sequences of a batch that is speculated.
+    `most`, sequences of a batch that is speculated. `accept`, when a draft of a draw counts: "match", "rejection" (other
+    draws of the same distribution), "typical" or "grouped" (of another one, which is measured).
     """
 
     draft: str = "self"
     shape: str = "chain:4"
     most: int = 8
+    accept: str = "match"
     name: ClassVar[str] = "tree-draft"
     contract: ClassVar[Contract] = Contract(
         "rounding",
@@ -66,6 +68,12 @@ class TreeDraft:
             raise UsageError(what=what, why=f"{self.draft} drafts chains", hint="shape=chain:4")
         if self.most < 1:
             raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
+        if self.accept not in ACCEPT:
+            what, known = f"tree-draft:accept={self.accept}", ", ".join(ACCEPT)
+            raise UsageError(what=what, why="no rule of acceptance has that name", hint=f"choose from {known}")
+        level = ACCEPT[self.accept].label
+        contract = replace(self.contract, level=level, budget=("shift",) if level == "lossy" else ())
+        object.__setattr__(self, "contract", contract)  # of this one; the class has that of its default
 
     @property
     def source(self) -> str:
@@ -105,39 +113,34 @@ class TreeDraft:
     def run(self, program: Program) -> Program:
         found, shape = general(program), self.tree
         made = Made({}, dict(program.weights), int(program.meta["vocab"]), int(program.meta["capacity"]))
-        rounds(made, shape, self.most)
+        rounds(made, shape, self.most, ACCEPT[self.accept])
         target = forms(program.graphs[found[0].step.graph], made.weights, self.nodes(program))
         made.graphs |= {"tree": target.tree, "settle": target.settle}
         drafter_of, state = self.drafters(program, made), {**program.state, **shape.state()}
 
         def drafted(one: Rounds) -> Control:
-            drafter = drafter_of(one)
+            ranked = ranking(program, one.rule, ACCEPT[self.accept])
+            drafter = drafter_of(ranked)
             state.update(drafter.state)
-            return with_drafts(one, drafter, made)
+            return with_drafts(one, drafter, made, ranked)
 
         control = beside(program, found, made, drafted)
         graphs = {**program.graphs, **made.graphs}
         return program.replace(graphs=graphs, state=state, control=control, weights=made.weights)
 
-    def drafters(self, program: Program, made: Made) -> Callable[[Rounds], Drafter]:
+    def drafters(self, program: Program, made: Made) -> Callable[[Ranked], Drafter]:
         """What drafts for a loop."""
-        shape, meta = self.tree, program.meta
+        shape = self.tree
         if self.draft == "text":
-            return lambda one: from_text(made, shape)
-
-        def ranked(one: Rounds) -> Ranked:
-            sampled, names = draws(program.graphs[one.rule.graph]), tuple(meta["rules"])
-            function = partial(rule, chosen(names), made.vocab, sampled, (), meta.get("never", ()))
-            return Ranked(one.rule, function)
-
+            return lambda ranked: from_text(made, shape, ranked)
         if self.draft == "masks":
-            return lambda one: from_masks(made, shape, int(meta["draft_mask"] or 0), ranked(one))
+            return lambda ranked: from_masks(made, shape, int(program.meta["draft_mask"] or 0), ranked)
         if self.draft == "self":
             step, levels = program.graphs[general(program)[0].step.graph], range(shape.deepest)
             graphs = sketches(step, made.weights, [shape.rows(range(d + 1)) for d in levels], self.name)
-            return lambda one: own_step(made, shape, graphs, ranked(one))
-        model = read(self.draft, meta, made.weights, prepared, shape)
-        return lambda one: own_model(made, shape, model, ranked(one))
+            return lambda ranked: own_step(made, shape, graphs, ranked)
+        model = read(self.draft, program.meta, made.weights, prepared, shape)
+        return lambda ranked: own_model(made, shape, model, ranked)
 
 
 PASS = TreeDraft

@@ -42,7 +42,8 @@ class Loop:
     (ids, of which -1 is none, or latents), `evidence` is what it decided them from (logits, a velocity), both with the
     batch first. Where a round computes more than it decides, `at` int64 [B, P] says which rows of the evidence [B * N]
     of its sequence each decided id is from (-1: none). A pass may fuse them away; validation exposes them again. The
-    rounds of an `internal` loop (drafts) are none of the generation: nobody watches them.
+    rounds of an `internal` loop (drafts) are none of the generation: nobody watches them. `drawn`: its ids are other
+    draws than those of the plain loop, of the same distribution ("distribution") or of one like it ("lossy").
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Loop:
     evidence: str = ""
     internal: bool = False
     at: str = ""
+    drawn: str = ""
 
     @property
     def roles(self) -> set[str]:

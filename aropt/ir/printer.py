@@ -120,6 +120,7 @@ def control_lines(control: Control, indent: str) -> Iterator[str]:
             kept = "".join(f" emits %{value} as %{name}" for value, name in emits.items())
             roles = [(role, getattr(control, role)) for role in ("decides", "evidence", "at")]
             told = "".join(f" {role} %{name}" for role, name in roles if name) + " internal" * control.internal
+            told += f" drawn {control.drawn}" if control.drawn else ""
             yield f"{indent}loop {kind}{given} until %{until}{told}{kept}"
             yield from control_lines(body, deeper)
 

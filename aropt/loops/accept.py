@@ -11,7 +11,7 @@ same stream and place under another seed (see `beside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -235,20 +235,40 @@ class Acceptance:
     They are the same but for near ties that rounding turns over, or others of the same distribution, or neither.
     """
 
+    name: str
     apply: Callable[..., Accepted]
     label: Label
     inputs: dict[str, Spec]  # besides those of Tree; "N" stands for the number of nodes, "V" for that of ids
+    numbers: dict[str, float] = field(default_factory=dict)  # of the rule's paper
+
+    @property
+    def graph(self) -> str:
+        """The name of its graph in a program."""
+        return "accept" if self.name == "match" else f"accept_{self.name}"
+
+    def reads(self, value: str) -> bool:
+        return value in self.inputs
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Values of inputs that are always the same; no id has a row of embeddings: groups are by chances alone."""
+        values = {n: torch.tensor(v) for n, v in self.numbers.items()}
+        return {**values, "embeddings": torch.zeros(1, 1)} if self.reads("embeddings") else values
 
 
 ROW, EACH = Spec(I64, ("B",)), Spec(F32, ("B", "N", "V"))
 PICKS, SCALE = {"picks": Spec(I64, ("B", "N"))}, Spec(F32)
 DRAWN = {"logits": EACH, "drafted": EACH, "seed": Spec(I64), "streams": ROW, "position": ROW}
 GROUP = {"near": SCALE, "embeddings": Spec(F32, ("W", "E")), "distance": SCALE}
+BAR = {"logits": EACH, **PICKS, "epsilon": SCALE, "delta": SCALE}
+MATCH = Acceptance("match", match, "rounding", PICKS)
 ACCEPT = {
-    "match": Acceptance(match, "rounding", PICKS),
-    "rejection": Acceptance(rejection, "distribution", DRAWN),
-    "typical": Acceptance(typical, "lossy", {"logits": EACH, **PICKS, "epsilon": SCALE, "delta": SCALE}),
-    "grouped": Acceptance(grouped, "lossy", DRAWN | GROUP),
+    one.name: one
+    for one in (
+        MATCH,
+        Acceptance("rejection", rejection, "distribution", DRAWN),
+        Acceptance("typical", typical, "lossy", BAR, {"epsilon": 0.09, "delta": 0.3}),
+        Acceptance("grouped", grouped, "lossy", DRAWN | GROUP, {"near": 0.15, "distance": 0.5}),
+    )
 }
 
 

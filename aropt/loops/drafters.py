@@ -1,7 +1,8 @@
 """Where the drafts of a tree come from: what runs in the prompt's round, and what writes `level_1` .. in each round.
 
 A drafter is graphs, state and calls. All draft by the target's own rule with the noise of the place that a draft is
-for, so that they guess draws as well as choices; a node's children are the ids that the rule puts first.
+for, so that they guess draws as well as choices; a node's children are the ids that the rule puts first. Where drafts
+are accepted by their chances, they are draws with noise of their own, and `drafted_0` .. say by which logits.
 
     own_model   another, smaller model with a state of its own (Leviathan et al. 2023, 2211.17192)
     own_step    a cheaper form of the target's step, on the target's state, which no step for nodes writes
@@ -13,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from aropt.ir.control import Call
 from aropt.ir.edit import call_by_name
-from aropt.ir.program import Graph, Spec, StateSpec
+from aropt.ir.program import Graph, Program, Spec, StateSpec
+from aropt.loops.accept import DRAFTS, MATCH, Acceptance, beside
+from aropt.loops.rules import chosen, draw, draws, rule
 from aropt.loops.speculate import LATEST
 from aropt.loops.trees import Made, Shape
 
@@ -30,10 +34,22 @@ NODES = {"ids": "nodes", "positions": "node_positions"}
 
 @dataclass(frozen=True)
 class Ranked:
-    """A loop's rule as a call, and as a function of how many of the ids are wanted that it puts first."""
+    """A loop's rule as a call, and as a function of how many of the ids are wanted that it puts first.
+
+    `accept`: how drafts are accepted; `chances`: the function of the logits that the rule draws by.
+    """
 
     call: Call
     best: Callable[[int], tuple[Callable[..., Tensor], dict[str, Spec]]]
+    chances: Callable[[], tuple[Callable[..., Tensor], dict[str, Spec]]]
+    accept: Acceptance = MATCH
+
+
+def ranking(program: Program, call: Call, accept: Acceptance) -> Ranked:
+    """The rule of a loop that the call runs; where it makes choices, drafts of these count that it makes too."""
+    meta, sampled = program.meta, draws(program.graphs[call.graph])
+    function = partial(rule, chosen(tuple(meta["rules"])), int(meta["vocab"]), sampled, (), meta.get("never", ()))
+    return Ranked(call, function, partial(function, chances=True), accept if sampled else MATCH)
 
 
 @dataclass
@@ -58,6 +74,8 @@ class Drafter:
 
 def guess(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -> Call:
     """The call that drafts the children of a level's nodes, whose logits are those of `rows`."""
+    if rule.accept.reads("drafted"):
+        return drawn(made, shape, depth, rule, rows)
     count, (most, chosen) = len(shape.level(depth)), shape.drafted(depth)
     function, inputs = rule.best(most)
     given = {n: s for n, s in inputs.items() if n not in ("logits", "streams", "position")}
@@ -79,6 +97,43 @@ def guess(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -
     )  # fmt: skip
     reads = {n: rule.call.reads.get(n, n) for n in graph.inputs} | {"logits": "draft_logits"}
     return Call(graph.name, {n: reads[n] for n in graph.inputs}, {n: n for n in graph.outputs})
+
+
+def drawn(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -> Call:
+    """As `guess`, but each child is a draw with noise of its own, by the logits `drafted_d` [B, nodes, V]."""
+    count, (most, chosen) = len(shape.level(depth)), shape.drafted(depth)
+    function, inputs = rule.chances()
+    given = {n: s for n, s in inputs.items() if n != "logits"}
+
+    def draft(
+        logits: Tensor, seed: Tensor, streams: Tensor, origin: Tensor, **values: Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        found, batch = logits.index_select(1, values["rows"]).to(F32).flatten(0, 1), logits.shape[0]
+        chances = function(found, **{n: values[n] for n in given})
+        streams, places = (v.unsqueeze(1).expand(batch, count).flatten() for v in (streams, origin + depth + 1))
+        ids = [draw(chances, beside(seed, DRAFTS + rank), streams, places) for rank in range(most)]
+        level = torch.stack(ids, 1).reshape(batch, count * most).index_select(1, values["chosen"])
+        return level, chances.reshape(batch, count, made.vocab)
+
+    graph = made.add(
+        f"draw_{rule.call.graph}_{depth}", draft,
+        {"logits": Spec(F32, ("B", "R", made.vocab)), "seed": SCALAR, "streams": ROWS, "origin": ROWS, **given},
+        [f"level_{depth + 1}", f"drafted_{depth}"],
+        tables={"chosen": torch.tensor(chosen), "rows": torch.tensor(rows)},
+    )  # fmt: skip
+    reads = {n: rule.call.reads.get(n, n) for n in graph.inputs} | {"logits": "draft_logits"}
+    return Call(graph.name, reads, {n: n for n in graph.outputs})
+
+
+def certain(made: Made, shape: Shape) -> Call:
+    """The call that says by which logits a chain of given ids was drawn: each is the only one that could be."""
+
+    def one(**levels: Tensor) -> tuple[Tensor, ...]:
+        ids = [level.unsqueeze(2) == torch.arange(made.vocab) for level in levels.values()]
+        return tuple(torch.where(here, 0.0, -torch.inf) for here in ids)
+
+    levels = {f"level_{d + 1}": Spec(I64, ("B", 1)) for d in range(shape.deepest)}
+    return call_by_name(made.add("certain", one, levels, [f"drafted_{d}" for d in range(shape.deepest)]))
 
 
 def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
@@ -189,7 +244,7 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
     return Drafter(state, prompt=[step], rounds=rounds)
 
 
-def from_text(made: Made, shape: Shape) -> Drafter:
+def from_text(made: Made, shape: Shape, rule: Ranked) -> Drafter:
     """Drafts a chain from the ids so far, the newest first in `history` int64 [B, C], -1 after them."""
     size, count = max(8, min(made.capacity, LATEST)), shape.deepest
     history = Spec(I64, ("B", size))
@@ -212,7 +267,8 @@ def from_text(made: Made, shape: Shape) -> Drafter:
     levels = [f"level_{d}" for d in range(1, count + 1)]
     prompt = {"prompt": Spec(I64, ("B", "P")), "lengths": ROWS}
     before = call_by_name(made.add("remember", remember, prompt, ["history"], "prologue"))
-    rounds = call_by_name(
-        made.add("recall", recall, {"window": shape.window, "history": history}, ["history", *levels])
-    )
-    return Drafter({"history": StateSpec("tokens", history, -1)}, before=[before], rounds=[rounds])
+    rounds = [
+        call_by_name(made.add("recall", recall, {"window": shape.window, "history": history}, ["history", *levels]))
+    ]
+    rounds += [certain(made, shape)] if rule.accept.reads("drafted") else []
+    return Drafter({"history": StateSpec("tokens", history, -1)}, before=[before], rounds=rounds)

@@ -195,10 +195,12 @@ def rule(
     row: tuple[int, ...] = (),
     never: Sequence[int] = (),
     best: int = 0,
+    chances: bool = False,
 ) -> tuple[Callable[..., Tensor], dict[str, Spec]]:
     """The rule made of these processors and its inputs; logits of 2B rows if guided. Returns token int64 [B].
 
     `best`: so many ids in its place, int64 [B, best]: those that the rule puts first, its token and the next ones.
+    `chances`: the logits in its place that it draws by, float32 [B, V]; then it reads no noise.
 
     `row` is (W,) for windows: logits [B, W, V] -> token [B, W], each id with noise of its own. `never`: ids that are
     not picked (see aropt.restrict.excluded).
@@ -215,7 +217,7 @@ def rule(
             inputs["count"] = Spec(I64)
         if "stop" in processor.reads:
             inputs["stop"] = Spec(I64, ("K",))
-    if sampled:
+    if sampled and not chances:
         inputs |= {"seed": Spec(I64), "streams": Spec(I64, ("B",)), "position": Spec(I64, ("B",))}
 
     def every(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,7 +225,7 @@ def rule(
         wide = dict(values)
         for name in {"seen", "streams", "position"} & set(values):
             wide[name] = values[name].repeat_interleave(row[0], 0)
-        if sampled:
+        if "position" in values:
             places = values["position"].unsqueeze(1) * row[0] + torch.arange(row[0])
             wide["position"] = places.flatten()
         return wide
@@ -235,6 +237,8 @@ def rule(
         for processor in used.values():
             names = (*processor.params, *processor.reads)
             logits = processor.apply(logits, **{n: values[n] for n in names})
+        if chances:
+            return logits
         if sampled:
             logits = logits - gumbel_noise(vocab, *(values[n] for n in ("seed", "streams", "position")))
         token = torch.topk(logits, best, dim=-1).indices if best else torch.argmax(logits, dim=-1)

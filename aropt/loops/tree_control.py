@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from aropt.ir.control import Call, Control, If, Loop, Seq, loops, map_parts, parts, renamed, sequence
 from aropt.ir.edit import call_by_name
-from aropt.ir.program import Graph, Program
-from aropt.loops.drafters import Drafter
+from aropt.ir.program import Program
+from aropt.loops.accept import MATCH
+from aropt.loops.drafters import Drafter, Ranked
 from aropt.loops.speculate import Rounds, checking, dense, rounds_of
 from aropt.loops.trees import Made
 
@@ -38,7 +39,7 @@ def beside(program: Program, found: Sequence[Rounds], made: Made, drafted: Calla
     return change(program.control)
 
 
-def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
+def with_drafts(one: Rounds, drafter: Drafter, made: Made, rule: Ranked) -> Control:
     """The prompt's round, the rounds that check drafts, and the ids of all of them."""
     plain, graphs = one.loop, made.graphs
     (emitted,) = plain.emits
@@ -47,13 +48,15 @@ def with_drafts(one: Rounds, drafter: Drafter, made: Made) -> Control:
     lead = Call("lead", {"token": emitted}, {n: n for n in graphs["lead"].outputs})
     first = (*opening[:count], *drafter.prompt, *opening[count:], call_by_name(graphs["opened"]), lead)
     prompt = replace(plain, body=Seq(first), until="begun", emits={emitted: "first"})
-    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, graphs, drafter))), plain, "node_row", "path")
+    rounds = checking("finished", Seq((*drafter.rounds, *checked(one, made, drafter, rule))), plain, "node_row", "path")
+    rounds = replace(rounds, drawn="" if rule.accept == MATCH else rule.accept.label)
     return Seq((*drafter.before, prompt, rounds, call_by_name(graphs["merge"])))
 
 
-def checked(one: Rounds, graphs: dict[str, Graph], drafter: Drafter) -> tuple[Call, ...]:
+def checked(one: Rounds, made: Made, drafter: Drafter, rule: Ranked) -> tuple[Call, ...]:
     """What a round does with its drafts."""
-    plain, tree = one.loop, graphs["tree"]
+    plain, graphs = one.loop, made.graphs
+    tree = graphs["tree"]
     verify = Call(
         "tree",
         {n: drafter.fed.get(n, n) for n in tree.inputs},
@@ -61,6 +64,16 @@ def checked(one: Rounds, graphs: dict[str, Graph], drafter: Drafter) -> tuple[Ca
     )
     rows = renamed(call_by_name(graphs["node_rows"]), {"row": "node_row"})
     names = {plain.evidence: "node_row", plain.decides: "picks", "position": "node_places", "streams": "node_streams"}
-    spread, accept, settle = (call_by_name(graphs[n]) for n in ("spread", "accept", "settle"))
-    picked = (rows, renamed(one.rule, names), accept)
+    picks = [renamed(one.rule, names)] if rule.accept.reads("picks") else []
+    chances = [weighed(made, rule)] if rule.accept.reads("logits") else []
+    spread, accept, settle = (call_by_name(graphs[n]) for n in ("spread", rule.accept.graph, "settle"))
+    picked = (rows, *picks, *chances, accept)
     return spread, *drafter.widened, verify, *drafter.narrowed, *picked, *drafter.settled, settle
+
+
+def weighed(made: Made, rule: Ranked) -> Call:
+    """The call that says by which logits the rule draws after each node."""
+    function, inputs = rule.chances()
+    graph = made.add(f"chances_{rule.call.graph}", function, inputs, ["node_logits"], "rule")
+    reads = {n: rule.call.reads.get(n, n) for n in inputs} | {"logits": "node_row"}
+    return Call(graph.name, reads, {"node_logits": "node_logits"})

@@ -25,7 +25,7 @@ from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
 from aropt.ir.program import Graph, Role, Spec, StateSpec
 from aropt.ir.torch_compat import build
-from aropt.loops.accept import acceptance
+from aropt.loops.accept import MATCH, Acceptance, acceptance
 from aropt.loops.speculate import together
 from aropt.rewriting.tree import Nodes
 
@@ -165,8 +165,10 @@ class Made:
         return self.graphs[name]
 
 
-def rounds(made: Made, shape: Shape, most: int) -> None:
+def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> None:
     """The graphs that do not depend on where drafts come from. `most`: sequences of a batch that is speculated.
+
+    `accept`: how drafts of ids that are drawn are accepted; those of choices, where the rule picks them.
 
     Nodes beyond the capacity, which never count, have no position, as nothing may see them: of a chain, a row sees
     all rows whose positions are not after its own.
@@ -207,31 +209,48 @@ def rounds(made: Made, shape: Shape, most: int) -> None:
         tables={"depth": tables["depth"]},
     )  # fmt: skip
     made.add("node_rows", lambda logits: logits.to(F32).flatten(0, 1), {"logits": logits}, ["row"])
-    accepting(made, shape, tables)
+    for one in [MATCH] if accept == MATCH else [MATCH, accept]:
+        accepting(made, shape, tables, one)
     made.add(
         "merge", together, {"first": Spec(I64, ("B", "F")), "windows": Spec(I64, ("B", "W", deepest + 1))},
         ["generated"], "epilogue",
     )  # fmt: skip
 
 
-def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor]) -> None:
+def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Acceptance) -> None:
     """The graph that says which nodes count."""
-    rule, wanted = acceptance("match", shape.nodes, shape.deepest)
+    offered = {"width": max(map(shape.parents.count, shape.parents[1:]))} if by.reads("drafted") else {}
+    rule, wanted = acceptance(by.name, shape.nodes, shape.deepest, made.vocab, **offered)
+    levels = [f"drafted_{d}" for d in range(shape.deepest)] if by.reads("drafted") else []
+    flat, nodes = f"{shape.nodes}*B", shape.nodes
+    drawn: dict[str, Spec] = {
+        **({"picks": Spec(I64, (flat,))} if by.reads("picks") else {}),
+        **({"node_logits": Spec(F32, (flat, made.vocab))} if by.reads("logits") else {}),
+        **{n: Spec(F32, ("B", len(shape.level(d)), made.vocab)) for d, n in enumerate(levels)},
+        **({"seed": SCALAR, "streams": ROWS, "origin": ROWS} if by.reads("seed") else {}),
+    }
 
     def accept(
-        nodes: Tensor, picks: Tensor, room: Tensor, counts: Tensor, limit: Tensor, done: Tensor, stop: Tensor,
-        **held: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        rows = {k: v.unsqueeze(0) for k, v in held.items()}
-        given = {"tokens": nodes, "picks": picks.reshape(-1, shape.nodes), "stop": stop, "room": room, **rows}
+        nodes: Tensor, room: Tensor, counts: Tensor, limit: Tensor, done: Tensor, stop: Tensor, **held: Tensor
+    ) -> tuple[Tensor, ...]:
+        given = {n: v for n, v in held.items() if n in wanted}
+        given |= {n: held[n].unsqueeze(0) for n in tables}
+        given |= {"tokens": nodes, "stop": stop, "room": room}
+        if "picks" in drawn:
+            given["picks"] = held["picks"].reshape(-1, shape.nodes)
+        if "node_logits" in drawn:
+            given["logits"] = held["node_logits"].reshape(-1, shape.nodes, made.vocab)
+        if levels:  # nobody asks what comes after leaves of the last level
+            last = torch.zeros(room.shape[0], len(shape.level(shape.deepest)), made.vocab)
+            given |= {"drafted": torch.cat([*(held[n] for n in levels), last], 1), "position": held["origin"] + 1}
         _, path, window, taken, ended = rule(**{name: given[name] for name in wanted})
         path = torch.where((room > 0).unsqueeze(1), path, -1)
         counts, done = counts + taken, done | ended
         return path, window, counts, done, (done | (counts >= limit)).all()
 
     made.add(
-        "accept", accept,
-        {"nodes": Spec(I64, ("B", shape.nodes)), "picks": Spec(I64, (f"{shape.nodes}*B",)), "room": ROWS,
-         "counts": ROWS, "limit": SCALAR, "done": Spec(BOOL, ("B",)), "stop": Spec(I64, ("K",))},
-        ["path", "window", "counts", "done", "finished"], "commit", tables,
+        by.graph, accept,
+        {"nodes": Spec(I64, ("B", nodes)), **drawn, "room": ROWS, "counts": ROWS, "limit": SCALAR,
+         "done": Spec(BOOL, ("B",)), "stop": Spec(I64, ("K",))},
+        ["path", "window", "counts", "done", "finished"], "commit", {**tables, **by.fixed()},
     )  # fmt: skip

@@ -45,6 +45,34 @@ def nearly(seed: int = 0) -> nn.Module:
     return model
 
 
+class Few(nn.Module):
+    """Five ids, whose chances depend on those before: all texts can be counted."""
+
+    vocab = 5
+
+    def __init__(self, seed: int, warmth: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.out = nn.Embedding(self.vocab, 8), nn.Linear(8, self.vocab)
+        self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.warmth = warmth
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids).unsqueeze(1)
+        seen = nn.functional.scaled_dot_product_attention(self.key(x), self.key(x), self.value(x), is_causal=True)
+        found: torch.Tensor = self.out((x + seen).squeeze(1)) / self.warmth
+        return found
+
+
+def few() -> nn.Module:
+    return Few(1, 0.5).eval()
+
+
+def few_draft() -> nn.Module:
+    """Other chances: many drafts are refused."""
+    return Few(5).eval()
+
+
 def other() -> nn.Module:
     """A vocabulary of another size."""
     import transformers
