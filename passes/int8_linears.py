@@ -44,7 +44,7 @@ class Int8Linears:
         after=("canonicalize",),
         requires=(FORWARD,),
         establishes=(EIGHT_BITS,),
-        budget=("kl", "top1"),
+        budget=("kl", "kl_max", "top1", "agreement", "quality"),
     )
 
     def __post_init__(self) -> None:

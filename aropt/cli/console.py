@@ -98,6 +98,11 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
             f"verified       {int(m['cases'])} cases, {int(m['tokens'])} tokens, {int(m['ties'])} ties, "
             f"largest error {m['max_ratio']:.2f} of the noise floor (allowed: {m['tolerance_ratio']:.0f})"
         )
+    if "shift" in m:
+        print(
+            f"draws          {int(m['drawn'])} ids of the same distribution: shifted by {m['shift']:.3f}, "
+            f"as chance may do with probability {m['shift_chance']:.2g}"
+        )
     if d := report.get("drift"):
         allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())
         print(
@@ -109,6 +114,8 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
                 f"{'':<14} {d['forwards']} forwards with {d['rows']} rows, "
                 f"exact: {d['exact_forwards']} with {d['exact_rows']}"
             )
+        if d.get("drawn"):
+            print(f"draws          {d['drawn']} ids are shifted by {d['shift']:.3f} from the exact distribution")
         if d.get("judged"):
             print(
                 f"quality        {d['quality']:.1%} of {d['judged']} ids of the examples are right, "

@@ -146,6 +146,11 @@ def loops(control: Control, kind: str | None = None) -> list[Loop]:
     return [node for node in walk(control) if isinstance(node, Loop) and kind in (None, node.kind)]
 
 
+def drawn(control: Control) -> set[str]:
+    """How ids of its loops compare with the draws of plain ones, where these are others (see Loop)."""
+    return {loop.drawn for loop in loops(control)} - {""}
+
+
 def conditions(control: Control) -> set[str]:
     """Values that branches and loops test."""
     tested = {node.cond for node in walk(control) if isinstance(node, If)}

@@ -135,9 +135,9 @@ class Input:
             return "it is not a finite number"
         if not self.spec.dtype.is_floating_point and not (given == given.round()).all():
             return "it takes whole numbers"
-        if self.minimum is not None and (given < self.minimum).any():
+        if self.minimum is not None and (given < float(self.minimum)).any():
             return f"the least is {self.minimum}"
-        if self.maximum is not None and (given > self.maximum).any():
+        if self.maximum is not None and (given > float(self.maximum)).any():
             return f"the most is {self.maximum}"
         return ""
 

@@ -262,8 +262,8 @@ class Positions(Scheme):
             decided = decided if drafts else decided.unsqueeze(1)
             seen = seen.reshape(alone // size, size, -1, *seen.shape[1:])
             rows = torch.arange(len(seen))
-            found = [[Round("token", decided[i, j], seen[:, i, j], rows) for j in range(seen.shape[2])]
-                     for i in range(size)]  # fmt: skip
+            found = [[Round("token", decided[i, j], seen[:, i, j], rows, drawn=bool(loop.drawn))
+                      for j in range(seen.shape[2])] for i in range(size)]  # fmt: skip
             return [[one for one in mine if not one.empty] for mine in found] if drafts else found  # those that count
 
         return look
@@ -298,6 +298,11 @@ class Positions(Scheme):
         scale = program.inputs["guidance"].default if len(evidence) > 1 else None
         logits = evidence[0] if scale is None else evidence[1] + float(scale) * (evidence[0] - evidence[1])
         return logits.reshape(-1, logits.shape[-1])
+
+    def chances(self, program: Program, given: Values, logits: Tensor) -> Tensor:
+        processors, vocab = chosen(tuple(program.meta["rules"])), int(program.meta["vocab"])
+        function, inputs = rule(processors, vocab, True, never=program.meta.get("never", ()), chances=True)
+        return function(logits, **{n: given[n] for n in inputs if n != "logits"}).double().softmax(-1)
 
     def counted(self, program: Program, rounds: int) -> str:
         return f"{ids_of(program.meta, rounds)} tokens"

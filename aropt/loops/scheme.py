@@ -50,7 +50,8 @@ class Mismatch(Exception):
 @dataclass
 class Round:
     """A round of one sequence, without padding: the loop's `decides` before and after it (-1: no id), the rows int64
-    [N] that were computed, and their `evidence` [N, ...].
+    [N] that were computed, and their `evidence` [N, ...]. `drawn`: the ids are draws by another rule than the
+    reference's, which has others.
     """
 
     loop: str  # its `decides`
@@ -58,6 +59,7 @@ class Round:
     evidence: Tensor
     rows: Tensor
     before: Tensor = NOTHING
+    drawn: bool = False
 
     @property
     def ids(self) -> bool:
@@ -171,6 +173,10 @@ class Scheme:
     def counting(self, program: Program, inputs: Values, round: Round, evidence: Tensor) -> Tensor:
         """Of evidence of the round's rows, what those predict that count for drift: logits [N, V]."""
         return evidence.flatten(0, -2)
+
+    def chances(self, program: Program, given: Values, logits: Tensor) -> Tensor:
+        """The chances of the ids that the rule draws by these logits [N, V], float64 [N, V]; `given`: what it reads."""
+        raise NotImplementedError
 
     def idle(self, round: Round) -> bool:
         """Whether a round after the reference's end, as other sequences of the batch go on, changed nothing."""

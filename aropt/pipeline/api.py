@@ -165,7 +165,8 @@ def checked(
     verdict = validate(oracle, probed, executor, chosen, lambda name: say(f"check: {name}"))
     verdict.coverage = oracle.requests.coverage()
     drift = None
-    if rewritten.reference is not program and "needs_finetune" not in optimized.meta:
+    lossy = any(result.level == "lossy" and result.status == "applied" for result in rewritten.results)
+    if (lossy or rewritten.reference is not program) and "needs_finetune" not in optimized.meta:
         say("check: drift")
         drift = drift_of(program, probed, executor)
     return executor.without_probe(optimized) or lowered(optimized), verdict, drift

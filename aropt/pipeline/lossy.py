@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from aropt.errors import UsageError
+from aropt.ir.control import drawn
 from aropt.ir.program import Program
 from aropt.loops.scheme import scheme_of
 from aropt.pipeline.checks import Instruments, check
@@ -17,21 +18,24 @@ from aropt.validate.compare import with_probe
 from aropt.validate.oracle import Oracles
 
 
-def spend(one: Pass, program: Program, result: Result, instruments: Instruments, oracles: Oracles) -> Program:
-    """The program after a lossy pass that keeps to the budget, which the result says; else as it was.
+def spend(
+    one: Pass, program: Program, reference: Program, result: Result, instruments: Instruments, oracles: Oracles
+) -> tuple[Program, Program]:
+    """The program after a lossy pass that keeps to the budget, which the result says, and the reference of what comes
+    after it; else both as they were.
 
     A pass that refreshes does so as often as that takes. With everything recomputed in each round it must equal the
-    program: then what it loses is stale rows alone.
+    program: then what it loses is stale rows alone. Where other ids are drawn, all else is the reference's.
     """
     from aropt.validate import quality
     from aropt.validate.drift import measure
 
     refreshes = bool(one.contract.refresh)
-    if not instruments.budget:
-        raise unpaid(one)
     if instruments.trust:
-        result.status = "applied"
-        return one.run(program)
+        result.status, changed = "applied", one.run(program)
+        return changed, held(changed, reference)
+    if not set(one.contract.budget) & set(instruments.budget):
+        raise unpaid(one)
     canvas = scheme_of(program).fills
     if "quality" in instruments.budget and not canvas:
         raise UsageError(
@@ -48,12 +52,11 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
         changed = (at_refresh(one, refresh) if refreshes else one).run(program)
         instruments.say(f"{one.name}: drift" + (f" with refresh={refresh}" if refreshes else ""))
         result.nodes, result.bytes = (nodes(program), nodes(changed)), (step_bytes(program), step_bytes(changed))
-        result.reason = check(
-            one, oracles.of(changed), program, changed, result, instruments
-        )  # batches against sequences alone
+        to = held(changed, reference)  # batches against sequences alone
+        result.reason = check(one, oracles.of(to), program, changed, result, instruments)
         if result.reason:
             break
-        drift = measure(program, with_probe(changed), known=known)
+        drift = measure(program if to is changed else to, with_probe(changed), known=known)
         result.verify |= drift.metrics()
         result.drift = asdict(drift)
         result.reason = drift.misses(instruments.budget)
@@ -62,20 +65,27 @@ def spend(one: Pass, program: Program, result: Result, instruments: Instruments,
         if not result.reason:
             result.status = "applied"
             result.reason = "" if refresh == given else f"refresh={refresh}: with fewer the budget was missed"
-            return changed
-    return program
+            return changed, to
+    return program, reference
+
+
+def held(changed: Program, reference: Program) -> Program:
+    """What a program that loses something is compared with: itself, or the reference where it but draws other ids."""
+    return reference if drawn(changed.control) else changed
 
 
 def unpaid(one: Pass) -> UsageError:
     """What to tell of a lossy pass without a budget."""
     does = (import_module(type(one).__module__).__doc__ or "").partition(": ")[2].partition("\n")[0]
+    shifts = one.contract.budget == ("shift",)
+    does = "ids that are drawn have another distribution than the model's" if shifts else does
     return UsageError(
         what=f"{one.name} is lossy on this model, and nothing says how much may be lost",
         where=f"--pass {one.name}",
         why="its rows see the whole canvas, and stored ones are not refreshed each round"
         if one.contract.refresh
         else does,
-        hint="give a budget: --budget kl=0.05,top1=0.95",
+        hint=f"give a budget: --budget {'shift=0.1' if shifts else 'kl=0.05,top1=0.95'}",
     )
 
 

@@ -59,10 +59,9 @@ def run_passes(
             continue
         result.matches, result.level = plan.matches, plan.level or one.contract.level
         if result.level == "lossy":
-            changed = spend(one, program, result, instruments, oracles)
+            changed, reference = spend(one, program, reference, result, instruments, oracles)
             result.seconds = time.perf_counter() - start
-            if result.status == "applied":
-                program, reference = recorded(changed, result), changed
+            program = recorded(changed, result) if result.status == "applied" else program
             continue
         make = plan.make or functools.partial(one.run, program)
         changed, problem = attempt(one, make, program, reference, result, instruments, oracles)

@@ -209,6 +209,8 @@ class Drift(Strict):
     quality: Number = None  # share of the ids of a task that are right; None: the model has no examples
     exact_quality: Number = None
     judged: NonNegativeInt = 0  # how many ids these are
+    shift: Number = None  # of the distribution of ids that are drawn; None: they are those of the exact program
+    drawn: NonNegativeInt = 0  # how many ids these are
 
 
 class Window(Strict):

@@ -35,7 +35,8 @@ class Contract:
 
     `when`: by default, where the caller asks for it, or tried: timed with the options of each of `tries`
     ("drafts=8,group=64"), and kept where it pays. `after`: names of passes that run before this one. `requires`: facts
-    without which the pass is skipped; `establishes`: facts that hold after it. `refresh`: values of the option
+    without which the pass is skipped; `establishes`: facts that hold after it. `budget`: the metrics that show what a
+    lossy pass loses, of which the caller bounds one at least. `refresh`: values of the option
     `refresh` that a lossy pass falls back on, one after the other, while it misses the budget.
     """
 

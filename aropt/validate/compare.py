@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from aropt.errors import AroptError, UsageError
-from aropt.ir.control import Call, Control, calls, loops, rewrite
+from aropt.ir.control import Call, Control, calls, drawn, loops, rewrite
 from aropt.ir.edit import expose
 from aropt.ir.executor import Executor
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.requests.cases import Case, cases
 from aropt.loops.scheme import Mismatch
+from aropt.validate import draws
 from aropt.validate.localize import localize
 from aropt.validate.oracle import Oracle
 from aropt.validate.replay import Trace, compare_rounds
@@ -56,6 +57,11 @@ def validate(
             verdict.diverges = localize(oracle, candidate, executor, small, outcome.row)
         if outcome.problem:
             break
+    if verdict.passed and "distribution" in drawn(candidate.control):
+        progress("draws")
+        outcome, found = draws.compared(oracle, candidate, executor)
+        verdict.outcomes.append(outcome)
+        verdict.draws = found.metrics() if found else {}
     oracle.rest()
     return verdict
 

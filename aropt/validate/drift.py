@@ -23,11 +23,12 @@ from aropt.loops.given import needs_negative, usual
 from aropt.loops.request import workload as own_prompts
 from aropt.loops.requests.cases import Case
 from aropt.loops.scheme import Mismatch, Round, scheme_of
-from aropt.validate import quality
+from aropt.validate import draws, quality
 from aropt.validate.oracle import Oracle
 from aropt.validate.replay import Trace, answer
 
-AT_MOST, AT_LEAST, SHARES = ("kl", "kl_max", "quality"), ("top1", "agreement"), ("top1", "agreement", "quality")
+AT_MOST, AT_LEAST = ("kl", "kl_max", "quality", "shift"), ("top1", "agreement")
+SHARES = (*AT_LEAST, "quality", "shift")
 TOKENS, PROMPTS = 64, 4  # new tokens, prompts
 
 
@@ -37,7 +38,8 @@ class Drift:
     with the same most likely id; `agreement`: share of the answers' ids that the exact program writes too; `first`: the
     first answer's position that differs (-1: none). `forwards` and `rows` of the candidate, `exact_forwards` and
     `exact_rows` of the exact program; `tokens`: of the answers. `steps`: [mean KL, top-1] of each round. `quality`,
-    `exact_quality`: share of the `judged` ids of a task that both get right; None without examples.
+    `exact_quality`: share of the `judged` ids of a task that both get right; None without examples. `shift`: how far
+    `drawn` ids are shifted from the exact program's distribution (see validate/draws.py); None where it draws the same.
     """
 
     kl: float
@@ -55,6 +57,8 @@ class Drift:
     quality: float | None = None
     exact_quality: float | None = None
     judged: int = 0
+    shift: float | None = None
+    drawn: int = 0
 
     def metrics(self) -> dict[str, float]:
         """All that was measured but the curve."""
@@ -63,7 +67,7 @@ class Drift:
     def misses(self, budget: Mapping[str, float]) -> str:
         """What is over the budget, in words; empty if nothing is. The bound of `quality` is on its loss."""
         lost = float("inf") if self.quality is None or self.exact_quality is None else self.exact_quality - self.quality
-        found = {**self.metrics(), "quality": lost}
+        found = {**self.metrics(), "quality": lost, "shift": self.shift or 0.0}
         over = [
             f"{m} {found[m]:.4g}, at most {budget[m]:g}" for m in AT_MOST if m in budget and not found[m] <= budget[m]
         ]
@@ -139,13 +143,15 @@ def measure(
     per_round = [(mean([x[0] for x in r]), mean([x[1] for x in r])) for r in rounds]
     forwards, exact_forwards = (sum(map(len, trace.rounds)) for trace in (mine, theirs))
     computed, all_rows = (sum(len(s.rows) for rounds in t.rounds for s in rounds) for t in (mine, theirs))
-    scored: tuple[Any, ...] = ()
+    others, scored = draws.measure(oracle, candidate, executor), dict[str, Any]()
     if exact.meta.get("examples"):
         best, judged = known or quality.measure(exact, Eager(exact))
-        scored = (quality.measure(candidate, executor)[0], best, judged)
+        scored = {"quality": quality.measure(candidate, executor)[0], "exact_quality": best, "judged": judged}
+    if others:
+        scored |= {"shift": others.shift, "drawn": others.count}
     return Drift(
         float(kl.mean()), float(kl.max()), float(same.double().mean()), *agreement(mine.answers, theirs.answers),
-        len(kl), sum(map(len, mine.answers)), forwards, exact_forwards, computed, all_rows, per_round, *scored,
+        len(kl), sum(map(len, mine.answers)), forwards, exact_forwards, computed, all_rows, per_round, **scored,
     )  # fmt: skip
 
 

@@ -247,7 +247,9 @@ def measure(oracle: Oracle, number: int, one: Answered, round: Round, outcome: O
         return f"what {place} decides is {one.off:.0f} noise floors from the reference's"
     if one.theirs is None:
         return problem and f"{problem}, at {place}"
-    if not problem and ties(oracle, one, round):
+    if not problem and round.drawn and possible(oracle, one, round):
+        return ""
+    if not problem and not round.drawn and ties(oracle, one, round):
         outcome.ties += 1
         return ""
     where = round.differs(one.theirs).nonzero()[0].tolist()
@@ -256,12 +258,24 @@ def measure(oracle: Oracle, number: int, one: Answered, round: Round, outcome: O
     return f"{problem}; {other}" if problem else other
 
 
-def ties(oracle: Oracle, one: Answered, round: Round) -> bool:
-    """Whether the rule decides what the candidate decided, given its evidence, or some within the tolerance."""
+def nudged(oracle: Oracle, one: Answered, round: Round) -> list[Tensor]:
+    """The candidate's evidence, and some within the tolerance in which the candidate's ids are likelier."""
     assert one.theirs is not None and one.whole is not None
     by = 2 * TOLERANCE * one.floor  # two logits, each off by the tolerance
-    tried = scheme_of(oracle.program).nudged(oracle.program, one.whole, round, one.theirs, by)
-    return any(not round.differs(decided_from(oracle, one, round, evidence)).any() for evidence in tried)
+    return scheme_of(oracle.program).nudged(oracle.program, one.whole, round, one.theirs, by)
+
+
+def ties(oracle: Oracle, one: Answered, round: Round) -> bool:
+    """Whether the rule decides what the candidate decided, given its evidence, or some within the tolerance."""
+    return any(not round.differs(decided_from(oracle, one, round, x)).any() for x in nudged(oracle, one, round))
+
+
+def possible(oracle: Oracle, one: Answered, round: Round) -> bool:
+    """Whether the rule may draw the candidate's id, given such evidence."""
+    scheme, program = scheme_of(oracle.program), oracle.program
+    given = {n: v for values in one.read.values() for n, v in values.items()}
+    counted = (scheme.counting(program, given, round, x) for x in nudged(oracle, one, round))
+    return any(bool(scheme.chances(program, given, x)[0, int(round.decided)] > 0) for x in counted)
 
 
 def decided_from(oracle: Oracle, one: Answered, round: Round, evidence: Tensor) -> Tensor:

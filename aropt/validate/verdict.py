@@ -39,6 +39,7 @@ class Verdict:
     outcomes: list[Outcome] = field(default_factory=list)
     diverges: dict[str, Any] | None = None
     coverage: dict[str, Any] | None = None  # of the requests, see `Requests.coverage`
+    draws: dict[str, float] = field(default_factory=dict)  # of ids by another rule than the reference's
 
     @property
     def passed(self) -> bool:
@@ -50,4 +51,5 @@ class Verdict:
             "cases": len(self.outcomes), "tokens": sum(o.tokens for o in self.outcomes),
             "ties": sum(o.ties for o in self.outcomes), "max_error": max((o.error for o in self.outcomes), default=0.0),
             "max_ratio": max((o.ratio for o in self.outcomes), default=0.0), "tolerance_ratio": TOLERANCE,
+            **self.draws,
         }  # fmt: skip

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import aropt
 from aropt.errors import UsageError
 from aropt.ir.program import Program
-from aropt.ir.verify import verify
-from aropt.loops import accept, drafters
-from aropt.loops.accept import ACCEPT, COINS, Accepted, Tree
+from aropt.loops.accept import ACCEPT
 from aropt.pipeline.registry import make, pass_class
 from tests.support import draft_models
+from tests.support.accept_programs import SLIPS, captured, drafted, slipped
 from tests.support.draft_models import Few
 
-FILE = Path(draft_models.__file__)
 LENGTH, PROMPT = 3, [1, 3]
 DRAWN: dict[str, Any] = {"temperature": 1.0}
 Text = tuple[int, ...]
-
-
-@cache
-def captured() -> Program:
-    return aropt.capture(draft_models.few(), capacity=24)
-
-
-@cache
-def drafted(rule: str, shape: str, draft: str = "few_draft") -> Program:
-    """The program of five ids with a tree of drafts, for batches of any size; nothing is lowered."""
-    program, named = captured(), f"{FILE}:{draft}" if hasattr(draft_models, draft) else draft
-    options = {"draft": named, "shape": shape, "accept": rule, "most": "100000"}
-    for one in (make("canonicalize"), make("kv-cache"), make("tree-draft", options)):
-        program = one.run(program)
-    verify(program)
-    return program
+SLOW = pytest.mark.exhaustive
 
 
 def chances(temperature: float = 1.0, top_k: int = 0) -> dict[Text, float]:
@@ -77,10 +55,15 @@ def p_value(counts: dict[Text, int], wanted: dict[Text, float]) -> float:
 
 def sizes(*counts: int) -> Any:
     """Fewer texts in the quick suite."""
-    return pytest.mark.parametrize("count", [counts[0], pytest.param(counts[1], marks=pytest.mark.exhaustive)])
+    return pytest.mark.parametrize("count", [counts[0], pytest.param(counts[1], marks=SLOW)])
 
 
-WAYS = [("chain:2", "few_draft"), ("2x2", "few_draft"), ("0-0-1", "self"), ("chain:2", "text")]
+WAYS = [
+    ("2x2", "few_draft"),
+    pytest.param("chain:2", "few_draft", marks=SLOW),
+    pytest.param("0-0-1", "self", marks=SLOW),
+    ("chain:2", "text"),
+]
 
 
 @sizes(10_000, 100_000)
@@ -91,33 +74,15 @@ def test_texts_have_the_model_s_distribution(shape: str, draft: str, params: dic
     assert p_value(counted(program, count, **params), chances(**params)) > 1e-3
 
 
-def another(tree: Tree, deepest: int, drafted: Tensor, **given: Any) -> Accepted:
-    return accept.rejection(tree, deepest, drafted=drafted.roll(1, 2), **given)
+QUICK = "drafts by the noise of coins"  # validation sees the others
+SEEN = [pytest.param(slip, marks=() if slip == QUICK else SLOW) for slip in SLIPS]
 
 
-def believed(tree: Tree, deepest: int, logits: Tensor, drafted: Tensor, **given: Any) -> Accepted:
-    return accept.rejection(tree, deepest, drafted, drafted, **given)
-
-
-def unreduced(*given: Any) -> Any:
-    return OFFERED(*given)[0], given[1]
-
-
-OFFERED = accept.offered
-SLIPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "drafts of other chances": lambda m: m.setitem(ACCEPT, "rejection", replace(ACCEPT["rejection"], apply=another)),
-    "drafts are believed": lambda m: m.setitem(ACCEPT, "rejection", replace(ACCEPT["rejection"], apply=believed)),
-    "nothing is taken away": lambda m: m.setattr(accept, "offered", unreduced),
-    "drafts by the noise of coins": lambda m: m.setattr(drafters, "DRAFTS", COINS),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("slip", SEEN)
 def test_slips_are_seen_in_the_texts(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above would not tell much."""
-    SLIPS[slip](monkeypatch)
-    program = drafted.__wrapped__("rejection", "chain:2")  # not to be kept
-    assert p_value(counted(program, 10_000), chances()) < 1e-6
+    params = {"top_k": 3} if "top-k" in slip else {}
+    assert p_value(counted(slipped(slip, monkeypatch), 10_000, **params), chances(**params)) < 1e-6
 
 
 @pytest.mark.parametrize("rule", ["typical", "grouped"])

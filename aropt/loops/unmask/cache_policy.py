@@ -101,7 +101,7 @@ STALE = Contract(  # of one whose rows see stored ones that would be others by n
     after=("canonicalize", "int8-linears"),
     requires=(WHOLE_CANVAS,),
     establishes=(CHOSEN_ROWS,),
-    budget=("kl", "top1"),
+    budget=("kl", "kl_max", "top1", "agreement", "quality"),
     refresh=(16, 8, 4, 2),  # 1 would save nothing
 )
 
