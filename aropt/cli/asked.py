@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aropt.cli.drafts import asked_drafts
 from aropt.cli.options import Doing, Reading, Writing
 from aropt.errors import UsageError
 from aropt.frontend.directory import no_model
@@ -27,8 +28,9 @@ def check(read: Reading, do: Doing, write: Writing) -> None:
         pass_class(name)
     if read.guide is not None and not findable(read.guide):
         raise no_model(read.guide)
-    if do.draft is not None and not findable(do.draft):
-        raise no_model(do.draft)
+    for model in asked_drafts(do):
+        if not findable(model):
+            raise no_model(model)
     for option, path in (("--examples", read.examples), ("--prompts", read.prompts)):
         if path is not None and not path.is_file():
             raise UsageError(what=f"no file '{path}'", where=option, hint="give a file with one JSON value a line")

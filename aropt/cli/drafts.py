@@ -10,8 +10,9 @@ from aropt.cli.options import Doing
 from aropt.errors import UsageError
 from aropt.frontend.facts import Source
 from aropt.ir.program import Program
-from aropt.loops.draft_model import check
+from aropt.loops.draft_model import WHERE, check
 from aropt.loops.scheme import scheme_of
+from aropt.passes.tree_draft import SOURCES
 from aropt.pipeline.registry import inserted, make, parse, untold
 from aropt.rewriting.contract import Pass
 
@@ -19,9 +20,22 @@ TREES = "tree-draft"
 SHAPES = ("chain:3", "chain:5", "2x1x1", "3x2x1x1")  # of the tree, the usual one first
 
 
+def asked_drafts(do: Doing) -> list[str]:
+    """The draft models that a command names, by --draft or as an option of the pass."""
+    told = [options.get("draft", "") for name, options in map(parse, do.passes or ()) if name == TREES]
+    return [m for m in dict.fromkeys([do.draft or "", *told]) if m and (m == do.draft or m not in SOURCES)]
+
+
 def with_draft(chosen: Sequence[Pass], draft: str, timed: bool) -> list[Pass]:
-    """The passes with the draft model: where TREES is asked for, or where nothing will tell whether it pays."""
+    """The passes with the draft model: where TREES is asked for, or where nothing will tell whether it pays.
+
+    Raises UsageError where TREES is asked for with another one.
+    """
     told = [p for p in chosen if p.name == TREES]
+    other = next((d for p in told if (d := options(p)["draft"]) not in (draft, options(make(TREES))["draft"])), "")
+    if other:
+        raise UsageError(what=f"two draft models: {draft} and {other}", where=f"--draft, --pass {TREES}",
+                         why="one of them drafts", hint=f"leave --draft out, or {TREES}:draft")  # fmt: skip
     if told:
         return [make(TREES, {**options(p), "draft": draft}) if p in told else p for p in chosen]
     return list(chosen) if timed else inserted(chosen, drafted(draft, SHAPES[0]))
@@ -54,4 +68,4 @@ def check_draft(draft: str, program: Program, source: Source) -> None:
             why = "its tokenizer reads texts as other ids"
     if why:
         hint = "give a smaller model of the same family, or leave --draft out"
-        raise UsageError(what=f"{draft} can't draft for {program.name}", where="--draft", why=why, hint=hint)
+        raise UsageError(what=f"{draft} can't draft for {program.name}", where=WHERE, why=why, hint=hint)

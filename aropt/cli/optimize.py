@@ -13,7 +13,7 @@ from aropt.bench.timing import check as check_variants
 from aropt.bench.variants import Origin
 from aropt.bench.window_sweep import curve
 from aropt.cli.asked import check
-from aropt.cli.drafts import check_draft, tries, with_draft
+from aropt.cli.drafts import asked_drafts, check_draft, tries, with_draft
 from aropt.cli.options import Doing, Reading, Writing, timed
 from aropt.cli.sections import benchmark, samples
 from aropt.errors import BudgetMissed, Unsupported, UsageError, VerificationFailed
@@ -53,8 +53,8 @@ def optimize(read: Reading, do: Doing, write: Writing) -> dict[str, Any]:
         torch.set_num_threads(1)  # costs more than it brings, and on a busy machine far more
     write.say("capture")
     program = captured(read, source)
-    if do.draft:
-        check_draft(do.draft, program, source)
+    for model in asked_drafts(do):
+        check_draft(model, program, source)
     instruments = Instruments(
         write.say, write.show, frozenset(write.print_after or ()), write.print_diff, write.dump_dir, not do.no_check
     )
@@ -112,7 +112,8 @@ def demand(done: Compiled, folder: Path, source: Source, read: Reading, do: Doin
 
 def inputs(read: Reading, do: Doing, write: Writing) -> list[Path]:
     """The files and folders that the result is made from, or that are written besides: it is not written over them."""
-    models = [m for m in (read.model, read.guide, do.draft) if m is not None and m not in REFERENCES]
+    every = (read.model, read.guide, *asked_drafts(do))
+    models = [m for m in every if m is not None and m not in REFERENCES]
     files = [Path(m.rpartition(":")[0] if ".py:" in m else m) for m in models]
     return [*(f for f in files if f.exists()), *filter(None, (read.examples, read.prompts, write.dump_dir))]
 

@@ -26,6 +26,7 @@ from aropt.rewriting.tree import Nodes, forms
 
 Prepare = Callable[[Program], Program]  # the passes that give a program a cached step
 PREFIX = "draft."  # of its weights
+WHERE = "--draft, or the draft of a pass"
 HINT = "give a smaller model of the same family, or leave --draft out"
 
 
@@ -70,7 +71,7 @@ def check(text: str, meta: Meta) -> Source:
     elif window(source.meta):
         wrong = "a row of it holds several ids"
     if wrong:
-        raise UsageError(what=f"{text} can't draft for {meta.get('name', 'this model')}", where="--draft", why=wrong,
+        raise UsageError(what=f"{text} can't draft for {meta.get('name', 'this model')}", where=WHERE, why=wrong,
                          hint=HINT)  # fmt: skip
     return source
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aropt.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -152,13 +154,18 @@ def load(name: str, folder: Path = CHECKPOINTS) -> torch.nn.Module:
 
     digits-ar maps ids int64 [B, T] to logits float32 [B, T, 17], the shuffled models ids int64 [B, T, W] to logits
     float32 [B, T, W, 17]; the others of text are causal language models of transformers but for text-mdlm and text-bd,
-    which map a canvas int64 [B, T] to logits float32 [B, T, 260].
+    which map a canvas int64 [B, T] to logits float32 [B, T, 260]. Raises UsageError where the checkpoint is missing.
     """
     if name not in REFERENCES:
         raise KeyError(f"no reference model {name!r}; known: {', '.join(REFERENCES)}")
     checkpoint = folder / REFERENCES[name].checkpoint.name
     if not checkpoint.exists():
-        raise FileNotFoundError(f"{checkpoint} is missing; make it with: python -m aropt.models.train {name}")
+        raise UsageError(
+            what=f"the reference model {name} has no checkpoint",
+            where=str(checkpoint),
+            why="nothing is there",
+            hint=f"make it: python -m aropt.models.train {name}",
+        )
     model: torch.nn.Module
     if name in ("digits-ar", "digits-ar-cca"):
         from aropt.models import digits

@@ -269,6 +269,10 @@ def test_drafts_that_can_not_be(tmp_path: Path) -> None:
     refused(
         aropt("optimize", "text-ar", "--pass", "tree-draft:shape=1-0", "-o", out), 2, "no tree of drafts", "chain:4"
     )
+    refused(aropt("optimize", "text-ar", "--pass", "tree-draft:draft=nonesuch", "-o", out), 2, "no model 'nonesuch'")
+    refused(aropt("optimize", "text-ar", "--pass", "tree-draft:accept=all", "-o", out), 2, "accept=all", "typical")
+    two = ("--draft", "text-ar-draft", "--pass", "tree-draft:draft=text")
+    refused(aropt("optimize", "text-ar", *two, "-o", out), 2, "two draft models")
     assert not out.exists()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from aropt.errors import UsageError
 from aropt.models import REFERENCES, canvas, digits, load, text, train, train_canvas, train_digits
 
 
@@ -233,6 +234,12 @@ def test_checkpoint_is_a_plain_hugging_face_directory() -> None:
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(KeyError, match=r"digits-ar, .*text-ar"):
         load("nothing")
+
+
+def test_a_missing_checkpoint_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="text-ar-draft has no checkpoint") as caught:
+        load("text-ar-draft", tmp_path)
+    assert "aropt.models.train text-ar-draft" in caught.value.hint
 
 
 def test_registry_imports_neither_torch_nor_transformers() -> None:

@@ -13,14 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aropt
+from aropt.cli.asked import check as asked
+from aropt.cli.drafts import with_draft
 from aropt.cli.optimize import inputs
 from aropt.cli.options import Doing, Reading, Writing
-from aropt.errors import Unsupported, UsageError
+from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.ir.program import Program, StateSpec
 from aropt.loops.draft_model import check
 from aropt.loops.trees import Shape
 from aropt.models import REFERENCES
-from aropt.pipeline.registry import make
+from aropt.pipeline.registry import make, pipeline
 from aropt.rewriting.tree import forms
 from aropt.validate.compare import validate, with_probe
 from tests.support import draft_models
@@ -265,5 +267,18 @@ def test_a_draft_model_reads_all_ids_of_the_model_and_one_a_row() -> None:
 
 def test_no_result_is_written_over_the_draft_model(tmp_path: Path) -> None:
     (tmp_path / "drafts").mkdir()
-    given = Reading("text-ar"), Doing(draft=str(tmp_path / "drafts")), Writing(tmp_path)
-    assert tmp_path / "drafts" in inputs(*given)
+    named = str(tmp_path / "drafts")
+    for do in (Doing(draft=named), Doing(passes=[f"tree-draft:accept=rejection,draft={named}"])):
+        assert tmp_path / "drafts" in inputs(Reading("text-ar"), do, Writing(tmp_path))
+
+
+def test_a_draft_model_of_the_pass_is_looked_for_before_any_work(tmp_path: Path) -> None:
+    """The command's draft is that of the pass that has its other options."""
+    for text in ("tree-draft:draft=nonesuch", "tree-draft:draft=model.gguf"):
+        with pytest.raises(AroptError, match=text.partition("=")[2]):
+            asked(Reading("text-ar"), Doing(passes=[text]), Writing(tmp_path))
+    asked(Reading("text-ar"), Doing(passes=["tree-draft:draft=text"]), Writing(tmp_path))
+    told = with_draft(pipeline(["tree-draft:accept=rejection,shape=2x1"]), "text-ar-draft", False)
+    assert make("tree-draft", {"draft": "text-ar-draft", "shape": "2x1", "accept": "rejection"}) in told
+    with pytest.raises(UsageError, match="two draft models"):
+        with_draft(pipeline(["tree-draft:draft=text"]), "text-ar-draft", False)
