@@ -101,7 +101,8 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
     if "shift" in m:
         print(
             f"draws          {int(m['drawn'])} ids of the same distribution: shifted by {m['shift']:.3f}, "
-            f"as chance may do with probability {m['shift_chance']:.2g}"
+            f"as chance may do with probability {m['shift_chance']:.2g}; drawn again from drafts, chances and noise, "
+            f"{int(m['others'])} of {int(m['redrawn'])} rounds differ"
         )
     if d := report.get("drift"):
         allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())

@@ -43,7 +43,8 @@ class Loop:
     batch first. Where a round computes more than it decides, `at` int64 [B, P] says which rows of the evidence [B * N]
     of its sequence each decided id is from (-1: none). A pass may fuse them away; validation exposes them again. The
     rounds of an `internal` loop (drafts) are none of the generation: nobody watches them. `drawn`: its ids are other
-    draws than those of the plain loop, of the same distribution ("distribution") or of one like it ("lossy").
+    draws than those of the plain loop, of the same distribution ("distribution") or of one like it ("lossy"); what it
+    draws them by, besides the evidence, are the values `drafts`.
     """
 
     kind: str
@@ -56,11 +57,12 @@ class Loop:
     internal: bool = False
     at: str = ""
     drawn: str = ""
+    drafts: tuple[str, ...] = ()
 
     @property
     def roles(self) -> set[str]:
         """The values that say what a round means."""
-        return {self.decides, self.evidence, self.at} - {""}
+        return {self.decides, self.evidence, self.at, *self.drafts} - {""}
 
     @property
     def shown(self) -> str:

@@ -121,6 +121,7 @@ def control_lines(control: Control, indent: str) -> Iterator[str]:
             roles = [(role, getattr(control, role)) for role in ("decides", "evidence", "at")]
             told = "".join(f" {role} %{name}" for role, name in roles if name) + " internal" * control.internal
             told += f" drawn {control.drawn}" if control.drawn else ""
+            told += " drafts " + " ".join(f"%{name}" for name in control.drafts) if control.drafts else ""
             yield f"{indent}loop {kind}{given} until %{until}{told}{kept}"
             yield from control_lines(body, deeper)
 

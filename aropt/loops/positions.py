@@ -19,6 +19,7 @@ from aropt.ir.units import ids_of, rows, rows_for, window
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters
 from aropt.loops.guards import Guard, apart, first, outside
+from aropt.loops.redraw import redrawn
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, inside, rule
 from aropt.loops.runtime import constant, padded
 from aropt.loops.scheme import Look, Mismatch, Prompts, Round, Scheme
@@ -303,6 +304,12 @@ class Positions(Scheme):
         processors, vocab = chosen(tuple(program.meta["rules"])), int(program.meta["vocab"])
         function, inputs = rule(processors, vocab, True, never=program.meta.get("never", ()), chances=True)
         return function(logits, **{n: given[n] for n in inputs if n != "logits"}).double().softmax(-1)
+
+    def redrawn(self, program: Program, given: Values, loop: Loop, values: Values) -> list[bool]:
+        if not loop.drafts:
+            return []
+        p = self.chances(program, given, values[loop.evidence])
+        return redrawn(loop, values, p.reshape(len(given["lengths"]), -1, p.shape[-1]), given)
 
     def counted(self, program: Program, rounds: int) -> str:
         return f"{ids_of(program.meta, rounds)} tokens"

@@ -178,6 +178,13 @@ class Scheme:
         """The chances of the ids that the rule draws by these logits [N, V], float64 [N, V]; `given`: what it reads."""
         raise NotImplementedError
 
+    def redrawn(self, program: Program, given: Values, loop: Loop, values: Values) -> list[bool]:
+        """Of each sequence of a round that draws by another rule, whether its ids are the ones of that rule.
+
+        `given`: the request's inputs. None are given of a rule that keeps no distribution.
+        """
+        return []
+
     def idle(self, round: Round) -> bool:
         """Whether a round after the reference's end, as other sequences of the batch go on, changed nothing."""
         return not round.ids or round.empty

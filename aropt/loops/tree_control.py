@@ -49,7 +49,8 @@ def with_drafts(one: Rounds, drafter: Drafter, made: Made, rule: Ranked) -> Cont
     first = (*opening[:count], *drafter.prompt, *opening[count:], call_by_name(graphs["opened"]), lead)
     prompt = replace(plain, body=Seq(first), until="begun", emits={emitted: "first"})
     rounds = checking("finished", Seq((*drafter.rounds, *checked(one, made, drafter, rule))), plain, "node_row", "path")
-    rounds = replace(rounds, drawn="" if rule.accept == MATCH else rule.accept.label)
+    if rule.accept != MATCH:
+        rounds = replace(rounds, drawn=rule.accept.label, drafts=offered_by(rule, made))
     return Seq((*drafter.before, prompt, rounds, call_by_name(graphs["merge"])))
 
 
@@ -77,3 +78,9 @@ def weighed(made: Made, rule: Ranked) -> Call:
     graph = made.add(f"chances_{rule.call.graph}", function, inputs, ["node_logits"], "rule")
     reads = {n: rule.call.reads.get(n, n) for n in inputs} | {"logits": "node_row"}
     return Call(graph.name, reads, {"node_logits": "node_logits"})
+
+
+def offered_by(rule: Ranked, made: Made) -> tuple[str, ...]:
+    """The values from which validation draws a round's ids again: its drafts, and by which logits these were drawn."""
+    levels = [name for name in made.graphs[rule.accept.graph].inputs if name.startswith("drafted_")]
+    return ("nodes", "node_parents", "origin", *levels) if rule.accept.label == "distribution" else ()

@@ -246,11 +246,13 @@ def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Accept
         _, path, window, taken, ended = rule(**{name: given[name] for name in wanted})
         path = torch.where((room > 0).unsqueeze(1), path, -1)
         counts, done = counts + taken, done | ended
-        return path, window, counts, done, (done | (counts >= limit)).all()
+        above = [held["parents"].expand(room.shape[0], -1).clone()] if levels else []
+        return path, window, counts, done, (done | (counts >= limit)).all(), *above
 
+    shown = ["node_parents"] if levels else []  # by which validation draws again
     made.add(
         by.graph, accept,
         {"nodes": Spec(I64, ("B", nodes)), **drawn, "room": ROWS, "counts": ROWS, "limit": SCALAR,
          "done": Spec(BOOL, ("B",)), "stop": Spec(I64, ("K",))},
-        ["path", "window", "counts", "done", "finished"], "commit", {**tables, **by.fixed()},
+        ["path", "window", "counts", "done", "finished", *shown], "commit", {**tables, **by.fixed()},
     )  # fmt: skip

@@ -91,7 +91,8 @@ def compare(oracle: Oracle, candidate: Program, executor: Executor, case: Case) 
 def probes(program: Program) -> set[str]:
     """The values that say what rounds decide from, where no call writes them for others to see."""
     written = {v for c in calls(program.control) for v in c.writes.values()}
-    return {role for loop in loops(program.control) for role in (loop.evidence, loop.at) if role} - written
+    every = loops(program.control)
+    return {role for loop in every for role in (loop.evidence, loop.at, *loop.drafts) if role} - written
 
 
 def with_probe(program: Program) -> Program:

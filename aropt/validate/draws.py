@@ -7,6 +7,9 @@ the distribution of their places and the uniform one (Kolmogorov and Smirnov's) 
 to likelier or less likely ids. Of n ids a distance above d comes by chance with a probability of at most
 2 exp(-2 n d^2) (Massart 1990), so that of 4096 ids one of 0.043 is seen for certain, and far smaller ones are not.
 
+The mechanism is replayed too: what a round drew by, its drafts and their chances, are values of it (`Loop.drafts`), and
+its ids are those that the rule gives of them (`Scheme.redrawn`). That sees what a shift is too small to show.
+
 Requests that share streams, seed and places draw by the same noise: these here have streams of their own.
 """
 
@@ -28,7 +31,7 @@ from aropt.loops.requests.cases import Case
 from aropt.loops.requests.prompts import prompt
 from aropt.loops.scheme import Mismatch, scheme_of
 from aropt.validate.oracle import Oracle
-from aropt.validate.replay import Trace, answer
+from aropt.validate.replay import Trace, answer, otherwise
 from aropt.validate.verdict import Outcome
 
 IDS, NEW = 4096, 64  # that are drawn, and those of a sequence at most
@@ -39,13 +42,24 @@ SEED, LEAST, MOST = 5, 4, 512  # ids of a random prompt; sequences
 
 @dataclass(frozen=True)
 class Draws:
-    """`shift`: the distance of the places of `count` ids from uniform ones, 0 to 1."""
+    """`shift`: the distance of the places of `count` ids from uniform ones, 0 to 1. Of `redrawn` rounds of a sequence,
+    `others` have other ids than the rule gives of what they drew by; `wrong`: that these are too many, in words.
+    """
 
     shift: float
     count: int
+    redrawn: int = 0
+    others: int = 0
+    wrong: str = ""
 
     def metrics(self) -> dict[str, float]:
-        return {"drawn": self.count, "shift": self.shift, "shift_chance": self.chance}
+        return {
+            "drawn": self.count,
+            "shift": self.shift,
+            "shift_chance": self.chance,
+            "redrawn": self.redrawn,
+            "others": self.others,
+        }
 
     @property
     def chance(self) -> float:
@@ -61,11 +75,14 @@ def measure(oracle: Oracle, candidate: Program, executor: Executor) -> Draws | N
     if not drawn(candidate.control):
         return None
     for batch in BATCHES:
-        found = [
-            place for case in workload(oracle.program, batch) for place in places(oracle, candidate, executor, case)
-        ]
+        found, redrawn = list[float](), list[bool]()
+        for case in workload(oracle.program, batch):
+            trace = Trace(candidate, case, executor)
+            found += places(oracle, trace, case)
+            redrawn += trace.redrawn
         if found:
-            return Draws(shifted(torch.tensor(found, dtype=torch.float64)), len(found))
+            shift = shifted(torch.tensor(found, dtype=torch.float64))
+            return Draws(shift, len(found), len(redrawn), redrawn.count(False), otherwise(redrawn))
     raise Mismatch("no id is drawn by the rules of acceptance that the program has")
 
 
@@ -89,9 +106,9 @@ def workload(program: Program, batch: int) -> Iterator[Case]:
         yield Case(prompts, new, SEED, params, streams=streams, name="draws", kind="sampled")
 
 
-def places(oracle: Oracle, candidate: Program, executor: Executor, case: Case) -> Iterator[float]:
+def places(oracle: Oracle, trace: Trace, case: Case) -> Iterator[float]:
     """The place of each id that is drawn otherwise. Raises Mismatch where the reference can't follow."""
-    trace, scheme = Trace(candidate, case, executor), scheme_of(oracle.program)
+    scheme = scheme_of(oracle.program)
     uniform = random.Random(case.streams[0])
     for i, rounds in enumerate(trace.rounds):
         inputs = case.inputs(oracle.program, [i])
@@ -119,10 +136,10 @@ def compared(oracle: Oracle, candidate: Program, executor: Executor) -> tuple[Ou
     except Mismatch as mismatch:
         outcome.problem, found = str(mismatch), None
     if found is not None:
-        outcome.tokens = found.count
+        outcome.tokens, outcome.problem = found.count, found.wrong
         if found.chance < RARE:
             outcome.problem = (
                 f"{found.count} ids that are drawn do not have the reference's distribution: "
-                f"they are shifted by {found.shift:.3f}, which comes by chance once in {1 / found.chance:.0e} times"
+                f"they are shifted by {found.shift:.3f}, which comes by chance with a probability of {found.chance:.0e}"
             )
     return outcome, found

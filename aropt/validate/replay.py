@@ -29,19 +29,27 @@ from aropt.validate.verdict import TOLERANCE, Outcome
 
 
 class Trace:
-    """A candidate's generation: for each prompt its rounds and its answer (ids without -1, or numbers)."""
+    """A candidate's generation: for each prompt its rounds and its answer (ids without -1, or numbers).
+
+    `redrawn`: of each sequence of a round that draws by another rule, whether its ids are the ones of that rule.
+    """
 
     def __init__(self, candidate: Program, case: Case, executor: Executor) -> None:
         self.rounds: list[list[Round]] = [[] for _ in case.prompts]
         self.answers: list[list[float]] = [[] for _ in case.prompts]
+        self.redrawn: list[bool] = []
         scheme = scheme_of(candidate)
         for group in case.groups(candidate):
             inputs = case.inputs(candidate, group)
             look, most = scheme.observe(candidate, inputs), scheme.most_rounds(inputs)
 
-            def keep(loop: Loop, values: Values, group: list[int] = group, most: int = most, look: Look = look) -> None:
+            def keep(
+                loop: Loop, values: Values, group: list[int] = group, most: int = most, look: Look = look,
+                inputs: Values = inputs,
+            ) -> None:  # fmt: skip
                 for i, found in zip(group, look(loop, values) if loop.decides else ()):
                     self.rounds[i] += found
+                self.redrawn += scheme.redrawn(candidate, inputs, loop, values) if loop.drawn else ()
                 if len(self.rounds[group[0]]) > most:
                     raise Mismatch(f"does not end after {scheme.counted(candidate, most)}")
 
@@ -331,6 +339,17 @@ def compare_rounds(oracle: Oracle, candidate: Program, executor: Executor, outco
         problem = one.problem or compare_sequence(oracle, one, answer, outcome)
         if problem and not outcome.problem:
             outcome.problem, outcome.row = f"prompt {one.row}: {problem}", one.row
+    outcome.problem = outcome.problem or otherwise(trace.redrawn)
+
+
+def otherwise(redrawn: Sequence[bool]) -> str:
+    """What is wrong with rounds that draw by another rule, of which some have its ids; "" if nothing is.
+
+    A draw may be as near to another one as rounding goes: one round of 200, and one more, are taken for that.
+    """
+    others = redrawn.count(False)
+    wrong = f"{others} of {len(redrawn)} rounds have other ids than their rule gives of drafts, chances and noise"
+    return wrong if others > 1 + len(redrawn) // 200 else ""
 
 
 class Asked:
