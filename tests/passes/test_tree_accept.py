@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 
 import aropt
 from aropt.errors import UsageError
+from aropt.ir.control import drawn
+from aropt.ir.printer import text
 from aropt.ir.program import Program
+from aropt.ir.serialize import from_json, to_json
 from aropt.loops.accept import ACCEPT
 from aropt.pipeline.registry import make, pass_class
 from tests.support import draft_models
-from tests.support.accept_programs import SLIPS, captured, drafted, slipped
+from tests.support.accept_programs import SLIPS, captured, drafted, passes, slipped
 from tests.support.draft_models import Few
 
 LENGTH, PROMPT = 3, [1, 3]
@@ -114,3 +119,25 @@ def test_levels_are_those_of_the_rule() -> None:
     with pytest.raises(UsageError, match="no rule of acceptance") as caught:
         make("tree-draft", {"accept": "all"})
     assert "match, rejection, typical, grouped" in caught.value.hint
+
+
+def test_what_a_loop_says_of_its_draws_is_kept_and_printed() -> None:
+    program = drafted("rejection", "2x2")
+    again = from_json(json.loads(json.dumps(to_json(program))), program.weights)
+    assert again.control == program.control and drawn(program.control) == {"distribution"}
+    assert "drawn distribution drafts %nodes %node_pairs %origin %drafted_0 %drafted_1" in text(program)
+    assert drawn(drafted("typical", "chain:2").control) == {"lossy"} and not drawn(drafted("match", "chain:2").control)
+
+
+@SLOW
+def test_rejection_in_onnx_runtime(tmp_path: Path) -> None:
+    """Validated after lowering, and as one file: the ids are those of the program, as the noise is the same."""
+    pytest.importorskip("onnxruntime")
+    from aropt.exporters.whole_loop import export_program
+    from aropt.targets.ort import run_loop
+
+    more = [make("fuse-sampler"), make("prune")]
+    made = aropt.optimize(captured(), "onnxruntime", [*passes("rejection", "2x2", "few_draft"), *more], threads=1)
+    assert made.report["verify"]["status"] == "pass" and made.report["verify"]["metrics"]["others"] <= 1
+    export_program(made.program, tmp_path / "loop.onnx")
+    assert run_loop.compare(tmp_path / "loop.onnx", made.program)["status"] == "pass"
