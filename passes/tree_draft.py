@@ -11,13 +11,13 @@ for ids that are drawn (loops/accept.py): with temperature 0 each of them is thi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from aropt.errors import UsageError
 from aropt.ir.control import Control
 from aropt.ir.program import Program
-from aropt.loops.accept import ACCEPT
+from aropt.loops.accept import ACCEPT, levelled
 from aropt.loops.draft_model import cached, check, read
 from aropt.loops.drafters import Drafter, Ranked, from_text, own_model, own_step, ranking
 from aropt.loops.guidance import NEW_ROWS
@@ -44,8 +44,7 @@ class TreeDraft:
     `draft`, what drafts: "self" (the step with weights of eight bits), "text" (what followed the latest ids where they
     stood before: a chain), "masks" (rows of the model's `draft_mask`: a chain), or a smaller model, as `aropt optimize`
     takes one. `shape`, the tree: chain:4, the children of a node on each level (3x2x1), or each draft's parent (0-0-1).
-    `most`, sequences of a batch that is speculated. `accept`, when a draft of a draw counts: "match", "rejection" (other
-    draws of the same distribution), "typical" or "grouped" (of another one, which is measured).
+    `most`, sequences of a batch that is speculated. `accept`, when a draft of a draw counts (loops/accept.py).
     """
 
     draft: str = "self"
@@ -63,17 +62,16 @@ class TreeDraft:
     )
 
     def __post_init__(self) -> None:
-        if not self.tree.chain and self.draft in CHAINS:
-            what = f"tree-draft:draft={self.draft},shape={self.shape}"
-            raise UsageError(what=what, why=f"{self.draft} drafts chains", hint="shape=chain:4")
-        if self.most < 1:
-            raise UsageError(what=f"tree-draft:most={self.most}", why="it is 1 or more", hint="leave it out")
-        if self.accept not in ACCEPT:
-            what, known = f"tree-draft:accept={self.accept}", ", ".join(ACCEPT)
-            raise UsageError(what=what, why="no rule of acceptance has that name", hint=f"choose from {known}")
-        level = ACCEPT[self.accept].label
-        contract = replace(self.contract, level=level, budget=("shift",) if level == "lossy" else ())
-        object.__setattr__(self, "contract", contract)  # of this one; the class has that of its default
+        wrong = {
+            "shape": (not self.tree.chain and self.draft in CHAINS, f"{self.draft} drafts chains", "shape=chain:4"),
+            "most": (self.most < 1, "it is 1 or more", "leave it out"),
+            "accept": (self.accept not in ACCEPT, "no rule of acceptance has that name", ", ".join(ACCEPT)),
+            "draft": (self.draft == "masks" and self.accept != "match", "masks draft what is picked", "accept=match"),
+        }
+        for option, (is_so, why, hint) in wrong.items():
+            if is_so:
+                raise UsageError(what=f"tree-draft:{option}={getattr(self, option)}", why=why, hint=hint)
+        object.__setattr__(self, "contract", levelled(self.contract, ACCEPT[self.accept]))  # the class keeps its own
 
     @property
     def source(self) -> str:
@@ -95,8 +93,7 @@ class TreeDraft:
             check(self.draft, program.meta)
             cached(self.draft, int(program.meta["capacity"]), prepared)
         try:
-            nodes = self.nodes(program)
-            both = forms(program.graphs[found[0].step.graph], dict(program.weights), nodes)
+            both = forms(program.graphs[found[0].step.graph], dict(program.weights), nodes := self.nodes(program))
         except NoTree as reason:
             return Skips(f"{reason}, so that no tree can be checked")
         drafts = f"{self.tree.nodes - 1} drafts a round, {self.tree.deepest} deep, by {self.draft}"

@@ -11,7 +11,7 @@ same stream and place under another seed (see `beside`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from aropt.ir.program import Spec
 from aropt.kernels.noise import P
 from aropt.loops.rules import draw
+from aropt.rewriting.contract import Contract
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 Label = Literal["rounding", "distribution", "lossy"]
@@ -270,6 +271,13 @@ ACCEPT = {
         Acceptance("grouped", grouped, "lossy", DRAWN | GROUP, {"near": 0.15, "distance": 0.5}),
     )
 }
+
+
+def levelled(contract: Contract, by: Acceptance) -> Contract:
+    """The contract of a pass whose drafts are accepted so: of another level than its own it runs where asked for."""
+    if by.label == contract.level:
+        return contract
+    return replace(contract, level=by.label, budget=("shift",) if by.label == "lossy" else (), when="asked", tries=())
 
 
 def acceptance(

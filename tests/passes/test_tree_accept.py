@@ -125,7 +125,7 @@ def test_what_a_loop_says_of_its_draws_is_kept_and_printed() -> None:
     program = drafted("rejection", "2x2")
     again = from_json(json.loads(json.dumps(to_json(program))), program.weights)
     assert again.control == program.control and drawn(program.control) == {"distribution"}
-    assert "drawn distribution drafts %nodes %node_pairs %origin %drafted_0 %drafted_1" in text(program)
+    assert "drawn distribution drafts %nodes %node_parents %origin %drafted_0 %drafted_1" in text(program)
     assert drawn(drafted("typical", "chain:2").control) == {"lossy"} and not drawn(drafted("match", "chain:2").control)
 
 
