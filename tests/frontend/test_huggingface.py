@@ -278,9 +278,21 @@ def both(path: Path, n: int | None = 12) -> tuple[list[int], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def written(base: Path) -> list[int]:
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer is enough for what comes after the model."""
+    return directory(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)
+
+
+@pytest.fixture
+def short(shallow: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(shallow, tmp_path / "short"))
+
+
+@pytest.fixture(scope="module")
+def written(shallow: Path) -> list[int]:
     """What the model writes without any defaults."""
-    return list(generate(aropt.capture(str(base)), [PROMPT], 12)[0])
+    return list(generate(aropt.capture(str(shallow)), [PROMPT], 12)[0])
 
 
 FOLLOWED: dict[str, Callable[[list[int]], dict[str, Any]]] = {
@@ -301,33 +313,33 @@ ALONE = ("an end", "a penalty", "suppressed", "a least length")  # others have t
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.exhaustive] if c in ALONE else []) for c in FOLLOWED]
 )
-def test_defaults_are_those_of_transformers(case: str, llama: Path, written: list[int]) -> None:
-    said(llama, "generation_config.json", **FOLLOWED[case](written))
-    got, want = both(llama)
+def test_defaults_are_those_of_transformers(case: str, short: Path, written: list[int]) -> None:
+    said(short, "generation_config.json", **FOLLOWED[case](written))
+    got, want = both(short)
     assert got == want != written
 
 
 @pytest.mark.parametrize("length", [{"max_new_tokens": 5}, {"max_length": 9}])
-def test_how_long_a_text_gets(length: dict[str, int], llama: Path) -> None:
-    said(llama, "generation_config.json", **length)
-    got, want = both(llama, None)
+def test_how_long_a_text_gets(length: dict[str, int], short: Path) -> None:
+    said(short, "generation_config.json", **length)
+    got, want = both(short, None)
     assert got == want and len(got) in (5, 6)
 
 
-def test_config_json_says_it_where_nothing_else_does(llama: Path, written: list[int]) -> None:
+def test_config_json_says_it_where_nothing_else_does(short: Path, written: list[int]) -> None:
     """And is not asked where generation_config.json is there, as in transformers."""
-    (llama / "generation_config.json").unlink()
-    said(llama, eos_token_id=written[2])
-    got, want = both(llama)
+    (short / "generation_config.json").unlink()
+    said(short, eos_token_id=written[2])
+    got, want = both(short)
     assert got == want == written[:3]
-    said(llama, "generation_config.json", bos_token_id=1)
-    got, want = both(llama)
+    said(short, "generation_config.json", bos_token_id=1)
+    got, want = both(short)
     assert got == want == written
 
 
-def test_a_request_goes_before_the_defaults(llama: Path, written: list[int]) -> None:
-    said(llama, "generation_config.json", eos_token_id=written[2], repetition_penalty=1.8, do_sample=True, top_p=0.5)
-    program = aropt.capture(str(llama))
+def test_a_request_goes_before_the_defaults(short: Path, written: list[int]) -> None:
+    said(short, "generation_config.json", eos_token_id=written[2], repetition_penalty=1.8, do_sample=True, top_p=0.5)
+    program = aropt.capture(str(short))
     assert program.meta["defaults"] == {"temperature": 1.0, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.8}
     neutral: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1}
     assert generate(program, [PROMPT], 12, **neutral)[0] == written[:3]
@@ -338,47 +350,47 @@ def test_a_request_goes_before_the_defaults(llama: Path, written: list[int]) -> 
     assert generate(program, [PROMPT], 12) == want
 
 
-def test_what_no_rule_follows_is_told(llama: Path) -> None:
-    said(llama, "generation_config.json", no_repeat_ngram_size=3, repetition_penalty=1.8, num_beams=1, typical_p=1.0)
-    program = aropt.capture(str(llama), rules=["temperature"])
+def test_what_no_rule_follows_is_told(short: Path) -> None:
+    said(short, "generation_config.json", no_repeat_ngram_size=3, repetition_penalty=1.8, num_beams=1, typical_p=1.0)
+    program = aropt.capture(str(short), rules=["temperature"])
     notes = program.meta["left_out"]
     assert [note for note in notes if "no_repeat_ngram_size 3, which no rule follows" in note]
     assert [note for note in notes if "chosen rules don't follow: repetition_penalty 1.8" in note]
     assert not [note for note in notes if "num_beams" in note or "typical_p" in note]
 
 
-def test_a_broken_generation_config_is_refused(llama: Path) -> None:
-    (llama / "generation_config.json").write_text("{")
-    assert "generation_config.json" in refusal(llama, UsageError)
-    (llama / "generation_config.json").write_text('{"repetition_penalty": 0.0, "do_sample": true}')
+def test_a_broken_generation_config_is_refused(short: Path) -> None:
+    (short / "generation_config.json").write_text("{")
+    assert "generation_config.json" in refusal(short, UsageError)
+    (short / "generation_config.json").write_text('{"repetition_penalty": 0.0, "do_sample": true}')
     with pytest.raises(UsageError):
-        aropt.capture(str(llama))
+        aropt.capture(str(short))
 
 
-def test_an_exported_loop_has_the_same_defaults(llama: Path, written: list[int], tmp_path: Path) -> None:
+def test_an_exported_loop_has_the_same_defaults(short: Path, written: list[int], tmp_path: Path) -> None:
     """Where its caller gives only what has none: prompt, lengths, limit, streams."""
     from aropt.exporters.whole_loop import export_program
     from aropt.targets.ort.run_loop import session
 
     more = {"eos_token_id": [0, written[5]], "suppress_tokens": [written[0], written[1]], "min_new_tokens": 2}
-    said(llama, "generation_config.json", **more, repetition_penalty=1.1)
-    program = aropt.capture(str(llama))
+    said(short, "generation_config.json", **more, repetition_penalty=1.1)
+    program = aropt.capture(str(short))
     export_program(program, tmp_path / "model.onnx")
     feeds = {"prompt": [PROMPT], "lengths": [3], "limit": 12, "streams": [0]}
     out = session(tmp_path / "model.onnx").run(["generated"], {n: np.array(v) for n, v in feeds.items()})[0]
-    assert [t for t in out[0].tolist() if t >= 0] == generate(program, [PROMPT], 12)[0] == both(llama)[1]
+    assert [t for t in out[0].tolist() if t >= 0] == generate(program, [PROMPT], 12)[0] == both(short)[1]
 
 
 @pytest.mark.exhaustive
 def test_defaults_stay_in_the_artifact_and_on_the_command_line(
-    llama: Path, written: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short: Path, written: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from aropt.cli.run import run
 
-    said(llama, "generation_config.json", eos_token_id=written[5], suppress_tokens=written[:1], max_new_tokens=9)
-    program = aropt.optimize(aropt.capture(str(llama)), "eager", check=False)
+    said(short, "generation_config.json", eos_token_id=written[5], suppress_tokens=written[:1], max_new_tokens=9)
+    program = aropt.optimize(aropt.capture(str(short)), "eager", check=False)
     program.save(str(tmp_path / "out"))
-    want = both(llama, None)[1]
+    want = both(short, None)[1]
     assert generate(program, [PROMPT]) == aropt.load(str(tmp_path / "out")).generate([PROMPT]) == [want]
     ran = run(tmp_path / "out", ["3 1 4"], None, {}, 0, None, None, None)
     assert ran["tokens"] == [want] and len(want) <= 9

@@ -50,17 +50,17 @@ def test_twice(tiny_stages: dict[str, Program]) -> None:
         assert digest(program) == digest(program)
 
 
-def test_other_process(tiny_stages: dict[str, Program]) -> None:
+def test_other_process(small_stages: dict[str, Program]) -> None:
     """The same text from a fresh interpreter with another hash seed."""
     script = (
         "import hashlib\nfrom aropt.ir.printer import text, digest\n"
         "from tests.conftest import make_program, make_stages\n"
-        "for p in make_stages(make_program()).values(): print(hashlib.sha256(text(p).encode()).hexdigest(), digest(p))"
+        "for p in make_stages(make_program(1)).values(): print(hashlib.sha256(text(p).encode()).hexdigest(), digest(p))"
     )
     env = {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True, check=True)
-    here = [(hashlib.sha256(text(p).encode()).hexdigest(), digest(p)) for p in tiny_stages.values()]
+    here = [(hashlib.sha256(text(p).encode()).hexdigest(), digest(p)) for p in small_stages.values()]
     assert [tuple(line.split()) for line in done.stdout.splitlines()] == here
 
 

@@ -103,7 +103,7 @@ def plain(model: nn.Module, prompt: list[int], n: int) -> list[int]:
     return new[:n]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(PROMPTS, st.integers(0, 3 * W))
 def test_greedy_generation_is_the_models_own(prompts: list[list[int]], n: int) -> None:
     model = Windows().eval()

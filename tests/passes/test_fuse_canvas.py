@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ from aropt.validate.compare import cases, validate, with_probe
 from tests.support.targets import EAGER, ORT
 
 
-def model(block: int, heads: int = 2, width: int = 64) -> CanvasLM:
+def model(block: int, heads: int = 2, width: int = 64, layers: int = 2) -> CanvasLM:
     torch.manual_seed(1)
-    made = CanvasLM(block, width=width, layers=2, heads=heads, hidden=48)
+    made = CanvasLM(block, width=width, layers=layers, heads=heads, hidden=48)
     for parameter in made.parameters():
         parameter.data *= 3
     made.capacity = 64  # type: ignore[assignment]
@@ -31,6 +32,24 @@ def model(block: int, heads: int = 2, width: int = 64) -> CanvasLM:
 
 def capture(made: CanvasLM) -> Program:
     return aropt.capture(made, mask=MASK, block=made.block, rules=("threshold",))
+
+
+OWN = ("block-cache", 4)  # a model with blocks of its own
+
+
+@cache
+def plain(block: int) -> Program:
+    return capture(model(block))
+
+
+@cache
+def stepping(cache: str, block: int) -> Program:
+    return make(cache).run(plain(block))
+
+
+@cache
+def fused(cache: str, block: int) -> Program:
+    return FuseCanvas().run(stepping(cache, block))
 
 
 def ops(program: Program) -> list[str]:
@@ -42,40 +61,37 @@ def ops(program: Program) -> list[str]:
     [(4, "block-cache"), *(pytest.param(0, n, marks=pytest.mark.exhaustive) for n in ("dual-cache", "free-cache"))],
 )
 def test_it_is_one_op_and_computes_the_same(block: int, cache: str) -> None:
-    plain = capture(model(block))
-    step = make(cache).run(plain)
+    step = stepping(cache, block)
     plan = FuseCanvas().plan(step, ORT)
     assert isinstance(plan, Applies) and plan.matches == ("step: 2 attentions",)
-    fast = FuseCanvas().run(step)
+    fast = fused(cache, block)
     verify(fast)
     assert ops(fast).count("aropt.canvas_attention.default") == 2
     assert not {"aten.scaled_dot_product_attention.default", "aten.cat.default"} & set(ops(fast))
     assert fast.graphs["step"].aliases == step.graphs["step"].aliases, "caches are still updated in place"
-    assert validate(step, with_probe(fast), chosen=cases(plain, quick=True)).passed
+    assert validate(step, with_probe(fast), chosen=cases(plain(block), quick=True)).passed
 
 
 @pytest.mark.exhaustive
 def test_it_is_lowered_to_ort_operators() -> None:
-    done = aropt.optimize(capture(model(4)), target="onnxruntime")
+    done = aropt.optimize(plain(4), target="onnxruntime")
     assert done.report["verify"]["status"] == "pass"
     nodes = done.report["nodes"]["step_greedy"]
     assert nodes["MultiHeadAttention"] == 2 and nodes["RotaryEmbedding"] == 4 and "Softmax" not in nodes
 
 
 def test_where_it_does_not_fire() -> None:
-    step = make("block-cache").run(capture(model(4)))
-    assert "no kernel" in FuseCanvas().plan(step, EAGER).reason  # type: ignore[union-attr]
-    assert isinstance(FuseCanvas().plan(FuseCanvas().run(step), ORT), Skips), "it does not fire twice"
-    assert isinstance(FuseCanvas().plan(capture(model(4)), ORT), Skips), "no rows are chosen"
-    odd = make("block-cache").run(capture(model(4, heads=4, width=32)))  # heads of 8 features
+    assert "no kernel" in FuseCanvas().plan(stepping(*OWN), EAGER).reason  # type: ignore[union-attr]
+    assert isinstance(FuseCanvas().plan(fused(*OWN), ORT), Skips), "it does not fire twice"
+    assert isinstance(FuseCanvas().plan(plain(4), ORT), Skips), "no rows are chosen"
+    odd = make("block-cache").run(capture(model(4, heads=4, width=32, layers=1)))  # heads of 8 features
     plan = FuseCanvas().plan(odd, ORT)
     assert isinstance(plan, Skips) and "multiples of 16" in plan.reason
 
 
 @pytest.mark.parametrize("wrong", ["scale", "positions", "mask"])
 def test_validation_catches_a_wrong_op(wrong: str) -> None:
-    step = make("block-cache").run(capture(model(4)))
-    fast = FuseCanvas().run(step)
+    step, fast = stepping(*OWN), fused(*OWN)
     graph = fast.graphs["step"]
     new, nodes = fx.Graph(), {}  # type: ignore[var-annotated]
     new.output(new.graph_copy(graph.fx, nodes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,36 +32,43 @@ ALL = ("guidance", "repetition-penalty", "bias", "temperature", "top-k", "top-p"
 LEVELS = 5
 
 
+@cache
 def windows(chosen: tuple[str, ...]) -> Program:
     torch.manual_seed(0)
     shape = Shape(side=4, levels=LEVELS, classes=3, width=16, layers=1, heads=2, hidden=16, blocks=0)
     return aropt.capture(ShuffleAR(shape), rules=chosen)
 
 
-@pytest.fixture(scope="module", params=["ids", "ids, plain", "windows"])
-def plain(request: pytest.FixtureRequest) -> Program:
-    if request.param == "windows":
+@cache
+def plainly(kind: str) -> Program:
+    if kind == "windows":
         return windows(ALL)
-    return make_program(1, ALL if request.param == "ids" else ("temperature", "top-k"))
+    return make_program(1, ALL if kind == "ids" else ("temperature", "top-k"))
+
+
+@cache
+def fused(kind: str) -> Program:
+    return FuseRules().run(plainly(kind))
 
 
 def called(graph: Graph) -> list[str]:
     return [n.target.__name__ for n in graph.fx.nodes if n.op == "call_function" and "squeeze" not in str(n.target)]
 
 
-def test_a_rule_is_one_op(plain: Program) -> None:
+@pytest.mark.parametrize("kind", ["ids", pytest.param("ids, plain", marks=pytest.mark.exhaustive), "windows"])
+def test_a_rule_is_one_op(kind: str) -> None:
+    plain, made = plainly(kind), fused(kind)
     plan = FuseRules().plan(plain, EAGER)
     assert isinstance(plan, Applies) and [m.partition(":")[0] for m in plan.matches] == ["greedy", "sample"]
-    fused = FuseRules().run(plain)
-    assert all(called(fused.graphs[name]) == ["fused_sample.default"] for name in ("greedy", "sample"))
-    again = FuseRules().plan(fused, EAGER)
+    assert all(called(made.graphs[name]) == ["fused_sample.default"] for name in ("greedy", "sample"))
+    again = FuseRules().plan(made, EAGER)
     assert isinstance(again, Skips) and "something else" in again.reason
-    assert validate(plain, with_probe(fused), chosen=cases(plain, quick=True)).passed
+    assert validate(plain, with_probe(made), chosen=cases(plain, quick=True)).passed
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[Program, Program]]:
-    return [(p, FuseRules().run(p)) for p in (make_program(1, ALL), windows(ALL))]
+    return [(plainly(kind), fused(kind)) for kind in ("ids", "windows")]
 
 
 @settings(deadline=None, max_examples=40)
@@ -133,7 +141,7 @@ def test_another_order_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("of", ["two branches", pytest.param("windows", marks=pytest.mark.exhaustive)])
 def test_in_the_pipeline(of: str) -> None:
     """With one batch of both branches, caches and one call a round: tokens of two prompts, greedy and drawn."""
-    plain = make_program(1, ALL) if of == "two branches" else windows(ALL)
+    plain = plainly("ids" if of == "two branches" else of)
     fast, results, _ = run_passes(plain, pipeline(["fuse-rules"]), "eager", Instruments(check=False))
     statuses = {r.name: r.status for r in results}
     assert {statuses[n] for n in ("cfg-batch", "kv-cache", "fuse-rules", "fuse-sampler")} == {"applied"}

@@ -85,20 +85,26 @@ FUSED = ("kv-cache", "fuse-sampler", "prune")
 @pytest.fixture(scope="module")
 def variants(plain: Program) -> dict[str, Program]:
     """Two calls and one batch, with and without caches."""
+    batch = passed(plain, "cfg-batch")
+    two, one = passed(plain, "kv-cache"), passed(batch, "kv-cache")
     return {
-        "batch": passed(plain, "cfg-batch"),
-        "two calls, cached": passed(plain, "kv-cache"),
-        "batch, cached": passed(plain, "cfg-batch", "kv-cache"),
-        "two calls, fused": passed(plain, *FUSED),
-        "batch, fused": passed(plain, "cfg-batch", *FUSED),
-    }
+        "batch": batch, "two calls, cached": two, "batch, cached": one,
+        "two calls, fused": passed(two, *FUSED[1:]), "batch, fused": passed(one, *FUSED[1:]),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def skipping(interval: Program) -> dict[str, Program]:
     """Without the idle branch."""
-    stages = {"plain": (), "cached": ("kv-cache",), "fused": FUSED}
-    return {name: passed(interval, "cfg-interval", *passes) for name, passes in stages.items()}
+    plain = passed(interval, "cfg-interval")
+    cached = passed(plain, "kv-cache")
+    return {"plain": plain, "cached": cached, "fused": passed(cached, *FUSED[1:])}
+
+
+@pytest.fixture(scope="module")
+def batched(interval: Program) -> Program:
+    """Both branches in all rounds, cached."""
+    return passed(interval, "cfg-batch", "kv-cache")
 
 
 class Counted(Eager):
@@ -142,7 +148,8 @@ def test_one_batch_runs_half_as_often_on_twice_the_sequences(plain: Program, var
 
 
 def test_the_default_pipeline_makes_one_batch(plain: Program) -> None:
-    fast, results, _ = run_passes(plain, pipeline(), "eager", Instruments(check=False))
+    early = pipeline(dropped=FUSED[1:])
+    fast, results, _ = run_passes(plain, early, "eager", Instruments(check=False))
     assert {r.name: r.status for r in results}["cfg-batch"] == "applied"
     assert "negative_tokens" not in fast.state and "negative_feed" not in fast.state
     unguided = planned(make("cfg-batch"), make_program(1), EAGER)
@@ -154,7 +161,7 @@ def test_the_default_pipeline_makes_one_batch(plain: Program) -> None:
 INTERVALS = st.tuples(st.integers(0, NEW + 1), st.integers(0, NEW + 1)).map(sorted)
 
 
-@settings(deadline=None, max_examples=24)
+@settings(deadline=None, max_examples=12)
 @given(prompts=PROMPTS, params=PARAMS, n=st.integers(0, NEW), ends=INTERVALS)
 def test_rounds_outside_the_interval_do_not_need_the_branch(
     interval: Program, skipping: dict[str, Program], prompts: Prompts, params: dict[str, Any], n: int, ends: list[int]
@@ -165,7 +172,7 @@ def test_rounds_outside_the_interval_do_not_need_the_branch(
         assert generate(program, prompts, n, **params) == want, name
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(prompts=PROMPTS, params=PARAMS, ends=INTERVALS)
 def test_the_reference_has_scale_1_outside(
     plain: Program, interval: Program, prompts: Prompts, params: dict[str, Any], ends: list[int]
@@ -203,22 +210,27 @@ def test_the_branch_catches_up_once_and_then_ends(skipping: dict[str, Program], 
     assert sum(b for b, _ in want) == n + max(0, min(n, end) - start)
 
 
-def test_who_takes_the_pass(plain: Program, interval: Program) -> None:
+def test_who_takes_the_pass(plain: Program, interval: Program, skipping: dict[str, Program], batched: Program) -> None:
     no = planned(make("cfg-interval"), plain, EAGER)
     assert isinstance(no, Skips) and "capture the model with the rule 'guidance-interval'" in no.reason
-    chosen = planned(make("cfg-batch"), passed(interval, "cfg-interval"), EAGER)
+    chosen = planned(make("cfg-batch"), skipping["plain"], EAGER)
     assert isinstance(chosen, Skips) and "cfg-interval chose" in chosen.reason
-    both = passed(interval, "cfg-batch", *FUSED)
+    both = passed(batched, *FUSED[1:])
     options: dict[str, Any] = {"guidance": 4.0, "guidance_from": 2, "guidance_to": 5}
     assert generate(both, [[1, 2], [3]], 9, **options) == generate(interval, [[1, 2], [3]], 9, **options)
     assert "cfg-interval" not in [p.name for p in pipeline()]
 
 
-def test_validation_knows_the_interval(interval: Program, skipping: dict[str, Program]) -> None:
-    for program in skipping.values():
-        verdict = validate(interval, with_probe(program))
-        assert verdict.passed and verdict.metrics()["tokens"] > 200, verdict.outcomes[-1]
-    unguided = passed(interval, "cfg-batch", "kv-cache").replace(inputs=interval.inputs)
+@pytest.mark.parametrize(
+    "stage", ["fused", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in ("plain", "cached"))]
+)
+def test_validation_knows_the_interval(interval: Program, skipping: dict[str, Program], stage: str) -> None:
+    verdict = validate(interval, with_probe(skipping[stage]))
+    assert verdict.passed and verdict.metrics()["tokens"] > 200, verdict.outcomes[-1]
+
+
+def test_validation_sees_guidance_outside_the_interval(interval: Program, batched: Program) -> None:
+    unguided = batched.replace(inputs=interval.inputs)
     wrong = Everywhere(with_probe(unguided))
     assert not validate(interval, with_probe(unguided), wrong, explain=False).passed
 

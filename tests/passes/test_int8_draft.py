@@ -64,7 +64,7 @@ def drafted(of: Callable[[], Program] = plain, fused: bool = True) -> Program:
     return run_passes(of(), passes, "eager", Instruments(check=False))[0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
     prompt = data.draw(st.lists(IDS, min_size=1, max_size=CAPACITY), "prompt")
@@ -123,7 +123,7 @@ def spoiled(p: Program) -> Program:
     return p.replace(weights=broken)
 
 
-@pytest.mark.parametrize("of", [pytest.param(plain, marks=pytest.mark.exhaustive), images])
+@pytest.mark.parametrize("of", [plain, pytest.param(images, marks=pytest.mark.exhaustive)])
 def test_whatever_is_drafted_the_ids_are_the_same(of: Callable[[], Program]) -> None:
     verdict = validate(of(), spoiled(with_probe(drafted(of))))
     assert verdict.passed, verdict.outcomes[-1].problem
@@ -134,9 +134,8 @@ def test_whatever_is_drafted_the_ids_are_the_same(of: Callable[[], Program]) -> 
 @pytest.mark.parametrize(
     ("of", "contrib"),
     [
-        (plain, False),
-        (images, True),
-        *(pytest.param(*both, marks=pytest.mark.exhaustive) for both in ((plain, True), (images, False))),
+        (images, True),  # in standard ops: those of ngram-draft
+        *(pytest.param(*b, marks=pytest.mark.exhaustive) for b in ((plain, False), (plain, True), (images, False))),
     ],
 )
 def test_whole_loop_in_one_call_and_in_chunks(of: Callable[[], Program], contrib: bool, tmp_path: Path) -> None:
@@ -210,7 +209,8 @@ def test_skips_what_it_is_not_for() -> None:
     one = Int8Draft(least=1000)
     assert isinstance(planned(one, plain(), EAGER), Skips), "without a cache there is no step"
     assert isinstance(planned(one, one.run(cached), EAGER), Skips), "drafts are there already"
-    guided = run_passes(images(), pipeline([ASKED]), "onnxruntime", Instruments(check=False))[1]
+    later = ("fuse-sampler", "prune", "token-shuffle-fusion")
+    guided = run_passes(images(), pipeline([ASKED], later), "onnxruntime", Instruments(check=False))[1]
     assert "two of it" in next(r.reason for r in guided if r.name == "int8-draft")
     few = planned(Int8Draft(), cached, EAGER)
     assert isinstance(few, Skips) and few.rejected and "eight bits" in few.reason

@@ -227,7 +227,7 @@ def test_onnxruntime_runs_its_own_operator() -> None:
     assert made.report["drift"]["kl"] < 0.01
 
 
-@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_ways_in_and_out_of_windows_are_left_to_their_fusion(window: int) -> None:
     torch.manual_seed(0)
     sizes = {"levels": 7, "classes": 3, "layers": 1, "heads": 2, "hidden": 64, "mixing": 32}

@@ -48,7 +48,7 @@ def plain() -> Program:
     return make_program()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_ids_are_those_of_the_plain_loop(data: st.DataObject) -> None:
     prompt = data.draw(st.lists(IDS, min_size=1, max_size=CAPACITY), "prompt")
@@ -82,14 +82,14 @@ def naive(text: list[int], count: int) -> list[int]:
     return [text[start + i % (len(text) - start)] for i in range(count)]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 3), min_size=4, max_size=16), IDS)
 def test_the_draft_is_what_followed_before(prompt: list[int], first: int) -> None:
     found = recalled(drafts=4, capacity=32)(prompt, first)
     assert found["drafted"][0].tolist() == [first, *naive([*prompt, first], 4)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_only_the_latest_ids_are_kept(prompt: list[int]) -> None:
     found = recalled(drafts=2, capacity=8)(prompt, 3)
@@ -129,12 +129,13 @@ def test_the_roofline_is_of_the_program_without_drafts(monkeypatch: pytest.Monke
     assert roofline({"aropt": timings["aropt"]}, drafted(), 8, 2, 1) is None
 
 
-@pytest.mark.parametrize("contrib", [False, True])
+@pytest.mark.parametrize("contrib", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_whole_loop_in_one_call_and_in_chunks(contrib: bool, tmp_path: Path) -> None:
     export_program(drafted(), tmp_path / "model.onnx", contrib)
     assert run_loop.compare(tmp_path / "model.onnx", plain())["status"] == "pass"
 
 
+@pytest.mark.exhaustive  # test_int8_draft has one that is quick
 def test_onnxruntime_steps_with_drafts() -> None:
     reference = rotary("fused")
     reference = reference.replace(meta={**reference.meta, "name": "fused"})

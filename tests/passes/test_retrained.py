@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,19 @@ from tests.support.run import generate
 from tests.support.targets import EAGER
 
 
+@cache
+def captured() -> aropt.Program:
+    return aropt.capture("digits-ar")
+
+
+@cache
+def shuffled(window: int) -> aropt.Program:
+    return TokenShuffle(window).run(captured())
+
+
 @pytest.fixture(scope="module")
 def digits() -> aropt.Program:
-    return aropt.capture("digits-ar")
+    return captured()
 
 
 def mixed(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -47,8 +59,8 @@ def by_hand(weights: dict[str, Tensor], ids: Tensor, window: int) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [2, 4])
-def test_the_forward_is_the_model_between_shuffle_and_unshuffle(digits: aropt.Program, window: int) -> None:
-    made = TokenShuffle(window).run(digits)
+def test_the_forward_is_the_model_between_shuffle_and_unshuffle(window: int) -> None:
+    made = shuffled(window)
     verify(made)
     unit, rows = window**2, 64 // window**2
     ids = torch.randint(0, 17, (2, rows, unit), generator=torch.Generator().manual_seed(0))
@@ -60,8 +72,8 @@ def test_the_forward_is_the_model_between_shuffle_and_unshuffle(digits: aropt.Pr
 
 
 @pytest.mark.parametrize("window", [2, 4, 8])
-def test_an_image_takes_a_round_a_window(digits: aropt.Program, window: int) -> None:
-    made = TokenShuffle(window).run(digits)
+def test_an_image_takes_a_round_a_window(window: int) -> None:
+    made = shuffled(window)
     rounds: list[int] = []
     (image,) = generate(made, [[20]], 64, on_round=lambda _: rounds.append(1))
     assert len(rounds) == 64 // window**2 and len(image) == 64
@@ -104,9 +116,9 @@ def test_other_models_are_refused_by_name(digits: aropt.Program) -> None:
     assert isinstance(plan(unit=4), Skips)
 
 
-def test_a_prompt_may_hold_ids_that_stand_alone(digits: aropt.Program) -> None:
+def test_a_prompt_may_hold_ids_that_stand_alone() -> None:
     """Text before an image: each id a row of its own, as class ids are."""
-    made = TokenShuffle().run(digits)
+    made = shuffled(TokenShuffle().window)
     image = generate(made, [[20, 25, 1, 2, 3, 4]], 8)[0]
     assert len(image) == 8
     with pytest.raises(UsageError, match="a window has 2 of its 4 ids"):

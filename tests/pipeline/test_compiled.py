@@ -34,7 +34,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("target", ["eager", "inductor", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("eager", marks=pytest.mark.exhaustive), "inductor", "onnxruntime"])
 def test_the_program_is_lowered_once(
     target: str, check: bool, lowered: list[Program], tiny_program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from aropt.targets.ort import pick, run_loop, single_call
 from aropt.targets.ort.plan import Plan, Planned
 from tests.conftest import Tiny, make_program
 from tests.loops.test_unmask import tiny
+
+
+@cache
+def canvas(length: int) -> Program:
+    """A canvas of 8 ids, whose example prompt is of that length."""
+    if length != 30:
+        program = canvas(30)
+        return program.replace(meta={**program.meta, "prompts": [[1] * length]})
+    return aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
 
 
 class Stub(Planned, Eager):
@@ -97,7 +107,7 @@ def test_one_call_must_win_with_longer_answers_too(
 
 @pytest.mark.parametrize(("prompt", "kept"), [(3, 3), (7, 7), (8, 4), (30, 4)])
 def test_a_prompt_is_cut_only_where_nothing_fits(prompt: int, kept: int) -> None:
-    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * prompt])
+    program = canvas(prompt)
     assert len(fitted(program, program.meta["prompts"][0])) == kept
 
 
@@ -105,7 +115,8 @@ def test_a_prompt_is_cut_only_where_nothing_fits(prompt: int, kept: int) -> None
 def test_example_prompts_that_are_longer_than_the_capacity(mask: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples and timing are of prompts that fit."""
     model: Any = Tiny(1) if mask is None else tiny()
-    program = aropt.capture(model, mask=mask, capacity=8, prompts=[[1] * 30], modality="tokens")
+    plain = {"capacity": 8, "prompts": [[1] * 30], "modality": "tokens"}
+    program = aropt.capture(model, **plain) if mask is None else canvas(30)
     (sample,) = samples(program, aropt.Compiled(program, Eager(program)), Source(model, program.meta))
     assert sample.same and len(str(sample.after).split()) == 8 + (mask is None)
     seen: list[Any] = []
@@ -138,7 +149,7 @@ def test_run_says_that_a_prompt_is_too_long(tmp_path: Path) -> None:
     """Without -n as well: not that it can't generate fewer than no tokens."""
     from aropt.cli import run as generation
 
-    program = aropt.capture(tiny(), mask=259, capacity=8, prompts=[[1] * 30], modality="tokens")
+    program = canvas(30)
     assert room(program, [1] * 30) < 0
     save(program, tmp_path / "out")
     assert len(generation.run(tmp_path / "out", None, None, {}, 0, None, None, "eager")["tokens"][0]) == 4

@@ -522,7 +522,7 @@ REPORTS = record(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(REPORTS)
 def test_any_valid_report_renders(value: dict[str, Any]) -> None:
     verify = value["verify"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.conftest import make_program
 from tests.support import draft_models
 from tests.support.run import generate
 
+LATER = ["fuse-rules", "fuse-sampler", "prune"]  # passes that a trial is not about
 REPEATING = [[3, 5, 7, 3, 5, 7, 3], [2, 2, 2]]
 
 
@@ -108,7 +110,7 @@ def test_with_a_lossy_pass_nothing_is_measured_twice(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("aropt.validate.drift.measure", None)
     lossy = ["int8-linears:least=1"]
     budget = Instruments(budget={"kl": 1.0})
-    passes, found = trial.trial(wide(), pipeline(lossy), [NgramDraft()], "onnxruntime", 1, budget)
+    passes, found = trial.trial(wide(), pipeline(lossy, LATER), [NgramDraft()], "onnxruntime", 1, budget)
     assert found.kept and NgramDraft() in passes
     assert all(any("int8" in n for n in p.program.weights) for p in seen[0].values())
 
@@ -120,6 +122,7 @@ def test_a_budget_is_missed_before_anything_is_lowered(monkeypatch: pytest.Monke
     assert "weights of eight bits" in str(caught.value) and "--budget" in str(caught.value)
 
 
+@cache
 def wide() -> Program:
     """A model with features enough for groups."""
     torch.manual_seed(0)
@@ -151,7 +154,7 @@ def test_the_best_of_several_ways_is_kept(monkeypatch: pytest.MonkeyPatch, modal
     seen = told(monkeypatch, 100.0, 50.0)
     monkeypatch.setattr(trial, "LARGE", 0)
     ways = [Int8Draft(drafts=2, least=1), Int8Draft(drafts=3, least=1)]
-    passes, found = trial.trial(large(modality=modality), pipeline(), ways, "onnxruntime", 1)
+    passes, found = trial.trial(large(modality=modality), pipeline(dropped=LATER), ways, "onnxruntime", 1)
     assert list(seen[0]) == ["int8-draft:drafts=2,least=1", "int8-draft:drafts=3,least=1", "without"]
     assert ways[1] in passes and ways[0] not in passes and found.kept == "int8-draft:drafts=3,least=1"
     assert "int8-draft:drafts=3,least=1 was kept: a round gives " in found.told()
@@ -171,8 +174,9 @@ def test_each_way_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "lower", counted)
     monkeypatch.setattr(trial, "LARGE", 0)
     tries = [[Int8Draft(drafts=2, least=1), Int8Draft(drafts=3, least=1)], [NgramDraft()]]
-    passes, found = trial.tried(large(), pipeline(), tries, "onnxruntime", 1)
-    assert passes == pipeline() and [t.kept for t in found] == ["", ""] and len(seen) == 2
+    few = pipeline(dropped=LATER)
+    passes, found = trial.tried(large(), few, tries, "onnxruntime", 1)
+    assert passes == few and [t.kept for t in found] == ["", ""] and len(seen) == 2
     assert seen[0]["without"] is seen[1]["without"]
     assert len(made) == 4 == len({id(p) for ways in seen for p in ways.values()})
 

@@ -58,14 +58,14 @@ class Model(nn.Module):
 SELDOM = [pytest.mark.exhaustive]
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * ("joined" not in f)) for f in SHIFTS])
+@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * (f != "joined to zeros")) for f in SHIFTS])
 def test_shifts(form: str) -> None:
     result, restricted = check(Model(SHIFTS[form]), VOCAB, CAPACITY, rounds=1)
     assert result.ok and result.reach > 100 * result.floor, result
     assert [str(s.spec) for s in restricted.state.values() if s.kind == "recurrent"] == ["float32[B, 1, 4]"] * 2
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_convolutions(data: st.DataObject) -> None:
     """Of each channel, or of all with any dilation; padded at both ends and cut, or before."""
@@ -93,7 +93,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * ("ones" not in f)) for f in OTHERS])
+@pytest.mark.parametrize("form", [pytest.param(f, marks=SELDOM * (f != "padded with ones")) for f in OTHERS])
 def test_what_is_no_shift_is_left_alone(form: str) -> None:
     graph, weights = capture_model(Model(OTHERS[form]), VOCAB, CAPACITY)
     assert normalize_convolutions(graph, weights) is graph

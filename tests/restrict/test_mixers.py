@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def model(attention: bool = False) -> Averages:
     return Averages(attention).eval()
 
 
+@cache
+def plain(attention: bool = False) -> Program:
+    return aropt.capture(model(attention))
+
+
+@cache
+def optimized(target: str, attention: bool) -> aropt.Compiled:
+    return aropt.optimize(plain(attention), target=target)
+
+
 def greedy(module: nn.Module, prompt: list[int], n: int) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -68,15 +79,14 @@ def greedy(module: nn.Module, prompt: list[int], n: int) -> list[int]:
 PROMPTS = [[4, 5, 6, 7, 8, 9], [3], [10, 2, 4]]
 
 
-BOTH = [("eager", False), pytest.param("eager", True, marks=pytest.mark.exhaustive),
-        pytest.param("onnxruntime", False, marks=pytest.mark.exhaustive), ("onnxruntime", True)]  # fmt: skip
+SELDOM = (("eager", False), ("eager", True), ("onnxruntime", False))
+BOTH = [*(pytest.param(*both, marks=pytest.mark.exhaustive) for both in SELDOM), ("onnxruntime", True)]
 
 
 @pytest.mark.parametrize(("target", "attention"), BOTH)
 def test_a_model_is_cached_and_verified(target: str, attention: bool) -> None:
     """One state a layer, in place of keys and values; sequences of any lengths in one batch."""
-    module = model(attention)
-    made = aropt.optimize(aropt.capture(module), target=target)
+    module, made = model(attention), optimized(target, attention)
     assert {p["name"]: p["status"] for p in made.report["passes"]}["kv-cache"] == "applied"
     assert made.report["verify"]["status"] == "pass"
     kinds = [state.kind for state in made.program.state.values()]
@@ -89,8 +99,7 @@ def test_the_whole_loop_is_one_onnx_file(tmp_path: Path) -> None:
     from aropt.exporters.whole_loop import export_program
     from aropt.targets.ort import run_loop
 
-    module = model(attention=True)
-    made = aropt.optimize(aropt.capture(module), target="onnxruntime", check=False)
+    made = optimized("onnxruntime", True)
     path = tmp_path / "loop.onnx"
     export_program(made.program, path)
     assert run_loop.compare(path, made.program)["status"] == "pass"
@@ -98,7 +107,8 @@ def test_the_whole_loop_is_one_onnx_file(tmp_path: Path) -> None:
 
 def test_a_sketch_leaves_recurrent_state_alone() -> None:
     """What it drafts would be in the state that the check starts from."""
-    made = aropt.optimize(aropt.capture(model()), target="eager", passes=[make("kv-cache"), make("int8-draft")])
+    passes = [make("kv-cache"), make("int8-draft")]
+    made = aropt.optimize(plain(), target="eager", passes=passes, check=False)
     found = {p["name"]: p for p in made.report["passes"]}
     assert found["kv-cache"]["status"] == "applied"
     assert found["int8-draft"]["status"] == "skipped" and "recurrent" in found["int8-draft"]["reason"]
@@ -107,7 +117,7 @@ def test_a_sketch_leaves_recurrent_state_alone() -> None:
 def test_drafts_from_the_text_are_checked_on_recurrent_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were rejected leave no trace in it; a state that keeps them gives other tokens, which is caught."""
     passes = [make("kv-cache"), make("tree-draft", {"draft": "text", "shape": "chain:3"})]
-    made = aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
+    made = aropt.optimize(plain(True), target="eager", passes=passes)
     assert [p["status"] for p in made.report["passes"]] == ["applied"] * 2
     assert made.report["verify"]["status"] == "pass"
     places = tree.path_places
@@ -122,7 +132,7 @@ def test_drafts_from_the_text_are_checked_on_recurrent_state(monkeypatch: pytest
 
     monkeypatch.setattr(tree, "path_places", every_row_counts)
     with pytest.raises(AroptError, match="differ"):
-        aropt.optimize(aropt.capture(model(attention=True)), target="eager", passes=passes)
+        aropt.optimize(plain(True), target="eager", passes=passes)
 
 
 def test_padding_that_changes_state_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +141,7 @@ def test_padding_that_changes_state_is_caught(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mixers, "mixer_of", lambda node: mixer if ops.called(node) else None)
     monkeypatch.setattr(analysis, "mixer_of", mixers.mixer_of)
     with pytest.raises(AroptError, match="logits differ") as caught:
-        aropt.optimize(aropt.capture(model()), target="eager", passes=[make("kv-cache")])
+        aropt.optimize(plain(), target="eager", passes=[make("kv-cache")])
     assert caught.value.where.startswith("kv-cache")
 
 

@@ -97,7 +97,11 @@ def tiny(kind: str, changes: dict[str, Any]) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# What these have others have among several things.
+SELDOM = {"openai-gpt", "bloom", "granite_swa", "mistral", "mixtral", "gptj"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.exhaustive] * (k in SELDOM)) for k in KINDS])
 def test_architectures_are_cached(kind: str) -> None:
     canonical = "skipped" if kind in CANONICAL else "applied"
     assert reached(tiny(kind, KINDS[kind])) == {"canonicalize": canonical, "kv-cache": "applied"}
@@ -118,7 +122,12 @@ def test_plain_modules_are_cached_as_written(kind: Any) -> None:
     assert reached(kind(), ("kv-cache",))["kv-cache"] == "applied"
 
 
-@pytest.mark.parametrize("kind", SHIFTS)
+BESIDES = {"Joined", "Depthwise"}  # test_convolved has the like
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.exhaustive] * (k.__name__ in BESIDES)) for k in SHIFTS]
+)
 def test_shifts_and_convolutions_are_cached(kind: Any) -> None:
     assert reached(kind(), ("kv-cache",))["kv-cache"] == "applied"
 

@@ -50,6 +50,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
         assert list(found)[-8:] == ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.exhaustive  # test_mixers has one that is quick
 def test_the_whole_loop_of_a_recurrence_is_one_onnx_file(tmp_path: Path) -> None:
     """Its prefill scans rows in ONNX's own operator; its tokens are those of the program."""
     from aropt.exporters.whole_loop import export_program

@@ -15,7 +15,7 @@ from aropt.errors import Unsupported
 from tests.support import grammar, sneaky
 from tests.support.equivalence import Result, Subject, check, random_splits
 
-QUICK = 5  # one case in so many runs in the quick suite; the rest is marked "exhaustive"
+QUICK = 10  # one case in so many runs in the quick suite; the rest is marked "exhaustive"
 SLOW = [[], [pytest.mark.exhaustive]]
 SPREAD = [pytest.param(*case, id=case[0], marks=SLOW[i % QUICK > 0]) for i, case in enumerate(sneaky.CASES)]
 
@@ -33,7 +33,7 @@ def test_mixing_is_refused_or_exact(name: str, verdict: str, changes: dict[str, 
         assert result.ok and result.reach > 100 * result.floor, result
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(model=grammar.models(), seed=st.integers(0, 2**20))
 def test_restricted_equals_full(model: tuple[torch.nn.Module, int, int, str], seed: int) -> None:
     module, vocab, capacity, description = model

@@ -19,6 +19,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.targets import lower
 from aropt.validate.compare import cases, validate, with_probe
+from tests.conftest import make_program
 from tests.support.run import generate
 
 
@@ -45,7 +46,7 @@ def sessions(pair: Pair) -> Executor:
     return lower(pair.fast, "onnxruntime")
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", [pytest.param("eager", marks=pytest.mark.exhaustive), "onnxruntime"])
 def test_target_is_the_reference(pair: Pair, target: str) -> None:
     probed = with_probe(pair.fast)
     verdict = validate(pair.plain, probed, lower(probed, target))
@@ -65,17 +66,18 @@ def test_inductor_is_verified(pair: Pair) -> None:
     assert len(verdict.outcomes) >= len(chosen) > 20
 
 
-def test_inductor_takes_all_shapes(tiny_program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_takes_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles once a shape, and requests have more shapes than torch compiles of its own accord."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # which is fast
-    fast = run_passes(tiny_program, pipeline(), "inductor", Instruments(check=False))[0]
+    plain = make_program(1)
+    fast = run_passes(plain, pipeline(), "inductor", Instruments(check=False))[0]
     executor, limit = lower(fast, "inductor"), torch._dynamo.config.recompile_limit
     for sequences, length, stops in itertools.product((3, 1), (5, 1), (2, 1)):  # a size of one is a shape of its own
         prompts = [[1 + i % 9 for i in range(length + j % 2)] for j in range(sequences)]
         for temperature in (0.0, 1.0):
             options: dict[str, Any] = {"temperature": temperature, "stop": [10, 9][:stops]}
             found = generate(fast, prompts, 3, executor=executor, **options)
-            assert found == generate(tiny_program, prompts, 3, **options)
+            assert found == generate(plain, prompts, 3, **options)
     assert torch._dynamo.config.recompile_limit == limit
 
 
