@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from aropt.errors import UsageError
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import Call, Control, If, Loop, Seq, loops
+from aropt.ir.control import Call, Control, Loop, loops
+from aropt.ir.edit import call_by_name
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Input, Meta, Program, Spec, StateSpec
 from aropt.ir.units import ids_of, rows, rows_for, window
 from aropt.loops.defaults import followed_rules, unfollowed, with_defaults
 from aropt.loops.given import check_parameters
 from aropt.loops.guards import Guard, apart, first, outside
+from aropt.loops.nest import Level, nest
 from aropt.loops.redraw import redrawn
 from aropt.loops.rules import BOOL, DEFAULT, GUIDED, I64, Processor, chosen, inside, rule
 from aropt.loops.runtime import constant, padded
@@ -50,13 +53,6 @@ def autoregressive(model: Graph, weights: dict[str, Tensor], meta: Meta, rules: 
     graphs["position"] = capture_function(
         "position", lambda lengths, count: lengths + count, {"lengths": ROWS, "count": SCALAR}, ["position"]
     )
-    control = Seq(
-        (
-            Call("start", {n: n for n in graphs["start"].inputs}, {n: n for n in graphs["start"].outputs}),
-            *([Call("seen", {"prompt": "prompt", "lengths": "lengths"}, {"seen": "seen"})] if penalized else []),
-            If("greedy", loop(graphs, "greedy", penalized), loop(graphs, "sample", penalized)),
-        )
-    )
     state = {
         **{n: StateSpec("tokens", Spec(I64, ("B", "T", *row))) for n in branches(guided)},
         "done": StateSpec("flag", Spec(BOOL, ("B",))),
@@ -65,16 +61,12 @@ def autoregressive(model: Graph, weights: dict[str, Tensor], meta: Meta, rules: 
     }
     if penalized:
         state["seen"] = StateSpec("flag", Spec(BOOL, ("B", vocab)))
-    return Program(
-        meta.get("name", "program"),
-        graphs,
-        program_inputs(processors, vocab, guided, row, bool(meta.get("guidance_free"))),
-        state,
-        control,
-        ("generated",),
-        weights,
-        {**meta, "rules": list(processors), "ragged": False},
-    )
+    given = program_inputs(processors, vocab, guided, row, bool(meta.get("guidance_free")))
+    level = Level(
+        "positions", graphs, given, state, ("generated",), partial(decode, graphs), emits={"emitted": "generated"},
+        params={"limit": "limit"}, decides="token", evidence="row",
+    )  # fmt: skip
+    return nest(level, weights, {**meta, "rules": list(processors), "ragged": False})
 
 
 def branches(guided: bool) -> dict[str, str]:
@@ -114,24 +106,15 @@ def program_inputs(
     return inputs
 
 
-def loop(graphs: dict[str, Graph], rule_name: str, penalized: bool) -> Loop:
-    """One generation loop with the named rule."""
-
-    def same(graph: str) -> Call:
-        g = graphs[graph]
-        return Call(graph, {n: n for n in g.inputs}, {n: n for n in g.outputs})
-
+def decode(graphs: Mapping[str, Graph], rule_name: str) -> list[Call]:
+    """A round with the named rule."""
     logits = branches("negative_logits" in graphs["last"].inputs)
-    body = [*(Call("model", {"ids": ids}, {"logits": out}) for ids, out in logits.items()), same("last")]
-    if rule_name == "sample":
-        body.append(same("position"))
+    forward = [Call("model", {"ids": ids}, {"logits": out}) for ids, out in logits.items()]
     reads = {n: "row" if n == "logits" else n for n in graphs[rule_name].inputs}
-    body.append(Call(rule_name, reads, {"token": "token"}))
-    body.append(same("append"))
-    if penalized:
-        body.append(same("mark"))
-    body.append(same("commit"))
-    return Loop("positions", "finished", Seq(tuple(body)), {"emitted": "generated"}, {"limit": "limit"}, "token", "row")
+    decides = [call_by_name(graphs["position"])] if "position" in reads else []
+    decides.append(Call(rule_name, reads, {"token": "token"}))
+    after = [call_by_name(graphs[n]) for n in ("append", "mark", "commit") if n in graphs]
+    return [*forward, call_by_name(graphs["last"]), *decides, *after]
 
 
 def start(guided: bool, row: tuple[int, ...] = ()) -> Graph:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
-from aropt.ir.control import If, Loop, Seq
+from aropt.ir.control import Call
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Graph, Input, Meta, Program, Spec, StateSpec
+from aropt.loops.nest import Level, nest
 from aropt.loops.rules import BOOL, F32, I64, gumbel_noise
 from aropt.loops.unmask import ar_verifier as guides
 from aropt.loops.unmask import smoothing as smooth
@@ -58,29 +60,17 @@ def unmasking(
         weights, meta = {**weights, **guide.weights}, {**meta, "guide": guide.name}
     for name, sampled in (("greedy", False), ("sample", True)):
         graphs[name] = pick(rule, name, vocab, mask, sampled, bool(meta.get("shift")), meta.get("never", ()))
-    control = Seq(
-        (
-            call_by_name(graphs["start"]),
-            If("greedy", loop(graphs, "greedy"), loop(graphs, "sample")),
-            call_by_name(graphs["answer"]),
-        )
-    )
     counter, flag = StateSpec("counter", SCALAR), StateSpec("flag", Spec(BOOL))
     state = {"tokens": StateSpec("tokens", CANVAS), "rounds": counter, "finished": flag}
     state |= {name: StateSpec("counter", ROWS) for name in STATE}
     state |= {"held": StateSpec("flag", HELD, 1.0)} if rule.rcr else {}
     state |= {"credit": StateSpec("recurrent", Spec(F32, ("B", "T", vocab)), 0.0)} if rule.credit else {}
     state |= smoothed
-    return Program(
-        meta.get("name", "program"),
-        graphs,
-        program_inputs(rule, int(meta.get("block") or 0)),
-        state,
-        control,
-        ("generated", "rounds"),
-        weights,
-        {**meta, "loop": "unmask", "rules": list(rules), "ragged": False},
-    )
+    level = Level(
+        "unmask", graphs, program_inputs(rule, int(meta.get("block") or 0)), state, ("generated", "rounds"),
+        partial(unmask, graphs), params={"block": "block"}, decides="tokens", evidence="logits",
+    )  # fmt: skip
+    return nest(level, weights, {**meta, "loop": "unmask", "rules": list(rules), "ragged": False})
 
 
 def program_inputs(rule: Rule, block: int) -> dict[str, Input]:
@@ -100,8 +90,8 @@ def program_inputs(rule: Rule, block: int) -> dict[str, Input]:
     }
 
 
-def loop(graphs: dict[str, Graph], rule: str) -> Loop:
-    """Rounds with the named way to pick candidates."""
+def unmask(graphs: dict[str, Graph], rule: str) -> list[Call]:
+    """A round with the named way to pick candidates."""
     chosen = call_by_name(graphs[rule])
     body = (
         [call_by_name(graphs["every_row"])] if "blend" in graphs or {"positions", "slots"} & set(chosen.reads) else []
@@ -114,8 +104,7 @@ def loop(graphs: dict[str, Graph], rule: str) -> Loop:
     else:
         body.append(replace(chosen, writes=chosen.writes | {"picked": "candidate", "sure": "confidence"}))
     body += guides.calls(graphs) if "guide" in graphs else []
-    rounds = Seq((*body, call_by_name(graphs["commit"])))
-    return Loop("unmask", "finished", rounds, {}, {"block": "block"}, "tokens", "logits")
+    return [*body, call_by_name(graphs["commit"])]
 
 
 def start(mask: int) -> Graph:

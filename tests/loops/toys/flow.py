@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from aropt.frontend.trace import capture_function, capture_module
 from aropt.ir import ops
-from aropt.ir.control import Loop, Seq
 from aropt.ir.edit import call_by_name
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
+from aropt.loops.nest import Level, nest
 from aropt.loops.requests.cases import Case, Requests
 from aropt.loops.requests.design import Row
 from aropt.loops.requests.levels import SEED, STREAMS, Levels, Range
@@ -79,8 +79,6 @@ class Flow(Scheme):
     ) -> Program:
         ops.load_all()
         graphs = {"model": model, "start": start(), "euler": euler()}
-        body = Seq((call_by_name(model), call_by_name(graphs["euler"])))
-        control = Seq((call_by_name(graphs["start"]), Loop("flow", "finished", body, {}, {}, "x", "velocity")))
         inputs = {
             "label": Input(BATCH_OF_ONE),
             "limit": Input(SCALAR),
@@ -91,7 +89,11 @@ class Flow(Scheme):
             "x": StateSpec("latents", LATENT), "time": StateSpec("counter", Spec(F32)),
             "count": StateSpec("counter", SCALAR), "finished": StateSpec("flag", Spec(BOOL)),
         }  # fmt: skip
-        return Program("flow", graphs, inputs, state, control, ("x",), weights, {**meta, "loop": self.kind})
+        level = Level(
+            self.kind, graphs, inputs, state, ("x",), lambda rule: map(call_by_name, (model, graphs[rule])),
+            rules=("euler",), decides="x", evidence="velocity",
+        )  # fmt: skip
+        return nest(level, weights, {**meta, "loop": self.kind})
 
     def inputs(self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Any) -> Values:
         return {"label": padded(prompts), "limit": constant(n)}

@@ -7,6 +7,7 @@ its own, by a mask over the scales.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from aropt.frontend.trace import capture_function, capture_model
 from aropt.ir import ops
-from aropt.ir.control import Call, If, Loop, Seq
+from aropt.ir.control import Call
 from aropt.ir.edit import call_by_name
 from aropt.ir.executor import Values
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
+from aropt.loops.nest import Level, nest
 from aropt.loops.requests.cases import Case, Requests
 from aropt.loops.requests.design import Row
 from aropt.loops.requests.levels import PARAMETERS, SEED, STREAMS, Levels, Range
@@ -94,10 +96,11 @@ class Scales(Scheme):
             "tokens": StateSpec("tokens", Spec(I64, ("B", "T"))), "count": StateSpec("counter", SCALAR),
             "finished": StateSpec("flag", Spec(BOOL)),
         }  # fmt: skip
-        control = Seq((call_by_name(graphs["start"]), If("greedy", rounds(graphs, "greedy"), rounds(graphs, "sample")),
-                       Call("answer", {"tokens": "tokens"}, {"generated": "generated"})))  # fmt: skip
         graphs["answer"] = answer()
-        return Program("scales", graphs, inputs, state, control, ("generated",), weights, {**meta, "loop": self.kind})
+        level = Level(
+            self.kind, graphs, inputs, state, ("generated",), partial(decide, graphs), decides="token", evidence="row"
+        )
+        return nest(level, weights, {**meta, "loop": self.kind})
 
     def inputs(self, program: Program, prompts: Prompts, n: int, params: Mapping[str, Any], fill: Any) -> Values:
         return {"prompt": padded(prompts)}
@@ -186,11 +189,11 @@ def answer() -> Graph:
     return capture_function("answer", function, {"tokens": ids()}, ["generated"], "epilogue")
 
 
-def rounds(graphs: dict[str, Graph], name: str) -> Loop:
+def decide(graphs: dict[str, Graph], name: str) -> list[Call]:
+    """A round: the ids of a scale."""
     pick = Call(name, {n: "row" if n == "logits" else n for n in graphs[name].inputs}, {"token": "token"})
-    body = (call_by_name(graphs["grow"]), Call("model", {"ids": "grown"}, {"logits": "logits"}),
-            call_by_name(graphs["last"]), pick, call_by_name(graphs["write"]))  # fmt: skip
-    return Loop("scales", "finished", Seq(body), {}, {}, "token", "row")
+    return [call_by_name(graphs["grow"]), Call("model", {"ids": "grown"}, {"logits": "logits"}),
+            call_by_name(graphs["last"]), pick, call_by_name(graphs["write"])]  # fmt: skip
 
 
 SCHEME = Scales()
