@@ -1,6 +1,6 @@
 """What drafts are worth, counted: how many verifications the ids of an answer take, and whether they are the same.
 
-Programs generate greedily, one sequence. Ids may differ only where the model's logits of both are nearly equal.
+Programs generate one sequence. Greedy ids may differ only where the model's logits of both are nearly equal.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ TIE = 1e-3  # logits this near may be ordered either way
 
 
 def unchecked(program: Any, chosen: Sequence[str], threads: int = 1) -> Any:
-    """The program with default and chosen passes, in ONNX Runtime. Raises UsageError where one does not apply."""
+    """The program with default and chosen passes, in ONNX Runtime; lossy ones need no budget, as none is measured.
+
+    Raises UsageError where one does not apply.
+    """
     import aropt
     from aropt.errors import UsageError
     from aropt.pipeline.checks import Instruments
     from aropt.pipeline.registry import parse, pipeline
 
-    instruments = Instruments(check=False)
+    instruments = Instruments(check=False, trust=True)
     made = aropt.optimize(
         program, "onnxruntime", pipeline(chosen), check=False, threads=threads, instruments=instruments
     )
@@ -33,10 +36,10 @@ def unchecked(program: Any, chosen: Sequence[str], threads: int = 1) -> Any:
     return made
 
 
-def rounds(program: Any, prompt: list[int], new: int) -> tuple[list[int], int]:
-    """The ids, and how many rounds wrote them."""
+def rounds(program: Any, prompt: list[int], new: int, **params: Any) -> tuple[list[int], int]:
+    """The ids, greedy unless `params` of `generate` say otherwise, and how many rounds wrote them."""
     seen: list[int] = []
-    ids: list[int] = program.generate([prompt], new, plain=True, on_round=lambda _: seen.append(1))[0]
+    ids: list[int] = program.generate([prompt], new, plain=True, on_round=lambda _: seen.append(1), **params)[0]
     return ids, len(seen)
 
 
