@@ -9,23 +9,37 @@
 
 In closed form, of what the nodes were given: with L[j] the sum of dt * A over j and its ancestors, it is
 exp(L[leaf]) state + sum over j of the path of exp(L[leaf] - L[j]) dt[j] x[j] B[j]^T. In one graph with the tree's op,
-L and dt * x are computed once.
+L and dt * x are computed once. The Triton kernel needs the path alone: L[leaf] - L[j] is the sum over its nodes after
+j.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import ssd_tree_scan
 from aropt.kernels.ssd_scan import onnx_heads
-from aropt.kernels.tree_delay import leaves, on_path, onnx_on_path
+from aropt.kernels.tree_delay import LARGEST, leaves, on_path, onnx_on_path, refused, shared, tile, warps
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import climbed
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+TILES = {"SIZE": 32, "WIDTH": 32}  # of P in a program, of N in a product
 
 
 def reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor, pairs: Tensor | None, leaf: Tensor) -> Tensor:
@@ -64,6 +78,64 @@ def onnx(x, dt, A, B, state, pairs, leaf):  # type: ignore[no-untyped-def]
     return op.Add(after, op.Mul(op.Unsqueeze(op.Exp(last), ints(3)), state))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _ssd_commit_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, dt_ptr, a_ptr, b_ptr, state_ptr, pairs_ptr, leaf_ptr, out_ptr, rows, heads, groups, size, width,
+        TREE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a head's `SIZE` values of P; products in three parts of tf32, as exact as fp32."""
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        row, column = tl.arange(0, ROWS), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        held, leaf = column < size, tl.load(leaf_ptr + batch)
+        path = climbed(pairs_ptr + batch * rows * rows, leaf, rows, ROWS, TREE)  # other nodes aren't read
+        first, group = (batch * rows * heads + head) * size, batch * rows * groups + head // (heads // groups)
+        kept = (batch * heads + head) * size * width  # offsets from here on are small
+        dt = tl.load(dt_ptr + batch * rows * heads + row * heads + head, mask=path, other=0.0)
+        logs = dt * tl.load(a_ptr + head)
+        after = tl.sum(tl.where(row[:, None] > row[None, :], logs[:, None], 0.0), 0)  # each, of the path after it
+        at, inside = row[None, :] * (heads * size) + column[:, None], held[:, None] & path[None, :]
+        x = tl.load(x_ptr + first + at, mask=inside, other=0.0)
+        given, since = x * (dt * tl.exp(after))[None, :], tl.exp(tl.sum(logs, 0))
+        for start in range(0, width, WIDTH):
+            n = start + tl.arange(0, WIDTH)
+            place, whole = column[:, None] * width + n[None, :], held[:, None] & (n < width)[None, :]
+            b = tl.load(
+                b_ptr + group * width + row[:, None] * (groups * width) + n[None, :],
+                mask=path[:, None] & (n < width)[None, :], other=0.0,
+            )  # fmt: skip
+            state = tl.load(state_ptr + kept + place, mask=whole, other=0.0)
+            y = tl.dot(given, b, input_precision="tf32x3") + since * state
+            tl.store(out_ptr + kept + place, tl.where(leaf >= 0, y, state), mask=whole)
+
+
+def supports(x: Tensor, *rest: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused((x, *rest), x.shape[1])
+
+
+def launch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor, pairs: Tensor | None, leaf: Tensor) -> Tensor:
+    """Runs the Triton kernel: a program for some of the values of each head."""
+    out, (batch, rows, heads, size) = fake(x, dt, A, B, state), x.shape
+    if out.numel():
+        trees = out if pairs is None else shared(pairs, batch)
+        given = [t.contiguous() for t in (x, dt, A, B, state, trees, leaf)]
+        sizes, grid = (rows, heads, B.shape[2], size, B.shape[3]), (batch * heads, triton.cdiv(size, TILES["SIZE"]))
+        held = {"TREE": pairs is not None, "ROWS": tile(rows), **TILES}
+        _ssd_commit_kernel[grid](*given, out, *sizes, **held, num_warps=warps(tile(rows)))
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size, and a chain; products on tensor cores."""
+    types = [*["*fp32"] * 5, "*i1", "*i64", "*fp32", *["i32"] * 5, *["constexpr"] * 4]
+    signature = dict(zip(_ssd_commit_kernel.arg_names, types, strict=True))
+    cases, expects = [(True, 16), (True, 32), (True, LARGEST), (False, 16)], {80: ("mma.sync",)}
+    made = [({"TREE": tree, "ROWS": n, **TILES}, warps(n)) for tree, n in cases]
+    return [Aot(_ssd_commit_kernel, signature, held, number, expects) for held, number in made]
+
+
 def cost(x: Tensor, dt: Tensor, A: Any, B: Tensor, state: Tensor, *_: Any) -> Cost:
     """A product of nodes with nodes; the state in and out."""
     moved = x.nbytes + dt.nbytes + B.nbytes + 2 * state.nbytes
@@ -94,6 +166,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "state": (1, 2, 3)},
     tolerance={torch.float32: (1e-3, 1e-4)},
 )

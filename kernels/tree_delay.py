@@ -168,19 +168,28 @@ if HAS_TRITON:
         at = other * rows + one if TURNED else one * rows + other
         return tl.load(pairs_ptr + at, mask=(one < rows) & (other < rows), other=0) != 0
 
+    @triton.jit
+    def climbed(pairs_ptr, leaf, rows, ROWS: tl.constexpr, TREE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`on_path` [ROWS] of one leaf, from a tree's pairs; without `TREE`, of a chain."""
+        row = tl.arange(0, ROWS)
+        path = row <= leaf
+        if TREE:  # a node comes after its ancestors
+            path = tl.load(pairs_ptr + leaf * rows + row, mask=path, other=0) != 0
+        return path
+
 
 def shared(pairs: Tensor, batch: int) -> Tensor:
     """The pairs of each sequence, as kernels read them."""
     return pairs.expand(batch, -1, -1).contiguous()
 
 
-def refused(given: Sequence[Any]) -> str | None:
-    """Why a kernel for trees, of which the pairs come last, can't take these arguments, or None."""
+def refused(given: Sequence[Any], rows: int | None = None) -> str | None:
+    """Why a kernel for trees can't take these arguments, or None; pairs come last where `rows` don't say the nodes."""
     if not HAS_TRITON:
         return "triton isn't installed"
-    if given[-1].shape[1] > LARGEST:
+    if (given[-1].shape[1] if rows is None else rows) > LARGEST:
         return f"a kernel holds {LARGEST} nodes"
-    floats = {t.dtype for t in given[:-1] if isinstance(t, Tensor)}
+    floats = {t.dtype for t in given if isinstance(t, Tensor) and t.is_floating_point()}
     return None if floats == {torch.float32} else "the kernels compute in float32"
 
 

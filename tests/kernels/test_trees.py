@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aropt.ir import ops
 from aropt.ir.opdef import Mixer, OpDef
-from aropt.kernels.tree_delay import drawn, pairs_of, parents_of
+from aropt.kernels.tree_delay import drawn, on_path, pairs_of, parents_of
 from tests.support.op_models import Call, assert_matches, free, symbolic
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -278,11 +278,24 @@ COMMITS = [op for op in RECURRENT if mixer(op).commit]
 every_commit = pytest.mark.parametrize("op", COMMITS, ids=lambda op: op.name)
 
 
-def committed(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Tensor:
-    """The state after the path to each sequence's leaf; `args` are those of the op, which has a state."""
-    closed = ops.load(mixer(op).commit)
+def closed(op: OpDef) -> OpDef:
+    return ops.load(mixer(op).commit)
+
+
+def chained(op: OpDef) -> bool:
+    """Whether the op that gives the state after a path takes a chain for a tree."""
+    return "pairs" in str(closed(op).schema).partition("Tensor? ")[2]
+
+
+def asked(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Args:
+    """The arguments of that op; `args` are those of the op without a tree, which has a state."""
     known = dict(zip(names(op), args, strict=False)) | {"pairs": pairs, "leaf": leaf}
-    return closed.reference(*(known[a.name] for a in closed.overload._schema.arguments))  # type: ignore[no-any-return]
+    return tuple(known[name] for name in names(closed(op)))
+
+
+def committed(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Tensor:
+    """The state after the path to each sequence's leaf."""
+    return closed(op).reference(*asked(op, args, pairs, leaf))  # type: ignore[no-any-return]
 
 
 def left(op: OpDef, args: Args, path: Tensor) -> Tensor:
@@ -306,12 +319,11 @@ def test_the_state_after_a_path(op: OpDef, data: st.DataObject) -> None:
     batch, count = args[-1].shape[0], args[-1].shape[1]
     leaf = torch.tensor([data.draw(st.integers(-1, count - 1)) for _ in range(batch)])
     got = committed(op, args, args[-1], leaf)
-    optional = "pairs" in str(ops.load(mixer(op).commit).schema).partition("Tensor? ")[2]
     for b, node in enumerate(leaf.tolist()):
         one = single(op, args, b)
         path = one[-1][0, node].nonzero()[:, 0] if node >= 0 else torch.tensor([], dtype=torch.int64)
         close(got[b : b + 1], left(op, one, path), op)
-        if optional:
+        if chained(op):
             line = committed(op, one, None, leaf[b : b + 1])
             close(line, left(op, one, torch.arange(node + 1)), op)
 
@@ -357,9 +369,7 @@ class Constant(torch.nn.Module):
         y = tree(self.op).overload(*args, self.pairs)
         if not mixer(self.op).commit:
             return y
-        closed = ops.load(mixer(self.op).commit)
-        known = dict(zip(names(self.op), args, strict=False)) | {"pairs": self.pairs, "leaf": leaf}
-        return y, closed.overload(*(known[a.name] for a in closed.overload._schema.arguments))
+        return y, closed(self.op).overload(*asked(self.op, args, self.pairs, leaf))
 
 
 @every_op
@@ -494,6 +504,32 @@ def test_kernel_of_many_tiles(op: OpDef, rows: int) -> None:
     assert torch.equal(again, got[:1].index_select(rows_axis(op), kept))
 
 
+CLOSED = [op for op in COMMITS if closed(op).launch]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 64])
+@pytest.mark.parametrize("op", CLOSED, ids=lambda op: op.name)
+def test_kernel_of_many_tiles_after_a_path(op: OpDef, rows: int) -> None:
+    """Equal to the definition; what is beside a path leaves its bits alone, and no path those of the state."""
+    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
+    if not (INTERPRET or torch.cuda.is_available()):
+        pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
+    args, launch, leaf = wide(mixer(op).tree, rows), closed(op).launch, torch.tensor([rows * 3 // 4, -1])
+    state = args[names(op).index(mixer(op).state[0])]
+    state[1, 0, 0], state[1, 0, 1] = -0.0, torch.nan
+    for pairs in [args[-1], args[-1][:1], *[None] * chained(op)]:
+        found = asked(op, args, pairs, leaf)
+        found = found if INTERPRET else tuple(a if a is None else a.cuda() for a in found)
+        assert launch is not None and closed(op).supports(*found) is None
+        got = launch(*found)
+        assert_matches(closed(op), got, closed(op).reference(*found))
+        assert torch.equal(got[1].cpu().view(torch.int32), state[1].view(torch.int32))
+        beside_it = (~on_path(pairs, leaf, rows)[0]).nonzero()[:, 0]
+        found = asked(op, filled(op, args, beside_it, lambda _: torch.nan), pairs, leaf)
+        again = launch(*(found if INTERPRET else tuple(a if a is None else a.cuda() for a in found)))
+        assert torch.equal(again.view(torch.int32), got.view(torch.int32))
+
+
 def test_kernels_refuse_what_they_do_not_hold() -> None:
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     assert len(KERNELS) == 4
@@ -502,12 +538,20 @@ def test_kernels_refuse_what_they_do_not_hold() -> None:
         assert "nodes" in (tree(op).supports(*args) or "")
         args = wide(mixer(op).tree, 3)
         assert "float32" in (tree(op).supports(*double(args)) or "")
+    for op in CLOSED:
+        leaf = torch.tensor([0, -1])
+        for pairs in [wide(mixer(op).tree, 3)[-1], *[None] * chained(op)]:
+            many = None if pairs is None else wide(mixer(op).tree, 65)[-1]
+            assert "nodes" in (closed(op).supports(*asked(op, wide(mixer(op).tree, 65), many, leaf)) or "")
+            args = asked(op, wide(mixer(op).tree, 3), pairs, leaf)
+            assert closed(op).supports(*args) is None
+            assert "float32" in (closed(op).supports(*double(args)) or "")
 
 
 @pytest.mark.skipif(INTERPRET, reason="runs itself")
 def test_kernels_in_the_interpreter() -> None:
-    """`test_kernel_of_many_tiles` in a process of its own, as in test_ops."""
+    """Tests of kernels in a process of its own, as in test_ops."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_kernel_of_many_tiles"]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_kernel_of_many_tiles"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout + done.stderr
