@@ -9,17 +9,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import tree_conv1d
-from aropt.kernels.tree_delay import above, leaves, onnx_above
+from aropt.kernels.tree_delay import LARGEST, above, leaves, onnx_above, refused, shared, tile
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import climbed
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+CHANNELS = 64  # of a program
 
 
 def reference(x: Tensor, state: Tensor, pairs: Tensor | None, leaf: Tensor) -> Tensor:
@@ -59,6 +72,52 @@ def onnx(x, state, pairs, leaf):  # type: ignore[no-untyped-def]
     return op.Transpose(op.GatherND(inputs, op.Unsqueeze(place, ints(2)), batch_dims=1), perm=[0, 2, 1])
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _conv1d_commit_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, state_ptr, pairs_ptr, leaf_ptr, out_ptr, rows, channels, kept,
+        TREE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a sequence: the last inputs of the state with the path behind it."""
+        batch, row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS), tl.arange(0, SLOTS)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        first, inside = batch * channels + channel, (channel < channels)[:, None] & (slot < kept)[None, :]
+        path = climbed(pairs_ptr + batch * rows * rows, tl.load(leaf_ptr + batch), rows, ROWS, TREE)
+        order, place = tl.cumsum(path.to(tl.int32), 0) - 1, slot + tl.sum(path.to(tl.int32), 0)
+        wanted = path[:, None] & (order[:, None] == (place - kept)[None, :])
+        found, old = tl.max(tl.where(wanted, row[:, None], 0), 0), (place < kept)[None, :]
+        at = first[:, None] * kept
+        before = tl.load(state_ptr + at + place[None, :], mask=inside & old, other=0.0)
+        x = tl.load(x_ptr + first[:, None] * rows + found[None, :], mask=inside & (old == 0), other=0.0)
+        tl.store(out_ptr + at + slot[None, :], tl.where(old, before, x), mask=inside)
+
+
+def supports(x: Tensor, *rest: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused((x, *rest), x.shape[2])
+
+
+def launch(x: Tensor, state: Tensor, pairs: Tensor | None, leaf: Tensor) -> Tensor:
+    """Runs the Triton kernel: a program for some channels of a sequence."""
+    out, (batch, channels, rows) = fake(x, state), x.shape
+    if out.numel():
+        trees = out if pairs is None else shared(pairs, batch)
+        given = [t.contiguous() for t in (x, state, trees, leaf)]
+        sizes, grid = (rows, channels, state.shape[2]), (batch, triton.cdiv(channels, CHANNELS))
+        tiles = {"ROWS": tile(rows), "SLOTS": triton.next_power_of_2(sizes[2]), "CHANNELS": CHANNELS}
+        _conv1d_commit_kernel[grid](*given, out, *sizes, TREE=pairs is not None, **tiles)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size and a chain, four taps."""
+    types = ["*fp32", "*fp32", "*i1", "*i64", "*fp32", *["i32"] * 3, *["constexpr"] * 4]
+    signature = dict(zip(_conv1d_commit_kernel.arg_names, types, strict=True))
+    cases, flags = [(True, 16), (True, 32), (True, LARGEST), (False, 16)], {"SLOTS": 4, "CHANNELS": CHANNELS}
+    return [Aot(_conv1d_commit_kernel, signature, {**flags, "TREE": tree, "ROWS": n}) for tree, n in cases]
+
+
 def cost(x: Tensor, state: Tensor, *_: Any) -> Cost:
     """The state in and out."""
     return Cost(0.0, 2.0 * state.nbytes)
@@ -90,5 +149,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (1,), "state": (1, 2)},
 )
