@@ -132,6 +132,25 @@ def onnx_inverse(pairs: Any, system: Any) -> Any:
 if HAS_TRITON:
 
     @triton.jit
+    def solved_nodes(turned, g, beta, alike, v, known, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What nodes learn [ROWS, WIDTH]; decays since the state (their logarithm) and from ancestors to nodes.
+
+        `turned` [ROWS, ROWS]: whether the first is above the second, or the second itself; `alike`: keys by keys;
+        `known`: what the state knows of them; `rows`: those that are solved for.
+        """
+        row = tl.arange(0, ROWS)
+        above = tl.sum(tl.where(turned, g[:, None], 0.0), 0)
+        total = tl.sum(tl.where(row[:, None] == row[None, :], above[None, :], 0.0), 1)  # along the other axis
+        learned = beta[:, None] * (v - tl.exp(total)[:, None] * known)
+        decay = tl.exp(tl.where(turned, above[None, :] - total[:, None], float("-inf")))
+        strict = (row[:, None] < row[None, :]) & (decay > 0)
+        system = tl.where(strict, alike * decay, 0.0) * beta[None, :]
+        for t in range(0, rows):
+            share = tl.sum(tl.where(row[None, :] == t, system, 0.0), 1)
+            learned -= tl.where(row[:, None] == t, tl.sum(share[:, None] * learned, 0)[None, :], 0.0)
+        return learned, total, decay
+
+    @triton.jit
     def _gdn_tree_kernel(  # type: ignore[no-untyped-def]
         q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, pairs_ptr, out_ptr, rows, heads, size, width,
         GIVEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
@@ -160,17 +179,9 @@ if HAS_TRITON:
         turned = seen(pairs_ptr + batch * rows * rows, rows, ROWS, True)
         g = tl.load(g_ptr + first + row * heads, mask=row < rows, other=0.0)
         beta = tl.load(beta_ptr + first + row * heads, mask=row < rows, other=0.0)
-        above = tl.sum(tl.where(turned, g[:, None], 0.0), 0)
-        total = tl.sum(tl.where(row[:, None] == row[None, :], above[None, :], 0.0), 1)  # along the other axis
-        since, at = tl.exp(total)[:, None], row[:, None] * (heads * width) + column[None, :]
+        at = row[:, None] * (heads * width) + column[None, :]
         v = tl.load(v_ptr + first * width + at, mask=there & held, other=0.0)
-        learned = beta[:, None] * (v - since * known)
-        decay = tl.exp(tl.where(turned, above[None, :] - total[:, None], float("-inf")))  # from ancestors to nodes
-        strict = (row[:, None] < row[None, :]) & (decay > 0)
-        system = tl.where(strict, alike * decay, 0.0) * beta[None, :]
-        for t in range(0, rows):
-            share = tl.sum(tl.where(row[None, :] == t, system, 0.0), 1)
-            learned -= tl.where(row[:, None] == t, tl.sum(share[:, None] * learned, 0)[None, :], 0.0)
+        learned, total, decay = solved_nodes(turned, g, beta, alike, v, known, rows, ROWS)
         wanted = tl.zeros([ROWS, ROWS], tl.float32)
         for start in tl.range(0, size, SIZE, num_stages=STAGES):
             n = start + tl.arange(0, SIZE)
@@ -179,7 +190,7 @@ if HAS_TRITON:
             k = tl.load(k_ptr + first * size + place, mask=inside, other=0.0)
             wanted += tl.dot(k, tl.trans(q), input_precision="tf32x3")
         wanted = tl.where(decay > 0, wanted * decay, 0.0)
-        o = tl.dot(tl.trans(wanted), learned, input_precision="tf32x3") + since * before
+        o = tl.dot(tl.trans(wanted), learned, input_precision="tf32x3") + tl.exp(total)[:, None] * before
         tl.store(out_ptr + first * width + at, o, mask=there & held)
 
 
