@@ -24,7 +24,8 @@ from torch import Tensor
 from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import ssd_tree_scan
 from aropt.kernels.ssd_scan import onnx_heads
-from aropt.kernels.tree_delay import LARGEST, leaves, on_path, onnx_on_path, refused, shared, tile, warps
+from aropt.kernels.ssd_tree_scan import tiles
+from aropt.kernels.tree_delay import LARGEST, leaves, on_path, onnx_on_path, refused, shared, warps
 
 try:
     import triton
@@ -38,8 +39,6 @@ except ImportError:
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
-
-TILES = {"SIZE": 32, "WIDTH": 32}  # of P in a program, of N in a product
 
 
 def reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor, pairs: Tensor | None, leaf: Tensor) -> Tensor:
@@ -121,9 +120,9 @@ def launch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, state: Tensor, pairs: Te
     if out.numel():
         trees = out if pairs is None else shared(pairs, batch)
         given = [t.contiguous() for t in (x, dt, A, B, state, trees, leaf)]
-        sizes, grid = (rows, heads, B.shape[2], size, B.shape[3]), (batch * heads, triton.cdiv(size, TILES["SIZE"]))
-        held = {"TREE": pairs is not None, "ROWS": tile(rows), **TILES}
-        _ssd_commit_kernel[grid](*given, out, *sizes, **held, num_warps=warps(tile(rows)))
+        held, sizes = tiles(rows), (rows, heads, B.shape[2], size, B.shape[3])
+        grid, flags = (batch * heads, triton.cdiv(size, held["SIZE"])), {"num_warps": warps(held["ROWS"])}
+        _ssd_commit_kernel[grid](*given, out, *sizes, TREE=pairs is not None, **held, **flags)
     return out
 
 
@@ -132,7 +131,7 @@ def aot() -> Sequence[Aot]:
     types = [*["*fp32"] * 5, "*i1", "*i64", "*fp32", *["i32"] * 5, *["constexpr"] * 4]
     signature = dict(zip(_ssd_commit_kernel.arg_names, types, strict=True))
     cases, expects = [(True, 16), (True, 32), (True, LARGEST), (False, 16)], {80: ("mma.sync",)}
-    made = [({"TREE": tree, "ROWS": n, **TILES}, warps(n)) for tree, n in cases]
+    made = [({"TREE": tree, **tiles(n)}, warps(n)) for tree, n in cases]
     return [Aot(_ssd_commit_kernel, signature, held, number, expects) for held, number in made]
 
 
