@@ -40,11 +40,13 @@ SNIFFING = ("getattr", "hasattr", "setattr")
 EXECUTOR = re.compile(r"(^|[._])(executor|runner)$")
 AT_HOME = ("targets", "exporters")
 NAMED = {  # modules elsewhere that may name a runtime
+    "bench.drafted": "it counts rounds on the target whose rounds are fast enough to count thousands of them",
     "bench.peers": "it times other engines, one of which is made of onnxruntime",
     "bench.timing": "it describes variants, which are named after what they time",
     "bench.variants": "it says which target a variant is timed on",
     "cli.run": "doctor looks for packages by their names, and tells which targets are ready",
     "pipeline.describe": "the report holds versions of packages",
+    "recipes.__main__": "results hold versions of packages",
 }
 
 
