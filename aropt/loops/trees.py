@@ -241,15 +241,15 @@ def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Accept
         if "node_logits" in drawn:
             given["logits"] = held["node_logits"].reshape(-1, shape.nodes, made.vocab)
         if levels:  # nobody asks what comes after leaves of the last level
+            above = given["parents"] = given["parents"].expand(room.shape[0], -1).clone()
             last = torch.zeros(room.shape[0], len(shape.level(shape.deepest)), made.vocab)
             given |= {"drafted": torch.cat([*(held[n] for n in levels), last], 1), "position": held["origin"] + 1}
         _, path, window, taken, ended = rule(**{name: given[name] for name in wanted})
         path = torch.where((room > 0).unsqueeze(1), path, -1)
         counts, done = counts + taken, done | ended
-        above = [held["parents"].expand(room.shape[0], -1).clone()] if levels else []
-        return path, window, counts, done, (done | (counts >= limit)).all(), *above
+        return path, window, counts, done, (done | (counts >= limit)).all(), *([above] if levels else [])
 
-    shown = ["node_parents"] if levels else []  # by which validation draws again
+    shown = ["node_parents"] if levels else []  # by which validation draws again; read here, so that it stays
     made.add(
         by.graph, accept,
         {"nodes": Spec(I64, ("B", nodes)), **drawn, "room": ROWS, "counts": ROWS, "limit": SCALAR,

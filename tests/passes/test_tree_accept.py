@@ -18,6 +18,7 @@ from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.accept import ACCEPT
 from aropt.pipeline.registry import make, pass_class
+from aropt.validate.compare import probes, with_probe
 from tests.support import draft_models
 from tests.support.accept_programs import SLIPS, captured, drafted, passes, slipped
 from tests.support.draft_models import Few
@@ -127,6 +128,14 @@ def test_what_a_loop_says_of_its_draws_is_kept_and_printed() -> None:
     assert again.control == program.control and drawn(program.control) == {"distribution"}
     assert "drawn distribution drafts %nodes %node_parents %origin %drafted_0 %drafted_1" in text(program)
     assert drawn(drafted("typical", "chain:2").control) == {"lossy"} and not drawn(drafted("match", "chain:2").control)
+
+
+def test_what_rounds_draw_by_outlives_fusion() -> None:
+    """Validation draws again from values that no graph needs as outputs."""
+    fast = drafted("rejection", "2x2")
+    for one in (make("fuse-sampler"), make("prune")):
+        fast = one.run(fast)
+    assert probes(fast) and not probes(with_probe(fast))
 
 
 @SLOW
