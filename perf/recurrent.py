@@ -4,7 +4,6 @@
 
     plain       aropt without drafts beside transformers' generate with its own cache
     speculated  drafts of several kinds beside plain decoding
-    trees       ids a verification of trees of 16 nodes, beside those of a chain as deep by the same drafter
     packed      one call for 16 nodes, beside 16 steps, each on its parent's state, and beside a batch of all paths
 
 Models are text-ar, text-mamba2, text-hybrid, text-deltanet and their drafts, of DIR or of the reference models' folder.
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from aropt.bench.drafted import TIE, counted, difference, rounds, unchecked
+from aropt.bench.drafted import TIE, difference, rounds, unchecked
 from aropt.bench.ratios import over
 from aropt.errors import UsageError
 from aropt.ir.program import Program
@@ -48,13 +47,7 @@ WAYS = {
     "ngram-draft, 4": "ngram-draft:drafts=4",
 }
 SMALLEST = {"text-hybrid": "text-mamba2-draft", "text-deltanet": "text-mamba2-draft"}  # all read the same bytes
-CHAIN = "chain:5"
-TREES = {  # of 16 nodes, five deep
-    "siblings along a spine": "0-0-0-0-1-1-1-5-5-5-8-8-8-11-11",
-    "the likeliest paths": "0-0-0-1-1-2-4-4-5-6-7-8-9-10-11",
-    "wide at the root": "0-0-0-1-1-2-3-4-4-5-6-8-11-12-13",
-}
-PACKED = {"1x2x2x2": "1x2x2x2", "the likeliest paths": TREES["the likeliest paths"]}
+PACKED = {"1x2x2x2": "1x2x2x2", "the likeliest paths": "0-0-0-1-1-2-4-4-5-6-7-8-9-10-11"}
 
 
 @dataclass(frozen=True)
@@ -193,29 +186,6 @@ def speculated_table(found: dict[str, Any]) -> str:
     return markdown(head, lines)
 
 
-def trees(work: Work, name: str) -> dict[str, Any]:
-    """Of the rounds after the prompt's, which gives the first id."""
-    shapes = {CHAIN: CHAIN, **TREES}
-    programs = {tree: optimized(work, name, MODEL + shape) for tree, shape in shapes.items()}
-    rows: list[Row] = list(counted(programs, module(work.folder(name)), prompts(work.prompts), NEW))
-    ids = {tree: over([(NEW - 1, row["checks"][tree]) for row in rows]) for tree in shapes}
-    gain = {tree: over([(row["checks"][CHAIN], row["checks"][tree]) for row in rows]) for tree in TREES}
-    return {"shapes": shapes, "rows": rows, "ids": ids, "gain": gain}
-
-
-def trees_table(found: dict[str, Any]) -> str:
-    head = ["model", "tree", "ids a verification", "p10 to p90", "times the chain's", "p10 to p90",
-            "95 %, bootstrap over prompts", "same ids", "prompts"]  # fmt: skip
-    lines = []
-    for name, f in found.items():
-        for tree, shape in f["shapes"].items():
-            gain = f["gain"].get(tree)
-            beside = [*told(gain), f"{gain['low']:.2f} to {gain['high']:.2f}"] if gain else ["1.00x", "", ""]
-            title = tree if tree == shape else f"{tree}, {shape}"
-            lines.append([name, title, *told(f["ids"][tree], ""), *beside, same(f["rows"], tree), f["prompts"]])
-    return markdown(head, lines)
-
-
 def packed(work: Work, name: str) -> dict[str, Any]:
     """{trees: {tree: {rows, error: the largest difference of a logit, slower: {way: than one call}}}}."""
     found: dict[str, Any] = {}
@@ -252,7 +222,6 @@ def packed_table(found: dict[str, Any]) -> str:
 SECTIONS = {
     "plain": (RECURRENT, plain, plain_table, False),
     "speculated": (("text-ar", *RECURRENT), speculated, speculated_table, True),
-    "trees": (("text-ar", *RECURRENT), trees, trees_table, True),
     "packed": (RECURRENT[:2], packed, packed_table, False),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aropt.frontend.texts import read_texts
 from aropt.ir.program import Program
 from aropt.loops.request import fitted, parse, room
 from aropt.loops.runtime import answer, blaming
+from aropt.models import REFERENCES
 from aropt.pipeline import store
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.manifest import listing
@@ -152,8 +154,11 @@ def bench(
     from aropt.cli.sections import benchmark
     from aropt.pipeline.describe import environment
 
-    timing.check(against, origin)
+    timing.check(against)
     program, threads = load(out).program, threads or torch.get_num_threads()
+    said = str(program.meta.get("source", ""))
+    origin = replace(origin, model=origin.model or (said if said in REFERENCES else ""))  # these run no foreign code
+    timing.check(against, origin)
     left = [] if against else [v for v in timing.DEFAULT_AGAINST if v in NEED_MODEL and not origin.model]
     against = against or [v for v in timing.DEFAULT_AGAINST if v not in left]
     found = benchmark(out, program, against, runs, tokens, threads, say, origin)

@@ -150,11 +150,11 @@ def candidates(
 ) -> tuple[dict[str, list[Pass]], dict[str, Program], str]:  # fmt: skip
     """Of each way that may pay its passes and its program, and why others are left out.
 
-    Of those that draft from the text the first that applies is enough.
+    Of passes with the same source of drafts the first that applies is enough.
     """
-    lists, programs, reasons, texts = dict[str, list[Pass]](), dict[str, Program](), dict[str, None](), False
+    lists, programs, reasons, taken = dict[str, list[Pass]](), dict[str, Program](), dict[str, None](), dict[str, str]()
     for one in ways:
-        if texts and source(one) == "text":
+        if taken.get(source(one), one.name) != one.name:
             continue
         if why := unpromising(program, prompts, one):
             reasons[why] = None
@@ -165,7 +165,7 @@ def candidates(
         if one.name in skipped:
             reasons[skipped[one.name]] = None
             continue
-        lists[way], programs[way], texts = chosen, made, texts or source(one) == "text"
+        lists[way], programs[way], taken[source(one)] = chosen, made, one.name
     return lists, programs, "; ".join(reasons)
 
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aropt.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
@@ -68,6 +70,14 @@ def recipe(name: str) -> Recipe:
 
 def checkpoint(name: str) -> Path:
     return FOLDER / "checkpoints" / f"{name}.safetensors"
+
+
+def trained(name: str, model: M) -> M:
+    """The model with the weights of the recipe's checkpoint, in float32."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict({n: v.float() for n, v in load_file(checkpoint(name)).items()})
+    return model.eval().requires_grad_(False)
 
 
 def results() -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from aropt.models import text
 from aropt.models.canvas import MASK, CausalLM
 from aropt.models.optimise import SEED, log, optimise, windows
 from aropt.passes.tree_draft import prepared
-from aropt.recipes import Recipe, Row, Say, checkpoint
+from aropt.recipes import Recipe, Row, Say, trained
 from aropt.rewriting.tree import Nodes, forms
 
 LENGTH, BATCH = 128, 12
@@ -171,11 +171,7 @@ class Both:
 
 @cache
 def loaded() -> NBDiff:
-    from safetensors.torch import load_file
-
-    model = NBDiff()
-    model.load_state_dict({n: v.float() for n, v in load_file(checkpoint("nbdiff")).items()})
-    return model.eval().requires_grad_(False)
+    return trained("nbdiff", NBDiff())
 
 
 def check(say: Say, quick: bool) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from aropt.loops.own_masks import pairs, places
 from aropt.models import text
 from aropt.models.canvas import MASK, CausalLM
 from aropt.models.optimise import SEED, log, optimise, windows
-from aropt.recipes import Recipe, Row, Say, checkpoint
+from aropt.recipes import Recipe, Row, Say, trained
 
 BLOCK = 8  # masked rows that are predicted at a time
 LENGTH, BATCH, STEPS = 128, 12, 3600
@@ -66,11 +66,7 @@ def plain_loop(model: TiDAR, prompt: list[int], new: int, nodes: int) -> tuple[l
 
 @cache
 def load() -> TiDAR:
-    from safetensors.torch import load_file
-
-    model = TiDAR()
-    model.load_state_dict({n: v.float() for n, v in load_file(checkpoint("tidar")).items()})
-    return model.eval().requires_grad_(False)
+    return trained("tidar", TiDAR())
 
 
 def check(say: Say, quick: bool) -> Iterator[Row]:

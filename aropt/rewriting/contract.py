@@ -81,7 +81,10 @@ class Skips:
 
 
 class Pass(Protocol):
-    """A rewrite of programs. Pure: returns a new program, changes nothing in place."""
+    """A rewrite of programs. Pure: returns a new program, changes nothing in place.
+
+    One that makes drafts has `source`, what makes them: the "text", the model it"self", or another "model".
+    """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]

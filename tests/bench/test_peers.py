@@ -165,6 +165,26 @@ def test_what_an_artifact_says_of_its_source_is_not_followed(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_model_that_aropt_ships_needs_no_name(
+    tiny_program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an artifact says of its source is followed to such a model alone; another that is named goes before it."""
+    (out := tmp_path / "out").mkdir()
+    meta = {**tiny_program.meta, "source": "text-ar", "target": "eager", "prompts": [[1]]}
+    write(tiny_program.replace(meta=meta), out, {})
+    timed: list[str] = []
+
+    def measure(*_: Any, origin: Origin, **__: Any) -> dict[str, Timing]:
+        timed.append(origin.model)
+        return {"aropt": Timing("aropt")}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    for origin in (Origin(), Origin("digits-ar")):
+        report = generation.bench(out, ["hf"], 1, 2, 1, lambda _: None, origin)
+        assert not any("left out" in note for note in report["notes"])
+    assert timed == ["text-ar", "digits-ar"]
+
+
 def test_unknown_variants_and_help(artifact: Path, llama: Path, tmp_path: Path) -> None:
     names = ", ".join(bench.AGAINST)
     assert {*peers.PEERS, *bench.DEFAULT_AGAINST, *bench.SETTINGS} <= {*bench.AGAINST}

@@ -10,84 +10,43 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from aropt.ir import ops
-from aropt.ir.opdef import Mixer, OpDef
-from aropt.kernels.tree_delay import drawn, on_path, pairs_of, parents_of
+from aropt.ir.opdef import OpDef
+from aropt.kernels.tree_delay import drawn, pairs_of, parents_of
 from tests.support.op_models import Call, assert_matches, free, symbolic
+from tests.support.trees import (
+    COMMITS,
+    HUGE,
+    INTERPRET,
+    PRODUCTS,
+    RECURRENT,
+    Args,
+    asked,
+    beside,
+    chained,
+    changed,
+    chosen,
+    close,
+    closed,
+    committed,
+    double,
+    every_op,
+    filled,
+    mixer,
+    names,
+    on_samples,
+    placed,
+    rows_axis,
+    single,
+    tree,
+    wide,
+)
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-RECURRENT = [op for op in map(ops.load, ops.NAMES) if op.mixer and op.mixer.state]
 STEPPED = {"tree_delay", "rg_lru_tree", "selective_tree_scan"}  # of the bits that steps give
-PRODUCTS = {"ssd_tree_scan": "BC", "gdn_tree_scan": "q", "kda_tree_scan": "q"}  # in which 0 * NaN is: all but these
-HUGE = {"g": -1e30, "dt": 1e30}  # decays, of which the other sign is growth
-every_op = pytest.mark.parametrize("op", RECURRENT, ids=lambda op: op.name)
-Args = tuple[Any, ...]
-
-
-def on_samples(count: int) -> Callable[[Any], Any]:
-    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
-
-
-def mixer(op: OpDef) -> Mixer:
-    assert op.mixer is not None
-    return op.mixer
-
-
-def tree(op: OpDef) -> OpDef:
-    return ops.load(mixer(op).tree)
-
-
-def names(op: OpDef) -> list[str]:
-    return [argument.name for argument in op.overload._schema.arguments]
-
-
-def rows_axis(op: OpDef) -> int:
-    return next(iter(mixer(op).rows.values()))
-
-
-def double(args: Args) -> Args:
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
-def changed(op: OpDef, args: Args, change: Callable[[str, Tensor, int], Tensor]) -> Args:
-    """With `change(name, value, its axis of rows)` in the place of each argument of rows, but the pairs."""
-    rows = mixer(op).rows
-    found = [change(n, a, rows[n]) if n in rows else a for n, a in zip(names(op), args[:-1])]
-    return *found, args[-1]
-
-
-def single(op: OpDef, args: Args, b: int) -> Args:
-    """Of one sequence of the batch."""
-    held = (*mixer(op).rows, *mixer(op).state)
-    found = [a[b : b + 1] if n in held and a is not None else a for n, a in zip(names(op), args[:-1])]
-    return *found, args[-1][b : b + 1]
-
-
-def chosen(op: OpDef, args: Args, nodes: Tensor) -> Args:
-    """Of one sequence these nodes, in this order."""
-    args = changed(op, args, lambda _, a, axis: a.index_select(axis, nodes))
-    return *args[:-1], args[-1][:, nodes][:, :, nodes]
-
-
-def filled(op: OpDef, args: Args, nodes: Tensor, value: Callable[[str], float | None]) -> Args:
-    """With `value(argument)` in these nodes' rows."""
-
-    def change(name: str, a: Tensor, axis: int) -> Tensor:
-        number = value(name)
-        return a if number is None else a.index_fill(axis, nodes, number)
-
-    return changed(op, args, change)
-
-
-def close(got: Tensor, want: Tensor, op: OpDef, bits: bool = False) -> None:
-    """In double precision to 1e-12, in single to what the op promises."""
-    rtol, atol = (1e-12, 1e-12) if want.dtype == torch.float64 else tree(op).tolerance.get(want.dtype, (0.0, 0.0))
-    torch.testing.assert_close(got, want, rtol=0 if bits else rtol, atol=0 if bits else atol)
 
 
 def alone(op: OpDef, args: Args, node: int) -> Tensor:
@@ -187,15 +146,6 @@ def test_another_order_of_nodes_is_that_of_results(op: OpDef, data: st.DataObjec
         close(tree(op).reference(*chosen(op, given_args, order)), want, op, mixer(op).tree in STEPPED)
 
 
-def beside(data: st.DataObject, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A node's path, the nodes of one tree that are not on it, and pairs with these hung anew."""
-    count = pairs.shape[1]
-    path = pairs[0, data.draw(st.integers(0, count - 1))]
-    parents = parents_of(pairs)
-    other = drawn(data.draw, 1, count)
-    return path.nonzero()[:, 0], (~path).nonzero()[:, 0], pairs_of(torch.where(path, parents, other))
-
-
 @every_op
 @on_samples(40)
 @given(data=st.data())
@@ -272,72 +222,6 @@ def test_strong_decays_stay_finite(op: OpDef, data: st.DataObject) -> None:
     args = *(STRONG[n](a) if n in STRONG else a for n, a in zip(names(op), args[:-1])), args[-1]
     assert tree(op).reference(*args).isfinite().all()
     assert_paths(op, args)
-
-
-COMMITS = [op for op in RECURRENT if mixer(op).commit]
-every_commit = pytest.mark.parametrize("op", COMMITS, ids=lambda op: op.name)
-
-
-def closed(op: OpDef) -> OpDef:
-    return ops.load(mixer(op).commit)
-
-
-def chained(op: OpDef) -> bool:
-    """Whether the op that gives the state after a path takes a chain for a tree."""
-    return "pairs" in str(closed(op).schema).partition("Tensor? ")[2]
-
-
-def asked(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Args:
-    """The arguments of that op; `args` are those of the op without a tree, which has a state."""
-    known = dict(zip(names(op), args, strict=False)) | {"pairs": pairs, "leaf": leaf}
-    return tuple(known[name] for name in names(closed(op)))
-
-
-def committed(op: OpDef, args: Args, pairs: Tensor | None, leaf: Tensor) -> Tensor:
-    """The state after the path to each sequence's leaf."""
-    return closed(op).reference(*asked(op, args, pairs, leaf))  # type: ignore[no-any-return]
-
-
-def left(op: OpDef, args: Args, path: Tensor) -> Tensor:
-    """The state that rows of one sequence leave one after the other, by the op without a tree."""
-    if not len(path):
-        return args[names(op).index(mixer(op).state[0])]  # type: ignore[no-any-return]
-    return op.reference(*chosen(op, args, path)[:-1], None)[1]  # type: ignore[no-any-return]
-
-
-def test_states_after_paths_are_closed_forms_of_three() -> None:
-    assert [mixer(op).commit for op in COMMITS] == ["conv1d_commit", "gdn_commit", "ssd_commit"]
-    assert all(len(mixer(op).state) == 1 for op in COMMITS)
-
-
-@every_commit
-@on_samples(40)
-@given(data=st.data())
-def test_the_state_after_a_path(op: OpDef, data: st.DataObject) -> None:
-    """Is what the path's rows leave, of any node, and the state itself of none; a chain needs no pairs."""
-    args = double(data.draw(tree(op).samples().filter(lambda a: a[-2] is not None)))
-    batch, count = args[-1].shape[0], args[-1].shape[1]
-    leaf = torch.tensor([data.draw(st.integers(-1, count - 1)) for _ in range(batch)])
-    got = committed(op, args, args[-1], leaf)
-    for b, node in enumerate(leaf.tolist()):
-        one = single(op, args, b)
-        path = one[-1][0, node].nonzero()[:, 0] if node >= 0 else torch.tensor([], dtype=torch.int64)
-        close(got[b : b + 1], left(op, one, path), op)
-        if chained(op):
-            line = committed(op, one, None, leaf[b : b + 1])
-            close(line, left(op, one, torch.arange(node + 1)), op)
-
-
-@every_commit
-@on_samples(20)
-@given(data=st.data())
-def test_nodes_beside_a_path_leave_its_state_alone(op: OpDef, data: st.DataObject) -> None:
-    args = double(single(op, data.draw(tree(op).samples().filter(lambda a: a[-2] is not None)), 0))
-    path, others, pairs = beside(data, args[-1])
-    leaf = path[-1:]
-    want = committed(op, args, args[-1], leaf)
-    got = committed(op, filled(op, args, others, lambda name: HUGE.get(name, 1e30)), pairs, leaf)
-    close(got, want, op)
 
 
 @every_op
@@ -455,36 +339,6 @@ def test_onnx_takes_long_paths(name: str, held: bool) -> None:
         assert_matches(op, [torch.from_numpy(a) for a in session.run(None, feeds)], op.reference(*args))
 
 
-def wide(name: str, rows: int) -> Args:
-    """Two trees, larger than a kernel's tiles in each axis; decays are below 1."""
-    generator = torch.Generator().manual_seed(rows)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(2, *sizes, generator=generator)
-
-    place = torch.arange(rows)
-    parents = torch.where(place > 0, (torch.rand(2, rows, generator=generator) * place).long(), -1)
-    parents[1] = torch.where(place % 5 == 3, -1, (place - 1 - place % 3).clamp(min=-1))
-    pairs = pairs_of(parents)
-    if name == "tree_conv1d":
-        return normal(70, rows), normal(70, 4)[0], normal(70)[0], normal(70, 3), pairs
-    if name == "selective_tree_scan":
-        a, direct = -normal(70, 20)[0].exp(), normal(70)[0]
-        return (normal(70, rows), normal(70, rows).abs(), a, *(normal(20, rows) for _ in "bc"), direct,
-                normal(70, 20), pairs)  # fmt: skip
-    if name == "ssd_tree_scan":
-        b, c, x, dt = (normal(rows, *sizes) for sizes in ((2, 35), (2, 35), (4, 37), (4,)))
-        return x, dt.abs(), -normal(4)[0].abs(), b, c, normal(4)[0], normal(4, 37, 35), pairs
-    q, k, v, g, beta = (normal(rows, 3, *sizes) for sizes in ((35,), (35,), (37,), (), ()))
-    k = torch.nn.functional.normalize(k, dim=3)
-    return q, k, v, -g.abs(), beta.sigmoid(), normal(3, 35, 37), pairs
-
-
-def placed(args: Args) -> Args:
-    """Where a kernel runs."""
-    return args if INTERPRET else tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
-
-
 KERNELS = [op for op in RECURRENT if tree(op).launch]
 
 
@@ -508,29 +362,6 @@ def test_kernel_of_many_tiles(op: OpDef, rows: int) -> None:
     assert torch.equal(again, got[:1].index_select(rows_axis(op), kept))
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64])
-@every_commit
-def test_kernel_of_many_tiles_after_a_path(op: OpDef, rows: int) -> None:
-    """Equal to the definition; what is beside a path leaves its bits alone, and no path those of the state."""
-    pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    if not (INTERPRET or torch.cuda.is_available()):
-        pytest.skip("needs a GPU; `test_kernels_in_the_interpreter` does it on the CPU")
-    args, launch, leaf = wide(mixer(op).tree, rows), closed(op).launch, torch.tensor([rows * 3 // 4, -1])
-    at = names(op).index(mixer(op).state[0])
-    args[at][1, 0, 0] = -0.0  # to which adding zero would make a difference
-    for pairs in [args[-1], args[-1][:1], *[None] * chained(op)]:
-        found = placed(asked(op, args, pairs, leaf))
-        assert launch is not None and closed(op).supports(*found) is None
-        got = launch(*found)
-        assert_matches(closed(op), got, closed(op).reference(*found))
-        assert torch.equal(got[1].cpu().view(torch.int32), args[at][1].view(torch.int32))
-        others = list(filled(op, args, (~on_path(pairs, leaf, rows)[0]).nonzero()[:, 0], lambda _: torch.nan))
-        others[at] = torch.stack([args[at][0], torch.full_like(args[at][1], torch.nan)])
-        again = launch(*placed(asked(op, tuple(others), pairs, leaf))).cpu()
-        want = torch.stack([got[0].cpu(), others[at][1]])
-        assert torch.equal(again.view(torch.int32), want.view(torch.int32))
-
-
 def test_kernels_refuse_what_they_do_not_hold() -> None:
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     assert len(KERNELS) == 4
@@ -551,8 +382,17 @@ def test_kernels_refuse_what_they_do_not_hold() -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="runs itself")
 def test_kernels_in_the_interpreter() -> None:
-    """Tests of kernels in a process of its own, as in test_ops."""
+    """Tests of kernels, here and in test_commits, in a process of their own, as in test_ops."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_kernel_of_many_tiles"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        __file__,
+        __file__.replace("trees", "commits"),
+        "-k",
+        "test_kernel_of_many_tiles",
+    ]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "21 passed" in done.stdout, done.stdout + done.stderr
