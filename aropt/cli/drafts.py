@@ -17,7 +17,7 @@ from aropt.pipeline.registry import inserted, make, parse, untold
 from aropt.rewriting.contract import Pass
 
 TREES = "tree-draft"
-SHAPES = ("chain:3", "chain:5", "2x1x1", "3x2x1x1")  # of the tree, the usual one first
+SHAPES = ("chain:3", "chain:5", "2x1x1", "grown:3x2:4", "grown:5x2:7")  # of the tree, the usual one first
 
 
 def asked_drafts(do: Doing) -> list[str]:

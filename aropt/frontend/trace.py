@@ -288,10 +288,22 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
     if base in PASS_THROUGH or is_identity_slice(node) or needless(node) or overwrites(node):
         copied[node] = copied[node.args[1 if overwrites(node) else 0]]  # type: ignore[index]
         return
+    if (only := joined_alone(node)) is not None:
+        copied[node] = copied[only]
+        return
     new = graph.node_copy(node, lambda n: copied[n])
     new.args, new.kwargs = fx.node.map_aggregate(new.args, single), fx.node.map_aggregate(new.kwargs, single)
     new.meta = {"where": module_path(node), "origin": new.name}
     copied[node] = new
+
+
+def joined_alone(node: fx.Node) -> fx.Node | None:
+    """x of a concatenation of x with empty tensors of one axis, as a cache without rows is."""
+    if node.target is not aten.cat.default:
+        return None
+    parts: Any = node.args[0]
+    there = [part for part in parts if tuple(part.meta["val"].shape) != (0,)]
+    return there[0] if len(there) == 1 and there[0].meta["val"].dtype == node.meta["val"].dtype else None
 
 
 def is_identity_slice(node: fx.Node) -> bool:

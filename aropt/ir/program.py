@@ -66,7 +66,7 @@ class Graph:
 class StateSpec:
     """A value that survives an iteration. `init` fills it before the program starts (None: a graph writes it first).
 
-    Kinds: tokens, append-kv, canvas-kv, recurrent, counter, flag, lengths. `axis` is that of slots (both kv kinds).
+    Kinds: tokens, append-kv, canvas-kv, recurrent, counter, flag, lengths, logits. `axis` is that of slots.
     """
 
     kind: str

@@ -20,7 +20,7 @@ from aropt.ir.units import window
 from aropt.loops.drafters import Model
 from aropt.loops.scheme import scheme
 from aropt.loops.tree_control import general
-from aropt.loops.trees import Shape
+from aropt.loops.trees import Drafts
 from aropt.restrict import excluded
 from aropt.rewriting.tree import Nodes, forms
 
@@ -76,7 +76,7 @@ def check(text: str, meta: Meta) -> Source:
     return source
 
 
-def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, shape: Shape) -> Model:
+def read(text: str, meta: Meta, weights: dict[str, Tensor], prepare: Prepare, shape: Drafts) -> Model:
     """The model's graphs; its weights are added to `weights`. Raises UsageError, Unsupported, NoTree."""
     check(text, meta)
     program = cached(text, int(meta["capacity"]), prepare)

@@ -6,6 +6,7 @@ are accepted by their chances, they are draws with noise of their own, and `draf
 
     own_model   another, smaller model with a state of its own (Leviathan et al. 2023, 2211.17192)
     own_step    a cheaper form of the target's step, on the target's state, which no step for nodes writes
+    from_before what the round before says of the places after its ids (jacobi.py): a chain
     from_text   what followed the latest ids where they stood before (prompt lookup): a chain
     from_masks  rows of masks beside the nodes that are checked (own_masks.py): a chain
 """
@@ -25,7 +26,7 @@ from aropt.ir.program import Graph, Program, Spec, StateSpec
 from aropt.loops.accept import DRAFTS, MATCH, Acceptance, beside
 from aropt.loops.rules import chosen, draw, draws, rule
 from aropt.loops.speculate import LATEST
-from aropt.loops.trees import Made, Shape
+from aropt.loops.trees import Drafts, Made, Shape
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
@@ -36,20 +37,21 @@ NODES = {"ids": "nodes", "positions": "node_positions"}
 class Ranked:
     """A loop's rule as a call, and as a function of how many of the ids are wanted that it puts first.
 
-    `accept`: how drafts are accepted; `chances`: the function of the logits that the rule draws by.
+    `accept`: how drafts are accepted; `chances`: the function of the logits that the rule draws by; `drawn`: it draws.
     """
 
     call: Call
     best: Callable[[int], tuple[Callable[..., Tensor], dict[str, Spec]]]
     chances: Callable[[], tuple[Callable[..., Tensor], dict[str, Spec]]]
     accept: Acceptance = MATCH
+    drawn: bool = False
 
 
 def ranking(program: Program, call: Call, accept: Acceptance) -> Ranked:
     """The rule of a loop that the call runs; where it makes choices, drafts of these count that it makes too."""
     meta, sampled = program.meta, draws(program.graphs[call.graph])
     function = partial(rule, chosen(tuple(meta["rules"])), int(meta["vocab"]), sampled, (), meta.get("never", ()))
-    return Ranked(call, function, partial(function, chances=True), accept if sampled else MATCH)
+    return Ranked(call, function, partial(function, chances=True), accept if sampled else MATCH, sampled)
 
 
 @dataclass
@@ -125,7 +127,7 @@ def drawn(made: Made, shape: Shape, depth: int, rule: Ranked, rows: list[int]) -
     return Call(graph.name, reads, {n: n for n in graph.outputs})
 
 
-def certain(made: Made, shape: Shape) -> Call:
+def certain(made: Made, shape: Drafts) -> Call:
     """The call that says by which logits a chain of given ids was drawn: each is the only one that could be."""
 
     def one(**levels: Tensor) -> tuple[Tensor, ...]:
@@ -152,6 +154,29 @@ def grown(made: Made, shape: Shape, depth: int, root: bool) -> Call:
     return call_by_name(made.add(f"grow_{depth}", grow, inputs, ["draft_ids", "draft_positions"], tables=tables))
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How drafts of a shape come one level after the other, where the rule drafts from logits after each node.
+
+    `rows(depth, root)`: the call that says which rows are computed next, the nodes down to a depth, `root` among them
+    or not; `children(depth, root)`: the call that drafts below that depth by these rows' logits; `last`: what follows.
+    """
+
+    rows: Callable[[int, bool], Call]
+    children: Callable[[int, bool], Call]
+    last: Sequence[Call] = ()
+
+
+def fixed(made: Made, shape: Shape, rule: Ranked) -> Growth:
+    """A tree that is always the same."""
+
+    def children(depth: int, root: bool) -> Call:
+        before = 0 if root or depth == 0 else 1
+        return guess(made, shape, depth, rule, [node - before for node in shape.level(depth)])
+
+    return Growth(partial(grown, made, shape), children)
+
+
 def where(made: Made) -> Call:
     """The call that says where the newest ids stand, and which sequences go on."""
 
@@ -164,23 +189,19 @@ def where(made: Made) -> Call:
 
 def drafting(call: Call, prefix: str) -> Call:
     """A step for nodes on what `grown` writes; the state's names begin with the prefix, and so does the stash's."""
-    given = {"ids": "draft_ids", "positions": "draft_positions"}
+    given = {"ids": "draft_ids", "positions": "draft_positions", "pairs": "draft_pairs"}
     reads = {n: given.get(n, prefix + v) for n, v in call.reads.items()}
     writes = {n: "draft_logits" if n == "logits" else prefix + v for n, v in call.writes.items()}
     return Call(call.graph, reads, writes)
 
 
-def own_step(made: Made, shape: Shape, levels: Sequence[Graph], rule: Ranked) -> Drafter:
+def own_step(made: Made, growth: Growth, levels: Sequence[Graph]) -> Drafter:
     """Drafts by a cheaper form of the target's step: for the root, for it and the first level, and so on."""
     made.graphs |= {g.name: g for g in levels}
     rounds = [where(made)]
     for depth, level in enumerate(levels):
-        rounds += [
-            grown(made, shape, depth, True),
-            drafting(call_by_name(level), ""),
-            guess(made, shape, depth, rule, shape.level(depth)),
-        ]
-    return Drafter(rounds=rounds)
+        rounds += [growth.rows(depth, True), drafting(call_by_name(level), ""), growth.children(depth, True)]
+    return Drafter(rounds=[*rounds, *growth.last])
 
 
 @dataclass(frozen=True)
@@ -194,7 +215,7 @@ class Model:
     state: Mapping[str, StateSpec]
 
 
-def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
+def own_model(made: Made, shape: Drafts, growth: Growth, model: Model) -> Drafter:
     """Drafts by a model of its own: each round it reads the ids that came last, then the tree as it grows."""
     made.graphs |= {g.name: g for g in (model.step, model.chain, model.settle, *model.levels)}
     fed = {"ids": "feed", "slots": "slots", "positions": "positions"}
@@ -233,18 +254,14 @@ def own_model(made: Made, shape: Shape, model: Model, rule: Ranked) -> Drafter:
         ["draft_logits"],
     )
     rounds = [where(made), call_by_name(made.graphs["follow"]), drafting(chain, "draft_"), settle]
-    rounds += [call_by_name(made.graphs["last_drafted"]), guess(made, shape, 0, rule, [0])]
-    for depth in range(1, shape.deepest):
-        rounds += [
-            grown(made, shape, depth, False),
-            drafting(call_by_name(model.levels[depth - 1]), "draft_"),
-            guess(made, shape, depth, rule, [n - 1 for n in shape.level(depth)]),
-        ]
+    rounds += [call_by_name(made.graphs["last_drafted"]), growth.children(0, False)]
+    for depth, level in enumerate(model.levels, 1):
+        rounds += [growth.rows(depth, False), drafting(call_by_name(level), "draft_"), growth.children(depth, False)]
     state = {"draft_" + n: s for n, s in model.state.items()}
-    return Drafter(state, prompt=[step], rounds=rounds)
+    return Drafter(state, prompt=[step], rounds=[*rounds, *growth.last])
 
 
-def from_text(made: Made, shape: Shape, rule: Ranked) -> Drafter:
+def from_text(made: Made, shape: Drafts, rule: Ranked) -> Drafter:
     """Drafts a chain from the ids so far, the newest first in `history` int64 [B, C], -1 after them."""
     size, count = max(8, min(made.capacity, LATEST)), shape.deepest
     history = Spec(I64, ("B", size))

@@ -15,7 +15,7 @@ from aropt.ir.control import Call
 from aropt.ir.edit import call_by_name
 from aropt.ir.program import Spec, StateSpec
 from aropt.loops.drafters import Drafter, Ranked
-from aropt.loops.trees import Made, Shape
+from aropt.loops.trees import Drafts, Made
 from aropt.rewriting.tree import Nodes
 
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
@@ -23,7 +23,7 @@ ROWS = Spec(I64, ("B",))
 FED = {"ids": "all_nodes", "positions": "all_positions"}
 
 
-def from_masks(made: Made, shape: Shape, mask: int, rule: Ranked) -> Drafter:
+def from_masks(made: Made, shape: Drafts, mask: int, rule: Ranked) -> Drafter:
     """Drafts a chain by masks of the id `mask`; the step for nodes lets a row see later ones, where `pairs` says so."""
     nodes, drafts = shape.nodes, shape.deepest
     ahead = Spec(I64, ("B", drafts))

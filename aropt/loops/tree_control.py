@@ -10,7 +10,7 @@ from aropt.ir.edit import call_by_name
 from aropt.ir.program import Program
 from aropt.loops.accept import MATCH
 from aropt.loops.drafters import Drafter, Ranked
-from aropt.loops.speculate import Rounds, checking, dense, rounds_of
+from aropt.loops.speculate import Rounds, checking, dense, rounds_of, varies
 from aropt.loops.trees import Made
 
 
@@ -18,6 +18,20 @@ def general(program: Program) -> list[Rounds]:
     """The loops over positions whose step takes rows of any prompts, short ones padded."""
     found = [made for loop in loops(program.control, "positions") if (made := rounds_of(loop, program.graphs))]
     return [made for made in found if not dense(program.graphs[made.step.graph]) and made.before]
+
+
+def unfit(program: Program, widest: int) -> str:
+    """Why no tree of drafts, of so many children of a node, can be checked in a program; "" if one can."""
+    found = general(program)
+    if not found:
+        return "no loop over positions runs a cached step for rows of any prompt"
+    if program.state["feed"].spec.dims[0] != "B":
+        return "a round feeds both branches of guidance"
+    if widest > int(program.meta["vocab"]):
+        return f"a node has {widest} drafts, of {program.meta['vocab']} ids"
+    if other := sorted({v for one in found for v in varies(program, one.rule)}):
+        return f"the rule depends on more than a row's logits: {', '.join(other)}"
+    return ""
 
 
 def beside(program: Program, found: Sequence[Rounds], made: Made, drafted: Callable[[Rounds], Control]) -> Control:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,10 @@ from aropt.rewriting.tree import Nodes
 BOOL, F32, I64 = torch.bool, torch.float32, torch.int64
 SCALAR, ROWS = Spec(I64), Spec(I64, ("B",))
 MOST = 64  # nodes: their attention to each other grows with the square
-HINT = "write chain:4, or the children of a node on each level, as 3x2x1, or each draft's parent, as 0-0-1"
+HINT = (
+    "write chain:4, or the children of a node on each level, as 3x2x1, or each draft's parent, as 0-0-1, or grown:4x3:8"
+    " for the 8 likeliest of 4 levels of 3 nodes"
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ class Shape:
         return len(self.parents)
 
     @property
+    def widest(self) -> int:
+        """The most children that a node has."""
+        return max(map(self.parents.count, self.parents[1:]))
+
+    @property
     def deepest(self) -> int:
         return self.depth[-1]
 
@@ -94,13 +102,10 @@ class Shape:
     def window(self) -> Spec:
         return Spec(I64, ("B", self.deepest + 1))
 
-    def state(self) -> dict[str, StateSpec]:
-        """What survives a round, besides what the step and its drafter keep."""
-        return {
-            "begun": StateSpec("flag", Spec(BOOL), 0),
-            "window": StateSpec("tokens", self.window, -1),
-            "counts": StateSpec("lengths", ROWS, 0),
-        }
+    @property
+    def offered(self) -> dict[str, Spec]:
+        """The values that hold a round's drafts."""
+        return {f"level_{d}": Spec(I64, ("B", len(self.level(d)))) for d in range(1, self.deepest + 1)}
 
     def level(self, depth: int) -> list[int]:
         """The nodes of a depth."""
@@ -127,8 +132,52 @@ class Shape:
             found[node] |= found[parent]
         return found
 
+    @property
+    def checked(self) -> Nodes:
+        """What the rows of the step that checks the tree are."""
+        return self.rows(range(MOST))
+
     def tables(self) -> dict[str, Tensor]:
+        """What is always the same of `parents`, `depth` and `pairs`; the others are values [B, ..] of a round."""
         return {"parents": torch.tensor(self.parents), "depth": torch.tensor(self.depth), "pairs": self.pairs}
+
+
+class Drafts(Protocol):
+    """What passes and rounds ask of a shape: how many nodes a tree has, how deep it is, what is known beforehand."""
+
+    @property
+    def chain(self) -> bool: ...
+
+    @property
+    def checked(self) -> Nodes: ...
+
+    @property
+    def nodes(self) -> int: ...
+
+    @property
+    def widest(self) -> int: ...
+
+    @property
+    def deepest(self) -> int: ...
+
+    @property
+    def window(self) -> Spec: ...
+
+    @property
+    def offered(self) -> dict[str, Spec]: ...
+
+    def tables(self) -> dict[str, Tensor]: ...
+
+    def rows(self, depths: range) -> Nodes: ...
+
+
+def state(tree: Drafts) -> dict[str, StateSpec]:
+    """What survives a round, besides what the step and its drafter keep."""
+    return {
+        "begun": StateSpec("flag", Spec(BOOL), 0),
+        "window": StateSpec("tokens", tree.window, -1),
+        "counts": StateSpec("lengths", ROWS, 0),
+    }
 
 
 def refused(why: str) -> UsageError:
@@ -165,7 +214,7 @@ class Made:
         return self.graphs[name]
 
 
-def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> None:
+def rounds(made: Made, shape: Drafts, most: int, accept: Acceptance = MATCH) -> None:
     """The graphs that do not depend on where drafts come from. `most`: sequences of a batch that is speculated.
 
     `accept`: how drafts of ids that are drawn are accepted; those of choices, where the rule picks them.
@@ -174,8 +223,8 @@ def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> N
     all rows whose positions are not after its own.
     """
     deepest, vocab = shape.deepest, made.vocab
-    levels = {f"level_{d}": Spec(I64, ("B", len(shape.level(d)))) for d in range(1, deepest + 1)}
     tables = shape.tables()
+    depth, kept = {} if "depth" in tables else {"depth": Spec(I64, ("B", shape.nodes))}, {"depth"} & set(tables)
     logits = Spec(F32, ("B", "R", vocab))
 
     def lead(token: Tensor) -> tuple[Tensor, ...]:
@@ -190,7 +239,7 @@ def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> N
         at, live = lengths + counts - 1, ~done & (counts < limit)
         places = at.unsqueeze(1) + given["depth"]
         return (
-            torch.cat([newest, *(given[name] for name in levels)], 1),
+            torch.cat([newest, *(given[name] for name in shape.offered)], 1),
             torch.where(live.unsqueeze(1) & (places < made.capacity), places, -1), (places + 1).flatten(),
             streams.unsqueeze(1).expand_as(places).flatten(), pads + at, at, torch.where(live, limit - counts, 0),
         )  # fmt: skip
@@ -204,9 +253,9 @@ def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> N
     made.add(
         "spread", spread,
         {"window": shape.window, "lengths": ROWS, "pads": ROWS, "counts": ROWS, "limit": SCALAR,
-         "done": Spec(BOOL, ("B",)), "streams": ROWS, **levels},
+         "done": Spec(BOOL, ("B",)), "streams": ROWS, **shape.offered, **depth},
         ["nodes", "node_positions", "node_places", "node_streams", "start", "origin", "room"],
-        tables={"depth": tables["depth"]},
+        tables={name: tables[name] for name in kept},
     )  # fmt: skip
     made.add("node_rows", lambda logits: logits.to(F32).flatten(0, 1), {"logits": logits}, ["row"])
     for one in [MATCH] if accept == MATCH else [MATCH, accept]:
@@ -217,16 +266,18 @@ def rounds(made: Made, shape: Shape, most: int, accept: Acceptance = MATCH) -> N
     )  # fmt: skip
 
 
-def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Acceptance) -> None:
-    """The graph that says which nodes count."""
-    offered = {"width": max(map(shape.parents.count, shape.parents[1:]))} if by.reads("drafted") else {}
+def accepting(made: Made, shape: Drafts, tables: Mapping[str, Tensor], by: Acceptance) -> None:
+    """The graph that says which nodes count. Drafts that are accepted by their chances are of a tree of one shape."""
+    offered = {"width": shape.widest} if by.reads("drafted") else {}
     rule, wanted = acceptance(by.name, shape.nodes, shape.deepest, made.vocab, **offered)
     levels = [f"drafted_{d}" for d in range(shape.deepest)] if by.reads("drafted") else []
+    counts_of = [1, *(int(spec.dims[1]) for spec in shape.offered.values())]  # nodes of each depth
     flat, nodes = f"{shape.nodes}*B", shape.nodes
+    varying = {n: wanted[n] for n in ("parents", "depth", "pairs") if n not in tables}
     drawn: dict[str, Spec] = {
         **({"picks": Spec(I64, (flat,))} if by.reads("picks") else {}),
         **({"node_logits": Spec(F32, (flat, made.vocab))} if by.reads("logits") else {}),
-        **{n: Spec(F32, ("B", len(shape.level(d)), made.vocab)) for d, n in enumerate(levels)},
+        **{n: Spec(F32, ("B", counts_of[d], made.vocab)) for d, n in enumerate(levels)},
         **({"seed": SCALAR, "streams": ROWS, "origin": ROWS} if by.reads("seed") else {}),
     }
 
@@ -242,7 +293,7 @@ def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Accept
             given["logits"] = held["node_logits"].reshape(-1, shape.nodes, made.vocab)
         if levels:  # nobody asks what comes after leaves of the last level
             above = given["parents"] = given["parents"].expand(room.shape[0], -1).clone()
-            last = torch.zeros(room.shape[0], len(shape.level(shape.deepest)), made.vocab)
+            last = torch.zeros(room.shape[0], counts_of[-1], made.vocab)
             given |= {"drafted": torch.cat([*(held[n] for n in levels), last], 1), "position": held["origin"] + 1}
         _, path, window, taken, ended = rule(**{name: given[name] for name in wanted})
         path = torch.where((room > 0).unsqueeze(1), path, -1)
@@ -253,6 +304,6 @@ def accepting(made: Made, shape: Shape, tables: Mapping[str, Tensor], by: Accept
     made.add(
         by.graph, accept,
         {"nodes": Spec(I64, ("B", nodes)), **drawn, "room": ROWS, "counts": ROWS, "limit": SCALAR,
-         "done": Spec(BOOL, ("B",)), "stop": Spec(I64, ("K",))},
+         "done": Spec(BOOL, ("B",)), "stop": Spec(I64, ("K",)), **varying},
         ["path", "window", "counts", "done", "finished", *shown], "commit", {**tables, **by.fixed()},
     )  # fmt: skip

@@ -25,6 +25,7 @@ from aropt.pipeline.checks import Instruments, describe
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.describe import Run, described
 from aropt.pipeline.manager import Rewritten, run_passes
+from aropt.pipeline.memory import measured
 from aropt.pipeline.plugins import load as load_plugin
 from aropt.pipeline.registry import pipeline
 from aropt.restrict import excluded
@@ -146,8 +147,9 @@ def optimize(
         executor, verdict, drift = lowered(rewritten.program), Verdict(), None
     wanted = measure and (verdict.passed or not check)
     executor, calls = executor.tuned(rewritten.program, instruments.say) if wanted else (executor, {})
+    held = measured(rewritten.program, executor) if measure else {}
     run = Run(program, rewritten.program, target, threads, rewritten.results, verdict, trials, drift,
-              instruments.budget, calls, executor.executed())  # fmt: skip
+              instruments.budget, calls, executor.executed(), held)  # fmt: skip
     if strict:
         demand(run, check)
     made = rewritten.program.replace(meta={**rewritten.program.meta, "target": target})

@@ -16,6 +16,7 @@ from typing import Any
 
 from aropt.ir.control import Control, If, calls, transform
 from aropt.ir.program import Program
+from aropt.ir.units import window
 from aropt.loops.given import needs_negative, usual
 from aropt.loops.request import workload
 from aropt.loops.rules import draws
@@ -33,6 +34,7 @@ TURNS, PATIENCE = 7, 20.0  # turns, fewer where they take longer than so many se
 PAUSE = 0.05  # seconds before each: the threads of the one before wait busily for a while
 MARGIN = 1.1  # what a pass must win by, as other texts than these will be written
 WITHOUT = "without"
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 LARGE = 32 * 2**20  # bytes of weights, which take a millisecond or more to read
 
 
@@ -49,6 +51,8 @@ class Trial:
     ids: dict[str, float] = field(default_factory=dict)  # that a round gives, on average
     prompts: int = 0
     tokens: int = 0
+    rows: dict[int, float] = field(default_factory=dict)  # milliseconds to the first id after a prompt of so many rows
+    left: dict[str, str] = field(default_factory=dict)  # ways that were not timed, and why
     reason: str = ""
 
     def told(self) -> str:
@@ -106,11 +110,21 @@ def trial(
         return passes, found
     drawn, paid = bool(usual(program)), bool(instruments.budget)
     some = half(program, drawn)
-    lists, programs, found.reason = candidates(some, passes, ways, prompts, target, instruments)
+    lists, programs, found.left = candidates(some, passes, ways, prompts, target, instruments)
+    found.reason = "; ".join(dict.fromkeys(found.left.values()))
     if not programs:
         return passes, found
-    lists[WITHOUT], (programs[WITHOUT], _) = passes, applied(some, passes, target, paid)
+    plain = known.get(key(passes)) or lowered(applied(some, passes, target, paid)[0], target, threads)
+    found.rows = rows_timed(plain, prompts, drawn)
+    found.left |= {way: why for one in ways if (way := written(one)) in programs and (why := hopeless(one, found.rows))}
+    programs = {way: one for way, one in programs.items() if way not in found.left}
+    found.reason = "; ".join(dict.fromkeys(found.left.values()))
+    if not programs:
+        known[key(passes)] = plain
+        return passes, found
+    lists[WITHOUT] = passes
     made = {way: known.get(key(lists[way])) or lowered(one, target, threads) for way, one in programs.items()}
+    made[WITHOUT] = plain
     found.prompts, found.tokens = len(prompts), tokens
     found.ms = timed(made, prompts, found.tokens, drawn)
     found.ids = {way: ids_of_round(one, prompts, found.tokens, drawn) for way, one in made.items()}
@@ -147,26 +161,26 @@ def source(one: Pass) -> str:
 def candidates(
     program: Program, passes: Sequence[Pass], ways: Sequence[Pass], prompts: list[list[int]], target: str,
     instruments: Instruments,
-) -> tuple[dict[str, list[Pass]], dict[str, Program], str]:  # fmt: skip
+) -> tuple[dict[str, list[Pass]], dict[str, Program], dict[str, str]]:  # fmt: skip
     """Of each way that may pay its passes and its program, and why others are left out.
 
     Of passes with the same source of drafts the first that applies is enough.
     """
-    lists, programs, reasons, taken = dict[str, list[Pass]](), dict[str, Program](), dict[str, None](), dict[str, str]()
+    lists, programs, reasons, taken = dict[str, list[Pass]](), dict[str, Program](), dict[str, str](), dict[str, str]()
     for one in ways:
+        way, chosen = written(one), inserted(passes, one)
         if taken.get(source(one), one.name) != one.name:
             continue
         if why := unpromising(program, prompts, one):
-            reasons[why] = None
+            reasons[way] = why
             continue
-        way, chosen = written(one), inserted(passes, one)
         instruments.say(f"{way}: is it worth it?")
         made, skipped = applied(program, chosen, target, bool(instruments.budget))
         if one.name in skipped:
-            reasons[skipped[one.name]] = None
+            reasons[way] = skipped[one.name]
             continue
         lists[way], programs[way], taken[source(one)] = chosen, made, one.name
-    return lists, programs, "; ".join(reasons)
+    return lists, programs, reasons
 
 
 def unfit(program: Program, target: str) -> str:
@@ -186,6 +200,16 @@ def unpromising(program: Program, prompts: list[list[int]], one: Pass) -> str:
     if program.meta.get("modality") == "image":
         return "an image hardly repeats its ids in order"
     return "" if max(map(len, prompts), default=0) > 1 else "no prompt has two ids: --prompts gives others"
+
+
+def hopeless(one: Pass, rows: dict[int, float]) -> str:
+    """Why the pass can't pay even if all drafts are right, by what rows take; empty if it may or nothing is known."""
+    checked, ids = getattr(one, "offers", (1, 1))
+    size = max((n for n in rows if n <= checked), default=1)
+    longer = rows.get(size, 0.0) / rows.get(1, 1.0)
+    if longer * MARGIN < ids or ids < 2:
+        return ""
+    return f"a round of {size} rows takes {longer:.1f} times as long as one of 1, and gives {ids} ids at most"
 
 
 def half(program: Program, drawn: bool) -> Program:
@@ -240,6 +264,21 @@ def options_of(made: Compiled, prompt: list[int], drawn: bool) -> dict[str, Any]
     """Besides the prompt."""
     given: dict[str, Any] = {"temperature": 1.0} if drawn else {}
     return {**given, "negative": [prompt]} if needs_negative(made.program) else given
+
+
+def rows_timed(made: Compiled, prompts: list[list[int]], drawn: bool) -> dict[int, float]:
+    """Milliseconds to the first id after so many rows, medians of turns; {} where a row holds several ids."""
+    if window(made.program.meta) or not (ids := [token for prompt in prompts for token in prompt]):
+        return {}
+    sizes = [n for n in ROWS if n < int(made.program.meta["capacity"])]
+    texts = {n: [ids[i % len(ids)] for i in range(n)] for n in sizes}
+    runs: dict[int, list[float]] = {n: [] for n in sizes}
+    for _ in range(1 + TURNS):
+        for n, prompt in texts.items():
+            start = time.perf_counter()
+            made.generate([prompt], 1, plain=True, **options_of(made, prompt, drawn))
+            runs[n].append((time.perf_counter() - start) * 1e3)
+    return {n: statistics.median(times[1:]) for n, times in runs.items()}
 
 
 def timed(ways: dict[str, Compiled], prompts: list[list[int]], n: int, drawn: bool = False) -> dict[str, float]:

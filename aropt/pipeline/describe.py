@@ -15,6 +15,7 @@ from aropt import __version__
 from aropt.ir.program import Program
 from aropt.pipeline import report
 from aropt.pipeline.autotune import Trial
+from aropt.pipeline.memory import memory
 from aropt.pipeline.uncached import uncached
 from aropt.rewriting.contract import Result
 from aropt.targets import find_target
@@ -37,6 +38,7 @@ class Run:
     budget: Mapping[str, float] = field(default_factory=dict)
     calls: Mapping[str, Any] = field(default_factory=dict)  # how the target generates, as it measured
     nodes: Mapping[str, dict[str, int]] = field(default_factory=dict)  # what it runs each round
+    held: Mapping[str, int] = field(default_factory=dict)  # what values took as it generated
 
     def missed(self) -> str:
         """What drifts over the budget, in words; empty if nothing does."""
@@ -66,6 +68,10 @@ def described(run: Run) -> dict[str, Any]:
         verify=verified(run),
         uncached=uncached(run.made, run.results),
         notes=notes(run),
+        tried=[
+            report.Tried(**{n: v for n, v in asdict(t).items() if n not in ("level", "reason")}) for t in run.trials
+        ],
+        memory=memory(run.made).model_copy(update=dict(run.held)),
         **more,
     )
     return found.model_dump(mode="json", exclude_unset=True)

@@ -57,7 +57,7 @@ def run_passes(
             result.reason = plan.reason
             result.seconds = time.perf_counter() - start
             continue
-        result.matches, result.level = plan.matches, plan.level or one.contract.level
+        result.matches, result.memory, result.level = plan.matches, plan.memory, plan.level or one.contract.level
         if result.level == "lossy":
             changed, reference = spend(one, program, reference, result, instruments, oracles)
             result.seconds = time.perf_counter() - start

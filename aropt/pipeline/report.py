@@ -74,6 +74,7 @@ class Pass(Strict):
     verify: dict[str, Number] = {}
     matches: list[str] = []
     rejected: list[tuple[str, str]] = []
+    memory: dict[str, NonNegativeInt] = {}  # bytes of a sequence besides state, by what they are for
 
 
 class Case(Strict):
@@ -213,6 +214,32 @@ class Drift(Strict):
     drawn: NonNegativeInt = 0  # how many ids these are
 
 
+class Memory(Strict):
+    """Bytes: of weights; of one sequence's state by kind, with all rows of the capacity; and, measured, of all values
+    that are held after a round of an answer of so many tokens.
+    """
+
+    weights: NonNegativeInt
+    state: dict[str, NonNegativeInt]
+    peak: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+
+
+class Tried(Strict):
+    """Ways of drafting that took turns on the model's prompts: `ms` of a turn, `ids` that a round gives, `rows`: the
+    milliseconds of one round over so many rows without drafts, `left`: why others were not timed.
+    """
+
+    name: str
+    kept: str = ""
+    ms: dict[str, Positive] = {}
+    ids: dict[str, Positive] = {}
+    rows: dict[int, Positive] = {}
+    left: dict[str, str] = {}
+    prompts: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+
+
 class Window(Strict):
     """An image by windows of s x s ids: rounds, and milliseconds (smallest and largest of n runs beside the median)."""
 
@@ -238,6 +265,8 @@ class Report(Strict):
     speedup: dict[str, Positive] = {}
     roofline: Roofline | None = None
     calls: Calls | None = None
+    memory: Memory | None = None
+    tried: list[Tried] = []
     drift: Drift | None = None
     windows: list[Window] = []
     nodes: dict[str, dict[str, PositiveInt]] = {}

@@ -69,7 +69,8 @@ def aside(name: str, program: Program) -> Row:
     shape = Shape.parse(TREE)
     step, nodes = program.graphs[general(program)[0].step.graph], shape.nodes
     both = forms(step, dict(program.weights), shape.rows(range(nodes)))
-    kept, states = bytes_aside(both, program.state, nodes)
+    found = bytes_aside(both, program.state, nodes)
+    kept, states = found["aside"], found["snapshots"]
     return Row(
         f"{name}: what a round keeps aside for its nodes is less than their recurrent states",
         f"{kept / 2**10:.0f} KiB; a copy of the state for each node takes {states / 2**10:.0f} KiB",

@@ -68,6 +68,8 @@ def joined(node: fx.Node) -> Write | None:
     if len(x["tensors"]) != 2:
         return None
     first, rest = x["tensors"]
+    if rank(first) != rank(node):  # torch.cat takes an empty tensor of one axis to anything
+        return None
     axis, rows = x["dim"] % rank(node), first.meta["val"].shape[x["dim"]]
     fill = bind(first).get("fill_value") if op_name(first) in FULL else None
     if not isinstance(rows, int) or not (op_name(first) in ZEROS or fill == 0):

@@ -7,7 +7,7 @@ else: the registry computes the order, and the manager checks the facts.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -62,13 +62,15 @@ class Contract:
 class Applies:
     """The pass will change the program. `matches`: where; `rejected`: (where, why not).
 
-    `level`: where the program allows a stricter one than the contract's. `make`: the changed program, of what planning
-    worked out already; without it, `Pass.run` begins anew.
+    `level`: where the program allows a stricter one than the contract's. `memory`: bytes that a sequence takes besides
+    state, by what they are for. `make`: the changed program, of what planning worked out already; without it `Pass.run`
+    begins anew.
     """
 
     matches: tuple[str, ...]
     rejected: tuple[tuple[str, str], ...] = ()
     level: str = ""
+    memory: Mapping[str, int] = field(default_factory=dict)
     make: Callable[[], Program] | None = field(default=None, compare=False, repr=False)
 
 
@@ -121,6 +123,7 @@ class Result:
     verify: dict[str, float] = field(default_factory=dict)
     matches: tuple[str, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
     diff: str = ""
     drift: dict[str, object] = field(default_factory=dict)  # of a lossy pass: what it was measured to lose
 

@@ -361,17 +361,19 @@ def sketches(step: Graph, weights: dict[str, Tensor], levels: Sequence[Nodes], o
     return found
 
 
-def bytes_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> tuple[int, int]:
-    """What a round keeps aside for a sequence, and what the recurrent state of each node would take in its place."""
+def bytes_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> dict[str, int]:
+    """What a round of a sequence keeps aside, what says which nodes see which, and what the recurrent state of each
+    node would take in place of these ("snapshots").
+    """
     sizes = {"B": 1, "R": nodes, "P": nodes, "S": 1}
     specs = list(both.tree.outputs.values())[1:]  # but for the logits
     states = (state[name] for name in both.settle.outputs if not state[name].rewinds)
     aside = sum(StateSpec("", spec).nbytes(sizes) for spec in specs)
-    return aside, nodes * sum(one.nbytes(sizes) for one in states)
+    return {"aside": aside, "pairs": nodes * nodes, "snapshots": nodes * sum(one.nbytes(sizes) for one in states)}
 
 
-def kept_aside(both: Forms, state: Mapping[str, StateSpec], nodes: int) -> str:
+def kept_aside(found: Mapping[str, int]) -> str:
     """The same, in words."""
-    aside, each = bytes_aside(both, state, nodes)
+    each = found["snapshots"]
     beside = f", {each / 2**10:.0f} KiB if each node's state was kept" if each else ""
-    return f"{aside / 2**10:.0f} KiB kept aside for each sequence{beside}"
+    return f"{found['aside'] / 2**10:.0f} KiB kept aside for each sequence{beside}"

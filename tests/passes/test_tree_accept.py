@@ -69,6 +69,7 @@ WAYS = [
     pytest.param("chain:2", "few_draft", marks=SLOW),
     pytest.param("0-0-1", "self", marks=SLOW),
     ("chain:2", "text"),
+    ("chain:2", "jacobi"),
 ]
 
 

@@ -71,11 +71,15 @@ WAYS = [
     ("hybrid", "self", "2x2"),
     ("hybrid", "llama", "0-0-1-1-2"),
     ("mamba2", "hybrid", "chain:2"),
+    ("mamba2", "jacobi", "chain:3"),
+    ("llama", "nearly", "grown:3x2:4"),
+    ("hybrid", "self", "grown:3x3:5"),
+    ("mamba2", "llama", "grown:4x2:5"),
 ]
 
 
 SLOW = pytest.mark.exhaustive
-QUICK = (WAYS[1],)
+QUICK = (WAYS[1], WAYS[9])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,9 @@ def test_a_drafter_that_is_wrong_costs_no_id() -> None:
     assert len(ids[0]) == NEW and NEW // 3 <= count <= NEW
 
 
-@pytest.mark.parametrize(("model", "draft", "shape"), [WAYS[4], pytest.param(*WAYS[1], marks=SLOW)])
+@pytest.mark.parametrize(
+    ("model", "draft", "shape"), [WAYS[4], pytest.param(*WAYS[1], marks=SLOW), pytest.param(*WAYS[10], marks=SLOW)]
+)
 def test_it_is_validated_after_fusion(model: str, draft: str, shape: str) -> None:
     """One graph a round, and its rows are compared with the reference's."""
     fast = with_probe(drafted(model, draft, shape, ("fuse-sampler", "prune")))
@@ -140,9 +146,8 @@ def test_targets(model: str, draft: str, shape: str, target: str) -> None:
     assert made.generate(PROMPTS, NEW, plain=True) == want
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(WAYS[0], marks=SLOW), pytest.param(WAYS[5], marks=SLOW), pytest.param(WAYS[3], marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("way", [WAYS[i] for i in (0, 3, 5, 7, 9)])
 def test_the_whole_loop_is_one_onnx_file(way: tuple[str, str, str], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from aropt.exporters.whole_loop import export_program
