@@ -60,7 +60,7 @@ class TreeDraft:
         after=("fuse-attention", "kv-cache", "merge-linears"),
         requires=(NEW_ROWS, NO_DRAFTS, ROWS_OF_ONE),
         establishes=(DRAFTS,),
-        tries=("draft=text,shape=chain:4", "draft=self,shape=chain:4"),
+        tries=("draft=text,shape=chain:4", "draft=self,shape=chain:4", "draft=jacobi,shape=chain:8"),
     )
 
     def __post_init__(self) -> None:

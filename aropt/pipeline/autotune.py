@@ -192,7 +192,9 @@ def unfit(program: Program, target: str) -> str:
 
 def unpromising(program: Program, prompts: list[list[int]], one: Pass) -> str:
     """Why the pass can't pay; empty if it may."""
-    if source(one) == "self":
+    if source(one) == "jacobi" and program.meta.get("modality") == "text":
+        return "what a text goes on with depends on its latest ids"
+    if source(one) in ("self", "jacobi"):
         size = sum(w.nbytes for w in program.weights.values())
         return "" if size > LARGE else f"all weights are {size / 2**20:.0f} MiB, which takes next to no time to read"
     if source(one) != "text":

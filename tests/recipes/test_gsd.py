@@ -71,15 +71,17 @@ def test_draws_are_counted_and_their_shifts_measured() -> None:
     """Each prompt has a noise of its own; the prompt's round is no verification."""
     assert all(row["checks"] == {gsd.EXACT: 10, gsd.GROUPED: 8} for row in answers())
     assert len({tuple(row["places"][gsd.EXACT]) for row in answers()}) == COUNT
-    assert gsd.shifts(answers()).holds and gsd.faster(answers()).holds
-    assert gsd.faster(answers()).measured.startswith("2.38 (95 %: 2.38 to 2.38) ids, by rejection 1.90")
+    assert gsd.shifts(answers()).holds and gsd.faster(answers(), "ids", "prompts").holds
+    assert gsd.faster(answers(), "ids", "prompts").measured.startswith(
+        "2.38 (95 %: 2.38 to 2.38) ids, by rejection 1.90"
+    )
 
 
 def test_claims_fail_without_a_difference() -> None:
     """Where rejection is shifted too, or groups are not, and where they give no more ids."""
     for one in BOTH:
         alike = [{key: dict.fromkeys(BOTH, row[key][one]) for key in row} for row in answers()]
-        assert not gsd.shifts(alike).holds and not gsd.faster(alike).holds
+        assert not gsd.shifts(alike).holds and not gsd.faster(alike, "ids", "prompts").holds
 
 
 def test_ties_are_told() -> None:
