@@ -25,7 +25,7 @@ from aropt.pipeline import store
 from aropt.pipeline.manifest import foreign, proven
 from aropt.pipeline.registry import known
 from aropt.targets.scratch import Scratch
-from tests.cli.test_cli import MODEL
+from tests.support.commands import MODEL
 
 SIGNALS = {signal.SIGKILL: "KILL", signal.SIGINT: "INT", signal.SIGTERM: "TERM"}
 MARKER = "AROPT_KILLS"  # an environment variable, by which children are found

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import networkx as nx  # torch needs it
 
-ROOT = Path(__file__).parent.parent
+from tests.support.layout import modules
+
 # A module stays in its folder or imports from one to the left; folders of one tuple do not import each other.
 LAYERS = (
     ("errors",), ("ir.opdef",), ("kernels",), ("ir",), ("models",), ("restrict",), ("frontend",), ("rewriting",),
@@ -16,14 +17,6 @@ LAYERS = (
 )  # fmt: skip
 LEVEL = {folder: i for i, folders in enumerate(LAYERS) for folder in folders}
 KERNELS = {"errors", "ir.opdef"}  # what a kernel may import besides kernels: it runs on a bare GPU machine
-
-
-def modules() -> dict[str, Path]:
-    """{dotted name below aropt: file}."""
-    files = {f for top in ("aropt", "passes", "kernels", "exporters") for f in (ROOT / top).rglob("*.py")}
-    names = {f: ".".join(f.relative_to(ROOT).with_suffix("").parts).removeprefix("aropt.") for f in files}
-    found = {name.removesuffix(".__init__"): f for f, name in names.items() if not f.is_symlink()}
-    return {name: f for name, f in found.items() if name not in ("aropt", "__init__")}
 
 
 def imports(known: dict[str, Path]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_layers import modules
+from tests.support.layout import modules
 
 KINDS = {"unmask", "speculate", "draft", "positions"}
 

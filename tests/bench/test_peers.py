@@ -25,7 +25,7 @@ from aropt.ir.program import Program
 from aropt.models import CHECKPOINTS
 from aropt.pipeline.artifact import write
 from perf.run import table
-from tests.cli.test_cli import aropt, refused
+from tests.support.commands import aropt, refused
 
 # Notes its job and its process; noise on both streams, more than a pipe holds; then what an engine would answer.
 STAND_IN = """#!{python}

@@ -24,7 +24,7 @@ from aropt.targets import lower
 from aropt.targets.ort import multi_step
 from aropt.targets.ort.executor import OnnxRuntime
 from aropt.targets.ort.plan import Plan
-from tests.exporters.test_whole_loop import small_llama
+from tests.support.directories import small_llama
 from tests.support.run import generate
 
 K = multi_step.ROUNDS

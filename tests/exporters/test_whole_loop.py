@@ -29,25 +29,13 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.targets.ort import run_loop
-from tests.loops.test_unmask import tiny
 from tests.mutants.surgery import Tiny
+from tests.support.canvases import tiny
+from tests.support.directories import small_llama
 from tests.support.run import from_session, generate
 
 PAGE = (Path(__file__).parents[2] / "docs" / "onnx_loop.md").read_text()
 I64, BOOL = torch.int64, torch.bool
-
-
-def small_llama(folder: Path) -> str:
-    """A plain Hugging Face directory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        vocab_size=131, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, **shape
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 def small(layers: int = 1) -> Tiny:

@@ -17,21 +17,10 @@ from torch import Tensor
 import aropt
 from aropt.errors import AroptError, Unsupported, UsageError
 from aropt.frontend.sources import resolve
+from tests.support.directories import SIZES, directory, said
 from tests.support.run import generate
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 Weights = dict[str, Tensor]
-
-
-def directory(path: Path, kind: str = "Llama", head: str = "ForCausalLM", **more: Any) -> Path:
-    """A saved model with random weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = {**SIZES, "max_position_embeddings": 64, "initializer_range": 0.3, **ENDS, **more}
-    getattr(transformers, kind + head)(getattr(transformers, kind + "Config")(**config)).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +32,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(base: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(base, tmp_path / "llama"))
-
-
-def said(path: Path, file: str = "config.json", **more: Any) -> None:
-    """Adds to a JSON file of a directory."""
-    found = json.loads((path / file).read_text()) if (path / file).exists() else {}
-    (path / file).write_text(json.dumps({**found, **more}))
 
 
 def rewritten(path: Path, change: Callable[[Weights], Weights]) -> None:

@@ -22,7 +22,7 @@ from aropt.frontend.huggingface import longest
 from aropt.frontend.sources import resolve
 from aropt.models.canvas import MASK
 from tests.conftest import Tiny
-from tests.loops.test_unmask import tiny
+from tests.support.canvases import tiny
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 66}
@@ -175,7 +175,7 @@ def test_flags_of_a_canvas(tmp_path: Path) -> None:
 
     from aropt.cli.main import app
 
-    (tmp_path / "mine.py").write_text("from tests.loops.test_unmask import tiny\ndef build(): return tiny()")
+    (tmp_path / "mine.py").write_text("from tests.support.canvases import tiny\ndef build(): return tiny()")
     source = find(Reading(f"{tmp_path}/mine.py:build", mask=3, block=4, shift=True))
     assert {"mask": 3, "block": 4, "shift": True}.items() <= source.meta.items()
     shown = CliRunner().invoke(app, ["optimize", "--help"], env={"COLUMNS": "200"}).output

@@ -12,7 +12,7 @@ from aropt.cli.run import encode, tokenizer
 from aropt.frontend.sources import resolve
 from aropt.frontend.texts import model_tokenizer, read_texts
 from aropt.models import CHECKPOINTS
-from tests.frontend.test_huggingface import directory, said
+from tests.support.directories import directory, said
 
 transformers = pytest.importorskip("transformers", reason="needs aropt[hf]")
 TEXT = "def __init__(self, name):<|new|> x"

@@ -46,7 +46,7 @@ def artifacts(folder: Path) -> dict[str, Path]:
 
 
 def canvas() -> Program:
-    from tests.loops.test_unmask import tiny
+    from tests.support.canvases import tiny
 
     program = aropt.capture(tiny(), mask=259, capacity=16)
     for name in names("default"):

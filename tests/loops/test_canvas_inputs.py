@@ -13,7 +13,7 @@ from aropt.errors import UsageError
 from aropt.ir.program import Program
 from aropt.models.canvas import MASK
 from tests.conftest import make_program
-from tests.loops.test_unmask import capture, rounds, tiny
+from tests.support.canvases import capture, rounds, tiny
 from tests.support.run import generate
 
 OWN = 4

@@ -17,7 +17,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import pipeline
 from aropt.targets.ort import run_loop
 from tests.conftest import make_program
-from tests.loops.test_unmask import capture, tiny
+from tests.support.canvases import capture, tiny
 from tests.support.run import from_session, generate
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8]]

@@ -24,7 +24,7 @@ from aropt.pipeline.checks import Instruments
 from aropt.pipeline.registry import make
 from aropt.rewriting.contract import Applies, Skips, planned
 from aropt.validate.compare import cases, validate, with_probe
-from tests.loops.test_unmask import rounds, source, tiny
+from tests.support.canvases import rounds, source, tiny
 from tests.support.run import generate
 from tests.support.targets import EAGER
 

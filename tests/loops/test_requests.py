@@ -14,10 +14,10 @@ from aropt.loops.request import room
 from aropt.loops.requests.cases import Requests, bias, requests
 from aropt.loops.requests.design import cover
 from aropt.validate.slices import after_pass, touched
-from tests.cli.test_cli import MODEL
 from tests.conftest import VOCAB, make_program
-from tests.loops.test_unmask import capture, tiny
 from tests.mutants import optimized, reference
+from tests.support.canvases import capture, tiny
+from tests.support.commands import MODEL
 
 FACTORS = {"a": ("0", "1", "2"), "b": ("0", "1"), "c": ("0", "1", "2", "3"), "d": ("0", "1", "2")}
 

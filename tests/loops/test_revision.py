@@ -23,7 +23,7 @@ from aropt.targets import lower
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import cases, validate, with_probe
 from aropt.validate.drift import measure
-from tests.loops.test_unmask import capture, rounds, tiny
+from tests.support.canvases import capture, rounds, tiny
 from tests.support.run import from_session, generate
 
 PROMPTS = [[4, 5, 6], [7], [8, 9, 1, 2]]

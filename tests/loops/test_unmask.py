@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +12,23 @@ from hypothesis import strategies as st
 
 import aropt
 from aropt.errors import UsageError
-from aropt.frontend.facts import Source
 from aropt.ir.interpreter import Eager
 from aropt.ir.program import Program
 from aropt.loops.unmask.build import filled
 from aropt.loops.unmask.commit import SCHEDULES, Round, chosen, probability, ranked
 from aropt.models.canvas import MASK, VOCAB, CanvasLM
-from aropt.pipeline import api
 from aropt.pipeline.manager import run_passes
 from aropt.validate.compare import cases, validate, with_probe
+from tests.support.canvases import capture, rounds, tiny
 from tests.support.run import generate
 
 SLOW = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 lists = st.integers(1, 6)
 
 
-@cache
-def tiny(block: int = 0) -> CanvasLM:
-    """One model of a kind for all modules; do not change it in place."""
-    torch.manual_seed(1)
-    model = CanvasLM(block, width=32, layers=2, heads=2, hidden=48)
-    for parameter in model.parameters():
-        parameter.data *= 4  # else all logits are about alike
-    model.capacity = 64  # type: ignore[assignment]
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> CanvasLM:
     return tiny()
-
-
-@cache
-def capture(model: CanvasLM, *rules: str) -> Program:
-    return aropt.capture(source(model), mask=MASK, block=model.block, rules=rules)
-
-
-def source(model: CanvasLM) -> Source:
-    """The model, captured once for all rules and modules."""
-    found = copy(traced(model))
-    found.meta = dict(found.meta)  # what a capture is given goes there
-    return found
-
-
-@cache
-def traced(model: CanvasLM) -> Source:
-    found = api.given(model, None)
-    captured = found.captured()
-    found.captured = lambda: captured  # type: ignore[method-assign]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +39,6 @@ def quota(model: CanvasLM) -> Program:
 @pytest.fixture(scope="module")
 def above(model: CanvasLM) -> Program:
     return capture(model, "threshold")
-
-
-def rounds(program: Program, prompts: list[list[int]], n: int, **params: Any) -> tuple[list[list[int]], int]:
-    """Answers, and after how many rounds."""
-    seen: list[None] = []
-    return generate(program, prompts, n, on_round=lambda _: seen.append(None), **params), len(seen)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from aropt.passes.block_cache import BlockCache
 from aropt.restrict.rewrite import restrict
 from aropt.rewriting.contract import Applies, Skips, planned
 from aropt.validate.compare import cases, validate, with_probe
-from tests.loops.test_unmask import capture, tiny
+from tests.support.canvases import capture, tiny
 from tests.support.run import generate
 from tests.support.targets import EAGER
 

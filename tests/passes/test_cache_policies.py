@@ -27,7 +27,7 @@ from aropt.rewriting.contract import Applies, Result, Skips, planned
 from aropt.validate.compare import Case, cases, validate, with_probe
 from aropt.validate.drift import budget, ledger, measure
 from aropt.validate.replay import Trace
-from tests.loops.test_unmask import capture, tiny
+from tests.support.canvases import capture, tiny
 from tests.support.run import generate
 from tests.support.targets import EAGER
 

@@ -29,10 +29,10 @@ from aropt.targets import lower
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
-from tests.loops.test_units import Windows
 from tests.mutants.surgery import Tiny as Rotary
 from tests.support.run import from_session, generate
 from tests.support.targets import EAGER, ORT
+from tests.support.windows import Windows
 
 RULES = ("repetition-penalty", "temperature", "top-k")
 Prompts = list[list[int]]

@@ -28,19 +28,13 @@ from aropt.targets.ort import multi_step, run_loop
 from aropt.validate.compare import validate, with_probe
 from tests.conftest import make_program, rounds_of
 from tests.mutants.surgery import aten, swap
-from tests.passes.test_int8_linears import CAPACITY, VOCAB, Model
 from tests.support.run import generate
 from tests.support.targets import EAGER
+from tests.support.wide import CAPACITY, VOCAB, plain
 
 IDS = st.integers(0, VOCAB - 1)
 LEVELS, NULL = 7, 10
 ASKED = "int8-draft:drafts=3,least=1000"
-
-
-@cache
-def plain() -> Program:
-    torch.manual_seed(0)
-    return aropt.capture(Model().eval(), capacity=CAPACITY, vocab=VOCAB, prompts=[[1, 2, 3], [4, 5]])
 
 
 @cache

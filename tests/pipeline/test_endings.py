@@ -25,8 +25,8 @@ from aropt.pipeline import artifact
 from aropt.pipeline.manifest import foreign
 from aropt.pipeline.reading import load
 from aropt.targets.scratch import Scratch, sweep_scratch
-from tests.cli.test_cli import MODEL, QUICK, aropt, refused
-from tests.pipeline.test_report import demo
+from tests.support.commands import MODEL, QUICK, aropt, refused
+from tests.support.reports import demo
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from aropt.pipeline.artifact import save
 from aropt.targets.ort import pick, run_loop, single_call
 from aropt.targets.ort.plan import Plan, Planned
 from tests.conftest import Tiny, make_program
-from tests.loops.test_unmask import tiny
+from tests.support.canvases import tiny
 
 
 @cache

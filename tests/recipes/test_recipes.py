@@ -19,7 +19,7 @@ from aropt.bench.drafted import counted, difference
 from aropt.errors import UsageError, VerificationFailed
 from aropt.recipes import FOLDER, Recipe, Row, checkpoint, names, recipe, results
 from aropt.recipes._page import PAGE, page
-from tests.cli.test_cli import aropt, refused
+from tests.support.commands import aropt, refused
 
 MOST = 2**20  # bytes of a checkpoint
 

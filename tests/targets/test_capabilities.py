@@ -9,7 +9,7 @@ import pytest
 
 from aropt.rewriting.target import CAPABILITIES, Target
 from aropt.targets import TARGETS, find_target
-from tests.test_layers import modules
+from tests.support.layout import modules
 
 
 def test_files_are_targets() -> None:

@@ -17,7 +17,7 @@ from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
 from aropt.validate.compare import Case, Oracle, cases, fails, shrink, validate, with_probe
 from aropt.validate.localize import first_in_rounds, localize
-from tests.loops.test_unmask import capture, tiny
+from tests.support.canvases import capture, tiny
 
 aten = torch.ops.aten
 KINDS = ["block-cache", "dual-cache", "lossy", "optimized", "plain"]

@@ -23,7 +23,7 @@ from aropt.pipeline.report import html
 from aropt.validate import quality
 from aropt.validate.compare import with_probe
 from aropt.validate.drift import budget, measure
-from tests.loops.test_unmask import capture, tiny
+from tests.support.canvases import capture, tiny
 from tests.support.run import generate
 
 
