@@ -1,4 +1,4 @@
-"""Guidance: two branches as one batch, an interval of it, none of it; how often forwards run, and refused input."""
+"""Guidance: two branches as one batch, an interval of it; how often forwards run, and refused input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from aropt.ir.printer import text
 from aropt.ir.program import Program
 from aropt.ir.serialize import from_json, to_json
 from aropt.loops.rules import ALWAYS
-from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.pipeline.checks import Instruments
 from aropt.pipeline.manager import run_passes
 from aropt.pipeline.registry import make, pipeline
@@ -28,39 +27,14 @@ from aropt.rewriting.contract import Skips, planned
 from aropt.targets import lower
 from aropt.targets.ort import run_loop
 from aropt.validate.compare import validate, with_probe
-from tests.conftest import CAPACITY, VOCAB, Tiny, make_program
+from tests.conftest import CAPACITY, VOCAB, make_program
 from tests.mutants.surgery import Tiny as Rotary
+from tests.support.guided import FUSED, PARAMS, PROMPTS, RULES, Prompts, counted, passed
 from tests.support.run import from_session, generate
-from tests.support.targets import EAGER, ORT
+from tests.support.targets import EAGER
 from tests.support.windows import Windows
 
-RULES = ("repetition-penalty", "temperature", "top-k")
-Prompts = list[list[int]]
-PROMPTS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4), min_size=1, max_size=3)
-PARAMS = st.fixed_dictionaries(
-    {
-        "guidance": st.floats(1, 8, width=32),
-        "temperature": st.sampled_from([0.0, 1.0]),
-        "seed": st.integers(0, 2**40),
-        "repetition_penalty": st.sampled_from([1.0, 1.7]),
-    }
-)
 NEW = CAPACITY - 3  # rows after the longest prompt
-
-
-class Free(Tiny):
-    """Says that it was trained to need no guidance."""
-
-    guidance_free, null, capacity = True, 0, CAPACITY
-
-
-def passed(program: Program, *names: str) -> Program:
-    """The program after these passes, each of which must apply."""
-    for name in names:
-        one = make(name)
-        assert not isinstance(plan := planned(one, program, ORT), Skips), plan
-        program = one.run(program)
-    return program
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +45,6 @@ def plain() -> Program:
 @pytest.fixture(scope="module")
 def interval() -> Program:
     return make_program(1, ("guidance-interval", *RULES))
-
-
-@pytest.fixture(scope="module")
-def free() -> Program:
-    torch.manual_seed(0)
-    return aropt.capture(Free(1), rules=("guidance", *RULES))
-
-
-FUSED = ("kv-cache", "fuse-sampler", "prune")
 
 
 @pytest.fixture(scope="module")
@@ -105,25 +70,6 @@ def skipping(interval: Program) -> dict[str, Program]:
 def batched(interval: Program) -> Program:
     """Both branches in all rounds, cached."""
     return passed(interval, "cfg-batch", "kv-cache")
-
-
-class Counted(Eager):
-    """Counts the sequences that each forward ran on, and its rows."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.forwards: list[tuple[int, int]] = []
-
-    def call(self, graph: str, inputs: Values) -> Values:
-        if "ids" in inputs:
-            self.forwards.append((inputs["ids"].shape[0], inputs["ids"].shape[1]))
-        return super().call(graph, inputs)
-
-
-def counted(program: Program, prompts: Prompts, n: int, **options: Any) -> list[tuple[int, int]]:
-    executor = Counted(program)
-    generate(program, prompts, n, executor=executor, **options)
-    return executor.forwards
 
 
 # --- cfg-batch ------------------------------------------------------------------------------------------------------
@@ -361,55 +307,6 @@ def test_windows_count_rows(windows: tuple[Program, Program], ends: list[int], s
 def windows() -> tuple[Program, Program]:
     plain = aropt.capture(Windows(), rules=["guidance-interval", "temperature"])
     return plain, passed(plain, "cfg-interval", *FUSED)
-
-
-# --- cfg-eliminate --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(free: Program) -> Program:
-    return passed(free, "cfg-eliminate")
-
-
-def test_elimination_halves_the_forwards(free: Program, alone: Program) -> None:
-    for before, after in ((free, alone), (passed(free, "kv-cache"), passed(alone, "kv-cache"))):
-        many, few = (sum(b for b, _ in counted(p, [[1, 2], [3, 4]], 6)) for p in (before, after))
-        assert many == 2 * few == 24
-    assert not {"negative", "guidance"} & set(alone.inputs)
-    assert not [n for n in alone.state if n.startswith("negative")]
-
-
-@settings(deadline=None, max_examples=12)
-@given(prompts=PROMPTS, seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1.0]))
-def test_elimination_is_scale_1(free: Program, alone: Program, prompts: Prompts, seed: int, temperature: float) -> None:
-    assert free.inputs["guidance"].default == 1
-    want = generate(free, prompts, 7, seed=seed, temperature=temperature)
-    assert generate(alone, prompts, 7, seed=seed, temperature=temperature) == want
-    assert generate(alone, prompts, 7, seed=seed, temperature=temperature, guidance=1) == want
-
-
-@pytest.mark.exhaustive
-def test_elimination_is_validated(free: Program, alone: Program) -> None:
-    fast = aropt.optimize(free, "eager", pipeline(["cfg-eliminate"]))
-    assert fast.report["verify"]["status"] == "pass"
-    status = {p["name"]: p["status"] for p in fast.report["passes"]}
-    assert (status["cfg-eliminate"], status["cfg-batch"], status["kv-cache"]) == ("applied", "skipped", "applied")
-    needs = free.replace(meta={k: v for k, v in free.meta.items() if k != "guidance_free"})
-    verdict = validate(needs, with_probe(alone), explain=False)
-    assert not verdict.passed and "sees 1 branches of 2" in verdict.outcomes[-1].problem
-
-
-def test_elimination_needs_weights_that_say_so(plain: Program) -> None:
-    plan = planned(CfgEliminate(), plain, EAGER)
-    assert isinstance(plan, Skips) and "python -m aropt.models.train digits-ar --cca" in plan.reason
-    assert "cfg-eliminate" not in [p.name for p in pipeline()]
-
-
-def test_another_scale_is_refused_after_elimination(free: Program, alone: Program) -> None:
-    with pytest.raises(UsageError, match=r"guidance can.t be 1\.5") as error:
-        generate(alone, [[1]], 2, guidance=1.5)
-    assert "cfg-eliminate" in error.value.why
-    assert generate(free, [[1]], 2, guidance=1.5) is not None
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

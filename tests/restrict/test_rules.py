@@ -19,7 +19,8 @@ from aropt.restrict.dims import Axes, NotRowwise, check
 from aropt.restrict.info import Info
 from aropt.restrict.rewrite import Restriction
 from aropt.restrict.rules import RULES, rule_for
-from tests.support.op_calls import SAMPLES, SIZES, Call, Draw, Value, dims, factor_sizes, mapped, pointwise
+from tests.support.op_calls import SAMPLES, pointwise
+from tests.support.op_values import SIZES, Call, Draw, Value, dims, factor_sizes, mapped
 
 EXAMPLES = 25
 SILENT = {"aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::fill"}  # no value of theirs gets through

@@ -44,8 +44,6 @@ def broken():
     return model
 def number(): return 3
 """
-
-
 QUICK = ["--runs", "0", "--target", "eager"]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-
-
 ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 

@@ -1,141 +1,33 @@
-"""Calls of the ops that `restrict` has rules for, on small tensors with drawn axes, sizes and arguments.
-
-A batch has 11 sequences, a sequence 13 rows; free axes are small, so that a size tells what it is made of.
-"""
+"""Calls of the ops that `restrict` has rules for, on small tensors with drawn axes, sizes and arguments."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
-from aropt.ir import ops
-from aropt.restrict.dims import Axes, Dims, Factor, merged
-
-aten = torch.ops.aten
-SIZES = {"b": 11, "r": 13, "c": 13}
-Draw = Callable[..., Any]
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor and what its axes mean. `below`: its integers are 0 to below - 1."""
-
-    tensor: Tensor
-    axes: Axes
-    below: int = 5
-
-
-@dataclass
-class Call:
-    """An op and its arguments, with values in place of tensors."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def mapped(argument: Any, change: Callable[[Value], Any]) -> Any:
-    """An argument with its values changed, also those in lists."""
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(mapped(a, change) for a in argument)
-    return change(argument) if isinstance(argument, Value) else argument
-
-
-def factor_sizes(axes: Axes) -> list[int]:
-    return [SIZES[kind] + n if kind in SIZES else n for axis in axes for kind, n in axis]
-
-
-def shape(axes: Axes) -> list[int]:
-    return [math.prod(factor_sizes((axis,))) for axis in axes]
-
-
-def dims(tensor: Tensor) -> Dims:
-    """The sizes as capture would name them."""
-    return tuple(map(dim, tensor.shape))
-
-
-def dim(size: int) -> int | str:
-    if size - SIZES["r"] in (1, 2):
-        return f"T+{size - SIZES['r']}"
-    letters = []
-    for letter, kind in (("B", "b"), ("T", "r")):
-        while size and size % SIZES[kind] == 0:
-            size //= SIZES[kind]
-            letters.append(letter)
-    return "*".join([str(size)] * (size != 1) + letters) if letters else size
-
-
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def pick(draw: Draw, *options: Any) -> Any:
-    return draw(st.sampled_from(options))
-
-
-def rarely(draw: Draw, one_in: int) -> bool:
-    return draw(st.integers(1, one_in)) == one_in
-
-
-def axes(draw: Draw, tail: int = 0, kinds: str = "brc", least: int = 0) -> Axes:
-    """Drawn axes: kinds in any order with free axes between them, some merged; then `tail` free axes."""
-    held = draw(st.lists(st.sampled_from(kinds), unique=True, min_size=1)) if kinds else []
-    around = draw(st.lists(st.sampled_from((1, 2, 3, 4)), min_size=max(0, least - len(held) - tail), max_size=2))
-    found: list[Any] = []
-    for factor in draw(st.permutations([Factor(kind) for kind in held] + [Factor(".", n) for n in around])):
-        axis = () if factor == (".", 1) else (factor,)
-        if found and rarely(draw, 5) and len(found) > least - tail:
-            found[-1] = merged([*found[-1], *axis])
-        else:
-            found.append(axis)
-    return tuple(found) + tuple(free(draw) for _ in range(tail))
-
-
-def free(draw: Draw) -> Any:
-    size = pick(draw, 1, 2, 3, 4)
-    return (Factor(".", size),) if size > 1 else ()
-
-
-def value(draw: Draw, of: Axes, kind: str = "float", below: int = 5) -> Value:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    if kind == "float":
-        return Value(torch.randn(shape(of), generator=generator, dtype=torch.float64), of)
-    numbers = torch.randint(0, 2 if kind == "bool" else below, shape(of), generator=generator)
-    return Value(numbers.bool() if kind == "bool" else numbers, of, below)
-
-
-def weight(draw: Draw, *sizes: int, kind: str = "float", below: int = 5) -> Value:
-    return value(draw, tuple((Factor(".", n),) if n != 1 else () for n in sizes), kind, below)
-
-
-def maybe(draw: Draw, one: Value) -> Value | None:
-    return None if draw(st.booleans()) else one
-
-
-def narrower(draw: Draw, of: Axes) -> Axes:
-    """Axes that broadcast to these; rarely of another meaning."""
-    some = tuple(() if rarely(draw, 4) else axis for axis in of)
-    if rarely(draw, 6):  # rows beside columns: of equal size, and not the same
-        swap = {"r": "c", "c": "r"}
-        some = tuple(tuple(Factor(swap.get(kind, kind), n) for kind, n in axis) for axis in some)
-    return some[1:] if some and not some[0] and draw(st.booleans()) else some
-
-
-def which(draw: Draw, of: Axes) -> int:
-    """An axis, mostly a free one."""
-    fit = [i for i, axis in enumerate(of) if all(kind == "." for kind, _ in axis)]
-    i = draw(st.sampled_from(fit if fit and not rarely(draw, 6) else range(len(of))))
-    return i - len(of) if draw(st.booleans()) else i
-
-
-def several(draw: Draw, of: Axes) -> list[int]:
-    return list({which(draw, of) % len(of): 0 for _ in range(pick(draw, 1, 1, 2))})
-
+from aropt.restrict.dims import Factor
+from tests.support.op_layouts import LAYOUT
+from tests.support.op_own import linear_int8, token_shuffle, token_unshuffle
+from tests.support.op_values import (
+    SIZES,
+    Call,
+    Draw,
+    Value,
+    aten,
+    axes,
+    free,
+    maybe,
+    narrower,
+    pick,
+    rarely,
+    several,
+    value,
+    weight,
+    which,
+)
 
 # --- families --------------------------------------------------------------------------------------------------------
 
@@ -422,117 +314,6 @@ def cat(draw: Draw) -> Call:
     return Call(aten.cat.default, ([x, *(value(draw, x.axes) for _ in range(pick(draw, 0, 1, 2)))], i))
 
 
-# --- layout ----------------------------------------------------------------------------------------------------------
-
-
-def reshape(target: Any) -> Callable[[Draw], Call]:
-    """To the same factors grouped otherwise, some free ones split; rarely to a size that cuts through."""
-
-    def call(draw: Draw) -> Call:
-        x = value(draw, axes(draw))
-        sizes: list[int] = []
-        for n in factor_sizes(x.axes):
-            parts = [2, n // 2] if n % 2 == 0 and n > 2 and draw(st.booleans()) else [n]
-            for part in parts:
-                if sizes and rarely(draw, 3):
-                    sizes[-1] *= part
-                else:
-                    sizes.append(part)
-        if rarely(draw, 8):
-            sizes = list(draw(st.permutations(sizes)))
-        if draw(st.booleans()):
-            sizes.insert(draw(st.integers(0, len(sizes))), 1)
-        return Call(target, (x, sizes))
-
-    return call
-
-
-def flatten(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    i, j = sorted(draw(st.integers(0, len(x.axes) - 1)) for _ in "ij")
-    return Call(aten.flatten.using_ints, (x, i, j))
-
-
-def unflatten(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    i = draw(st.integers(0, len(x.axes) - 1))
-    return Call(aten.unflatten.int, (x, i, factor_sizes((x.axes[i],)) or [1]))
-
-
-def unsqueeze(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    return Call(aten.unsqueeze.default, (x, draw(st.integers(-len(x.axes) - 1, len(x.axes)))))
-
-
-def squeeze(draw: Draw) -> Call:
-    """Also with axes that are longer than one as captured, and may be one in a step."""
-    x = value(draw, (*axes(draw), ()))
-    form = pick(draw, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-    chosen = draw(st.lists(st.integers(-len(x.axes), -1), min_size=1, max_size=3, unique=True))
-    return Call(form, (x, *{"": (), "dim": chosen[:1], "dims": (chosen,)}[form._overloadname.replace("default", "")]))
-
-
-def permute(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    order = draw(st.permutations(range(len(x.axes))))
-    return Call(aten.permute.default, (x, [i - pick(draw, 0, len(order)) for i in order]))
-
-
-def transpose(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    return Call(aten.transpose.int, (x, *(draw(st.integers(-len(x.axes), len(x.axes) - 1)) for _ in "ij")))
-
-
-def t(draw: Draw) -> Call:
-    return Call(aten.t.default, (value(draw, axes(draw, least=2)[:2]),))
-
-
-def expand(draw: Draw) -> Call:
-    x = value(draw, narrower(draw, axes(draw, tail=1)))
-    sizes = [n if n > 1 else pick(draw, 1, 2, 3) for n in x.tensor.shape]
-    return Call(aten.expand.default, (x, [2] * pick(draw, 0, 1) + [pick(draw, n, n, -1) for n in sizes]))
-
-
-def repeat(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    return Call(aten.repeat.default, (x, [pick(draw, 1, 1, 2, 3) for _ in range(len(x.axes) + pick(draw, 0, 1))]))
-
-
-def repeat_interleave(draw: Draw) -> Call:
-    x = value(draw, axes(draw))
-    i = draw(st.integers(-len(x.axes), len(x.axes) - 1))
-    return Call(aten.repeat_interleave.self_int, (x, pick(draw, 1, 2, 3), i))
-
-
-# --- this project's ops ----------------------------------------------------------------------------------------------
-
-
-def single(one: Value | None) -> Value | None:
-    return one and Value(one.tensor.float(), one.axes)
-
-
-def linear_int8(draw: Draw) -> Call:
-    x = value(draw, (*axes(draw), (Factor(".", 32),)))
-    if rarely(draw, 6):  # the axis that is multiplied is a product of rows
-        x = value(draw, (*axes(draw, kinds="b"), (Factor("r"), Factor(".", 32))))
-    w = weight(draw, 3, x.tensor.shape[-1] // 32, 32, kind="int", below=256)
-    scales = weight(draw, 3, w.tensor.shape[1])
-    return Call(ops.load("linear_int8").overload, (x, Value(w.tensor.to(torch.uint8), w.axes), scales))
-
-
-def token_shuffle(draw: Draw) -> Call:
-    ids = value(draw, axes(draw, tail=0 if rarely(draw, 6) else 1), "int", 4)
-    return Call(ops.load("token_shuffle").overload, (ids, single(weight(draw, 4, 3)), draw(st.booleans())))
-
-
-def token_unshuffle(draw: Draw) -> Call:
-    x = value(draw, axes(draw, tail=0 if rarely(draw, 6) else 1))
-    head = weight(draw, 3, 4), maybe(draw, weight(draw, 3))
-    rest = (None, *(head if draw(st.booleans()) else (None, None)))
-    args = (x, weight(draw, 2, 4, x.tensor.shape[-1]), *rest)
-    return Call(ops.load("token_unshuffle").overload, tuple(map(single, args)))
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = {
@@ -569,12 +350,6 @@ TRAILING = {
     "group_norm": group_norm, "linear": linear, "embedding": embedding, "one_hot": one_hot,
     "view_as_complex": as_complex, "view_as_real": as_real, "index": index, "index_select": index_select,
     "aropt::linear_int8": linear_int8, "aropt::token_shuffle": token_shuffle, "aropt::token_unshuffle": token_unshuffle,
-}  # fmt: skip
-LAYOUT = {
-    "view": reshape(aten.view.default), "_unsafe_view": reshape(aten._unsafe_view.default),
-    "reshape": reshape(aten.reshape.default), "flatten": flatten, "unflatten": unflatten, "unsqueeze": unsqueeze,
-    "squeeze": squeeze, "permute": permute, "transpose": transpose, "t": t, "expand": expand, "repeat": repeat,
-    "repeat_interleave": repeat_interleave,
 }  # fmt: skip
 POINTWISE = {
     "where": of_kind(aten.where.self, aten.where.ScalarOther), "maximum": of_kind(aten.maximum.default),
