@@ -26,6 +26,7 @@ import torch
 
 from aropt.errors import Unsupported
 from aropt.exporters.onnx import OPSET, save, translate
+from aropt.exporters.onnx_nodes import I64, Nodes
 from aropt.exporters.unroll import unroll
 from aropt.frontend.trace import capture_function
 from aropt.ir import ops
@@ -37,7 +38,6 @@ from aropt.loops.guards import FOREVER
 from aropt.loops.scheme import scheme_of
 from aropt.loops.speculate import checks_drafts
 
-I64 = torch.int64
 ROUNDS = 8  # in a loop's body: what ONNX Runtime does for each turn of a Loop, and to end it, is shared among them
 SMALL = 16 * 2**20  # bytes of weights that a round reads: of larger ones a Loop's turn is no part
 PACKED = 4 * 2**30  # bytes of weights, of all graphs, that each graph may have for itself: memory for speed
@@ -58,14 +58,12 @@ def export_program(
     return model
 
 
-class Writer:
+class Writer(Nodes):
     """Builds the graph; `values` in its methods are the program's values by name, as ONNX values."""
 
     def __init__(self, program: Program, contrib: bool, graphs: Callable[[str], Any]) -> None:
-        import onnx_ir as ir
-
-        self.ir, self.program, self.contrib, self.graphs = ir, program, contrib, graphs
-        self.made = 0
+        super().__init__()
+        self.program, self.contrib, self.graphs = program, contrib, graphs
         self.place: dict[Any, tuple[str, int]] = {}  # where a symbol's size is read from
         for name, given in program.inputs.items():
             for axis, dim in enumerate(given.spec.dims):
@@ -78,31 +76,9 @@ class Writer:
         # ONNX Runtime packs weights only where they are the node's own graph's, or of the one around it
         self.own = sum(sizes[call.graph] for call in calls(program.control)) <= PACKED
         self.usual = exported_defaults(program.meta)
-        self.graph = ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
+        self.graph = self.ir.Graph([], [], nodes=[], name=program.name, opset_imports={"": OPSET, "com.microsoft": 1})
 
-    # --- small pieces ------------------------------------------------------------------------------------------------
-
-    def name(self, stem: str) -> str:
-        self.made += 1
-        return f"{stem}.{self.made}"
-
-    def node(self, graph: Any, kind: str, inputs: list[Any], outputs: int = 1, **attributes: Any) -> Any:
-        """Appends a node; returns its output, or all of them."""
-        given = [self.ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
-        made = self.ir.Node("", kind, inputs=inputs, attributes=given, num_outputs=outputs, name=self.name(kind))
-        for value in made.outputs:
-            value.name = self.name("value")
-        graph.append(made)
-        return made.outputs[0] if outputs == 1 else list(made.outputs)
-
-    def constant(self, graph: Any, value: Any, dtype: torch.dtype = I64) -> Any:
-        return self.node(graph, "Constant", [], value=self.ir.tensor(torch.as_tensor(value, dtype=dtype).numpy()))
-
-    def typed(self, name: str, spec: Spec, shaped: bool = False) -> Any:
-        """A value of the spec's type; sizes that may change from round to round are left open."""
-        dtype = self.ir.DataType.from_numpy(torch.empty(0, dtype=spec.dtype).numpy().dtype)
-        dims = [d if isinstance(d, int) or shaped else None for d in spec.dims]
-        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(dims))
+    # --- types and sizes ---------------------------------------------------------------------------------------------
 
     def spec(self, name: str) -> Spec:
         """The type of a value of the program."""
@@ -200,20 +176,6 @@ class Writer:
             self.close(inner, [kept[n] for n in names])
             subgraphs.append(inner)
         self.choose(graph, values, values[control.cond], names, *subgraphs)
-
-    def choose(self, graph: Any, values: dict[str, Any], cond: Any, names: list[str], then: Any, orelse: Any) -> None:
-        """The If node itself."""
-        made = self.node(graph, "If", [cond], len(names), then_branch=then, else_branch=orelse)
-        values.update(zip(names, made if isinstance(made, list) else [made], strict=True))
-
-    def close(self, graph: Any, results: list[Any]) -> None:
-        """Sets a subgraph's outputs; what it did not compute itself goes through Identity."""
-        own = {id(v) for node in graph for v in node.outputs}
-        seen: set[int] = set()
-        for value in results:
-            fresh = id(value) in own and id(value) not in seen
-            seen.add(id(value))
-            graph.outputs.append(value if fresh else self.node(graph, "Identity", [value]))
 
     def loop(self, control: Loop, graph: Any, values: dict[str, Any], nested: bool) -> None:
         """A Loop of at most `chunk` rounds (inside another one: of any number), after one of several at a time."""
