@@ -288,16 +288,11 @@ class Writer(Nodes):
             if name not in writes(control.body) or values[name] in self.roomy or self.appends(control, name):
                 continue
             rank = len(state.spec.dims)
-            shape = self.node(graph, "Shape", [values[name]])
-            needed = self.node(
-                graph, "Add", [self.node(graph, "Shape", [values["prompt"]], start=1, end=2), values["limit"]]
-            )
-            now = self.node(
-                graph, "Slice", [shape, self.constant(graph, [state.axis]), self.constant(graph, [state.axis + 1])]
-            )
+            prompt = self.node(graph, "Shape", [values["prompt"]], start=1, end=2)
+            needed = self.node(graph, "Add", [prompt, values["limit"]])
+            now = self.node(graph, "Shape", [values[name]], start=state.axis, end=state.axis + 1)
             missing = self.node(graph, "Max", [self.node(graph, "Sub", [needed, now]), self.constant(graph, [0])], 1)
-            before = self.constant(graph, [0] * (rank + state.axis))
-            after = self.constant(graph, [0] * (rank - state.axis - 1))
+            before, after = (self.constant(graph, [0] * n) for n in (rank + state.axis, rank - state.axis - 1))
             pads = self.node(graph, "Concat", [before, missing, after], axis=0)
             empty = self.constant(graph, float(state.init or 0.0), state.spec.dtype)
             values[name] = self.node(graph, "Pad", [values[name], pads, empty])
@@ -384,10 +379,8 @@ class Writer(Nodes):
         axes = self.spec_of_output(self.program.outputs[0]).dims
         if axes[:2] != ("B", "N"):
             return
-        zero = self.constant(graph, 0)
-        there = self.node(
-            graph, "Cast", [self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], zero])], to=7
-        )
+        there = self.node(graph, "GreaterOrEqual", [values[self.program.outputs[0]], self.constant(graph, 0)])
+        there = self.node(graph, "Cast", [there], to=7)
         counts = self.node(graph, "ReduceSum", [there, self.constant(graph, list(range(1, len(axes))))], keepdims=0)
         self.output("counts", counts, Spec(I64, ("B",)))
 
