@@ -92,17 +92,11 @@ def match_rms(node: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node | None] |
         match inverse:
             case fx.Node(
                 target=aten.rsqrt.default, args=(fx.Node(target=aten.add.Tensor, args=(fx.Node() as mean, float(eps))),)
-            ):
-                pass
-            case _:
-                continue
-        if mean.target is not aten.mean.dim or str(mean.args[1]) != "[-1]" or mean.args[2:] != (True,):
-            continue
-        square = mean.args[0]
-        if not isinstance(square, fx.Node) or square.target is not aten.pow.Tensor_Scalar or square.args != (x, 2):
-            continue
-        scaled, weight = scaled_by(node)
-        return scaled, x, eps, weight  # type: ignore[return-value]
+            ) if mean.target is aten.mean.dim and str(mean.args[1]) == "[-1]" and mean.args[2:] == (True,):
+                square = mean.args[0]
+                if isinstance(square, fx.Node) and square.target is aten.pow.Tensor_Scalar and square.args == (x, 2):
+                    scaled, weight = scaled_by(node)
+                    return scaled, x, eps, weight  # type: ignore[return-value]
     return None
 
 

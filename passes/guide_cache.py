@@ -29,8 +29,6 @@ from aropt.rewriting.target import Target
 I64 = torch.int64
 CANVAS, PICKED, ROWS = Spec(I64, ("B", "T")), Spec(I64, ("B", "R")), Spec(I64, ("B",))
 PREFIX = "guide_"  # of its state
-
-
 NO_GUIDE, ALL = "no guide runs a full forward over drafts", "the guide runs the full forward over drafts"
 WHOLE_GUIDE = Fact("a guide's full forward", lambda p: "" if whole(p.control) else NO_GUIDE)
 GUIDE_ROWS = Fact("a guide's new rows alone", lambda p: ALL if whole(p.control) else "")
@@ -48,9 +46,9 @@ class GuideCache:
             reach = restricted(program).facts["reach"]
         except Unsupported as error:
             return Skips(str(error))
-        late = next((i for i, far in enumerate(reach) if far > i), None)
-        if late is not None:
-            return Skips(f"row {late} of the guide sees row {reach[late]}")
+        for row, far in enumerate(reach):
+            if far > row:
+                return Skips(f"row {row} of the guide sees row {far}")
         return Applies(("guide: rows from the last known id on",))
 
     def run(self, program: Program) -> Program:
@@ -62,8 +60,7 @@ class GuideCache:
         (logits,) = forward.writes
         step = replace(step, outputs={logits if n == "logits" else n: s for n, s in step.outputs.items()})
         offered = {n: s for n, s in program.graphs[judge.graph].inputs.items() if n in OFFERED}
-        mask = program.meta["mask"]
-        choosing, placing = guide_rows(mask, offered), agree(mask, bool(offered))
+        choosing, placing = guide_rows(program.meta["mask"], offered), agree(program.meta["mask"], bool(offered))
         graphs = {**program.graphs, **{g.name: g for g in (choosing, placing, step)}}
         state = {PREFIX + n: sized(s) for n, s in found.state.items()}
         state["guide_end"] = StateSpec("counter", ROWS, 0)
@@ -127,8 +124,7 @@ def guide_rows(mask: int, offered: dict[str, Spec]) -> Graph:
     rows = {n: ROWS for n in ("lengths", "origin", "guide_end")}
     inputs = {"tokens": CANVAS, "drafted": CANVAS, "following": CANVAS, **rows, "block": Spec(I64)}
     inputs |= {n: replace(s, dims=("B", "T", s.dims[2])) for n, s in offered.items()}
-    outputs = ["guide_feed", "guide_slots", "guide_positions", "guide_following", "guide_end"]
-    outputs += [PREFIX + n for n in offered]
+    outputs = [PREFIX + n for n in ("feed", "slots", "positions", "following", "end", *offered)]
     return capture_function("guide_rows", function, inputs, outputs)
 
 
