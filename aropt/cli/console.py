@@ -104,30 +104,35 @@ def show_report(report: dict[str, Any], out: Path, explain: bool, seconds: float
             f"as chance may do with probability {m['shift_chance']:.2g}; drawn again from drafts, chances and noise, "
             f"{int(m['others'])} of {int(m['redrawn'])} rounds differ"
         )
-    if d := report.get("drift"):
-        allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())
-        print(
-            f"drift          KL {d['kl']:.2g} (largest {d['kl_max']:.2g}), top-1 {d['top1']:.1%}, answers agree in "
-            f"{d['agreement']:.1%}, over {d['measured']} rows (budget: {allowed})"
-        )
-        if d["rows"] != d["exact_rows"]:
-            print(
-                f"{'':<14} {d['forwards']} forwards with {d['rows']} rows, "
-                f"exact: {d['exact_forwards']} with {d['exact_rows']}"
-            )
-        if d.get("drawn"):
-            print(f"draws          {d['drawn']} ids are shifted by {d['shift']:.3f} from the exact distribution")
-        if d.get("judged"):
-            print(
-                f"quality        {d['quality']:.1%} of {d['judged']} ids of the examples are right, "
-                f"exact: {d['exact_quality']:.1%}"
-            )
+    if report.get("drift"):
+        show_drift(report["drift"])
     print()
     print(table(report))
     for text in report["notes"]:
         if text != report.get("uncached"):
             print(f"note: {text}")
     print(f"\n{out}/report.html   ({seconds:.0f} s in all)")
+
+
+def show_drift(d: dict[str, Any]) -> None:
+    """What lossy passes lose, against what they may."""
+    allowed = ", ".join(f"{k} {v:g}" for k, v in d["budget"].items())
+    print(
+        f"drift          KL {d['kl']:.2g} (largest {d['kl_max']:.2g}), top-1 {d['top1']:.1%}, answers agree in "
+        f"{d['agreement']:.1%}, over {d['measured']} rows (budget: {allowed})"
+    )
+    if d["rows"] != d["exact_rows"]:
+        print(
+            f"{'':<14} {d['forwards']} forwards with {d['rows']} rows, "
+            f"exact: {d['exact_forwards']} with {d['exact_rows']}"
+        )
+    if d.get("drawn"):
+        print(f"draws          {d['drawn']} ids are shifted by {d['shift']:.3f} from the exact distribution")
+    if d.get("judged"):
+        print(
+            f"quality        {d['quality']:.1%} of {d['judged']} ids of the examples are right, "
+            f"exact: {d['exact_quality']:.1%}"
+        )
 
 
 def ending(error: BaseException, verbose: int) -> int:
