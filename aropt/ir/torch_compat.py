@@ -132,19 +132,47 @@ def weights_read(graph: fx.Graph) -> set[str]:
     return {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
 
-def fake_inputs(inputs: Mapping[str, Spec]) -> tuple[dict[str, Tensor], dict[Any, str], FakeTensorMode]:
-    """Fake tensors of the specs' types, {symbol: its name in `inputs`}, and the mode that they are of."""
+def fake_inputs(
+    inputs: Mapping[str, Spec], derived: bool = True
+) -> tuple[dict[str, Tensor], dict[Any, str], FakeTensorMode]:
+    """Fake tensors of the specs' types, {symbol: its name in `inputs`}, and the mode that they are of.
+
+    `derived`: a size such as "2*B" is twice the symbol of B, if that is a size of its own. Otherwise it has a symbol
+    too, which ops may find to be equal: what they say is then no other graph's.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     mode.cache_enabled = False  # its entries are of other symbols: half of the time for nothing
-    fakes: dict[str, Tensor] = {}
+    plain = {d for s in inputs.values() for d in s.dims if isinstance(d, str) and symbols(d) == {d}}
+    follow = {d for s in inputs.values() for d in s.dims if isinstance(d, str) and derived and symbols(d) <= plain}
+    follow -= plain
     names: dict[Any, str] = {}
-    for name, example in examples(inputs).items():
-        dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in inputs[name].dims]
+    sizes: dict[Dim, Any] = {}
+
+    def known(example: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+        """The fake of a tensor; its sizes that are new get symbols."""
+        dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in dims]
         context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * len(dynamic))
-        fakes[name] = mode.from_tensor(example, symbolic_context=context)
-        for dim, size in zip(inputs[name].dims, fakes[name].shape, strict=True):
+        fake = mode.from_tensor(example, symbolic_context=context)
+        for dim, size in zip(dims, fake.shape, strict=True):
             if isinstance(dim, str) and isinstance(size, torch.SymInt):
                 names.setdefault(size.node.expr, dim)
+            sizes.setdefault(dim, size)
+        return fake
+
+    fakes: dict[str, Tensor] = {}
+    for name, example in examples(inputs).items():
+        dims = inputs[name].dims
+        if not follow & set(dims):
+            fakes[name] = known(example, dims)
+            continue
+        for symbol in dict.fromkeys(
+            s for d in dims if isinstance(d, str) for s in (sorted(symbols(d)) if d in follow else [d])
+        ):
+            if symbol not in sizes:
+                known(torch.zeros(resolve(symbol, example_sizes(inputs))), (symbol,))
+        with mode, torch.no_grad():
+            shape = [parse(d).at(sizes) if d in follow else sizes[d] if isinstance(d, str) else d for d in dims]
+            fakes[name] = torch.empty(shape, dtype=example.dtype)
     return fakes, names, mode
 
 
@@ -153,7 +181,7 @@ def trace_function(function: Any, inputs: Mapping[str, Spec]) -> tuple[fx.Graph,
 
     torch.export takes two to three times as long for the same ops.
     """
-    fakes, names, mode = fake_inputs(inputs)
+    fakes, names, mode = fake_inputs(inputs, derived=False)
 
     def by_place(*values: Tensor) -> Any:
         result = function(**dict(zip(inputs, values, strict=True)))
