@@ -90,14 +90,6 @@ class StateSpec:
         bigger.narrow(self.axis, 0, kept).copy_(value)
         return bigger
 
-    def truncate(self, value: Tensor, size: int) -> Tensor:
-        """The value with the slots from `size` on emptied (rollback)."""
-        if self.axis is None or self.init is None:
-            raise ValueError("this state does not roll back")
-        kept = value.clone()
-        kept.narrow(self.axis, size, value.shape[self.axis] - size).fill_(self.init)
-        return kept
-
     @property
     def rewinds(self) -> bool:
         """Whether rows that are written again at their slots take rejected ones back."""
