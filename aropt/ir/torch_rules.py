@@ -103,9 +103,12 @@ class Rules:
 
     def forget(self) -> None:
         """Drops what a rule assumed of sizes. Raises Unshared where that changed sizes, or made some."""
+        env: Any = self.mode.shape_env
+        if env.var_to_range != self.bounds and env.var_to_range.keys() == self.bounds.keys():
+            env.var_to_range.update(self.bounds)  # a table was long enough: a size has no bound for that
+            env._maybe_evaluate_static.cache_clear()
         if not self.clean():
             raise Unshared("the rule fixes a size, or makes one")
-        env: Any = self.mode.shape_env
         if env.guards:
             env.guards.clear()
             env.axioms.clear()

@@ -114,6 +114,28 @@ def test_what_a_rule_assumes_is_forgotten() -> None:
     assert rules.clean() and not env.guards and not env.axioms
 
 
+def test_a_bound_that_a_rule_assumes_is_forgotten() -> None:
+    """A table that is long enough for a size: the next one may be shorter, or longer."""
+    for length in (64, 8, 64):
+        table = {"w": torch.zeros(length, 2)}
+        graph = graph_of((aten.sym_size.int, "x", 0), (aten.slice.Tensor, "w", 0, None, "-1"), weights=("w",))
+        assert types(run_on_fakes, graph, ROW, table) == types(run_alone, graph, ROW, table)
+        assert types(run_on_fakes, graph, ROW, table)[1] == "f32[B, 2] [2, 1]"
+    (rules,) = torch_compat.RULES.values()
+    assert rules.clean() and len(rules.answers) == 3
+
+
+def test_sizes_that_follow_from_others_are_not_fixed() -> None:
+    inputs = {"x": Spec(torch.float32, ("B", 2)), "y": Spec(torch.float32, ("2*B", 2))}
+    graph = graph_of((aten.cat.default, ["x", "x"]), (aten.add.Tensor, "-1", "y"), inputs=("x", "y"))
+    node = next(n for n in graph.nodes if n.target is aten.cat.default)
+    x = next(n for n in graph.nodes if n.name == "x")
+    node.args = ([x, x],)
+    assert types(run_on_fakes, graph, inputs) == types(run_alone, graph, inputs)
+    assert types(run_on_fakes, graph, inputs)[1] == "f32[2*B, 2] [2, 1]"
+    assert all(rules.clean() and rules.answers for rules in torch_compat.RULES.values())
+
+
 def test_sizes_that_values_tell_are_their_own() -> None:
     graph = graph_of((aten.nonzero.default, "x"), (aten.relu.default, "x"), (aten.nonzero.default, "-1"))
     for _ in range(2):
