@@ -3,8 +3,6 @@
 import functools
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -66,17 +64,6 @@ def forms(reference: Any, onnx: Any, launch: Any) -> Any:
 
 every_select = forms(select, select_in_onnx, canvas_select.launch)
 every_commit = forms(commit, commit_in_onnx, canvas_commit.launch)
-
-
-@pytest.mark.parametrize("marked", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
-def test_kernels_in_the_interpreter(marked: str) -> None:
-    """This file's tests of forms on the kernels, in a process of its own as in test_ops."""
-    pytest.importorskip("triton", reason="the kernels are Triton's, and have no wheel for every platform")
-    if INTERPRET:
-        pytest.skip("runs itself")
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-m", marked, "-k", "launch"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 def chosen(row: list[float], mask_id: int) -> tuple[int, float]:

@@ -33,6 +33,7 @@ from tests.support.trees import (
     single,
     tree,
     wide,
+    with_rows,
 )
 
 
@@ -78,8 +79,7 @@ def test_nodes_beside_a_path_leave_its_state_alone(op: OpDef, data: st.DataObjec
     close(got, want, op)
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64])
-@every_commit
+@with_rows(COMMITS)
 def test_kernel_of_many_tiles_after_a_path(op: OpDef, rows: int) -> None:
     """Equal to the definition; what is beside a path leaves its bits alone, and no path those of the state."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")

@@ -3,8 +3,6 @@
 import functools
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -73,17 +71,6 @@ def in_onnx(*given: Any) -> Tensor:
 every_form = pytest.mark.parametrize("form", [fused_sample.launch] if INTERPRET else [sample, in_onnx])
 SLOW = [pytest.mark.exhaustive] * INTERPRET  # seconds there
 CORNERS = [(2, 2), (1, 17), *(pytest.param(2, n, marks=SLOW) for n in (1, 17, 4096, 4097, 9000))]
-
-
-@pytest.mark.parametrize("marked", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
-def test_kernel_in_the_interpreter(marked: str) -> None:
-    """This file's tests of forms on the kernel, in a process of its own as in test_ops."""
-    pytest.importorskip("triton", reason="the kernels are Triton's, and have no wheel for every platform")
-    if INTERPRET:
-        pytest.skip("runs itself")
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "launch", "-m", marked]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 @on_samples

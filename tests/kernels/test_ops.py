@@ -25,7 +25,7 @@ from tests.support.op_models import Call, assert_matches, free, sizable, symboli
 ROOT = Path(__file__).parents[2]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Ops that compilers get in the exhaustive suite alone. The quick one has others that are built as they are:
-# gated_delta, rg_lru and wkv; tree_delay; cached_attention and token_shuffle.
+# gated_delta (in ONNX), rg_lru and wkv; ssd_commit; tree_delay; cached_attention and token_shuffle.
 RECURRENT = ("kda", "selective_scan", "ssd_scan")
 TREES = (
     "gdn_tree_scan",
@@ -36,7 +36,7 @@ TREES = (
     "tree_conv1d",
     "wkv_tree",
 )
-ALIKE = ("attention", "delay", "token_unshuffle")
+ALIKE = ("attention", "delay", "gdn_commit", "token_unshuffle")
 HELD = ("canvas_commit", "canvas_select", "causal_conv1d", "fused_sample", "noise", "wkv")  # by other tests in ONNX
 
 
@@ -150,7 +150,7 @@ def test_decomposition(op: OpDef, count: int) -> None:
     holds(count, check)
 
 
-@but(*RECURRENT, *TREES, *ALIKE, "canvas_attention", "canvas_commit")
+@but(*RECURRENT, *TREES, *ALIKE, "canvas_attention", "canvas_commit", "gated_delta")
 def test_inductor(op: OpDef) -> None:
     """Inductor on the decomposition, in reasonable time: an op may expand exponentially as it inlines operands."""
     if op.own_size:
@@ -220,17 +220,24 @@ def test_kernel(op: OpDef, count: int) -> None:
     holds(count, check)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="runs itself")
 @pytest.mark.parametrize("marked", ["not exhaustive", pytest.param("exhaustive", marks=pytest.mark.exhaustive)])
 def test_kernels_in_the_interpreter(marked: str) -> None:
-    """`test_kernel` in a process of its own: Triton decides when it's imported whether to compile or to interpret."""
+    """`test_kernel`, and tests of forms on kernels in other files, in a process of their own.
+
+    Triton decides when it's imported whether to compile or to interpret.
+    """
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marked, f"{__file__}::test_kernel"]
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("ops", "fused_sample", "canvas_select")]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marked, "-k", "test_kernel or launch", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in files:
+        assert re.search(rf"{Path(file).name}\S* PASSED", done.stdout), f"nothing ran in {file}"
 
 
-@but("gdn_tree_scan", "selective_tree_scan", "tree_conv1d")  # ssd_tree_scan is such a tree too
+@but("gdn_commit", "gdn_tree_scan", "selective_tree_scan", "tree_conv1d")  # ssd's are quick, and alike
 @pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (90, 100))])
 def test_ahead_of_time(op: OpDef, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for GPUs that aren't there, keep all values in registers and use the instructions meant."""

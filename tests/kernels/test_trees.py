@@ -44,6 +44,7 @@ from tests.support.trees import (
     single,
     tree,
     wide,
+    with_rows,
 )
 
 STEPPED = {"tree_delay", "rg_lru_tree", "selective_tree_scan"}  # of the bits that steps give
@@ -342,8 +343,7 @@ def test_onnx_takes_long_paths(name: str, held: bool) -> None:
 KERNELS = [op for op in RECURRENT if tree(op).launch]
 
 
-@pytest.mark.parametrize("rows", [1, 17, 64])
-@pytest.mark.parametrize("op", KERNELS, ids=lambda op: op.name)
+@with_rows(KERNELS)
 def test_kernel_of_many_tiles(op: OpDef, rows: int) -> None:
     """Equal to the definition; and what is beside a path leaves its bits alone."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
@@ -380,8 +380,12 @@ def test_kernels_refuse_what_they_do_not_hold() -> None:
             assert "float32" in (closed(op).supports(*double(args)) or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="runs itself")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("marked", "count"), [("not exhaustive", 18), pytest.param("exhaustive", 3, marks=pytest.mark.exhaustive)]
+)
+def test_kernels_in_the_interpreter(marked: str, count: int) -> None:
     """Tests of kernels, here and in test_commits, in a process of their own, as in test_ops."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     command = [
@@ -393,6 +397,8 @@ def test_kernels_in_the_interpreter() -> None:
         __file__.replace("trees", "commits"),
         "-k",
         "test_kernel_of_many_tiles",
+        "-m",
+        marked,
     ]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "21 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{count} passed" in done.stdout, done.stdout + done.stderr

@@ -97,6 +97,16 @@ def beside(data: st.DataObject, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 COMMITS = [op for op in RECURRENT if mixer(op).commit]
 every_commit = pytest.mark.parametrize("op", COMMITS, ids=lambda op: op.name)
+LONG = ("gated_delta", "selective_scan")  # in Triton's interpreter, where 64 rows of each take ten seconds
+
+
+def with_rows(ops: list[OpDef]) -> Any:
+    """Each op with a row, some more than a tile has, and as many as kernels take."""
+    slow = {(name, 64): pytest.mark.exhaustive for name in LONG}
+    return pytest.mark.parametrize(
+        ("op", "rows"),
+        [pytest.param(op, n, id=f"{op.name}-{n}", marks=slow.get((op.name, n), ())) for op in ops for n in (1, 17, 64)],
+    )
 
 
 def closed(op: OpDef) -> OpDef:
