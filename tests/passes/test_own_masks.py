@@ -22,6 +22,7 @@ from aropt.recipes.tidar import TiDAR, plain_loop
 from aropt.rewriting.tree import Nodes, NoTree, forms
 from aropt.validate.compare import validate, with_probe
 from tests.support import draft_models
+from tests.support.sweep import build
 
 CAPACITY, NEW, NODES = 48, 17, 3
 PROMPTS = [[5, 6, 7, 5, 6, 7], [9], [3, 3, 3, 3, 8, 11, 30]]
@@ -145,7 +146,7 @@ def test_who_can_not_draft_so() -> None:
     made = aropt.optimize(plain, "eager", [make("kv-cache"), make("tree-draft", {"draft": "masks"})], check=False)
     (*_, last) = made.report["passes"]
     assert last["status"] == "skipped" and "draft_mask" in last["reason"]
-    recurrent = make("kv-cache").run(aropt.capture(draft_models.hybrid(), capacity=24))
+    recurrent = make("kv-cache").run(aropt.capture(build("lfm2"), capacity=24))
     (step,) = recurrent.of_role("forward")
     with pytest.raises(NoTree, match="see later ones"):
         forms(step, dict(recurrent.weights), Nodes(ahead=True))

@@ -92,7 +92,7 @@ def test_slips_are_seen_in_the_texts(slip: str, monkeypatch: pytest.MonkeyPatch)
     assert p_value(counted(slipped(slip, monkeypatch), 10_000, **params), chances(**params)) < 1e-6
 
 
-@pytest.mark.parametrize("rule", ["typical", "grouped"])
+@pytest.mark.parametrize("rule", ["typical", pytest.param("grouped", marks=SLOW)])
 def test_lossy_rules_have_another_distribution(rule: str) -> None:
     assert p_value(counted(drafted(rule, "chain:2"), 5000), chances()) < 1e-6
 
