@@ -146,7 +146,7 @@ def fake_inputs(
     follow = {d for s in inputs.values() for d in s.dims if isinstance(d, str) and derived and symbols(d) <= plain}
     follow -= plain
     names: dict[Any, str] = {}
-    sizes: dict[Dim, Any] = {}
+    sizes: dict[str, Any] = {}
 
     def known(example: Tensor, dims: tuple[Dim, ...]) -> Tensor:
         """The fake of a tensor; its sizes that are new get symbols."""
@@ -154,9 +154,10 @@ def fake_inputs(
         context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic, constraint_sizes=[None] * len(dynamic))
         fake = mode.from_tensor(example, symbolic_context=context)
         for dim, size in zip(dims, fake.shape, strict=True):
-            if isinstance(dim, str) and isinstance(size, torch.SymInt):
-                names.setdefault(size.node.expr, dim)
-            sizes.setdefault(dim, size)
+            if isinstance(dim, str):
+                sizes.setdefault(dim, size)
+                if isinstance(size, torch.SymInt):
+                    names.setdefault(size.node.expr, dim)
         return fake
 
     fakes: dict[str, Tensor] = {}
@@ -165,11 +166,10 @@ def fake_inputs(
         if not follow & set(dims):
             fakes[name] = known(example, dims)
             continue
-        for symbol in dict.fromkeys(
-            s for d in dims if isinstance(d, str) for s in (sorted(symbols(d)) if d in follow else [d])
-        ):
-            if symbol not in sizes:
-                known(torch.zeros(resolve(symbol, example_sizes(inputs))), (symbol,))
+        for dim in (d for d in dims if isinstance(d, str)):
+            for symbol in sorted(symbols(dim)) if dim in follow else [dim]:
+                if symbol not in sizes:
+                    known(torch.zeros(resolve(symbol, example_sizes(inputs))), (symbol,))
         with mode, torch.no_grad():
             shape = [parse(d).at(sizes) if d in follow else sizes[d] if isinstance(d, str) else d for d in dims]
             fakes[name] = torch.empty(shape, dtype=example.dtype)
