@@ -302,7 +302,9 @@ def test_defaults_are_those_of_transformers(case: str, short: Path, written: lis
     assert got == want != written
 
 
-@pytest.mark.parametrize("length", [{"max_new_tokens": 5}, {"max_length": 9}])
+@pytest.mark.parametrize(
+    "length", [pytest.param({"max_new_tokens": 5}, marks=pytest.mark.exhaustive), {"max_length": 9}]
+)
 def test_how_long_a_text_gets(length: dict[str, int], short: Path) -> None:
     said(short, "generation_config.json", **length)
     got, want = both(short, None)

@@ -58,7 +58,7 @@ def by_hand(weights: dict[str, Tensor], ids: Tensor, window: int) -> Tensor:
     return model.head(x.unflatten(2, (unit, -1)) @ weights["unshuffle.lift.weight"].T)
 
 
-@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize("window", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_the_forward_is_the_model_between_shuffle_and_unshuffle(window: int) -> None:
     made = shuffled(window)
     verify(made)
