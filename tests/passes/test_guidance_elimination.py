@@ -14,7 +14,7 @@ from aropt.passes.cfg_eliminate import CfgEliminate
 from aropt.pipeline.registry import pipeline
 from aropt.rewriting.contract import Skips, planned
 from aropt.validate.compare import validate, with_probe
-from tests.conftest import CAPACITY, Tiny
+from tests.conftest import CAPACITY, Tiny, make_program
 from tests.support.guided import PROMPTS, RULES, Prompts, counted, passed
 from tests.support.run import generate
 from tests.support.targets import EAGER
@@ -65,8 +65,8 @@ def test_elimination_is_validated(free: Program, alone: Program) -> None:
     assert not verdict.passed and "sees 1 branches of 2" in verdict.outcomes[-1].problem
 
 
-def test_elimination_needs_weights_that_say_so(plain: Program) -> None:
-    plan = planned(CfgEliminate(), plain, EAGER)
+def test_elimination_needs_weights_that_say_so() -> None:
+    plan = planned(CfgEliminate(), make_program(1, ("guidance", *RULES)), EAGER)
     assert isinstance(plan, Skips) and "python -m aropt.models.train digits-ar --cca" in plan.reason
     assert "cfg-eliminate" not in [p.name for p in pipeline()]
 
