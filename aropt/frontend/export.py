@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from aropt.errors import Unsupported
 from aropt.frontend.decompositions import TABLE
 from aropt.frontend.looping import looping
+from aropt.frontend.scans import untraced
 from aropt.ir.torch_compat import size_at, size_conditions
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers then leaves groups of heads to SDPA
@@ -39,6 +40,8 @@ def export_forward(
     try:
         exported = deferring(module, (example,), shapes)
     except Exception as error:  # torch.export raises anything that a model's code does
+        if (scan := untraced(error, module)) is not None:
+            raise scan from error
         if "scaled_dot_product_attention" not in (user_frame(error) or ""):
             raise named(export_failure(error), module, example, capacity) from error
         with grouped():

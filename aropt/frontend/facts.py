@@ -16,6 +16,7 @@ from aropt.frontend.forwards import HINT, Forward
 from aropt.frontend.pt2 import capture_exported
 from aropt.frontend.texts import Texts
 from aropt.frontend.trace import capture_model
+from aropt.ir.torch_compat import looped_scans
 from aropt.ir.limits import SAID
 from aropt.ir.program import Graph
 from aropt.ir.units import window
@@ -131,7 +132,7 @@ def logits_size(module: nn.Module) -> int:
     unit = getattr(module, "unit", None)
     row = (unit,) if type(unit) is int else ()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), looped_scans():
             logits = Forward(module)(torch.zeros(1, 2, *row, dtype=torch.int64))
     except Unsupported:
         raise

@@ -16,6 +16,7 @@ from aropt.errors import Unsupported
 from aropt.frontend.compute import HALVES
 from aropt.frontend.forwards import Forward
 from aropt.ir.program import Graph
+from aropt.ir.torch_compat import looped_scans
 from aropt.ir.units import window
 
 SHORT = 16  # every length up to it is compared
@@ -87,7 +88,8 @@ def drawn(meta: dict[str, Any], padding: int | None, length: int) -> Tensor:
 def run(forward: nn.Module, ids: Tensor) -> Tensor:
     """The module's own logits. Raises Unsupported where it fails on ids of this length."""
     try:
-        logits: Tensor = forward(ids)
+        with looped_scans():
+            logits: Tensor = forward(ids)
     except Unsupported:
         raise
     except Exception as error:  # the user's code may raise anything

@@ -7,6 +7,7 @@ batch are symbolic. Metadata checks, identity slices and repeated subexpressions
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from aropt.errors import Unsupported, UsageError
+from aropt.frontend import scans
 from aropt.frontend.compute import HALVES, needless, single
 from aropt.frontend.export import (
     batched_experts,
@@ -33,7 +35,7 @@ from aropt.ir.edit import share
 from aropt.ir.known_mixers import known_mixers
 from aropt.ir.naming import weight_name
 from aropt.ir.program import Graph, Role, Spec
-from aropt.ir.torch_compat import build, examples, settled_size, trace_function
+from aropt.ir.torch_compat import build, examples, looped_scans, settled_size, trace_function
 
 aten = torch.ops.aten
 MAXINT = 2**63 - 1
@@ -64,7 +66,7 @@ def capture_model(
     model = model.eval().requires_grad_(False)
     example = torch.randint(0, vocab, (3, min(7, capacity), *row), generator=torch.Generator().manual_seed(0))
     check_weights(model)
-    with batched_experts(model), fixed_rotary(model, capacity), known_mixers(model):
+    with batched_experts(model), fixed_rotary(model, capacity), known_mixers(model), looped_scans():
         with contextlib.suppress(Exception), torch.no_grad():  # what fails fails in the export too, with its reason
             Forward(model)(example)  # a model may settle something in its first call: RWKV scales its weights
         exported, unsure = export_forward(Forward(model), example, capacity)
@@ -78,7 +80,7 @@ def capture_model(
 
 def check_size(graph: Graph, weights: dict[str, Tensor], model: nn.Module, ids: Tensor) -> None:
     """Raises Unsupported unless the graph gives the model's logits for ids of a size that torch can't speak for."""
-    with torch.no_grad():
+    with torch.no_grad(), looped_scans():
         ours, theirs = graph.bind(weights)(ids)[0], Forward(model)(ids)
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
         raise limited(f"ids of size {list(ids.shape)} are a case of their own", ids.shape[1] - 1)
@@ -193,6 +195,7 @@ def from_exported(
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name not in lifted:
             copied[node] = graph.placeholder(next(names))
+    sizes = given_sizes(exported, inputs)
     constants = {**exported.state_dict, **exported.constants}
     seen: dict[Any, str] = {}
     for node in exported.graph.nodes:
@@ -208,9 +211,12 @@ def from_exported(
         elif node.op == "call_function" and node in needed:
             size = settled_size(node, exported, capacity) if is_limit(node) else None
             copied[node] = copied[size] if isinstance(size, fx.Node) else size  # type: ignore[assignment]
-            if size is None:
+            if scans.is_scan(node):
+                copied[node] = scans.copy_scan(graph, node, copied, exported.graph_module, sizes, copy_call)  # type: ignore[assignment]
+            elif size is None:
                 copy_call(graph, node, copied)
     graph.output(tuple(copied[n] for n in results))
+    scans.unswap(graph)
     share(graph)
     try:
         result = build(name, graph, inputs, outputs, weights)
@@ -223,6 +229,13 @@ def from_exported(
             hint="write it with sizes that follow from the inputs alone, or give another --capacity",
         ) from error
     return result, {w: weights[w] for w in result.weights()}
+
+
+def given_sizes(exported: ExportedProgram, inputs: Mapping[str, Spec]) -> dict[str, Any]:
+    """The symbolic sizes of the inputs, by their names in `inputs`."""
+    given = [n for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
+    pairs = [pair for n, spec in zip(given, inputs.values()) for pair in zip(spec.dims, n.meta["val"].shape)]
+    return {dim: size for dim, size in pairs if isinstance(dim, str)}
 
 
 def returned(exported: ExportedProgram, only: int | None = None) -> tuple[list[fx.Node], set[fx.Node]]:
@@ -271,6 +284,9 @@ def copy_call(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) ->
     kind = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
     base = kind.split(".")[0]
     if base in DROPPED:
+        return
+    if node.target is operator.getitem and isinstance(copied[node.args[0]], list):  # type: ignore[index]
+        copied[node] = copied[node.args[0]][node.args[1]]  # type: ignore[index]
         return
     from aropt.ir.verify import op_problem
 

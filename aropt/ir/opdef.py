@@ -52,6 +52,9 @@ class Mixer:
         causal: the argument that is True where rows see no later ones without a mask.
         state: arguments that are None in a plain forward and hold what earlier rows left behind (Gu & Dao 2023); the
             results after the first are their new values, in this order. They start as zeros.
+        initial: the list of values that the state starts from, where these aren't zeros (`kernels/scan.py`). Then
+            `state` is one list, empty in a plain forward, `rows` are lists whose axes count from the left, and of the
+            results the last ones are the state.
         positions: the argument int64 [B, R] with the rows' positions; None in a plain forward, without padding.
         tree: the op with the same arguments but for `pairs` bool [B, R, R] in the place of `positions`, whose only
             result is the first: rows are the nodes of a tree that goes on from `state`, a node's parent before it, and
@@ -66,6 +69,7 @@ class Mixer:
     causal: str = ""
     state: Sequence[str] = ()
     positions: str = ""
+    initial: str = ""
     tree: str = ""
     commit: str = ""
 
@@ -92,6 +96,7 @@ class OpDef:
         supports: why the Triton kernel can't take these arguments, or None if it can.
         aot: ahead-of-time compilations to check without a GPU.
         steps: the argument that is rounded coarsely: results jump where it moves a little (see `validate.in_double`).
+        calls: the calls (target, args, kwargs) that an argument of text makes, which a graph must be allowed to hold.
         mixer: how it is computed for new rows alone, if it mixes those of a sequence.
         own_size: whether a size of the result depends on values; compilers then leave the op whole.
         tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
@@ -113,6 +118,7 @@ class OpDef:
     supports: Callable[..., str | None] = lambda *_: None
     aot: Callable[[], Sequence[Aot]] = tuple
     steps: str = ""
+    calls: Callable[..., Any] | None = None
     mixer: Mixer | None = None
     own_size: bool = False
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
@@ -167,16 +173,22 @@ def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attribu
 
 
 def onnx_scan(
-    step: Callable[..., tuple[Any, ...]], states: Sequence[Any], rows: Sequence[Any], axis: int, out: int
+    step: Callable[..., tuple[Any, ...]],
+    states: Sequence[Any],
+    rows: Sequence[Any],
+    axis: int,
+    out: int,
+    kinds: Sequence[Any] = (),
 ) -> list[Any]:
-    """In an ONNX translation: a Scan of fp32 values along `axis` of all rows: `step(*states, *row)` -> (*states, *y).
+    """In an ONNX translation: a Scan along `axis` of all rows: `step(*states, *row)` -> (*states, *y).
 
-    Returns the last states and each y, stacked at axis `out`.
+    `kinds` are the types of states and rows, fp32 where they are left out. Returns the last states and each y, stacked
+    at axis `out`.
     """
     import onnx_ir as ir
 
-    name, kind = f"scan_{next(_numbers)}", ir.TensorType(ir.DataType.FLOAT)
-    given = [ir.Value(name=f"{name}.{i}", type=kind) for i in range(len(states) + len(rows))]
+    name, kinds = f"scan_{next(_numbers)}", kinds or [ir.DataType.FLOAT] * (len(states) + len(rows))
+    given = [ir.Value(name=f"{name}.{i}", type=ir.TensorType(kind)) for i, kind in enumerate(kinds)]
     body, count = onnx_body(name, lambda: step(*given), given), len(states)
     axes = {"scan_input_axes": [axis] * len(rows), "scan_output_axes": [out] * (len(body.outputs) - count)}
     return onnx_node("", "Scan", [*states, *rows], len(body.outputs), body=body, num_scan_inputs=len(rows), **axes)

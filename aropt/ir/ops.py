@@ -75,7 +75,12 @@ def overwriting(target: Any) -> Callable[..., Any] | None:
 
 def called(node: Any) -> OpDef | None:
     """The definition of the op that a node calls; None if it is none of ours."""
-    name = str(getattr(node.target, "name", str)())
+    return defined(node.target)
+
+
+def defined(target: Any) -> OpDef | None:
+    """The definition of an op; None if it is none of ours."""
+    name = str(getattr(target, "name", str)())
     return load(name.removeprefix("aropt::")) if name.startswith("aropt::") else None
 
 

@@ -153,7 +153,7 @@ def graph_lines(graph: Graph, weights: Mapping[str, Tensor], hashes: bool) -> It
     shared = {o: f" in %{i}" for o, i in graph.aliases.items()}
     outputs = [f"{name}: {spec_text(spec)}{shared.get(name, '')}" for name, spec in graph.outputs.items()]
     yield from wrap(f"graph {graph.name}: {graph.role}", inputs, outputs)
-    yield from (f"  {line}" for line in node_lines(graph, weights, hashes).values())
+    yield from (f"  {part}" for line in node_lines(graph, weights, hashes).values() for part in line.split("\n"))
 
 
 def node_lines(graph: Graph, weights: Mapping[str, Tensor], hashes: bool = False) -> dict[fx.Node | str, str]:
@@ -227,6 +227,8 @@ def arg_text(value: Any, show: Callable[[fx.Node], str]) -> str:
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     if isinstance(value, torch.dtype):
         return dtype_text(value)
+    if isinstance(value, str) and "\n" in value:  # the body of a scan, below its call
+        return "\n    " + value.replace("\n", "\n    ") + "\n  "
     if isinstance(value, str):
         return json.dumps(value)
     return str(value).removeprefix("torch.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree
 
 from aropt.ir.dims import Dim, parse, resolve, symbols
 from aropt.ir.program import Graph, Role, Spec
@@ -276,6 +278,31 @@ def aliases(graph: fx.Graph, outputs: Mapping[str, Spec]) -> dict[str, str]:
         if isinstance(source, fx.Node) and source.op == "placeholder" and set(source.users) == {writer}:
             found[name] = source.name
     return found
+
+
+@contextlib.contextmanager
+def looped_scans() -> Iterator[None]:
+    """Runs torch's `scan` as a loop where nothing is exported: it would be compiled for each length, and in vain where
+    a dispatch mode watches its ops."""
+    scan: Any = importlib.import_module("torch._higher_order_ops.scan")  # its package has a function of this name
+    before = scan._maybe_compile_and_run_fn
+
+    def run(function: Any, *args: Any) -> Any:
+        compiling = torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling()
+        return before(function, *args) if compiling else loop(*args)
+
+    def loop(combine: Any, init: Any, xs: Any) -> Any:
+        carry, found = init, []
+        for t in range(xs[0].shape[0]):
+            carry, y = combine(*_pytree.tree_leaves(carry), *(x[t] for x in xs))
+            found.append(y)
+        return carry, _pytree.tree_map(lambda *rows: torch.stack(rows), *found)
+
+    scan._maybe_compile_and_run_fn = run
+    try:
+        yield
+    finally:
+        scan._maybe_compile_and_run_fn = before
 
 
 def size_conditions(exported: Any) -> list[Any]:

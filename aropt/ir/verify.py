@@ -14,9 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
+from aropt.ir import ops
 from aropt.ir.allowed import ATEN
 from aropt.ir.edit import freeze
 from aropt.ir.naming import WEIGHT
+from aropt.ir.opdef import OpDef
 from aropt.ir.printer import node_lines, symbol_names, value_text
 from aropt.ir.program import Graph, Program, output_node
 from aropt.ir.torch_compat import aliases, propagate, spec_of
@@ -67,9 +69,25 @@ def op_problem(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         given |= dict(zip(given, args, strict=False)) | dict(kwargs)
         if given.get("dropout_p") != 0 and given.get("train") is not False:
             return "op-random", f"{target} draws from a hidden generator; noise is aropt.noise"
+    definition = ops.defined(target)
+    if definition is not None and definition.calls is not None:
+        return inner_problem(definition, args, kwargs)
     if target.namespace == "aten" and schema.name.removeprefix("aten::") not in ATEN:
         return "op-kind", f"{target} is none of the ops that programs may hold (aropt.ir.allowed)"
     return None
+
+
+def inner_problem(definition: OpDef, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(rule, why) if an op's text can't be read, or makes a call that has no place in a graph."""
+    names = [argument.name for argument in definition.overload._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    try:
+        assert definition.calls is not None
+        found = list(definition.calls(**given))
+    except (TypeError, ValueError) as error:
+        return "op-body", f"aropt::{definition.name}: {error}"
+    problems = (op_problem(*call) for call in found)
+    return next((("op-body", f"aropt::{definition.name}: {p[1]}") for p in problems if p), None)
 
 
 class GraphCheck:

@@ -8,6 +8,7 @@ row changes in turn. Torch's own scaled_dot_product_attention (SDPA) is one of t
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,7 @@ class Analysis(Protocol):
 class Writes(Protocol):
     """What writes a restricted forward (see rewrite.py), as far as mixers need it."""
 
+    analysis: Analysis
     info: dict[fx.Node, Info]
     new: dict[fx.Node, fx.Node]
     rows: fx.Node
@@ -246,44 +248,85 @@ def write_weighted(made: Writes, node: fx.Node, info: Info) -> fx.Node:
 def carried(analysis: Analysis, node: fx.Node, mixer: Mixer) -> Info:
     """Each row changes the state that earlier ones left, which the forward itself neither gives nor takes."""
     x, dims = bind(node), analysis.dims(node)
+    first = len(dims) - kept_by(x, mixer)
     if analysis.canvas:
         raise NotRowwise("carries state from row to row, and rows of a canvas change in any order")
-    if any(x.get(name) is not None for name in (*mixer.state, mixer.positions)):
+    if any(tensors(x.get(name)) for name in (*mixer.state, mixer.positions)):
         raise NotRowwise("is given state or positions by the forward itself")
-    if any(bind(user)["1"] != 0 for user in node.users):
+    if any(bind(user)["1"] >= first for user in node.users):
         raise NotRowwise("leaves state behind that the forward reads")
-    for name, source in x.items():
-        if isinstance(source, fx.Node) and source in analysis.content:
-            axes = analysis.info[source].axes
-            if name not in mixer.rows:
-                raise NotRowwise(f"has a {name} that depends on the tokens")
-            if axes[0] != B or axes[mixer.rows[name]] != ROW or sum(has(a, "brc?") for a in axes) > 2:
-                raise NotRowwise("runs over something other than the sequence")
-        elif name in mixer.rows and source is not None:
-            raise NotRowwise("mixes rows that do not depend on the tokens")
+    for name, value in x.items():
+        for source in tensors(value):
+            if source in analysis.content:
+                require_rows(name, analysis.info[source].axes, mixer)
+            elif name in mixer.rows:
+                raise NotRowwise("mixes rows that do not depend on the tokens")
     info = Info([], role="mixer")
-    for source in tensor_inputs(node):
+    for source in [s for name, value in x.items() if name != mixer.initial for s in tensors(value)]:
         if source not in analysis.content:
             info.operands[source] = from_sizes(analysis.positions.dims(source))
             fixed(info.operands[source], "has weights that depend on the length")
-    axis = len(dims[0]) + next(iter(mixer.rows.values()))
-    rows = tuple(B if i == 0 else ROW if i == axis else free(d) for i, d in enumerate(dims[0]))
-    info.axes = [rows, *(tuple(B if i == 0 else free(d) for i, d in enumerate(sizes)) for sizes in dims[1:])]
+    axis = next(iter(mixer.rows.values()))
+    axes = [axis + len(sizes) if axis < 0 else axis for sizes in dims[:first]]
+    given = [[B if i == 0 else ROW if i == axis else free(d) for i, d in enumerate(s)] for s, axis in zip(dims, axes)]
+    info.axes = [*map(tuple, given), *((B, *map(free, sizes[1:])) for sizes in dims[first:])]
     return info
+
+
+def tensors(value: Any) -> list[fx.Node]:
+    """The nodes of an argument, which may be a list."""
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)]
+
+
+def kept_by(x: Mapping[str, Any], mixer: Mixer) -> int:
+    """How many of the op's results are state: the last ones."""
+    return len(tensors(x[mixer.initial])) if mixer.initial else len(mixer.state)
+
+
+def require_rows(name: str, axes: Axes, mixer: Mixer) -> None:
+    """Raises NotRowwise unless an argument that depends on the tokens has rows where the mixer has them."""
+    if name not in mixer.rows:
+        raise NotRowwise(f"has {name} that depend on the tokens" if mixer.initial else
+                         f"has a {name} that depends on the tokens")  # fmt: skip
+    if axes[0] != B or axes[mixer.rows[name]] != ROW or sum(has(a, "brc?") for a in axes) > 2:
+        raise NotRowwise("runs over something other than the sequence")
 
 
 def write_carried(made: Writes, node: fx.Node, mixer: Mixer, info: Info) -> fx.Node:
     """The rows' call, on the state that earlier rows left behind."""
     given: dict[str, Any] = {mixer.positions: made.rows} if mixer.positions else {}
-    layer = made.next_layer()
+    layer, results = made.next_layer(), node.meta["val"]
     made.recurrences += 1
-    for name, value in zip(mixer.state, node.meta["val"][1:], strict=True):
+    begun, given[mixer.initial] = starts(made, node, mixer)
+    first = len(results) - kept_by(bind(node), mixer)
+    names = [f"{mixer.state[0]}_{layer}_{i}" for i in range(len(begun))] if mixer.initial else [
+        f"{name}_{layer}" for name in mixer.state
+    ]  # fmt: skip
+    stored = []
+    for name, value, start in zip(names, results[first:], begun or [0.0] * len(names), strict=False):
         dims = tuple("B" if i == 0 else int(size) for i, size in enumerate(value.shape))
-        given[name] = made.stored(f"{name}_{layer}", StateSpec("recurrent", Spec(value.dtype, dims), 0.0))
+        stored.append(made.stored(name, StateSpec("recurrent", Spec(value.dtype, dims), start)))
+    if len(begun) > len(stored):  # whether there was a row
+        stored.append(made.stored(names[-1], StateSpec("recurrent", Spec(torch.bool, ("B",)), 0)))
+    given |= {mixer.state[0]: stored} if mixer.initial else dict(zip(mixer.state, stored, strict=True))
+    given.pop("", None)
     result = call_with(made, node, info, given)
-    for i, name in enumerate(mixer.state):
-        made.updated[f"{name}_{layer}"] = made.call(operator.getitem, result, i + 1)
+    for i, name in enumerate(names, first):
+        made.updated[name] = made.call(operator.getitem, result, i)
     return result
+
+
+def starts(made: Writes, node: fx.Node, mixer: Mixer) -> tuple[list[float], list[fx.Node]]:
+    """What fills the values of a state that starts from given ones, and the nodes of these where no number does.
+
+    Then there is one value of state more. Raises NotRowwise where they are not the same for all sequences and lengths.
+    """
+    given = tensors(bind(node)[mixer.initial]) if mixer.initial else []
+    values = [made.analysis.positions.start(one) for one in given]
+    if all(bool((value == value.flatten()[0]).all()) for value in values):
+        return [value.flatten()[0].item() for value in values], []
+    constants = [made.constant(one, value, "_start") for one, value in zip(given, values, strict=True)]
+    return [0.0] * (len(given) + 1), constants
 
 
 def call_with(made: Writes, node: fx.Node, info: Info, given: dict[str, Any]) -> fx.Node:

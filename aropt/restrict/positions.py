@@ -167,6 +167,14 @@ class Positions:
             raise NotRowwise("computes with the sequence length or the batch size as a number")
         return values.pop()
 
+    def start(self, node: fx.Node) -> Tensor:
+        """A value [1, ...] that is the same for each sequence of a batch and any length; raises NotRowwise if not."""
+        values = [self.value(node, n, b) for n, b in ((1, 1), (2, 3), (self.capacity, 2))]
+        first: Tensor = values[0][:1]
+        if not all(torch.equal(value, first.expand_as(value)) for value in values):
+            raise NotRowwise("starts from other values for other sequences or lengths")
+        return first
+
     # --- tables ----------------------------------------------------------------------------------------------------
 
     def table(self, node: fx.Node, axes: Axes) -> Table:

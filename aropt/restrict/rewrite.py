@@ -30,6 +30,7 @@ from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build, propagate
 from aropt.restrict import mixers, moves
 from aropt.restrict.analysis import FULL_SIZE, Analysis, unsupported
+from aropt.restrict.bodies import check_bodies
 from aropt.restrict.convolved import normalize_convolutions
 from aropt.restrict.dims import (
     Axis,
@@ -88,6 +89,7 @@ def restrict(
         traced, names = graph.fx, propagate(graph.fx, graph.inputs, weights)
         if not canvas:
             traced, names = prepared(graph, weights, names, capacity, never)
+        check_bodies(traced, capacity)
         analysis = Analysis(traced, weights, names, capacity, canvas, never)
         return Restriction(analysis, weights, last=rows == "last").result(graph.name)
     except Unsupported:

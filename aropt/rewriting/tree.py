@@ -33,7 +33,7 @@ from aropt.ir.opdef import Mixer
 from aropt.ir.program import Graph, Spec, StateSpec
 from aropt.ir.torch_compat import build
 from aropt.restrict.all_rows import wide
-from aropt.restrict.mixers import mixer_of
+from aropt.restrict.mixers import mixer_of, tensors
 from aropt.rewriting.int8 import EightBits
 
 aten = torch.ops.aten
@@ -77,6 +77,7 @@ class Kept:
     op: Any = None
     mixer: Mixer | None = None
     given: dict[str, Any] = field(default_factory=dict)
+    first: int = 1  # which of the op's results is the first of the state
 
 
 def forms(step: Graph, weights: MutableMapping[str, Tensor], nodes: Nodes = Nodes(), name: str = "tree") -> Forms:
@@ -196,19 +197,26 @@ def stashed_recurrences(graph: fx.Graph, placed: Mapping[str, fx.Node], pairs: f
         given = bind(node)
         if (pairs is not None and not mixer.tree) or given[mixer.positions] is not placed["positions"]:
             raise NoTree(f"{op_name(node)} has no form for trees")
-        names = [given[name].name for name in mixer.state]
+        names = [one.name for name in mixer.state for one in tensors(given[name])]
         if pairs is not None:
             on_tree(graph, node, mixer, pairs)
         else:  # padding comes after all other rows, whose results it can't change
             places = [argument.name for argument in node.target._schema.arguments]
             node.update_arg(places.index(mixer.positions), None)
         rows = {
-            f"{names[0]}_{argument.lower()}": (value, value.meta["val"].dim() + mixer.rows[argument])
-            for argument in mixer.rows
-            if (value := given[argument]) is not None
+            stash: (value, axis + value.meta["val"].dim() if axis < 0 else axis)
+            for argument, axis in mixer.rows.items()
+            for stash, value in stashed(names[0], argument, given[argument]).items()
         }
-        found[" ".join(names)] = Kept(rows, node.target, mixer, given)
+        first = len(node.meta["val"]) - len(names)
+        found[" ".join(names)] = Kept(rows, node.target, mixer, given, first)
     return found
+
+
+def stashed(state: str, argument: str, value: Any) -> dict[str, fx.Node]:
+    """An argument with rows, or each of a list, by its name in the stash."""
+    several = isinstance(value, (list, tuple))
+    return {f"{state}_{argument.lower()}" + f"_{i}" * several: one for i, one in enumerate(tensors(value))}
 
 
 def on_tree(graph: fx.Graph, node: fx.Node, mixer: Mixer, pairs: fx.Node) -> None:
@@ -304,7 +312,8 @@ def settle_of(
         else:
             arguments = rerun(graph, names.split(), one, {**given, **rows}) | {one.mixer.positions: placed["counts"]}
             call = graph.call_function(one.op, tuple(arguments.values()))
-            made |= {n: graph.call_function(operator.getitem, (call, i)) for i, n in enumerate(names.split(), 1)}
+            state = enumerate(names.split(), one.first)
+            made |= {n: graph.call_function(operator.getitem, (call, i)) for i, n in state}
     graph.output(tuple(made[n] for n in states))
     unread = {name for name, node in given.items() if not node.users}
     for name in unread:
@@ -337,9 +346,16 @@ def rerun(graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.N
     """The recurrence's arguments, of the stash and the state."""
     mixer = one.mixer
     assert mixer is not None
-    arguments = one.given | {n: given[f"{names[0]}_{n.lower()}"] for n in mixer.rows if one.given[n] is not None}
-    arguments |= {n: given[name] for n, name in zip(mixer.state, names, strict=True)} | {mixer.positions: None}
-    done: dict[fx.Node, fx.Node] = {n: n for n in arguments.values() if isinstance(n, fx.Node) and n.graph is graph}
+    arguments = dict(one.given)
+    for argument in mixer.rows:
+        rows = [given[n] for n in stashed(names[0], argument, one.given[argument])]
+        arguments[argument] = alike(rows, one.given[argument])
+    kept = iter([given[name] for name in names])
+    for argument in mixer.state:
+        arguments[argument] = alike([next(kept) for _ in tensors(one.given[argument])], one.given[argument])
+    arguments[mixer.positions] = None
+    here = (n for value in arguments.values() for n in tensors(value))
+    done: dict[fx.Node, fx.Node] = {n: n for n in here if n.graph is graph}
 
     def held(node: fx.Node) -> fx.Node:
         """A weight, or what is made of weights alone."""
@@ -348,6 +364,11 @@ def rerun(graph: fx.Graph, names: list[str], one: Kept, given: Mapping[str, fx.N
         return done[node]
 
     return {name: fx.node.map_arg(value, held) for name, value in arguments.items()}
+
+
+def alike(values: list[fx.Node], before: Any) -> Any:
+    """The values as a list where the argument was one, else the one value; None where there was none."""
+    return values if isinstance(before, (list, tuple)) else next(iter(values), None)
 
 
 def sketches(step: Graph, weights: dict[str, Tensor], levels: Sequence[Nodes], owner: str) -> list[Graph]:

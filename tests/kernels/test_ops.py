@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aropt.ir import opdef, ops
 from aropt.ir.opdef import OpDef
-from tests.support.op_models import Call, assert_matches, free, sizable, symbolic, tensors
+from tests.support.op_models import Call, assert_matches, filled, flat, free, sizable, symbolic, tensors
 
 ROOT = Path(__file__).parents[2]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,7 +66,7 @@ every_op = but()
 
 
 def only(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
-    return (arg for arg in args if isinstance(arg, torch.Tensor))
+    return (tensor for arg in args for tensor in flat(arg))
 
 
 def test_every_file_is_an_op_of_its_name() -> None:
@@ -103,7 +103,8 @@ def test_reference(op: OpDef, count: int) -> None:
         for again in (op.reference(*args), op.overload(*args)):
             torch.testing.assert_close(again, want, rtol=0, atol=0, equal_nan=True)
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-            promised = op.overload(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+            fakes = iter([mode.from_tensor(tensor) for tensor in only(args)])
+            promised = op.overload(*(filled(arg, fakes) for arg in args))
         for fake, real in zip(tensors(promised), tensors(want), strict=True):
             if op.own_size:
                 assert (fake.dim(), fake.dtype) == (real.dim(), real.dtype)

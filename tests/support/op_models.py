@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,17 +33,29 @@ class Call(torch.nn.Module):
 
     def forward(self, *given: torch.Tensor) -> Any:
         rest, named = iter(given), zip(self.names, self.args)
-        return self.overload(*(next(rest) if varies(arg) and n not in self.held else arg for n, arg in named))
+        return self.overload(*(arg if n in self.held else filled(arg, rest) for n, arg in named))
 
 
 def varies(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor)
 
 
+def filled(arg: Any, rest: Iterator[torch.Tensor]) -> Any:
+    """The argument, the next tensors in the place of its own."""
+    if isinstance(arg, list):
+        return [filled(a, rest) for a in arg]
+    return next(rest) if varies(arg) else arg
+
+
+def flat(arg: Any) -> list[torch.Tensor]:
+    """The tensors of an argument, which may be a list."""
+    return [a for a in (arg if isinstance(arg, list) else [arg]) if varies(a)]
+
+
 def free(op: OpDef, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """The tensors that a translation takes as inputs."""
     names = [argument.name for argument in op.overload._schema.arguments]
-    return [arg for name, arg in zip(names, args) if varies(arg) and name not in op.held]
+    return [tensor for name, arg in zip(names, args) if name not in op.held for tensor in flat(arg)]
 
 
 def sizable(op: OpDef) -> Any:
@@ -53,6 +66,6 @@ def sizable(op: OpDef) -> Any:
 def symbolic(op: OpDef, args: tuple[Any, ...]) -> Any:
     """Every size of every tensor as a symbol, but those that the op takes as constants."""
     names = [argument.name for argument in op.overload._schema.arguments]
-    given = [(name, arg) for name, arg in zip(names, args) if varies(arg) and name not in op.held]
+    given = [(name, tensor) for name, arg in zip(names, args) if name not in op.held for tensor in flat(arg)]
     auto = torch.export.Dim.AUTO
     return tuple({d: auto for d in range(arg.dim()) if d not in op.fixed.get(name, ())} for name, arg in given)
