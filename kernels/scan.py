@@ -21,7 +21,7 @@ import ast
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -249,29 +249,45 @@ def placed(model: bytes, inputs: Sequence[Any]) -> list[Any]:
     return results
 
 
+def onnx_step(body: str, carried: Sequence[Any], xs: Sequence[Any], extra: Sequence[Any]) -> Callable[..., list[Any]]:
+    """What writes the body on carries and a row of each of the xs; `carried` and `xs` say of what types these are."""
+    from onnxscript import opset20 as op
+
+    model = translated(body, (len(carried), len(xs), len(extra)), tuple(types(carried, xs, extra)))
+    return lambda *given: [op.Identity(value) for value in placed(model, [*given, *extra])]
+
+
+def onnx_wide(flag: Any, value: Any) -> Any:
+    """[B] beside a value."""
+    from onnxscript import opset20 as op
+
+    axes = list(range(1, len(value.shape)))
+    return op.Unsqueeze(flag, op.Constant(value_ints=axes)) if axes else flag
+
+
+def onnx_begin(init: Sequence[Any], state: Sequence[Any]) -> list[Any]:
+    """`begin` in ONNX ops."""
+    from onnxscript import opset20 as op
+
+    if not state or not init:
+        return list(state or init)
+    return [op.Where(onnx_wide(state[-1], s), s, i) for s, i in zip(state, init)]
+
+
 def onnx(body, init, xs, extra, state, positions):  # type: ignore[no-untyped-def]
     """The same in standard ONNX ops: one row is the body, several are a Scan of it."""
     import onnx_ir as ir
     from onnxscript import opset20 as op
 
     carried = state[: len(init)] if init and state else state or init
-    count = len(carried)
-    model = translated(body, (count, len(xs), len(extra)), tuple(types(carried, xs, extra)))
+    count, row, begun = len(carried), onnx_step(body, carried, xs, extra), onnx_begin(init, state)
     valid = [] if positions is None else [op.GreaterOrEqual(positions, op.Constant(value_int=0))]
-
-    def wide(flag: Any, value: Any) -> Any:
-        """[B] beside a value."""
-        axes = list(range(1, len(value.shape)))
-        return op.Unsqueeze(flag, op.Constant(value_ints=axes)) if axes else flag
-
-    begun = [op.Where(wide(state[-1], s), s, i) for s, i in zip(state, init)] if init and state else carried
 
     def step(*given: Any) -> tuple[Any, ...]:
         """Carries, a row of each of the xs, and whether it counts -> carries, ys."""
-        found = placed(model, [*given[: count + len(xs)], *extra])
-        new = [op.Identity(value) for value in found]
+        new = row(*given[: count + len(xs)])
         for counts in given[count + len(xs) :]:
-            kept = [op.Where(wide(counts, c), a, b) for a, b, c in zip(new, given, carried)]
+            kept = [op.Where(onnx_wide(counts, c), a, b) for a, b, c in zip(new, given, carried)]
             new = [*kept, *new[count:]]
         return tuple(new)
 
@@ -372,6 +388,6 @@ OP = OpDef(
     onnx=onnx,
     calls=calls,
     fixed={"init": (1, 2, 3, 4), "xs": (2, 3, 4, 5), "extra": (0, 1, 2, 3), "state": (1, 2, 3, 4)},
-    mixer=Mixer(rows={"xs": 1}, state=("state",), positions="positions", initial="init"),
+    mixer=Mixer(rows={"xs": 1}, state=("state",), positions="positions", initial="init", tree="scan_tree"),
     tolerance={torch.float32: (1e-5, 1e-5)},
 )

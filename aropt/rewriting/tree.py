@@ -227,8 +227,8 @@ def on_tree(graph: fx.Graph, node: fx.Node, mixer: Mixer, pairs: fx.Node) -> Non
             ops.load(mixer.tree).overload, tuple(pairs if n == mixer.positions else v for n, v in given.items())
         )
     made.meta = dict(node.meta)
-    for user in [u for u in node.users if u.args[1] == 0]:
-        user.replace_all_uses_with(made)
+    for replaced in [node] if mixer.initial else [u for u in node.users if u.args[1] == 0]:
+        replaced.replace_all_uses_with(made)
 
 
 def tree_of(

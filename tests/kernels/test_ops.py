@@ -26,11 +26,12 @@ ROOT = Path(__file__).parents[2]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Ops that compilers get in the exhaustive suite alone. The quick one has others that are built as they are:
 # gated_delta (in ONNX), rg_lru and wkv; ssd_commit; tree_delay; cached_attention and token_shuffle.
-RECURRENT = ("kda", "selective_scan", "ssd_scan")
+RECURRENT = ("kda", "scan", "selective_scan", "ssd_scan")
 TREES = (
     "gdn_tree_scan",
     "kda_tree_scan",
     "rg_lru_tree",
+    "scan_tree",
     "selective_tree_scan",
     "ssd_tree_scan",
     "tree_conv1d",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aropt.frontend.export import batched_experts
 from aropt.frontend.trace import capture_model
+from aropt.ir.torch_compat import looped_scans
 from aropt.restrict.rewrite import Restricted, restrict
 
 # The floor is one sample of the rounding error of one order of summation. The restricted forward sums in another
@@ -53,7 +54,7 @@ class Subject:
 
     def full(self, model: nn.Module, ids: Tensor) -> Tensor:
         """Logits [T, V] of one sequence [T] by the plain forward."""
-        with torch.no_grad(), batched_experts(model):
+        with torch.no_grad(), batched_experts(model), looped_scans():
             output = model(ids[None], use_cache=False) if hasattr(model, "config") else model(ids[None])
         return getattr(output, "logits", output)[0].double()
 

@@ -17,7 +17,8 @@ from aropt.ir.opdef import Mixer, OpDef
 from aropt.kernels.tree_delay import drawn, pairs_of, parents_of
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-RECURRENT = [op for op in map(ops.load, ops.NAMES) if op.mixer and op.mixer.state]
+# The arguments of aropt::scan are lists: tests/kernels/test_scan.py.
+RECURRENT = [op for op in map(ops.load, ops.NAMES) if op.mixer and op.mixer.state and not op.mixer.initial]
 PRODUCTS = {"ssd_tree_scan": "BC", "gdn_tree_scan": "q", "kda_tree_scan": "q"}  # in which 0 * NaN is: all but these
 HUGE = {"g": -1e30, "dt": 1e30}  # decays, of which the other sign is growth
 every_op = pytest.mark.parametrize("op", RECURRENT, ids=lambda op: op.name)
