@@ -44,9 +44,6 @@ DTYPES = {str(value): value for value in vars(torch).values() if isinstance(valu
 ALLOCATION = {"device", "layout", "pin_memory", "memory_format"}  # where a value lies is for the target to say
 
 
-# --- bodies as text --------------------------------------------------------------------------------------------------
-
-
 def written(graph: fx.Graph, carries: int) -> str:
     """The text of a graph with placeholders c0, .., x0, .., e0, .. that returns so many carries, then the ys.
 
@@ -61,17 +58,13 @@ def written(graph: fx.Graph, carries: int) -> str:
             args = [text(a, names) for a in node.args]
             args += [f"{k}={text(v, names)}" for k, v in node.kwargs.items() if k not in ALLOCATION]
             names[node] = f"v{len(lines)}"
-            lines.append(f"{names[node]} = {target_text(node.target)}({', '.join(args)})")
+            known = isinstance(node.target, torch._ops.OpOverload)
+            name = str(node.target) if known else f"operator.{getattr(node.target, '__name__', '?')}"
+            lines.append(f"{names[node]} = {name}({', '.join(args)})")
         elif node.op == "output":
             results = [names[n] for n in node.args[0]]
             lines.append(f"return [{', '.join(results[:carries])}], [{', '.join(results[carries:])}]")
     return "\n".join(lines)
-
-
-def target_text(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"operator.{target.__name__}"
 
 
 def text(value: Any, names: Mapping[fx.Node, str]) -> str:
@@ -158,9 +151,6 @@ def calls(body: Any, init: Any, xs: Any, extra: Any, state: Any, positions: Any)
     yield from ((n.target, n.args, n.kwargs) for n in module.graph.nodes if n.op == "call_function")
 
 
-# --- the definition --------------------------------------------------------------------------------------------------
-
-
 def beside(flag: Tensor, value: Tensor) -> Tensor:
     """[B] as [B, 1, ..] of the value's rank."""
     return flag.reshape(flag.shape[0], *[1] * (value.dim() - 1))
@@ -196,10 +186,26 @@ def fake(
     body: str, init: list[Tensor], xs: list[Tensor], extra: list[Tensor], state: list[Tensor], positions: Any
 ) -> list[Tensor]:
     carry = [x.new_empty(x.shape) for x in begin(init, state)]
-    row = [x.new_empty((x.shape[0], *x.shape[2:])) for x in xs]
-    ys = parsed(body, (len(carry), len(xs), len(extra)))(*carry, *row, *extra)[len(carry) :]
+    ys = parsed(body, (len(carry), len(xs), len(extra)))(*carry, *a_row(xs), *extra)[len(carry) :]
     flags = [x.new_empty(x.shape) for x in state[len(carry) :]]
     return [y.new_empty((y.shape[0], xs[0].shape[1], *y.shape[1:])) for y in ys] + carry + flags
+
+
+def a_row(xs: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty((x.shape[0], *x.shape[2:])) for x in xs]
+
+
+def inside(body: str, init: list[Tensor], xs: list[Tensor], extra: list[Tensor], state: list[Tensor], _: Any) -> Any:
+    """The value of each call of the body for a row; of fake values, fake ones."""
+    carry, values = begin(init, state), dict[fx.Node, Any]()
+    given = iter([*carry, *a_row(xs), *extra])
+    for node in parsed(body, (len(carry), len(xs), len(extra))).graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = node.target(*args, **kwargs)
+    return [v for value in values.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def cost(body: str, init: Any, xs: list[Tensor], extra: list[Tensor], state: Any, *_: Any) -> Cost:
@@ -209,9 +215,6 @@ def cost(body: str, init: Any, xs: list[Tensor], extra: list[Tensor], state: Any
     flops = 2.0 * rows * sum(e.numel() for e in extra if e.dim() > 1) + float(touched * len(body.splitlines()))
     made = fake(body, init, xs, extra, state, None)
     return Cost(flops, float(sum(x.nbytes for x in (*xs, *extra, *carry, *made))))
-
-
-# --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
@@ -387,6 +390,7 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     calls=calls,
+    inside=inside,
     fixed={"init": (1, 2, 3, 4), "xs": (2, 3, 4, 5), "extra": (0, 1, 2, 3), "state": (1, 2, 3, 4)},
     mixer=Mixer(rows={"xs": 1}, state=("state",), positions="positions", initial="init", tree="scan_tree"),
     tolerance={torch.float32: (1e-5, 1e-5)},

@@ -115,6 +115,7 @@ OP = OpDef(
     samples=samples,
     onnx=onnx,
     calls=lambda body, init, xs, extra, state, pairs: scan.calls(body, init, xs, extra, state, None),
+    inside=scan.inside,
     fixed=scan.OP.fixed,
     tolerance=scan.OP.tolerance,
 )

@@ -27,6 +27,8 @@ SINGLE, HALF = 1e-3, 5e-2  # what rounding may do, as a share of the largest log
 class Halves(TorchDispatchMode):
     """Whether anything is computed in 16 bits."""
 
+    supports_higher_order_operators = True  # a scan of an exported program
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False

@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
+from aropt.ir import ops
 from aropt.ir.dims import resolve, symbols
 from aropt.ir.encode_args import refuse
 from aropt.ir.program import Graph, Input, Spec, StateSpec
@@ -112,11 +114,22 @@ def sum_of(where: str, spec: Spec, sizes: Mapping[str, int]) -> int:
 
 
 def check_nodes(where: str, graph: Graph, limit: int) -> None:
-    """Raises UsageError for a node whose value has more elements."""
+    """Raises UsageError for a node whose value has more elements, or one within the body of a scan."""
     for node in graph.fx.nodes:
         value = node.meta.get("val")
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        made = [*value] if isinstance(value, (list, tuple)) else [value]
+        for one in [*made, *inner_values(node)]:
             if isinstance(one, Tensor) and elements(one) > limit:
                 refuse(
                     f"{where}, node '{node.name}'", f"it has more than {limit} elements: too many beside the weights"
                 )
+
+
+def inner_values(node: fx.Node) -> list[Any]:
+    """The fake values of the calls that an op's text makes; nothing is allocated."""
+    definition = ops.defined(node.target)
+    if definition is None or definition.inside is None:
+        return []
+    with node.meta["val"][0].fake_mode, torch.no_grad():
+        found: list[Any] = definition.inside(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))
+    return found

@@ -97,6 +97,7 @@ class OpDef:
         aot: ahead-of-time compilations to check without a GPU.
         steps: the argument that is rounded coarsely: results jump where it moves a little (see `validate.in_double`).
         calls: the calls (target, args, kwargs) that an argument of text makes, which a graph must be allowed to hold.
+        inside: the values of these calls, on the op's own arguments.
         mixer: how it is computed for new rows alone, if it mixes those of a sequence.
         own_size: whether a size of the result depends on values; compilers then leave the op whole.
         tolerance: (rtol, atol) per dtype of a result; a dtype that isn't named must match bit for bit.
@@ -119,6 +120,7 @@ class OpDef:
     aot: Callable[[], Sequence[Aot]] = tuple
     steps: str = ""
     calls: Callable[..., Any] | None = None
+    inside: Callable[..., Any] | None = None
     mixer: Mixer | None = None
     own_size: bool = False
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
