@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_node, onnx_rows
 from aropt.kernels.delay import joined, onnx_joined, padding
 
 if TYPE_CHECKING:
@@ -45,21 +45,47 @@ def onnx(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
-    channels, width = weight.shape
     if state is None:
-        state = op.Expand(op.Constant(value_float=0.0), op.Concat(op.Shape(x, start=0, end=2), ints(width - 1), axis=0))
-
-    def several() -> tuple[Any, Any]:
-        inputs, left = onnx_joined(x, state, positions, 2, single=False)
-        y = op.Conv(inputs, op.Unsqueeze(weight, ints(1)), *([] if bias is None else [bias]), group=int(channels))
-        return y, left
+        width = op.Concat(op.Shape(x, start=0, end=2), ints(weight.shape[1] - 1), axis=0)
+        state = op.Expand(op.Constant(value_float=0.0), width)
 
     def one() -> tuple[Any, Any]:
         inputs, left = onnx_joined(x, state, positions, 2, single=True)
         y = op.ReduceSum(op.Mul(inputs, weight), ints(2), keepdims=1)
         return y if bias is None else op.Add(y, op.Unsqueeze(bias, ints(1))), left
 
-    return onnx_rows(x, 2, one, several)
+    return onnx_rows(x, 2, one, lambda: onnx_convolved(x, weight, bias, state, positions))
+
+
+def onnx_convolved(x: Any, weight: Any, bias: Any, state: Any, positions: Any) -> tuple[Any, Any]:
+    """Several rows, on a state."""
+    from onnxscript import opset20 as op
+
+    inputs, left = onnx_joined(x, state, positions, 2, single=False)
+    kernel, more = op.Unsqueeze(weight, op.Constant(value_ints=[1])), [] if bias is None else [bias]
+    return op.Conv(inputs, kernel, *more, group=int(weight.shape[0])), left
+
+
+def contrib(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
+    """As ONNX Runtime's CausalConvWithState: one row, and rows without padding, which it can't skip."""
+    from onnxscript import opset20 as op
+
+    ones = op.Constant(value_ints=[1])
+
+    def own() -> tuple[Any, Any]:
+        y, left = onnx_node("com.microsoft", "CausalConvWithState", [x, op.Unsqueeze(weight, ones), bias, state], 2)
+        return y, left
+
+    def one() -> tuple[Any, Any]:
+        y, left = own()
+        padding = op.Unsqueeze(op.Less(positions, op.Constant(value_int=0)), op.Constant(value_ints=[2]))
+        return y, op.Where(padding, state, left)
+
+    if positions is None:
+        return own()
+    if state is None:
+        return onnx(x, weight, bias, state, positions)  # type: ignore[no-untyped-call]
+    return onnx_rows(x, 2, one, lambda: onnx_convolved(x, weight, bias, state, positions))
 
 
 def cost(x: Tensor, weight: Tensor, *_: Any) -> Cost:
@@ -96,6 +122,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    contrib=contrib,
+    needs="CausalConvWithState",
     fixed={"x": (1,), "weight": (0, 1), "bias": (0,), "state": (1, 2)},
     mixer=Mixer(rows={"x": -1}, state=("state",), positions="positions", tree="tree_conv1d", commit="conv1d_commit"),
     tolerance={torch.float32: (1e-4, 1e-5)},

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_scan, onnx_valid
 from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
@@ -72,6 +72,16 @@ def fake(q: Tensor, k: Any, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def onnx(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
     """The same in standard ONNX ops: one row is a step, several are a Scan of it."""
     return stepped(q, k, v, g, beta, state, positions, (3, 4))
+
+
+def contrib(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
+    """As ONNX Runtime's LinearAttention, whose `gated_delta` is this rule; padding decays by 1 and learns nothing."""
+    from onnxscript import opset20 as op
+
+    if positions is not None:
+        valid = onnx_valid(positions)
+        g, beta = op.Mul(g, valid), op.Mul(beta, valid)
+    return onnx_linear_attention(q, k, v, state, g, beta, "gated_delta", int(q.shape[2]), int(v.shape[3]))
 
 
 def stepped(
@@ -149,6 +159,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    contrib=contrib,
+    needs="LinearAttention",
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"q": -3, "k": -3, "v": -3, "g": -2, "beta": -2},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Mixer, OpDef
+from aropt.ir.opdef import Mixer, OpDef, onnx_linear_attention, onnx_valid
 from aropt.kernels.gated_delta import cost, drawn, fake, stepped
 
 if TYPE_CHECKING:
@@ -64,6 +64,17 @@ def onnx(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
     return stepped(q, k, v, g, beta, state, positions, (4,))
 
 
+def contrib(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
+    """As ONNX Runtime's LinearAttention, which takes a decay for each channel of the keys."""
+    from onnxscript import opset20 as op
+
+    if positions is not None:
+        valid = onnx_valid(positions)
+        g, beta = op.Mul(g, op.Unsqueeze(valid, op.Constant(value_ints=[3]))), op.Mul(beta, valid)
+    g = op.Reshape(g, op.Constant(value_ints=[0, 0, -1]))
+    return onnx_linear_attention(q, k, v, state, g, beta, "gated_delta", int(q.shape[2]), int(v.shape[3]))
+
+
 def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
     from hypothesis import strategies as st
 
@@ -79,6 +90,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    contrib=contrib,
+    needs="LinearAttention",
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2, 3), "beta": (2,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"q": -3, "k": -3, "v": -3, "g": -3, "beta": -2},

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_node, onnx_rows, onnx_scan
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
 from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def written(graph: fx.Graph, carries: int) -> str:
     Raises ValueError for an argument that has no text.
     """
     names: dict[fx.Node, str] = {}
-    lines = []
+    lines: list[str] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = node.name
@@ -366,10 +366,10 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
-        way = (bool(like[1]), bool(like[4])) if like else draw(st.sampled_from([(True, False), (False, True), (True,) * 2]))
+        ways = [(True, False), (False, True), (True, True)]
+        way = (bool(like[1]), bool(like[4])) if like else draw(st.sampled_from(ways))
         padded = like[5] is not None if like else draw(st.booleans())
         xs = [drawn(batch, rows, 2 * width)] if cell else [drawn(batch, rows, width) for _ in range(2)]
-        xs = [xs[0].sigmoid(), *xs[1:]] if body == GATED else xs
         extra = [drawn(2 * width, width), drawn(2 * width)] if cell else []
         init = [drawn(batch, width) for _ in range(count)]
         init[1:] = [torch.full_like(x, -torch.inf) for x in init[1:]] if body == STABLE else init[1:]

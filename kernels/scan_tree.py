@@ -7,8 +7,8 @@
 * `pairs` bool [B, R, R], or [1, R, R] of all sequences: whether node j is an ancestor of node i, or i itself (see
   `aropt::tree_delay`).
 
-Nothing is known of a body, so that nodes are computed in turn, each from the carries of its parent, which gives the bits
-of `aropt::scan`. In ONNX it is a Scan whose state holds the carries of all nodes.
+Nothing is known of a body, so that nodes are computed in turn, each from the carries of its parent. In ONNX it is a
+Scan whose state holds the carries of all nodes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
+from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_valid
 from aropt.kernels.delay import padding
 
 if TYPE_CHECKING:
@@ -91,6 +91,29 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
         given = (x, dt, A, B, C, state)
         y, after = onnx_rows(x, 1, lambda: onnx_step(*given), lambda: onnx_chunk(*given))
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, op.Constant(value_ints=[1])), x)), after
+
+
+def contrib(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
+    """As ONNX Runtime's LinearAttention: h^T is its state, C its queries, B its keys, dt * x its values."""
+    from onnxscript import opset20 as op
+
+    heads, groups, size = int(x.shape[2]), int(B.shape[2]), int(B.shape[3])
+    dt = dt if positions is None else op.Mul(dt, onnx_valid(positions))
+
+    def every(value: Any) -> Any:
+        """[B, R, G, N] of each head, [B, R, G, H / G, N]."""
+        if groups == heads:
+            return value
+        wide = op.Constant(value_ints=[1, 1, groups, heads // groups, size])
+        return op.Expand(op.Unsqueeze(value, op.Constant(value_ints=[3])), wide)
+
+    kept = None if state is None else op.Transpose(state, perm=[0, 1, 3, 2])
+    given = op.Mul(x, op.Unsqueeze(dt, op.Constant(value_ints=[3])))
+    y, kept = onnx_linear_attention(
+        every(C), every(B), given, kept, op.Mul(dt, A), None, "gated", heads, int(x.shape[3])
+    )
+    y = y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, op.Constant(value_ints=[1])), x))
+    return y, op.Transpose(kept, perm=[0, 1, 3, 2])
 
 
 def onnx_chunk(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any, Any]:
@@ -206,6 +229,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    contrib=contrib,
+    needs="LinearAttention",
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"x": -3, "dt": -2, "B": -3, "C": -3},

@@ -69,7 +69,7 @@ def named(failure: Unsupported, module: nn.Module, example: torch.Tensor, capaci
         what="a module mixes the sequence in a loop that has no graph for all lengths",
         where=where.removeprefix("model."),
         why=f"{grows}; it is none of the recurrences that aropt knows",
-        hint="write the loop as one op: docs/adding_a_mixer.md",
+        hint="write the loop with torch's scan, or as one op: docs/adding_a_mixer.md",
     )
 
 

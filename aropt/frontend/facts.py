@@ -16,9 +16,9 @@ from aropt.frontend.forwards import HINT, Forward
 from aropt.frontend.pt2 import capture_exported
 from aropt.frontend.texts import Texts
 from aropt.frontend.trace import capture_model
-from aropt.ir.torch_compat import looped_scans
 from aropt.ir.limits import SAID
 from aropt.ir.program import Graph
+from aropt.ir.torch_compat import looped_scans
 from aropt.ir.units import window
 from aropt.restrict.reach import most_tokens
 

@@ -19,7 +19,10 @@ from aropt.ir import ops
 
 aten = torch.ops.aten
 HINT = "scan over the sequence, from its first row to its last: docs/adding_a_mixer.md"
-FILLED = {aten.zeros_like.default: 0, aten.ones_like.default: 1}  # of what is there before any row: sizes alone count
+FILLED: dict[Any, int] = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+}  # of what is there before any row: sizes alone count
 Copy = Callable[[fx.Graph, fx.Node, dict[fx.Node, Any]], None]  # a call, copied into a graph
 
 
@@ -49,6 +52,7 @@ def copy_scan(
     Raises Unsupported where it runs over anything but the sequence, or has a carry that is no state.
     """
     combine, init, xs, extra = (*node.args, ())[:4]
+    known_extra: Any = extra
     assert isinstance(combine, fx.Node) and isinstance(init, list) and isinstance(xs, list)
     batch, length = (str(sizes.get(name)) for name in "BT")
     for x in xs:
@@ -58,7 +62,9 @@ def copy_scan(
         if str(shape[0]) != length:
             refuse(node, f"it runs over an axis of size {shape[0]}, which is not the sequence")
         if len(shape) < 2 or str(shape[1]) != batch:
-            refuse(node, "a row of its xs does not begin with the batch", "scan over xs [T, B, ...], or dim=1 of [B, T]")
+            refuse(
+                node, "a row of its xs does not begin with the batch", "scan over xs [T, B, ...], or dim=1 of [B, T]"
+            )
     for one in init:
         shape = one.meta["val"].shape
         if not shape or str(shape[0]) != batch or not all(isinstance(n, int) for n in shape[1:]):
@@ -66,7 +72,7 @@ def copy_scan(
                    "give each carry the batch first, and no size that depends on the length")  # fmt: skip
     if not xs or not init:
         refuse(node, "it has no carry, or no xs", "compute it without a scan, or scan over rows of the sequence")
-    body, known = body_of(node, getattr(root, str(combine.target)), len(init), list(extra), batch, copy)
+    body, known = body_of(node, getattr(root, str(combine.target)), len(init), list(known_extra), batch, copy)
     swapped = [call(graph, aten.transpose.int, copied[x], 0, 1) for x in xs]
     start = [shaped(graph, one, copied) for one in init]
     scan = call(graph, ops.load("scan").overload, body, start, swapped, [copied[e] for e in known], [], None)
@@ -84,7 +90,7 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 def shaped(graph: fx.Graph, node: fx.Node, copied: Mapping[fx.Node, Any]) -> fx.Node:
     """An initial carry; zeros like a row are zeros of its sizes, whatever the row holds."""
     value = node.meta["val"]
-    filled = node.args[1] if node.target is aten.full_like.default else FILLED.get(node.target)  # type: ignore[arg-type]
+    filled = node.args[1] if node.target is aten.full_like.default else FILLED.get(node.target)
     if filled is None:
         found: fx.Node = copied[node]
         return found
@@ -151,7 +157,7 @@ def unswap(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         source = node.args[0] if swaps(node) else None
         if isinstance(source, fx.Node) and swaps(source):
-            node.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(source.args[0])
 
 
 def swaps(node: fx.Node) -> bool:

@@ -88,6 +88,7 @@ class OpDef:
             what is not a tensor or is `held`, and the sizes in `fixed`, from another tuple. Imports hypothesis itself.
         onnx: translation for `torch.onnx.export(custom_translation_table=...)`, standard ONNX ops only.
         contrib: the same with the operators that only ONNX Runtime has, where it has a better one.
+        needs: the operator of ONNX Runtime's own that `contrib` writes, if some versions that aropt takes lack it.
         overwrite: as `reference`, but it writes the results named in `in_place` into their arguments.
         in_place: {index of a result: argument} that a target may update in place.
         fixed: {argument: its dims} whose sizes a translation takes as constants.
@@ -111,6 +112,7 @@ class OpDef:
     samples: Callable[..., Any]
     onnx: Callable[..., Any] | None = None
     contrib: Callable[..., Any] | None = None
+    needs: str = ""
     overwrite: Callable[..., Any] | None = None
     in_place: Mapping[int, str] = field(default_factory=dict)
     fixed: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -172,6 +174,31 @@ def onnx_node(domain: str, kind: str, inputs: list[Any], outputs: int, **attribu
     node = ir.Node(domain, kind, inputs=inputs, attributes=given, num_outputs=outputs, version=1 if domain else None)
     evaluator.default().nodes.append(node)
     return list(node.outputs)
+
+
+def onnx_linear_attention(
+    q: Any, k: Any, v: Any, state: Any, decay: Any, beta: Any, rule: str, heads: int, width: int
+) -> tuple[Any, Any]:
+    """In an ONNX translation: ONNX Runtime's LinearAttention, a recurrence of all heads in one kernel.
+
+    q, k [B, R, H, K], v [B, R, H, V], state [B, H, K, V] or None, decay [B, R, H] or [B, R, H * K] (its logarithm) and
+    beta [B, R, H] or None -> o [B, R, H, V], the state after the rows. `rule` is "gated" or "gated_delta".
+    """
+    from onnxscript import opset20 as op
+
+    packed = [op.Reshape(x, op.Constant(value_ints=[0, 0, -1])) for x in (q, k, v)]
+    sizes = {"q_num_heads": heads, "kv_num_heads": heads}
+    given = [*packed, state, decay, beta]
+    o, left = onnx_node("com.microsoft", "LinearAttention", given, 2, scale=1.0, update_rule=rule, **sizes)
+    return op.Reshape(o, op.Constant(value_ints=[0, 0, heads, width])), left
+
+
+def onnx_valid(positions: Any) -> Any:
+    """In an ONNX translation: float [B, R, 1], 1 for rows and 0 for padding."""
+    from onnxscript import opset20 as op
+
+    counts = op.Cast(op.GreaterOrEqual(positions, op.Constant(value_int=0)), to=1)
+    return op.Unsqueeze(counts, op.Constant(value_ints=[2]))
 
 
 def onnx_scan(

@@ -59,8 +59,15 @@ def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., A
 
     `contrib` chooses ONNX Runtime's own operators where an op has such a translation.
     """
-    found = {op.overload: (op.contrib if contrib else None) or op.onnx for op in load_all().values()}
+    found = {op.overload: (contrib_of(op) if contrib else None) or op.onnx for op in load_all().values()}
     return {overload: function for overload, function in found.items() if function is not None}
+
+
+def contrib_of(op: OpDef) -> Callable[..., Any] | None:
+    """The translation with ONNX Runtime's own operators, where the version that is installed has them."""
+    from aropt.ir.torch_onnx import own_operators
+
+    return op.contrib if not op.needs or op.needs in own_operators() else None
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:

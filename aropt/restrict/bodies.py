@@ -5,7 +5,6 @@ A row is padding in one sequence and none in another, so that a body that mixes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,10 +47,10 @@ def check_bodies(graph: fx.Graph, capacity: int) -> None:
         copied: dict[fx.Node, fx.Node] = {}
         inputs, weights = dict[str, Spec](), dict[str, Tensor]()
         sources = iter([one for some in lists for one in some])
-        module = parsed(x["body"], tuple(map(len, lists)))  # type: ignore[arg-type]
+        module = parsed(x["body"], tuple(map(len, lists)))
         for inner in module.graph.nodes:
             if inner.op != "placeholder":
-                copied[inner] = body.node_copy(inner, lambda n: copied[n])
+                copied[inner] = body.node_copy(inner, copied.__getitem__)
                 copied[inner].meta = {"where": f"{node.meta.get('where') or 'the top level'}, the body of {node.name}"}
                 continue
             value: Any = next(sources).meta["val"]

@@ -51,7 +51,7 @@ class Analysis(Protocol):
 class Writes(Protocol):
     """What writes a restricted forward (see rewrite.py), as far as mixers need it."""
 
-    analysis: Analysis
+    positions: Positions
     info: dict[fx.Node, Info]
     new: dict[fx.Node, fx.Node]
     rows: fx.Node
@@ -322,7 +322,7 @@ def starts(made: Writes, node: fx.Node, mixer: Mixer) -> tuple[list[float], list
     Then there is one value of state more. Raises NotRowwise where they are not the same for all sequences and lengths.
     """
     given = tensors(bind(node)[mixer.initial]) if mixer.initial else []
-    values = [made.analysis.positions.start(one) for one in given]
+    values = [made.positions.start(one) for one in given]
     if all(bool((value == value.flatten()[0]).all()) for value in values):
         return [value.flatten()[0].item() for value in values], []
     constants = [made.constant(one, value, "_start") for one, value in zip(given, values, strict=True)]

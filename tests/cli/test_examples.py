@@ -94,7 +94,7 @@ def test_commands_parse_and_name_what_there_is(
 
 RUN = {  # blocks of each page by language; tests/pipeline/test_plugins.py runs the Python of writing_passes
     ("README", "sh"): 1, ("README", "python"): 1, ("onnx_loop", "python"): 3, ("adding_a_loop", "python"): 6,
-    ("adding_a_mixer", "python"): 3,
+    ("adding_a_mixer", "python"): 4,
     ("writing_passes", "python"): 1, ("writing_passes", "toml"): 1, ("design", ""): 1,
 }  # fmt: skip
 
@@ -170,6 +170,9 @@ def test_the_page_on_mixers_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> 
     made = names["made"]
     assert made.report["verify"]["status"] == "pass"
     assert [s.spec.dims for s in made.program.state.values() if s.kind == "recurrent"] == [("B", 16)]
+    scanned = names["scanned"]
+    assert scanned.report["verify"]["status"] == "pass" and "aropt.scan(" in text(scanned.program)
+    assert [s.spec.dims for s in scanned.program.state.values() if s.kind == "recurrent"] == [("B", 16)]
 
 
 def called(folder: Path, *words: str) -> int:

@@ -187,7 +187,10 @@ def test_the_text_shows_the_body_and_comes_back() -> None:
     assert digest(again) == digest(program) and text(again) == shown
     other = json.loads(json.dumps(data).replace("aten.rsub.Scalar(x0, 1)", "aten.rsub.Scalar(x0, 2)"))
     assert digest(from_json(other, program.weights)) != digest(program)
-    for instead, why in (("from_file.default('secret')", "none of the ops"), ("full.default([99999999], 0)", "too many")):
+    for instead, why in (
+        ("from_file.default('secret')", "none of the ops"),
+        ("full.default([99999999], 0)", "too many"),
+    ):
         bad = json.loads(json.dumps(data).replace("return [v3]", f"v4 = aten.{instead}\\nreturn [v3]"))
         with pytest.raises(UsageError, match=why):
             from_json(bad, program.weights)
