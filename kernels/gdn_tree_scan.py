@@ -132,6 +132,15 @@ def onnx_inverse(pairs: Any, system: Any) -> Any:
 if HAS_TRITON:
 
     @triton.jit
+    def substituted(system, learned, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What nodes learn, from what they would learn alone, less `system` [of the first, ROWS] of those before."""
+        row = tl.arange(0, ROWS)
+        for t in range(0, rows):
+            share = tl.sum(tl.where(row[None, :] == t, system, 0.0), 1)
+            learned -= tl.where(row[:, None] == t, tl.sum(share[:, None] * learned, 0)[None, :], 0.0)
+        return learned
+
+    @triton.jit
     def solved_nodes(turned, g, beta, alike, v, known, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
         """What nodes learn [ROWS, WIDTH]; decays since the state (their logarithm) and from ancestors to nodes.
 
@@ -145,10 +154,7 @@ if HAS_TRITON:
         decay = tl.exp(tl.where(turned, above[None, :] - total[:, None], float("-inf")))
         strict = (row[:, None] < row[None, :]) & (decay > 0)
         system = tl.where(strict, alike * decay, 0.0) * beta[None, :]
-        for t in range(0, rows):
-            share = tl.sum(tl.where(row[None, :] == t, system, 0.0), 1)
-            learned -= tl.where(row[:, None] == t, tl.sum(share[:, None] * learned, 0)[None, :], 0.0)
-        return learned, total, decay
+        return substituted(system, learned, rows, ROWS), total, decay
 
     @triton.jit
     def _gdn_tree_kernel(  # type: ignore[no-untyped-def]

@@ -8,23 +8,47 @@
   `aropt::tree_delay`).
 
 The definition steps as `aropt::rg_lru` does, node by node, and gives its bits. In ONNX all nodes step at once, in each
-of log2 R rounds twice as far up, from the ancestor that they have come to (pointer jumping).
+of log2 R rounds twice as far up, from the ancestor that they have come to (pointer jumping). The kernel keeps h in
+registers down a chain, and reads it back where a tree branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import rg_lru
-from aropt.kernels.tree_delay import on_trees, onnx_doubled, onnx_parents, onnx_taken, parents_of
+from aropt.kernels.tree_delay import (
+    on_trees,
+    onnx_doubled,
+    onnx_parents,
+    onnx_taken,
+    parents_of,
+    refused,
+    shared,
+    sized,
+    tile,
+    warps,
+)
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import parents_in
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+CHANNELS = 256  # of a program
 
 
 def walked(state: Tensor, pairs: Tensor, step: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -84,6 +108,57 @@ def onnx_walked(decay: Any, given: Any, state: Any, pairs: Any) -> Any:
     return op.Slice(onnx_doubled(pairs, 1, (given, decay, above), double, 1)[0], axis, end, axis)
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _rg_lru_tree_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, a_ptr, state_ptr, pairs_ptr, out_ptr, rows, channels,
+        GIVEN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a tree, node by node."""
+        batch, row = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        held, first = channel < channels, batch * rows * channels
+        parents = parents_in(pairs_ptr + batch * rows * rows, rows, ROWS)
+        state = tl.zeros([CHANNELS], tl.float32)
+        if GIVEN:
+            state = tl.load(state_ptr + batch * channels + channel, mask=held, other=0.0)
+        h = state
+        for t in range(0, rows):
+            parent = tl.sum(tl.where(row == t, parents, 0), 0)
+            if parent < 0:
+                h = state
+            elif parent < t - 1:
+                tl.debug_barrier()  # what other threads wrote is there
+                h = tl.load(out_ptr + first + parent * channels + channel, mask=held, other=0.0)
+            at = first + t * channels + channel
+            a, x = tl.load(a_ptr + at, mask=held, other=0.0), tl.load(x_ptr + at, mask=held, other=0.0)
+            h = a * h + x
+            tl.store(out_ptr + at, h, mask=held)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(x: Tensor, a: Tensor, state: Tensor | None, pairs: Tensor) -> Tensor:
+    """Runs the Triton kernel: a program for some channels of a tree."""
+    out, (batch, rows, channels) = fake(x), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (x, a, state, shared(pairs, batch))]
+        held, grid = {"ROWS": tile(rows), "CHANNELS": CHANNELS}, (batch, triton.cdiv(channels, CHANNELS))
+        flags = {"GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
+        _rg_lru_tree_kernel[grid](*given, out, rows, channels, **held, **flags)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size."""
+    types = [*["*fp32"] * 3, "*i1", "*fp32", "i32", "i32"]
+    return sized(_rg_lru_tree_kernel, types, {"GIVEN": True, "CHANNELS": CHANNELS})
+
+
 def cost(x: Tensor, a: Any, state: Any, pairs: Tensor) -> Cost:
     """Two operations an element."""
     return Cost(2.0 * x.numel(), 3.0 * x.nbytes + 1.0 * x[:, 0].nbytes + pairs.nbytes)
@@ -102,5 +177,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     tolerance={torch.float32: (1e-4, 1e-5)},
 )

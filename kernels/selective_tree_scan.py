@@ -31,7 +31,7 @@ try:
     import triton
     import triton.language as tl
 
-    from aropt.kernels.tree_delay import seen
+    from aropt.kernels.tree_delay import parents_in
 
     HAS_TRITON = True
 except ImportError:
@@ -88,8 +88,7 @@ if HAS_TRITON:
         channel, n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, WIDTH)
         held, wide = channel < channels, n < width
         inside, cell = held[:, None] & wide[None, :], channel[:, None] * width + n[None, :]
-        sees = seen(pairs_ptr + batch * rows * rows, rows, ROWS, False) & (row[None, :] < row[:, None])
-        parents = tl.max(tl.where(sees, row[None, :], -1), 1)
+        parents = parents_in(pairs_ptr + batch * rows * rows, rows, ROWS)
         first, size = batch * channels * rows, channels * width
         a = tl.load(a_ptr + cell, mask=inside, other=0.0)
         state = tl.zeros([CHANNELS, WIDTH], tl.float32)

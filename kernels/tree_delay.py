@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef, onnx_scan
+from aropt.ir.opdef import Aot, Cost, OpDef, onnx_scan
 from aropt.kernels import delay
 
 try:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 LARGEST = 64  # nodes that a kernel holds
+FEATURES = 32  # of a program
 POWERS = [float(2**i) for i in range(21)]  # of trees with fewer nodes, where an ONNX graph is for any number
 
 
@@ -177,6 +178,64 @@ if HAS_TRITON:
             path = tl.load(pairs_ptr + leaf * rows + row, mask=path, other=0) != 0
         return path
 
+    @triton.jit
+    def parents_in(pairs_ptr, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`parents_of` [ROWS] of a tree's pairs."""
+        row = tl.arange(0, ROWS)
+        strict = seen(pairs_ptr, rows, ROWS, False) & (row[None, :] < row[:, None])
+        return tl.max(tl.where(strict, row[None, :], -1), 1)
+
+    @triton.jit
+    def _tree_delay_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, state_ptr, pairs_ptr, out_ptr, rows, steps, size,
+        GIVEN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `SIZE` features of a tree; each node's row is read where its ancestor is."""
+        batch, row = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)
+        column = (tl.program_id(1) * SIZE + tl.arange(0, SIZE))[None, :]
+        inside = (row < rows)[:, None] & (column < size)
+        pairs_ptr += batch * rows * rows
+        sees = seen(pairs_ptr, rows, ROWS, False)  # [nodes, ancestors]
+        wanted = tl.sum(sees.to(tl.int32), 1) - 1 - steps
+        higher = tl.sum(seen(pairs_ptr, rows, ROWS, True).to(tl.int32), 0) - 1  # depths along the other axis
+        found = tl.max(tl.where(sees & (higher[None, :] == wanted[:, None]), row[None, :], 0), 1)
+        above = (wanted >= 0)[:, None]
+        x = tl.load(x_ptr + (batch * rows + found[:, None]) * size + column, mask=inside & above, other=0.0)
+        if GIVEN:
+            before = state_ptr + (batch * steps + steps + wanted[:, None]) * size + column
+            x = tl.where(above, x, tl.load(before, mask=inside & (above == 0), other=0.0))
+        tl.store(out_ptr + (batch * rows + row[:, None]) * size + column, x, mask=inside)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(x: Tensor, rows: int, state: Tensor | None, pairs: Tensor) -> Tensor:
+    """Runs the Triton kernel: a program for some features of a tree."""
+    out, (batch, nodes, size) = fake(x), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (x, state, shared(pairs, batch))]
+        held, grid = {"ROWS": tile(nodes), "SIZE": FEATURES}, (batch, triton.cdiv(size, FEATURES))
+        flags = {"GIVEN": state is not None, "num_warps": warps(held["ROWS"])}
+        _tree_delay_kernel[grid](*given, out, nodes, rows, size, **held, **flags)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size."""
+    return sized(
+        _tree_delay_kernel, ["*fp32", "*fp32", "*i1", "*fp32", *["i32"] * 3], {"GIVEN": True, "SIZE": FEATURES}
+    )
+
+
+def sized(kernel: Any, types: Sequence[str], constants: dict[str, Any], **more: Any) -> list[Aot]:
+    """A kernel for trees of each size, from the types of what is no constexpr."""
+    names = kernel.arg_names
+    signature = dict(zip(names, [*types, *["constexpr"] * (len(names) - len(types))], strict=True))
+    return [Aot(kernel, signature, {**constants, "ROWS": n}, warps(n), **more) for n in (16, 32, LARGEST)]
+
 
 def shared(pairs: Tensor, batch: int) -> Tensor:
     """The pairs of each sequence, as kernels read them."""
@@ -259,5 +318,8 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"state": (1,)},
 )

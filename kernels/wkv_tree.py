@@ -13,19 +13,31 @@ of the state are one more, of score top + d w for a node with d ancestors. The l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, OpDef
+from aropt.ir.opdef import Aot, Cost, OpDef
 from aropt.kernels import wkv
-from aropt.kernels.tree_delay import on_trees
+from aropt.kernels.tree_delay import on_trees, refused, shared, sized, tile, warps
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.tree_delay import seen
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 LOWEST = wkv.LOWEST
+CHANNELS = 32  # of a program
 
 
 def reference(
@@ -81,6 +93,77 @@ def onnx(k, v, w, u, num, den, top, pairs):  # type: ignore[no-untyped-def]
     return op.Div(over, op.Add(op.Mul(before, op.Unsqueeze(den, ints(1))), op.ReduceSum(weight, ints(2), keepdims=0)))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def scored(  # type: ignore[no-untyped-def]
+        k_ptr, pairs_ptr, t, depth, w, u, rows, channels, channel, ROWS: tl.constexpr
+    ):
+        """Which nodes [ROWS, 1] see node t, and its score [ROWS, CHANNELS] for them, -inf for others."""
+        row = tl.arange(0, ROWS)
+        sees = tl.load(pairs_ptr + row * rows + t, mask=row < rows, other=0)[:, None] != 0
+        steps = (depth - tl.sum(tl.where(row == t, depth, 0.0), 0) - 1)[:, None]
+        k = tl.load(k_ptr + t * channels + channel, mask=channel < channels, other=0.0)[None, :]
+        score = tl.where(steps < 0, u[None, :], steps * w[None, :]) + k
+        return sees, tl.where(sees, score, float("-inf"))
+
+    @triton.jit
+    def _wkv_tree_kernel(  # type: ignore[no-untyped-def]
+        k_ptr, v_ptr, w_ptr, u_ptr, num_ptr, den_ptr, top_ptr, pairs_ptr, out_ptr, rows, channels,
+        GIVEN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a tree: the largest scores, then the sums."""
+        batch, row = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        held, at, first = channel < channels, batch * channels + channel, batch * rows * channels
+        pairs_ptr += batch * rows * rows
+        w, u = tl.load(w_ptr + channel, mask=held, other=0.0), tl.load(u_ptr + channel, mask=held, other=0.0)
+        depth = tl.sum(seen(pairs_ptr, rows, ROWS, False).to(tl.float32), 1) - 1
+        num, den = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+        top = tl.full([CHANNELS], -1e38, tl.float32)
+        if GIVEN:
+            num, den = tl.load(num_ptr + at, mask=held, other=0.0), tl.load(den_ptr + at, mask=held, other=0.0)
+            top = tl.where(den == 0, top, tl.load(top_ptr + at, mask=held, other=0.0))
+        before = top[None, :] + depth[:, None] * w[None, :]
+        largest = before
+        for t in range(0, rows):
+            sees, score = scored(k_ptr + first, pairs_ptr, t, depth, w, u, rows, channels, channel, ROWS)
+            largest = tl.maximum(largest, score)
+        before = tl.exp(before - largest)
+        over, under = before * num[None, :], before * den[None, :]
+        for t in range(0, rows):
+            sees, score = scored(k_ptr + first, pairs_ptr, t, depth, w, u, rows, channels, channel, ROWS)
+            v = tl.load(v_ptr + first + t * channels + channel, mask=held, other=0.0)[None, :]
+            weight = tl.exp(score - largest)
+            over += tl.where(sees, weight * v, 0.0)
+            under += weight
+        to = first + row[:, None] * channels + channel[None, :]
+        tl.store(out_ptr + to, over / under, mask=(row < rows)[:, None] & held[None, :])
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(*args: Any) -> Tensor:
+    """Runs the Triton kernel: a program for some channels of a tree."""
+    k, num = args[0], args[4]
+    out, (batch, rows, channels) = fake(k), k.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (*args[:-1], shared(args[-1], batch))]
+        held, grid = {"ROWS": tile(rows), "CHANNELS": CHANNELS}, (batch, triton.cdiv(channels, CHANNELS))
+        flags = {"GIVEN": num is not None, "num_warps": warps(held["ROWS"])}
+        _wkv_tree_kernel[grid](*given, out, rows, channels, **held, **flags)
+    return out
+
+
+def aot() -> Sequence[Aot]:
+    """Trees of each size."""
+    types = [*["*fp32"] * 7, "*i1", "*fp32", "i32", "i32"]
+    return sized(_wkv_tree_kernel, types, {"GIVEN": True, "CHANNELS": CHANNELS})
+
+
 def cost(k: Tensor, v: Any, w: Any, u: Any, num: Any, den: Any, top: Any, pairs: Tensor) -> Cost:
     """Ten operations a pair and channel."""
     return Cost(10.0 * k.numel() * k.shape[1], 3.0 * k.nbytes + 3.0 * k[:, 0].nbytes + pairs.nbytes)
@@ -99,6 +182,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"w": (0,), "u": (0,), "k": (2,), "v": (2,), "num": (1,), "den": (1,), "top": (1,)},
     tolerance={torch.float32: (1e-3, 1e-4)},
 )

@@ -364,7 +364,7 @@ def test_kernel_of_many_tiles(op: OpDef, rows: int) -> None:
 
 def test_kernels_refuse_what_they_do_not_hold() -> None:
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    assert len(KERNELS) == 4
+    assert KERNELS == RECURRENT
     for op in KERNELS:
         args = wide(mixer(op).tree, 65)
         assert "nodes" in (tree(op).supports(*args) or "")

@@ -141,6 +141,13 @@ def wide(name: str, rows: int) -> Args:
     parents = torch.where(place > 0, (torch.rand(2, rows, generator=generator) * place).long(), -1)
     parents[1] = torch.where(place % 5 == 3, -1, (place - 1 - place % 3).clamp(min=-1))
     pairs = pairs_of(parents)
+    if name == "tree_delay":
+        return normal(rows, 70), 3, normal(3, 70), pairs
+    if name == "rg_lru_tree":
+        return normal(rows, 300), normal(rows, 300).sigmoid(), normal(300), pairs
+    if name == "wkv_tree":
+        k, v, (w, u) = normal(rows, 70), normal(rows, 70), normal(70)
+        return 3 * k, v, -w.exp(), u, normal(70), normal(70).exp(), normal(70), pairs
     if name == "tree_conv1d":
         return normal(70, rows), normal(70, 4)[0], normal(70)[0], normal(70, 3), pairs
     if name == "selective_tree_scan":
@@ -152,6 +159,7 @@ def wide(name: str, rows: int) -> Args:
         return x, dt.abs(), -normal(4)[0].abs(), b, c, normal(4)[0], normal(4, 37, 35), pairs
     q, k, v, g, beta = (normal(rows, 3, *sizes) for sizes in ((35,), (35,), (37,), (), ()))
     k = torch.nn.functional.normalize(k, dim=3)
+    g = normal(rows, 3, 35) if name == "kda_tree_scan" else g
     return q, k, v, -g.abs(), beta.sigmoid(), normal(3, 35, 37), pairs
 
 
