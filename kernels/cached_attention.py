@@ -107,20 +107,12 @@ def onnx(query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_h
     """The same in standard ONNX ops (opset 20)."""
     from onnxscript import opset20 as op
 
-    from aropt.ir.opdef import onnx_node
-
     size, groups = k_cache.shape[3], heads // kv_heads
 
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
-    if key is None:
-        widths = ints(heads * size, kv_heads * size, kv_heads * size)
-        query, key, value = onnx_node("", "Split", [query, widths], 3, axis=-1)
-    q, k, v = (
-        op.Transpose(op.Reshape(x, ints(0, 0, n, size)), perm=[0, 2, 1, 3])
-        for x, n in ((query, heads), (key, kv_heads), (value, kv_heads))
-    )
+    q, k, v = (laid(x, n, size) for x, n in onnx_parts(query, key, value, heads, kv_heads, size))
     rows = op.Squeeze(op.Shape(query, start=1, end=2), ints(0))
     end = op.Cast(total, to=7)
     slots = op.Range(op.Sub(end, rows), end, op.Constant(value_int=1))
@@ -146,6 +138,26 @@ def onnx(query, key, value, k_cache, v_cache, last, total, cos, sin, heads, kv_h
     weights = op.Softmax(op.Where(hidden, op.Constant(value_float=float("-inf")), scores), axis=-1)
     out = op.Reshape(op.MatMul(weights, values), ints(0, heads, -1, size))
     return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), ints(0, 0, heads * size)), keys, values
+
+
+def onnx_parts(query: Any, key: Any, value: Any, heads: int, kv_heads: int, size: int) -> list[tuple[Any, int]]:
+    """Query, key and value apart, each with its number of heads."""
+    from onnxscript import opset20 as op
+
+    from aropt.ir.opdef import onnx_node
+
+    counts = (heads, kv_heads, kv_heads)
+    if key is None:
+        widths = op.Constant(value_ints=[n * size for n in counts])
+        query, key, value = onnx_node("", "Split", [query, widths], 3, axis=-1)
+    return list(zip((query, key, value), counts, strict=True))
+
+
+def laid(x: Any, heads: int, size: int) -> Any:
+    """[B, R, heads*D] as [B, heads, R, D]."""
+    from onnxscript import opset20 as op
+
+    return op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, heads, size])), perm=[0, 2, 1, 3])
 
 
 def turned(op: Any, x: Any, cos: Any, sin: Any, rotary: int, size: int, interleaved: bool) -> Any:

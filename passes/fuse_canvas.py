@@ -38,7 +38,7 @@ class FuseCanvas:
         found, rejected = [], []
         for graph in restricted(program):
             try:
-                count = len(matches(graph, program.weights, program.meta["capacity"], canvas=True))
+                count = len(matches(graph, program.weights, program.meta["capacity"], "canvas"))
                 found += [f"{graph.name}: {count} attentions"] if count else []
             except NotThis as reason:
                 rejected.append((reason.where or graph.name, reason.what))
@@ -73,7 +73,7 @@ def restricted(program: Program) -> list[Graph]:
 def fused(graph: Graph, weights: dict[str, Tensor], capacity: int) -> Graph:
     """The graph with one op for each attention."""
     copy = replace(graph, fx=copied(graph.fx))
-    found = matches(copy, weights, capacity, canvas=True)
+    found = matches(copy, weights, capacity, "canvas")
     names = {f"rotary.{kind}_{i}": f"rotary.{graph.name}_{kind}_{i}" for kind in ("cos", "sin") for i in range(9)}
     made: dict[str, Tensor] = {}
     tables = {table: [names[n] for n in given] for table, given in table_weights(found, made).items()}

@@ -33,7 +33,7 @@ class FuseSampler:
     name: ClassVar[str] = "fuse-sampler"
     contract: ClassVar[Contract] = Contract(
         "bitwise",
-        after=("fuse-attention", "fuse-canvas", "fuse-rules", "int8-draft", "ngram-draft", "tree-draft"),
+        after=("fuse-attention", "fuse-canvas", "fuse-rules", "fuse-tree", "int8-draft", "ngram-draft", "tree-draft"),
         establishes=(FEWEST,),
     )
 

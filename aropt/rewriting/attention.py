@@ -3,13 +3,14 @@
 A restricted step may write rotary embedding and masks in any way. What the targets' kernels take is narrow: heads split
 from a flat projection, turned by the angle of their slot, causal. So the nodes between projection and attention are cut
 out and evaluated on chosen inputs, for rows that fill consecutive slots of a batch without padding ("dense"). On a
-canvas the mask is taken as it is, and rows may have any slots.
+canvas the mask is taken as it is, and rows may have any slots; so it is of the nodes of a tree, whose rows stand beside
+the cache (`tree.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +33,7 @@ TURN = LAYOUT | {
 }  # fmt: skip
 PLACES = ("slots", "positions", "slot_positions")  # what a restricted step is told about its rows
 EPS = 1e-6
+Form = Literal["dense", "canvas", "tree"]
 
 
 class NotThis(Unsupported):
@@ -66,7 +68,7 @@ class Match:
     node: fx.Node
     result: fx.Node  # [B, R, heads*D]
     last: bool  # only the last row is used: [B, 1, heads*D]
-    stored: tuple[fx.Node, fx.Node]  # the updates of both caches
+    stored: tuple[fx.Node, fx.Node]  # the updates of both caches, or these with a tree's rows behind them
     rows: tuple[Source, ...]  # of queries, keys and values; one if a value has all of them, in order
     rotary: Rotary | None
     numbers: tuple[Any, ...]  # heads, kv_heads, scale, window, interleaved
@@ -75,10 +77,10 @@ class Match:
 class Probe:
     """Evaluates pieces of a restricted step's graph for dense rows."""
 
-    def __init__(self, graph: Graph, weights: dict[str, Tensor], capacity: int, canvas: bool) -> None:
+    def __init__(self, graph: Graph, weights: dict[str, Tensor], capacity: int, form: Form) -> None:
         self.graph, self.weights, self.capacity = graph, weights, capacity
         self.inputs = {n.name: n for n in graph.fx.nodes if n.op == "placeholder"}
-        self.canvas = canvas  # each sequence has rows of its own
+        self.form = form  # on a canvas each sequence has rows of its own
 
     def placed(self, node: fx.Node) -> bool:
         """Computed from where the rows are, not from what they hold (sizes of `ids` count as the former)."""
@@ -94,7 +96,7 @@ class Probe:
         stored = torch.arange(slots)
         return {
             "ids": torch.zeros(1, rows, dtype=torch.int64),
-            "slots": at[None] if self.canvas else at,
+            "slots": at[None] if self.form == "canvas" else at,
             "positions": at[None],
             "slot_positions": torch.where(stored < filled, stored, -1)[None],
         }
@@ -248,9 +250,9 @@ def flat(node: fx.Node, heads: int, size: int) -> bool:
     return len(shape) == 3 and shape[2] == heads * size
 
 
-def matches(graph: Graph, weights: dict[str, Tensor], capacity: int, canvas: bool = False) -> list[Match]:
+def matches(graph: Graph, weights: dict[str, Tensor], capacity: int, form: Form = "dense") -> list[Match]:
     """All attentions of a restricted step. Raises NotThis if one of them is not what the op computes."""
-    probe = Probe(graph, weights, capacity, canvas)
+    probe = Probe(graph, weights, capacity, form)
     known: dict[Any, Any] = {}
     found = []
     for node in graph.fx.nodes:
@@ -268,7 +270,7 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     """What the op takes in place of an SDPA node; `known` keeps tables and masks that layers share."""
     query, keys, values, mask = node.args[:4]
     assert all(isinstance(n, fx.Node) for n in (query, keys, values, mask))
-    new_keys, new_values = (written_rows(n, probe.canvas) for n in (keys, values))
+    new_keys, new_values = (written_rows(n, probe.form) for n in (keys, values))
     heads, size = (int(query.meta["val"].shape[i]) for i in (1, 3))
     kv_heads = int(keys.meta["val"].shape[1])
     if values.meta["val"].shape != keys.meta["val"].shape or keys.meta["val"].dtype != torch.float32:
@@ -280,10 +282,10 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
         raise NotThis(what="queries and keys are not turned alike, or values are")
     rotary = same(turns[0], turns[1], known) if turns[0] else None
     if mask not in known:
-        known[mask] = check_mask(mask) if probe.canvas else probe.window(mask)
-    width = 2 * rotary.cos.shape[1] if rotary else 0
-    refused = canvas_attention.unsupported(size, width) if probe.canvas else unsupported(heads, kv_heads, size, width)
-    if probe.canvas and heads != kv_heads:
+        known[mask] = probe.window(mask) if probe.form == "dense" else check_mask(mask)
+    width, canvas = 2 * rotary.cos.shape[1] if rotary else 0, probe.form == "canvas"
+    refused = canvas_attention.unsupported(size, width) if canvas else unsupported(heads, kv_heads, size, width)
+    if canvas and heads != kv_heads:
         refused = "the kernel has no groups of heads"
     if refused:
         raise NotThis(what=refused)
@@ -299,9 +301,11 @@ def match(node: Any, probe: Probe, known: dict[Any, Any]) -> Match:
     return Match(node, *probe.flattened(node, heads, size), (keys, values), rows, rotary, numbers)
 
 
-def written_rows(stored: Any, canvas: bool) -> fx.Node:
-    """The rows [B, heads, R, D] that a cache of their own is updated with."""
-    if canvas:
+def written_rows(stored: Any, form: Form) -> fx.Node:
+    """The rows [B, heads, R, D] that a cache of their own is updated with, or that stand behind it."""
+    if form == "tree":
+        return beside(stored)[1]
+    if form == "canvas":
         right, index = stored.target is ops.load("write_rows").overload and stored.args[3] == 2, 2
     else:
         right, index = stored.target is aten.index_copy.default and stored.args[1] == 2, 3
@@ -309,6 +313,14 @@ def written_rows(stored: Any, canvas: bool) -> fx.Node:
         raise NotThis(what=f"{stored.name} is not the update of a cache of its own, [batch, heads, slots, features]")
     rows: fx.Node = stored.args[index]
     return rows
+
+
+def beside(both: Any) -> tuple[fx.Node, fx.Node]:
+    """A cache and the rows of a tree's nodes behind it."""
+    cache, *rows = both.args[0] if both.target is aten.cat.default and both.args[1:] == (2,) else (both,)
+    if len(rows) != 1 or cache.op != "placeholder" or len(both.users) != 1:
+        raise NotThis(what=f"{both.name} is not a cache and the rows of nodes behind it")
+    return cache, rows[0]
 
 
 def check_mask(mask: fx.Node) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
-from aropt.rewriting.attention import Match, Source
+from aropt.rewriting.attention import Match, Source, beside
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -38,7 +38,7 @@ def fuse(
         rows: list[Any] = [one.rows[0].node, None, None]
         if len(one.rows) > 1:
             rows = [features(graph, source, width) for source, width in zip(one.rows, widths, strict=True)]
-        caches = [n.args[0] for n in one.stored]
+        caches, kept = zip(*(kept_of(n) for n in one.stored), strict=True)
         made = call(ops.load(op).overload, (*rows, *caches, *places, *angles, *numbers))
         made.meta = {"where": one.node.meta.get("where", "")}
         out, *new = (call(operator.getitem, (made, i)) for i in range(3))
@@ -46,9 +46,14 @@ def fuse(
             out = call(aten.slice.Tensor, (out, 1, -1, END))
     out.meta = {k: v for k, v in one.result.meta.items() if k != "val"}
     one.result.replace_all_uses_with(out)
-    for old, updated in zip(one.stored, new, strict=True):
+    for old, updated in zip(kept, new, strict=True):
         for user in [u for u in old.users if u.op == "output"]:
             user.replace_input_with(old, updated)
+
+
+def kept_of(stored: Any) -> tuple[fx.Node, fx.Node]:
+    """A cache, and what a graph may return of it: its update, or the rows of nodes behind it."""
+    return beside(stored) if stored.target is aten.cat.default else (stored.args[0], stored)
 
 
 def features(graph: fx.Graph, source: Source, width: int) -> fx.Node:

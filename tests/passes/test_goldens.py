@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Base, str]] = {
     "int8-draft:least=1,group=32": (written, "canonicalize kv-cache"),
     "tree-draft:draft=text,shape=chain:2": (text, "kv-cache"),
     "fuse-canvas": (lambda: canvas(block=4), "block-cache"),
+    "fuse-tree": (written, "canonicalize kv-cache merge-linears tree-draft:draft=text,shape=chain:2"),
     "fuse-rules": (lambda: text("temperature", "top-k"), "kv-cache"),
     "fuse-sampler": (text, "kv-cache"),
     "prune": (text, "kv-cache fuse-sampler"),
@@ -48,7 +49,8 @@ ROWS = ("dkv-cache", "dual-cache", "free-cache", "prefix-cache", "vicinity")  # 
 SHOWN: dict[str, tuple[str, ...]] = dict.fromkeys(ROWS, ("rows",)) | {  # graphs, where all would be too long
     "block-cache": ("rows", "place"), "fuse-attention": ("step",), "fuse-sampler": ("step_greedy",),
     "prune": ("step_greedy",), "token-shuffle": ("model",), "int8-draft": (), "ngram-draft": ("draft",),
-    "guide-cache": ("guide", "guide_rows"), "tree-draft": (), "cfg-interval": ("branch", "join", "part"),
+    "guide-cache": ("guide", "guide_rows"), "tree-draft": (), "fuse-tree": ("tree",),
+    "cfg-interval": ("branch", "join", "part"),
 }  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def test_pipeline_makes_one_call_a_round(plain: Program) -> None:
     fast, results, _ = run_passes(plain, pipeline(), "eager")
     statuses = {r.name: r.status for r in results}
     assert statuses.pop("fuse-attention") == "skipped", "eager has no kernel for it"
-    for name in ("block-cache", "guide-cache", "fuse-canvas", "cfg-batch", "token-shuffle-fusion"):
-        assert statuses.pop(name) == "skipped", "it has no canvas, no guidance and no windows"
+    for name in ("block-cache", "guide-cache", "fuse-canvas", "fuse-tree", "cfg-batch", "token-shuffle-fusion"):
+        assert statuses.pop(name) == "skipped", "it has no canvas, no drafts, no guidance and no windows"
     assert set(statuses.values()) == {"applied"}, [r.reason for r in results]
     assert [len(list(calls(loop.body))) for loop in loops(fast.control)] == [1, 1]
     step = fast.graphs["step_greedy"]

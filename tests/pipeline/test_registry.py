@@ -54,7 +54,7 @@ def test_the_default_pipeline() -> None:
     """The order is computed; a pass that moves in it should be meant to."""
     assert " ".join(names("default")) == (
         "canonicalize block-cache cfg-batch guide-cache kv-cache token-shuffle-fusion merge-linears fuse-attention "
-        "fuse-canvas fuse-sampler prune"
+        "fuse-canvas fuse-tree fuse-sampler prune"
     )
     assert names("tried") == ["int8-draft", "ngram-draft", "tree-draft"]
     assert sorted(names("default") + names("tried") + names("asked")) == sorted(registry.known())
