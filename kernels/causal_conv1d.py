@@ -11,17 +11,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_node, onnx_rows
-from aropt.kernels.delay import joined, onnx_joined, padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_node, onnx_rows
+from aropt.kernels.delay import BLOCK, compiled, joined, onnx_joined, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    from aropt.kernels.delay import bounds, joined_rows
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+TILES = {"ROWS": 32, "CHANNELS": 32}  # of a program
 
 
 def reference(
@@ -88,6 +101,63 @@ def contrib(x, weight, bias, state, positions):  # type: ignore[no-untyped-def]
     return onnx_rows(x, 2, one, lambda: onnx_convolved(x, weight, bias, state, positions))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _causal_conv1d_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, weight_ptr, bias_ptr, state_ptr, positions_ptr, out_ptr, left_ptr, rows, channels,
+        BIASED: tl.constexpr, GIVEN: tl.constexpr, PADDED: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+        CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for some rows and channels of a sequence; the first of them gives the state."""
+        batch, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        row, held, kept = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[None, :], channel < channels, TAPS - 1
+        first, count = 0, rows
+        if PADDED:
+            first, count = bounds(positions_ptr + batch * rows, rows, BLOCK)
+        x_ptr += (batch * channels + channel) * rows
+        state_ptr += (batch * channels + channel) * kept
+        inside = held[:, None] & (row < rows)
+        y = tl.zeros([CHANNELS, ROWS], tl.float32)
+        for tap in tl.static_range(TAPS):
+            x = joined_rows(x_ptr[:, None], state_ptr[:, None], row + tap, kept, first, 1, inside, GIVEN)
+            y += tl.load(weight_ptr + channel * TAPS + tap, mask=held, other=0.0)[:, None] * x
+        if BIASED:
+            y += tl.load(bias_ptr + channel, mask=held, other=0.0)[:, None]
+        tl.store(out_ptr + (batch * channels + channel)[:, None] * rows + row, y, mask=inside)
+        if tl.program_id(2) == 0:
+            for place in range(0, kept):
+                at = first + count + place + 0 * channel  # the same for each channel
+                left = joined_rows(x_ptr, state_ptr, at, kept, first, 1, held, GIVEN)
+                tl.store(left_ptr + (batch * channels + channel) * kept + place, left, mask=held)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some rows and channels of a sequence."""
+    (out, left), (batch, channels, rows) = fake(x, weight), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (x, weight, bias, state, positions)]
+        grid = batch, triton.cdiv(channels, TILES["CHANNELS"]), triton.cdiv(rows, TILES["ROWS"])
+        flags = {"BIASED": bias is not None, "GIVEN": state is not None, "PADDED": positions is not None}
+        sizes = {"TAPS": weight.shape[1], **TILES, "BLOCK": BLOCK}
+        _causal_conv1d_kernel[grid](*given, out, left, rows, channels, **flags, **sizes)
+    return out, left
+
+
+def aot() -> Sequence[Aot]:
+    """Four taps, from a state, with padding."""
+    types = [*["*fp32"] * 4, "*i64", "*fp32", "*fp32", "i32", "i32"]
+    flags = {"BIASED": True, "GIVEN": True, "PADDED": True, "TAPS": 4, **TILES, "BLOCK": BLOCK}
+    return [compiled(_causal_conv1d_kernel, types, flags)]
+
+
 def cost(x: Tensor, weight: Tensor, *_: Any) -> Cost:
     """Two operations a tap; rows in and out, and the state."""
     kept = x.shape[0] * weight.numel() * x.element_size()
@@ -124,6 +194,9 @@ OP = OpDef(
     onnx=onnx,
     contrib=contrib,
     needs="CausalConvWithState",
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (1,), "weight": (0, 1), "bias": (0,), "state": (1, 2)},
     mixer=Mixer(rows={"x": -1}, state=("state",), positions="positions", tree="tree_conv1d", commit="conv1d_commit"),
     tolerance={torch.float32: (1e-4, 1e-5)},

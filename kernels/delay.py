@@ -5,19 +5,33 @@
 * `x` [B, R, F]: y[:, t] = x[:, t - rows], and zeros before the first row.
 * `state` [B, rows, F]: the rows before the first one, the latest last; None: zeros. The returned one holds the last.
 * `positions` int64 [B, R] or None: rows at -1 are padding, before the others or after; none gets them.
+
+What the kernels of mixers share is here too: padding, and what they can't take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_rows
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+TILES = {"ROWS": 32, "SIZE": 64}  # of a program
+BLOCK = 256  # positions that are read at once
 
 
 def joined(x: Tensor, state: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,6 +109,95 @@ def onnx(x, rows, state, positions):  # type: ignore[no-untyped-def]
     return onnx_rows(x, 1, lambda: write(True), lambda: write(False))
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def bounds(positions_ptr, rows, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """How many rows of a sequence are padding before the others, and how many are none."""
+        first, count = tl.full([BLOCK], 1 << 30, tl.int32), tl.zeros([BLOCK], tl.int32)
+        for start in range(0, rows, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            valid = tl.load(positions_ptr + row, mask=row < rows, other=-1) >= 0
+            first = tl.minimum(first, tl.where(valid, row, 1 << 30))
+            count += valid.to(tl.int32)
+        return tl.minimum(tl.min(first, 0), rows), tl.sum(count, 0)
+
+    @triton.jit
+    def source(place, kept, first):  # type: ignore[no-untyped-def]
+        """Where the row at a place of `joined` comes from, in the state and behind it the rows."""
+        return tl.where(place >= kept + first, place, tl.maximum(place - first, 0))
+
+    @triton.jit
+    def joined_rows(  # type: ignore[no-untyped-def]
+        x_ptr, state_ptr, place, kept, first, stride, inside, GIVEN: tl.constexpr
+    ):
+        """The rows at places of `joined`, from pointers to the first row of each; a row is `stride` from the next."""
+        at = source(place, kept, first)
+        x = tl.load(x_ptr + (at - kept) * stride, mask=inside & (at >= kept), other=0.0)
+        if GIVEN:
+            x = tl.where(at >= kept, x, tl.load(state_ptr + at * stride, mask=inside & (at < kept), other=0.0))
+        return x
+
+    @triton.jit
+    def _delay_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, state_ptr, positions_ptr, out_ptr, left_ptr, rows, kept, size,
+        GIVEN: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for some rows and features of a sequence; the first of them gives the state."""
+        batch, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        row, held = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None], column < size
+        first, count = 0, rows
+        if PADDED:
+            first, count = bounds(positions_ptr + batch * rows, rows, BLOCK)
+        x_ptr += batch * rows * size + column
+        state_ptr += batch * kept * size + column
+        inside = (row < rows) & held[None, :]
+        y = joined_rows(x_ptr[None, :], state_ptr[None, :], row, kept, first, size, inside, GIVEN)
+        tl.store(out_ptr + (batch * rows + row) * size + column[None, :], y, mask=inside)
+        if tl.program_id(2) == 0:
+            for place in range(0, kept):
+                at = first + count + place + 0 * column  # the same for each feature
+                left = joined_rows(x_ptr, state_ptr, at, kept, first, size, held, GIVEN)
+                tl.store(left_ptr + (batch * kept + place) * size + column, left, mask=held)
+
+
+def refused(given: Sequence[Any]) -> str | None:
+    """Why kernels can't take these arguments, or None."""
+    if not HAS_TRITON:
+        return "triton isn't installed"
+    floats = {t.dtype for t in given if isinstance(t, Tensor) and t.is_floating_point()}
+    return None if floats == {torch.float32} else "the kernels compute in float32"
+
+
+def compiled(kernel: Any, types: Sequence[str], constants: dict[str, Any], num_warps: int = 4, **more: Any) -> Aot:
+    """How a kernel is compiled ahead of time, from the types of what is no constexpr."""
+    names = kernel.arg_names
+    signature = dict(zip(names, [*types, *["constexpr"] * (len(names) - len(types))], strict=True))
+    return Aot(kernel, signature, constants, num_warps, **more)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(x: Tensor, rows: int, state: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some rows and features of a sequence."""
+    (out, left), (batch, length, size) = fake(x, rows), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (x, state, positions)]
+        grid = batch, triton.cdiv(size, TILES["SIZE"]), triton.cdiv(length, TILES["ROWS"])
+        flags = {"GIVEN": state is not None, "PADDED": positions is not None, **TILES, "BLOCK": BLOCK}
+        _delay_kernel[grid](*given, out, left, length, rows, size, **flags)
+    return out, left
+
+
+def aot() -> Sequence[Aot]:
+    """From a state, with padding."""
+    types = ["*fp32", "*fp32", "*i64", "*fp32", "*fp32", *["i32"] * 3]
+    return [compiled(_delay_kernel, types, {"GIVEN": True, "PADDED": True, **TILES, "BLOCK": BLOCK})]
+
+
 def cost(x: Tensor, rows: int, *_: Any) -> Cost:
     """Rows in and out, and the state."""
     return Cost(0.0, 2.0 * x.nbytes + 2.0 * rows * x[:, 0].nbytes)
@@ -132,6 +235,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"state": (1,)},
     mixer=Mixer(rows={"x": -2}, state=("state",), positions="positions", tree="tree_delay"),
 )

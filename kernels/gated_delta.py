@@ -9,22 +9,33 @@
 * `positions` int64 [B, R] or None: a row at -1 is padding, which leaves S as it is.
 
 A chunk of rows is one triangular system for what each learns (Yang et al. 2024, section 3; the names are those of fla).
+The Triton kernel goes row by row, with some columns of S in registers; it is that of `aropt::kda` too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_scan, onnx_valid
-from aropt.kernels.delay import padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_scan, onnx_valid
+from aropt.kernels.delay import compiled, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 CHUNK = 64  # rows at once
+LARGEST, WIDTH = 256, 16  # of K and of V in a program
 
 
 def reference(
@@ -121,6 +132,67 @@ def stepped(
     return op.Squeeze(o, ints(3)), kept
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _delta_kernel(  # type: ignore[no-untyped-def]
+        q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, positions_ptr, out_ptr, left_ptr, rows, heads, size, width,
+        EACH: tl.constexpr, GIVEN: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a head's `WIDTH` values of V, row by row; `EACH`: decays are those of channels of K."""
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        n, column = tl.arange(0, SIZE), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        there, held = n < size, column < width
+        inside = there[:, None] & held[None, :]
+        kept = ((batch * heads + head) * size + n[:, None]) * width + column[None, :]
+        s = tl.zeros([SIZE, WIDTH], tl.float32)
+        if GIVEN:
+            s = tl.load(state_ptr + kept, mask=inside, other=0.0)
+        for t in range(0, rows):
+            row = (batch * rows + t) * heads + head
+            q = tl.load(q_ptr + row * size + n, mask=there, other=0.0)
+            k = tl.load(k_ptr + row * size + n, mask=there, other=0.0)
+            v = tl.load(v_ptr + row * width + column, mask=held, other=0.0)
+            if EACH:
+                decay = tl.load(g_ptr + row * size + n, mask=there, other=0.0)
+            else:
+                decay = tl.load(g_ptr + row + n * 0)
+            beta = tl.load(beta_ptr + row)
+            if PADDED:
+                counts = tl.load(positions_ptr + batch * rows + t) >= 0
+                decay, beta = tl.where(counts, decay, 0.0), tl.where(counts, beta, 0.0)
+            s = tl.exp(decay)[:, None] * s
+            learned = beta * (v - tl.sum(k[:, None] * s, 0))
+            s += k[:, None] * learned[None, :]
+            tl.store(out_ptr + row * width + column, tl.sum(q[:, None] * s, 0), mask=held)
+        tl.store(left_ptr + kept, s, mask=inside)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given) or (f"a program holds up to {LARGEST} of K" if given[0].shape[3] > LARGEST else None)
+
+
+def launch(*args: Any) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some of the values of each head."""
+    q, _, v, g, _, state, positions = args
+    (out, left), (batch, rows, heads, size), width = fake(q, None, v), q.shape, v.shape[3]
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in args]
+        flags = {"EACH": g.dim() == 4, "GIVEN": state is not None, "PADDED": positions is not None}
+        tiles = {"SIZE": max(16, 1 << (size - 1).bit_length()), "WIDTH": WIDTH}
+        grid = batch * heads, triton.cdiv(width, WIDTH)
+        _delta_kernel[grid](*given, out, left, rows, heads, size, width, **flags, **tiles)
+    return out, left
+
+
+def aot(each: bool = False) -> Sequence[Aot]:
+    """Keys of each size, from a state, with padding."""
+    types = [*["*fp32"] * 6, "*i64", "*fp32", "*fp32", *["i32"] * 4]
+    flags = {"EACH": each, "GIVEN": True, "PADDED": True, "WIDTH": WIDTH}
+    return [compiled(_delta_kernel, types, {**flags, "SIZE": n}) for n in (16, 128, LARGEST)]
+
+
 def cost(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Cost:
     """Eight operations an element of the state and row; the state in and out."""
     state = q.shape[0] * q.shape[2] * q.shape[3] * v.shape[3]
@@ -161,6 +233,9 @@ OP = OpDef(
     onnx=onnx,
     contrib=contrib,
     needs="LinearAttention",
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2,), "beta": (2,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"q": -3, "k": -3, "v": -3, "g": -2, "beta": -2},

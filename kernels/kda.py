@@ -7,13 +7,15 @@ As `aropt::gated_delta`, but `g` is float [B, R, H, K]: S' = exp(g[t]) * S[t - 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Mixer, OpDef, onnx_linear_attention, onnx_valid
-from aropt.kernels.gated_delta import cost, drawn, fake, stepped
+from aropt.ir.opdef import Aot, Mixer, OpDef, onnx_linear_attention, onnx_valid
+from aropt.kernels import gated_delta
+from aropt.kernels.gated_delta import cost, drawn, fake, launch, stepped, supports
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -75,6 +77,11 @@ def contrib(q, k, v, g, beta, state, positions):  # type: ignore[no-untyped-def]
     return onnx_linear_attention(q, k, v, state, g, beta, "gated_delta", int(q.shape[2]), int(v.shape[3]))
 
 
+def aot() -> Sequence[Aot]:
+    """The kernel of `aropt::gated_delta`, with a decay for each channel."""
+    return gated_delta.aot(each=True)
+
+
 def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ...]]:
     from hypothesis import strategies as st
 
@@ -92,6 +99,9 @@ OP = OpDef(
     onnx=onnx,
     contrib=contrib,
     needs="LinearAttention",
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"q": (2, 3), "k": (2, 3), "v": (2, 3), "g": (2, 3), "beta": (2,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"q": -3, "k": -3, "v": -3, "g": -3, "beta": -2},

@@ -9,16 +9,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
-from aropt.kernels.delay import padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import compiled, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+CHANNELS = 256  # of a program
 
 
 def reference(x: Tensor, a: Tensor, state: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -63,6 +74,50 @@ def onnx(x, a, state, positions):  # type: ignore[no-untyped-def]
     return y, h
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _rg_lru_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, a_ptr, state_ptr, positions_ptr, out_ptr, left_ptr, rows, channels,
+        GIVEN: tl.constexpr, PADDED: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a sequence, row by row."""
+        batch, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        held, h = channel < channels, tl.zeros([CHANNELS], tl.float32)
+        if GIVEN:
+            h = tl.load(state_ptr + batch * channels + channel, mask=held, other=0.0)
+        for t in range(0, rows):
+            at = (batch * rows + t) * channels + channel
+            a, x = tl.load(a_ptr + at, mask=held, other=0.0), tl.load(x_ptr + at, mask=held, other=0.0)
+            if PADDED:
+                there = tl.load(positions_ptr + batch * rows + t) >= 0
+                a, x = tl.where(there, a, 1.0), tl.where(there, x, 0.0)
+            h = a * h + x
+            tl.store(out_ptr + at, h, mask=held)
+        tl.store(left_ptr + batch * channels + channel, h, mask=held)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(x: Tensor, a: Tensor, state: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some channels of a sequence."""
+    (out, left), (batch, rows, channels) = fake(x), x.shape
+    if out.numel():
+        given = [out if t is None else t.contiguous() for t in (x, a, state, positions)]
+        flags = {"GIVEN": state is not None, "PADDED": positions is not None, "CHANNELS": CHANNELS}
+        _rg_lru_kernel[batch, triton.cdiv(channels, CHANNELS)](*given, out, left, rows, channels, **flags)
+    return out, left
+
+
+def aot() -> Sequence[Aot]:
+    """From a state, with padding."""
+    types = [*["*fp32"] * 3, "*i64", "*fp32", "*fp32", "i32", "i32"]
+    return [compiled(_rg_lru_kernel, types, {"GIVEN": True, "PADDED": True, "CHANNELS": CHANNELS})]
+
+
 def cost(x: Tensor, *_: Any) -> Cost:
     """Two operations an element."""
     return Cost(2.0 * x.numel(), 3.0 * x.nbytes + 2.0 * x[:, 0].nbytes)
@@ -92,6 +147,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     mixer=Mixer(rows={"x": -2, "a": -2}, state=("state",), positions="positions", tree="rg_lru_tree"),
     tolerance={torch.float32: (1e-4, 1e-5)},
 )

@@ -14,16 +14,27 @@ names are those of mamba_ssm).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
-from aropt.kernels.delay import padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import compiled, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+
+ELEMENTS = 1024  # of h in a program
 
 
 def reference(
@@ -90,6 +101,72 @@ def onnx(x, dt, A, B, C, D, state, positions):  # type: ignore[no-untyped-def]
     return y if D is None else op.Add(y, op.Mul(op.Unsqueeze(D, ints(1)), x)), h
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _selective_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, direct_ptr, state_ptr, positions_ptr, out_ptr, left_ptr,
+        rows, channels, width, DIRECT: tl.constexpr, GIVEN: tl.constexpr, PADDED: tl.constexpr,
+        CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a sequence, row by row."""
+        batch, n = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        held, wide = channel < channels, n < width
+        inside, cell = held[:, None] & wide[None, :], channel[:, None] * width + n[None, :]
+        first, kept = (batch * channels + channel) * rows, batch * channels * width + cell
+        a, h = tl.load(a_ptr + cell, mask=inside, other=0.0), tl.zeros([CHANNELS, WIDTH], tl.float32)
+        if GIVEN:
+            h = tl.load(state_ptr + kept, mask=inside, other=0.0)
+        if DIRECT:
+            direct = tl.load(direct_ptr + channel, mask=held, other=0.0)
+        for t in range(0, rows):
+            dt = tl.load(dt_ptr + first + t, mask=held, other=0.0)
+            x = tl.load(x_ptr + first + t, mask=held, other=0.0)
+            b = tl.load(b_ptr + (batch * width + n) * rows + t, mask=wide, other=0.0)
+            c = tl.load(c_ptr + (batch * width + n) * rows + t, mask=wide, other=0.0)
+            if PADDED:
+                dt = tl.where(tl.load(positions_ptr + batch * rows + t) >= 0, dt, 0.0)
+            h = tl.exp(dt[:, None] * a) * h + dt[:, None] * b[None, :] * x[:, None]
+            y = tl.sum(h * c[None, :], 1)
+            if DIRECT:
+                y += direct * x
+            tl.store(out_ptr + first + t, y, mask=held)
+        tl.store(left_ptr + kept, h, mask=inside)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given) or ("a program holds all states of a channel" if given[2].shape[1] > ELEMENTS // 4 else None)
+
+
+def tiles(width: int) -> dict[str, int]:
+    """Of a program, so that it stays in registers."""
+    states = 1 << (width - 1).bit_length()
+    return {"CHANNELS": ELEMENTS // states, "WIDTH": states}
+
+
+def launch(*args: Any) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some channels of a sequence."""
+    x, A, D, state, positions = args[0], args[2], *args[5:]
+    (out, left), (batch, channels, rows), width = fake(x, None, A), x.shape, A.shape[1]
+    if out.numel():
+        given, held = [out if t is None else t.contiguous() for t in args], tiles(width)
+        flags = {"DIRECT": D is not None, "GIVEN": state is not None, "PADDED": positions is not None}
+        grid = batch, triton.cdiv(channels, held["CHANNELS"])
+        _selective_kernel[grid](*given, out, left, rows, channels, width, **flags, **held)
+    return out, left
+
+
+def aot() -> Sequence[Aot]:
+    """Mamba's 16 states and more, from a state, with padding."""
+    types, flags = (
+        [*["*fp32"] * 7, "*i64", "*fp32", "*fp32", *["i32"] * 3],
+        dict.fromkeys(("DIRECT", "GIVEN", "PADDED"), True),
+    )
+    return [compiled(_selective_kernel, types, {**flags, **tiles(n)}) for n in (16, 256)]
+
+
 def cost(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any) -> Cost:
     """Six operations an element of the state and row; the state in and out."""
     state = x.shape[0] * A.numel()
@@ -125,6 +202,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (1,), "dt": (1,), "A": (0, 1), "B": (1,), "C": (1,), "D": (0,), "state": (1, 2)},
     mixer=Mixer(
         rows={"x": -1, "dt": -1, "B": -1, "C": -1}, state=("state",), positions="positions", tree="selective_tree_scan"

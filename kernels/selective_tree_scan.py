@@ -40,8 +40,6 @@ except ImportError:
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-ELEMENTS = 1024  # of h in a program
-
 
 def reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None, pairs: Tensor
@@ -120,13 +118,12 @@ if HAS_TRITON:
 
 def supports(*given: Any) -> str | None:
     """Why the kernel can't run, or None."""
-    return refused(given) or ("a program holds all states of a channel" if given[2].shape[1] > ELEMENTS // 4 else None)
+    return refused(given) or selective_scan.supports(*given[:-1])
 
 
 def tiles(rows: int, width: int) -> dict[str, int]:
     """Of a program, so that it stays in registers."""
-    states = 1 << (width - 1).bit_length()
-    return {"ROWS": tile(rows), "CHANNELS": ELEMENTS // states, "WIDTH": states}
+    return {"ROWS": tile(rows), **selective_scan.tiles(width)}
 
 
 def launch(*args: Any) -> Tensor:

@@ -9,23 +9,33 @@
 * `positions` int64 [B, R] or None: a row at -1 is padding, which leaves S as it is.
 
 A chunk of rows is computed at once by attention-like products, with sums of logarithms masked before they are
-exponentiated (the names are those of mamba_ssm).
+exponentiated (the names are those of mamba_ssm). The Triton kernel goes row by row, with S in registers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_valid
-from aropt.kernels.delay import padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_linear_attention, onnx_rows, onnx_valid
+from aropt.kernels.delay import compiled, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 CHUNK = 64  # rows at once: products between them grow with the square
+ELEMENTS = 2048  # of S in a program
 
 
 def reference(
@@ -189,6 +199,71 @@ def onnx_step(x: Any, dt: Any, A: Any, B: Any, C: Any, state: Any) -> tuple[Any,
     return shaped(y, 1, heads, size), shaped(kept, heads, size, width)
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _ssd_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, direct_ptr, state_ptr, positions_ptr, out_ptr, left_ptr,
+        rows, heads, groups, size, width, DIRECT: tl.constexpr, GIVEN: tl.constexpr, PADDED: tl.constexpr,
+        SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a head's `SIZE` values of P, row by row."""
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        column, n = tl.program_id(1) * SIZE + tl.arange(0, SIZE), tl.arange(0, WIDTH)
+        held, wide = column < size, n < width
+        inside, group = held[:, None] & wide[None, :], head // (heads // groups)
+        kept = ((batch * heads + head) * size + column[:, None]) * width + n[None, :]
+        a, s = tl.load(a_ptr + head), tl.zeros([SIZE, WIDTH], tl.float32)
+        if GIVEN:
+            s = tl.load(state_ptr + kept, mask=inside, other=0.0)
+        for t in range(0, rows):
+            row = batch * rows + t
+            dt, at = tl.load(dt_ptr + row * heads + head), (row * heads + head) * size + column
+            x = tl.load(x_ptr + at, mask=held, other=0.0)
+            b = tl.load(b_ptr + (row * groups + group) * width + n, mask=wide, other=0.0)
+            c = tl.load(c_ptr + (row * groups + group) * width + n, mask=wide, other=0.0)
+            if PADDED:
+                dt = tl.where(tl.load(positions_ptr + row) >= 0, dt, 0.0)
+            s = tl.exp(dt * a) * s + (dt * x)[:, None] * b[None, :]
+            y = tl.sum(s * c[None, :], 1)
+            if DIRECT:
+                y += tl.load(direct_ptr + head) * x
+            tl.store(out_ptr + at, y, mask=held)
+        tl.store(left_ptr + kept, s, mask=inside)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given) or ("a program holds all of N" if given[3].shape[3] > ELEMENTS // 8 else None)
+
+
+def tiles(width: int) -> dict[str, int]:
+    """Of a program, so that it stays in registers."""
+    columns = 1 << (width - 1).bit_length()
+    return {"SIZE": min(64, ELEMENTS // columns), "WIDTH": columns}
+
+
+def launch(*args: Any) -> tuple[Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some of the values of each head."""
+    x, B, D, state, positions = args[0], args[3], *args[5:]
+    (out, left), (batch, rows, heads, size), (groups, width) = fake(x, None, None, B), x.shape, B.shape[2:]
+    if out.numel():
+        given, held = [out if t is None else t.contiguous() for t in args], tiles(width)
+        flags = {"DIRECT": D is not None, "GIVEN": state is not None, "PADDED": positions is not None}
+        grid = batch * heads, triton.cdiv(size, held["SIZE"])
+        _ssd_kernel[grid](*given, out, left, rows, heads, groups, size, width, **flags, **held)
+    return out, left
+
+
+def aot() -> Sequence[Aot]:
+    """States of 16, 128 and 256, from a state, with padding."""
+    types, flags = (
+        [*["*fp32"] * 7, "*i64", "*fp32", "*fp32", *["i32"] * 5],
+        dict.fromkeys(("DIRECT", "GIVEN", "PADDED"), True),
+    )
+    return [compiled(_ssd_kernel, types, {**flags, **tiles(n)}) for n in (16, 128, 256)]
+
+
 def cost(x: Tensor, dt: Tensor, A: Any, B: Tensor, C: Tensor, *_: Any) -> Cost:
     """Three operations an element of the state and row for each of update and reading; the state in and out."""
     state = x.shape[0] * x.shape[2] * x.shape[3] * B.shape[3]
@@ -231,6 +306,9 @@ OP = OpDef(
     onnx=onnx,
     contrib=contrib,
     needs="LinearAttention",
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"x": (2, 3), "dt": (2,), "A": (0,), "B": (2, 3), "C": (2, 3), "D": (0,), "state": (1, 2, 3)},
     mixer=Mixer(
         rows={"x": -3, "dt": -2, "B": -3, "C": -3},

@@ -232,9 +232,7 @@ def aot() -> Sequence[Aot]:
 
 def sized(kernel: Any, types: Sequence[str], constants: dict[str, Any], **more: Any) -> list[Aot]:
     """A kernel for trees of each size, from the types of what is no constexpr."""
-    names = kernel.arg_names
-    signature = dict(zip(names, [*types, *["constexpr"] * (len(names) - len(types))], strict=True))
-    return [Aot(kernel, signature, {**constants, "ROWS": n}, warps(n), **more) for n in (16, 32, LARGEST)]
+    return [delay.compiled(kernel, types, {**constants, "ROWS": n}, warps(n), **more) for n in (16, 32, LARGEST)]
 
 
 def shared(pairs: Tensor, batch: int) -> Tensor:
@@ -244,12 +242,8 @@ def shared(pairs: Tensor, batch: int) -> Tensor:
 
 def refused(given: Sequence[Any], rows: int | None = None) -> str | None:
     """Why a kernel for trees can't take these arguments, or None; pairs come last where `rows` don't say the nodes."""
-    if not HAS_TRITON:
-        return "triton isn't installed"
-    if (given[-1].shape[1] if rows is None else rows) > LARGEST:
-        return f"a kernel holds {LARGEST} nodes"
-    floats = {t.dtype for t in given if isinstance(t, Tensor) and t.is_floating_point()}
-    return None if floats == {torch.float32} else "the kernels compute in float32"
+    many = (given[-1].shape[1] if rows is None else rows) > LARGEST
+    return f"a kernel holds {LARGEST} nodes" if many else delay.refused(given)
 
 
 def tile(size: int, most: int = LARGEST) -> int:

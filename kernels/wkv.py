@@ -11,18 +11,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aropt.ir.opdef import Cost, Mixer, OpDef, onnx_rows, onnx_scan
-from aropt.kernels.delay import padding
+from aropt.ir.opdef import Aot, Cost, Mixer, OpDef, onnx_rows, onnx_scan
+from aropt.kernels.delay import compiled, padding, refused
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 LOWEST = -1e38  # a logarithm of nothing
+CHANNELS = 128  # of a program
 
 
 def reference(
@@ -97,6 +107,67 @@ def onnx(k, v, w, u, num, den, top, positions):  # type: ignore[no-untyped-def]
     return y, num, den, top
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def added(num, den, top, v, score):  # type: ignore[no-untyped-def]
+        """Both sums and their largest exponent, with one value more."""
+        largest = tl.maximum(top, score)
+        before, now = tl.exp(top - largest), tl.exp(score - largest)
+        return before * num + now * v, before * den + now, largest
+
+    @triton.jit
+    def _wkv_kernel(  # type: ignore[no-untyped-def]
+        k_ptr, v_ptr, w_ptr, u_ptr, num_ptr, den_ptr, top_ptr, positions_ptr, out_ptr, nums_ptr, dens_ptr, tops_ptr,
+        rows, channels, GIVEN: tl.constexpr, PADDED: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """One program for `CHANNELS` channels of a sequence, row by row."""
+        batch, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        held, at = channel < channels, batch * channels + channel
+        w, u = tl.load(w_ptr + channel, mask=held, other=0.0), tl.load(u_ptr + channel, mask=held, other=0.0)
+        num, den = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+        top = tl.full([CHANNELS], -1e38, tl.float32)
+        if GIVEN:
+            num, den = tl.load(num_ptr + at, mask=held, other=0.0), tl.load(den_ptr + at, mask=held, other=0.0)
+            top = tl.where(den == 0, top, tl.load(top_ptr + at, mask=held, other=0.0))
+        for t in range(0, rows):
+            place = (batch * rows + t) * channels + channel
+            k, v = tl.load(k_ptr + place, mask=held, other=0.0), tl.load(v_ptr + place, mask=held, other=0.0)
+            over, under, _ = added(num, den, top, v, k + u)
+            tl.store(out_ptr + place, over / under, mask=held)
+            over, under, largest = added(num, den, top + w, v, k)
+            if PADDED:
+                there = tl.load(positions_ptr + batch * rows + t) >= 0
+                over, under = tl.where(there, over, num), tl.where(there, under, den)
+                largest = tl.where(there, largest, top)
+            num, den, top = over, under, largest
+        tl.store(nums_ptr + at, num, mask=held)
+        tl.store(dens_ptr + at, den, mask=held)
+        tl.store(tops_ptr + at, top, mask=held)
+
+
+def supports(*given: Any) -> str | None:
+    """Why the kernel can't run, or None."""
+    return refused(given)
+
+
+def launch(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs the Triton kernel: a program for some channels of a sequence."""
+    k, num, positions = args[0], args[4], args[7]
+    made, (batch, rows, channels) = fake(k), k.shape
+    if k.numel():
+        given = [k if t is None else t.contiguous() for t in args]
+        flags = {"GIVEN": num is not None, "PADDED": positions is not None, "CHANNELS": CHANNELS}
+        _wkv_kernel[batch, triton.cdiv(channels, CHANNELS)](*given, *made, rows, channels, **flags)
+    return made
+
+
+def aot() -> Sequence[Aot]:
+    """From a state, with padding."""
+    types = [*["*fp32"] * 7, "*i64", *["*fp32"] * 4, "i32", "i32"]
+    return [compiled(_wkv_kernel, types, {"GIVEN": True, "PADDED": True, "CHANNELS": CHANNELS})]
+
+
 def cost(k: Tensor, *_: Any) -> Cost:
     """Twenty operations an element."""
     return Cost(20.0 * k.numel(), 3.0 * k.nbytes + 6.0 * k[:, 0].nbytes)
@@ -131,6 +202,9 @@ OP = OpDef(
     cost=cost,
     samples=samples,
     onnx=onnx,
+    launch=launch,
+    supports=supports,
+    aot=aot,
     fixed={"w": (0,), "u": (0,), "k": (2,), "v": (2,), "num": (1,), "den": (1,), "top": (1,)},
     mixer=Mixer(rows={"k": -2, "v": -2}, state=("num", "den", "top"), positions="positions", tree="wkv_tree"),
     tolerance={torch.float32: (1e-3, 1e-4)},

@@ -386,7 +386,7 @@ def test_kernels_refuse_what_they_do_not_hold() -> None:
     ("marked", "count"), [("not exhaustive", 18), pytest.param("exhaustive", 3, marks=pytest.mark.exhaustive)]
 )
 def test_kernels_in_the_interpreter(marked: str, count: int) -> None:
-    """Tests of kernels, here and in test_commits, in a process of their own, as in test_ops."""
+    """Tests of kernels, here, in test_commits and in test_rows, in a process of their own, as in test_ops."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     command = [
         sys.executable,
@@ -395,6 +395,7 @@ def test_kernels_in_the_interpreter(marked: str, count: int) -> None:
         "-q",
         __file__,
         __file__.replace("trees", "commits"),
+        __file__.replace("trees", "rows"),
         "-k",
         "test_kernel_of_many_tiles",
         "-m",
