@@ -139,10 +139,10 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
     if out.numel():
         q, k, v, g, beta, pairs = (t.contiguous() for t in (q, k, v, g, beta, shared(pairs, batch)))
         total, products = torch.empty_like(g), q.new_empty(2, batch, heads, rows, rows).unbind()
-        held, grid = {"ROWS": tile(rows), "num_warps": warps(tile(rows))}, (batch * heads,)
-        _kda_products_kernel[grid](q, k, g, pairs, total, *products, rows, heads, size, **held)
+        held = {"ROWS": tile(rows), "num_warps": warps(tile(rows))}
+        _kda_products_kernel[(batch * heads,)](q, k, g, pairs, total, *products, rows, heads, size, **held)
         given = (q, k, v, beta, out if state is None else state.contiguous(), total, *products)
-        grid, flags = (*grid, triton.cdiv(width, TILES["WIDTH"])), {"GIVEN": state is not None, **TILES}
+        grid, flags = (batch * heads, triton.cdiv(width, TILES["WIDTH"])), {"GIVEN": state is not None, **TILES}
         _kda_tree_kernel[grid](*given, out, rows, heads, size, width, **held, **flags)
     return out
 

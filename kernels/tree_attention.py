@@ -289,17 +289,17 @@ def launch(
         return made
     (batch, rows), (slots, size) = query.shape[:2], k_cache.shape[2:]
     query, k_cache, v_cache, mask, positions = (t.contiguous() for t in (query, k_cache, v_cache, mask, positions))
-    widths = [heads * size, kv_heads * size, kv_heads * size]
-    q, k, v = query.split(widths, -1) if key is None or value is None else (query, key.contiguous(), value.contiguous())
+    widths, packed = [heads * size, kv_heads * size, kv_heads * size], key is None or value is None
+    q, k, v = query.split(widths, -1) if packed else (query, key.contiguous(), value.contiguous())  # type: ignore[union-attr]
     tables = [out if t is None else t.contiguous() for t in (cos, sin)]
     half = 0 if cos is None else cos.shape[1]
     flags = {"TURNED": cos is not None, "INTERLEAVED": interleaved, "SIZE": tile(size, LARGEST), "ROWS": TILE}
     grid = batch * kv_heads, triton.cdiv(rows, TILE)
-    sizes = rows, kv_heads, size, half, k.stride(1)
-    _tree_rows_kernel[grid](k, v, positions, *tables, k_rows, v_rows, *sizes, **flags)
+    laid_out = rows, kv_heads, size, half, query.shape[2] if packed else widths[1]
+    _tree_rows_kernel[grid](k, v, positions, *tables, k_rows, v_rows, *laid_out, **flags)
     given = (q, k_cache, v_cache, k_rows, v_rows, mask, positions, *tables, out)
     grid = batch * kv_heads, triton.cdiv(rows * heads // kv_heads, TILE)
-    sizes = rows, slots, heads, kv_heads, size, half, q.stride(1)
+    sizes = rows, slots, heads, kv_heads, size, half, query.shape[2]
     _tree_attention_kernel[grid](*given, *sizes, float(scale), **flags, num_warps=warps(flags["SIZE"]))
     return made
 
