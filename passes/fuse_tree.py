@@ -18,7 +18,7 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.speculate import DRAFTS
 from aropt.passes.fuse_canvas import visible
-from aropt.rewriting.attention import NotThis, matches
+from aropt.rewriting.attention import PLACES, NotThis, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
 from aropt.rewriting.fused import fuse, table_weights
 from aropt.rewriting.target import Target
@@ -63,9 +63,10 @@ def beside_caches(program: Program) -> list[Graph]:
     """The steps that write no slots, and read new rows behind those that are stored."""
     if DRAFTS.lacking(program):
         return []
-    steps = (g for g in program.graphs.values() if {"positions", "slot_positions"} <= set(g.inputs))
+    told = set(PLACES[1:])  # all but where rows go
+    steps = (g for g in program.graphs.values() if set(PLACES) & set(g.inputs) == told)
     asked = aten.scaled_dot_product_attention.default
-    return [g for g in steps if "slots" not in g.inputs and any(n.target is asked for n in g.fx.nodes)]
+    return [g for g in steps if any(n.target is asked for n in g.fx.nodes)]
 
 
 def fused(graph: Graph, weights: dict[str, Tensor], capacity: int) -> Graph:

@@ -318,7 +318,7 @@ def written_rows(stored: Any, form: Form) -> fx.Node:
 def beside(both: Any) -> tuple[fx.Node, fx.Node]:
     """A cache and the rows of a tree's nodes behind it."""
     cache, *rows = both.args[0] if both.target is aten.cat.default and both.args[1:] == (2,) else (both,)
-    if len(rows) != 1 or cache.op != "placeholder" or len(both.users) != 1:
+    if len(rows) != 1 or cache.op != "placeholder":
         raise NotThis(what=f"{both.name} is not a cache and the rows of nodes behind it")
     return cache, rows[0]
 

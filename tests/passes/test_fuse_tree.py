@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import aropt
+from aropt.ir.edit import copied
 from aropt.ir.program import Program
 from aropt.ir.verify import verify
 from aropt.passes.fuse_tree import FuseTree
@@ -68,6 +71,20 @@ def test_it_is_lowered_to_ort_operators() -> None:
         assert aropt.generate(fast, asked, 12, executor=built) == aropt.generate(plain(), asked, 12, plain=True)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("contrib", [False, True])
+def test_the_whole_loop_is_one_onnx_file(contrib: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
+    from aropt.exporters.whole_loop import export_program
+    from aropt.targets.ort import run_loop
+
+    fast = FuseTree().run(stepping())
+    for name in ("fuse-sampler", "prune"):
+        fast = make(name).run(fast)
+    export_program(fast, tmp_path / "loop.onnx", contrib=contrib)
+    assert run_loop.compare(tmp_path / "loop.onnx", fast)["status"] == "pass"
+
+
 @pytest.mark.parametrize(("program", "why"), [(plain, "no step for the nodes"), (stepping, "no kernel")])
 def test_it_skips(program: Any, why: str) -> None:
     plan = FuseTree().plan(program(), EAGER if why == "no kernel" else ORT)
@@ -75,16 +92,18 @@ def test_it_skips(program: Any, why: str) -> None:
 
 
 def test_what_is_no_row_behind_a_cache_is_refused() -> None:
-    """A step that writes its rows is none of a tree's, nor is a mask that differs between heads."""
+    """A step that writes its rows, two caches before the rows, and a mask that differs between heads."""
     step = stepping()
     with pytest.raises(NotThis, match="not a cache and the rows"):
         matches(step.graphs["step"], step.weights, 64, "tree")
-    tree = step.graphs["tree"]
-    node = next(n for n in tree.fx.nodes if str(n.target) == SDPA)
-    held = node.args[3].meta["val"]
-    node.args[3].meta["val"] = held.expand(-1, 6, -1, -1)
-    try:
-        with pytest.raises(NotThis, match="mask"):
-            matches(tree, step.weights, 64, "tree")
-    finally:
-        node.args[3].meta["val"] = held
+    tree = replace(step.graphs["tree"], fx=copied(step.graphs["tree"].fx))
+    _, both, _, mask = next(n for n in tree.fx.nodes if str(n.target) == SDPA).args
+    held, (cache, rows) = mask.meta["val"], both.args[0]
+    mask.meta["val"] = held.expand(-1, 6, -1, -1)
+    with pytest.raises(NotThis, match="the mask is not bool"):
+        matches(tree, step.weights, 64, "tree")
+    mask.meta["val"] = held
+    assert len(matches(tree, step.weights, 64, "tree")) == 4
+    both.args = ([cache, cache, rows], 2)
+    with pytest.raises(NotThis, match="not a cache and the rows"):
+        matches(tree, step.weights, 64, "tree")
