@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from aropt.ir import ops
 from aropt.ir.program import Spec
 from aropt.kernels.noise import P
 from aropt.loops.rules import draw
@@ -116,9 +117,8 @@ def match(tree: Tree, deepest: int, picks: Tensor) -> Accepted:
 
     If these are drawn with the noise of their places, the ids are those of decoding without drafts.
     """
-    goes_on = within(picks, tree.parents) == tree.tokens
-    leaf, path = descend(tree, goes_on, deepest)
-    return given(tree, leaf, path, within(picks, path), within(picks, leaf.unsqueeze(1)))  # drafts that count are picks
+    scan = ops.load("accept_scan").overload
+    return Accepted(*scan(tree.tokens, picks, tree.parents, tree.pairs, tree.depth, tree.stop, tree.room, deepest))
 
 
 def beside(seed: Tensor, use: int) -> Tensor:
