@@ -42,7 +42,10 @@ REPEATS = 20  # calls of a run of the section packed
 MODEL = "tree-draft:draft={draft},shape="
 WAYS = {
     "text, chain:4": "tree-draft:draft=text,shape=chain:4",
-    **{f"draft model, {shape}": MODEL + shape for shape in ("chain:3", "chain:5", "2x1x1", "grown:3x2:4", "grown:5x2:7")},
+    **{
+        f"draft model, {shape}": MODEL + shape
+        for shape in ("chain:3", "chain:5", "2x1x1", "grown:3x2:4", "grown:5x2:7")
+    },
     "self, chain:4": "tree-draft:draft=self,shape=chain:4",
     "ngram-draft, 4": "ngram-draft:drafts=4",
 }

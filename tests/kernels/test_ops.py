@@ -239,7 +239,9 @@ def test_kernels_in_the_interpreter(marked: str) -> None:
         assert re.search(rf"{Path(file).name}\S* PASSED", done.stdout), f"nothing ran in {file}"
 
 
-@but(*RECURRENT, *TREES[:4], "gdn_commit", "tree_conv1d", "wkv_tree")  # gated_delta, ssd_tree_scan and tree_delay are such too
+@but(
+    *RECURRENT, *TREES[:4], "gdn_commit", "tree_conv1d", "wkv_tree"
+)  # gated_delta, ssd_tree_scan and tree_delay are such too
 @pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.exhaustive) for arch in (90, 100))])
 def test_ahead_of_time(op: OpDef, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for GPUs that aren't there, keep all values in registers and use the instructions meant."""
