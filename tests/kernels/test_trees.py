@@ -388,18 +388,7 @@ def test_kernels_refuse_what_they_do_not_hold() -> None:
 def test_kernels_in_the_interpreter(marked: str, count: int) -> None:
     """Tests of kernels, here, in test_commits and in test_rows, in a process of their own, as in test_ops."""
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        __file__,
-        __file__.replace("trees", "commits"),
-        __file__.replace("trees", "rows"),
-        "-k",
-        "test_kernel_of_many_tiles",
-        "-m",
-        marked,
-    ]
+    files = [__file__, *(__file__.replace("trees", name) for name in ("commits", "rows"))]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "test_kernel_of_many_tiles", "-m", marked]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and f"{count} passed" in done.stdout, done.stdout + done.stderr
