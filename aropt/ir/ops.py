@@ -65,7 +65,7 @@ def translation_table(contrib: bool = False) -> dict[OpOverload, Callable[..., A
 
 def contrib_of(op: OpDef) -> Callable[..., Any] | None:
     """The translation with ONNX Runtime's own operators, where the version that is installed has them."""
-    from aropt.ir.torch_onnx import own_operators
+    from aropt.ir.own_operators import own_operators
 
     return op.contrib if not op.needs or op.needs in own_operators() else None
 

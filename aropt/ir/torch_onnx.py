@@ -1,4 +1,4 @@
-"""Every private or unstable name of torch.onnx, onnxscript and ONNX Runtime that aropt uses; see `torch_compat`."""
+"""Every private or unstable name of torch.onnx and of onnxscript that aropt uses; see `torch_compat`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from torch import Tensor, fx
 from aropt.ir.dims import Dim, replaced
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import propagate
-
-
-@functools.cache
-def own_operators() -> frozenset[str]:
-    """The operators that ONNX Runtime has beside the standard ones, on the CPU; none where it is not installed."""
-    try:
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-    except ImportError:
-        return frozenset()
-    kernels: list[Any] = getattr(state, "get_all_opkernel_def", list)()
-    own = (k for k in kernels if k.domain == "com.microsoft" and k.provider == "CPUExecutionProvider")
-    return frozenset(str(kernel.op_name) for kernel in own)
 
 
 def onnx_registry(translations: Mapping[Any, Any], opset: int) -> Any:

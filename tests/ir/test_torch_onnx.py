@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from aropt.exporters.onnx import registry
 from aropt.frontend.export import quiet
 from aropt.frontend.trace import capture_function
-from aropt.ir import ops, torch_onnx
+from aropt.ir import ops, own_operators
 from aropt.ir.program import Graph, Spec
 from aropt.ir.torch_compat import propagate
 from aropt.ir.torch_onnx import Rooted, lift, optimize, promote, rooted_rules, to_onnx
@@ -96,12 +96,12 @@ def test_a_rule_of_several_last_nodes_is_always_tried() -> None:
 def test_own_operators_are_those_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older ONNX Runtime lacks some: their ops are then translated to standard operators, as for other runtimes."""
     pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
-    found = torch_onnx.own_operators()
+    found = own_operators.own_operators()
     assert "SkipLayerNormalization" in found and "Relu" not in found
     needy = [op for op in ops.load_all().values() if op.needs]
     assert {op.name for op in needy} == {"gated_delta", "kda", "ssd_scan", "causal_conv1d"}
     for known in (found, frozenset[str]()):
-        monkeypatch.setattr(torch_onnx, "own_operators", lambda known=known: known)
+        monkeypatch.setattr(own_operators, "own_operators", lambda known=known: known)
         table = ops.translation_table(contrib=True)
         for op in needy:
             assert table[op.overload] is (op.contrib if op.needs in known else op.onnx)

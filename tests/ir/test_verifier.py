@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from aropt.errors import VerificationFailed
+from aropt.ir import ops
 from aropt.ir.control import Call, If, Loop, Seq, calls, loops
 from aropt.ir.program import Graph, Input, Program, Spec, StateSpec
 from aropt.ir.torch_compat import build
@@ -180,6 +181,7 @@ BREAKS: dict[str, tuple[str, Break]] = {
     "mutates": ("op-mutates", swap_node("start", aten.neg.default, aten.neg_.default)),
     "out variant": ("op-mutates", swap_node("start", aten.neg.default, aten.neg.out)),
     "random": ("op-random", swap_node("start", aten.neg.default, aten.bernoulli.default)),
+    "a scan without a body": ("op-body", swap_node("start", aten.neg.default, ops.load("scan").overload)),
     "no weight": ("graph-weights", lambda p: p.replace(weights={})),
     "other weight": ("graph-types", lambda p: p.replace(weights={"w": torch.ones(3)})),
     "weight of another type": ("graph-types", lambda p: p.replace(weights={"w": torch.ones(2, dtype=torch.float64)})),
