@@ -128,6 +128,11 @@ class OpDef:
     tolerance: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
 
     @property
+    def whole(self) -> bool:
+        """Whether compilers leave the op as it is: a size depends on values, or what it computes is text."""
+        return self.own_size or self.calls is not None
+
+    @property
     def overload(self) -> torch._ops.OpOverload:
         """The registered op, as it stands in captured graphs."""
         register(self)

@@ -72,7 +72,7 @@ def contrib_of(op: OpDef) -> Callable[..., Any] | None:
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """From op to reference, for compilers that do better with the plain ops in sight (Inductor)."""
-    return {op.overload: op.reference for op in load_all().values() if not op.own_size}
+    return {op.overload: op.reference for op in load_all().values() if not op.whole}
 
 
 def overwriting(target: Any) -> Callable[..., Any] | None:

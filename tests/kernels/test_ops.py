@@ -140,7 +140,7 @@ def test_overwrite(op: OpDef) -> None:
 @examples(2, 5)
 def test_decomposition(op: OpDef, count: int) -> None:
     """`ops.decompositions` replaces the op by plain ones without a change of result."""
-    if op.own_size:
+    if op.whole:
         pytest.skip("compilers leave it whole")
 
     def check(data: st.DataObject) -> None:
@@ -155,7 +155,7 @@ def test_decomposition(op: OpDef, count: int) -> None:
 @but(*RECURRENT, *TREES, *ALIKE, "canvas_attention", "canvas_commit", "gated_delta")
 def test_inductor(op: OpDef) -> None:
     """Inductor on the decomposition, in reasonable time: an op may expand exponentially as it inlines operands."""
-    if op.own_size:
+    if op.whole:
         pytest.skip("compilers leave it whole")
 
     def check(data: st.DataObject) -> None:

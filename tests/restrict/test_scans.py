@@ -106,6 +106,7 @@ class Model(nn.Module):
 
 STATE = {MinGRU: 1, LSTM: 3, Stable: 2}  # of the learned start: whether there was a row
 KINDS = pytest.mark.parametrize("kind", STATE, ids=lambda kind: kind.__name__)
+OTHERS = [pytest.param(target, marks=pytest.mark.exhaustive) for target in ("eager", "inductor")]
 PROMPTS = [[4, 5, 6, 7, 8, 9], [3], [10, 2, 4]]
 DRAWN = {"temperature": 1.0, "seed": 3}
 
@@ -133,7 +134,7 @@ def test_chunks_of_ragged_sequences_equal_the_forward(kind: type[nn.Module]) -> 
 
 
 @KINDS
-@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("eager", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("target", ["onnxruntime", *OTHERS])
 def test_tokens_are_those_of_the_plain_forward(kind: type[nn.Module], target: str) -> None:
     """Greedy and drawn, in a batch of three lengths and alone."""
     pytest.importorskip("onnxruntime", reason="needs aropt[onnx]")
