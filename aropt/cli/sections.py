@@ -20,7 +20,7 @@ from aropt.loops.runtime import generate
 from aropt.loops.speculate import checks_drafts
 from aropt.pipeline.compiled import Compiled
 from aropt.pipeline.cost import step_bytes
-from aropt.pipeline.report import Measurement, Roofline, Sample, Timed
+from aropt.pipeline.schema import Measurement, Roofline, Sample, Timed
 
 
 def benchmark(

@@ -1,4 +1,4 @@
-"""The report of an optimization, built from what the run left: its schema is that of `aropt.pipeline.report`."""
+"""The report of an optimization, built from what the run left: its schema is that of `aropt.pipeline.schema`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from aropt import __version__
 from aropt.ir.program import Program
-from aropt.pipeline import report
+from aropt.pipeline import schema
 from aropt.pipeline.autotune import Trial
 from aropt.pipeline.memory import memory
 from aropt.pipeline.uncached import uncached
@@ -55,12 +55,12 @@ def described(run: Run) -> dict[str, Any]:
     if run.nodes:
         more["nodes"] = dict(run.nodes)
     if run.drift is not None:
-        more["drift"] = report.Drift(**asdict(run.drift), budget=dict(run.budget), missed=run.missed())
+        more["drift"] = schema.Drift(**asdict(run.drift), budget=dict(run.budget), missed=run.missed())
     if run.calls:
-        more["calls"] = report.Calls(**run.calls)
-    found = report.Report(
+        more["calls"] = schema.Calls(**run.calls)
+    found = schema.Report(
         schema_version=1,
-        tool=report.Tool(name="aropt", version=__version__),
+        tool=schema.Tool(name="aropt", version=__version__),
         env=environment(run.threads),
         model=model(run.given),
         target=run.target,
@@ -69,7 +69,7 @@ def described(run: Run) -> dict[str, Any]:
         uncached=uncached(run.made, run.results),
         notes=notes(run),
         tried=[
-            report.Tried(**{n: v for n, v in asdict(t).items() if n not in ("level", "reason")}) for t in run.trials
+            schema.Tried(**{n: v for n, v in asdict(t).items() if n not in ("level", "reason")}) for t in run.trials
         ],
         memory=memory(run.made).model_copy(update=dict(run.held)),
         **more,
@@ -77,10 +77,10 @@ def described(run: Run) -> dict[str, Any]:
     return found.model_dump(mode="json", exclude_unset=True)
 
 
-def model(program: Program) -> report.Model:
+def model(program: Program) -> schema.Model:
     """The model that was given."""
     meta, weights = program.meta, program.weights.values()
-    return report.Model(
+    return schema.Model(
         name=meta["name"],
         source=str(meta.get("source", "")),
         modality=meta.get("modality", "tokens"),
@@ -92,29 +92,29 @@ def model(program: Program) -> report.Model:
     )
 
 
-def passed(result: Result) -> report.Pass:
+def passed(result: Result) -> schema.Pass:
     """What one pass did."""
     entry = {k: v for k, v in asdict(result).items() if k not in ("diff", "drift")}
-    nodes, size = (report.Change(before=a, after=b) for a, b in (result.nodes, result.bytes))
-    return report.Pass(**{**entry, "nodes": nodes, "bytes": size})
+    nodes, size = (schema.Change(before=a, after=b) for a, b in (result.nodes, result.bytes))
+    return schema.Pass(**{**entry, "nodes": nodes, "bytes": size})
 
 
-def verified(run: Run) -> report.Verification:
+def verified(run: Run) -> schema.Verification:
     """What the result was verified on."""
     found = run.verdict.diverges
     kept = ("module", "node", "op", "error", "where", "repro")
-    return report.Verification(
+    return schema.Verification(
         status="pass" if run.verdict.passed and not run.untrained() else "fail",
-        coverage=None if run.verdict.coverage is None else report.Coverage(**run.verdict.coverage),
+        coverage=None if run.verdict.coverage is None else schema.Coverage(**run.verdict.coverage),
         metrics=dict(run.verdict.metrics()),
         cases=[case(outcome) for outcome in run.verdict.outcomes],
-        diverges=None if found is None else report.Divergence(**{k: found.get(k, "") for k in kept}),
+        diverges=None if found is None else schema.Divergence(**{k: found.get(k, "") for k in kept}),
     )
 
 
-def case(outcome: Outcome) -> report.Case:
+def case(outcome: Outcome) -> schema.Case:
     """One case that was validated."""
-    return report.Case(
+    return schema.Case(
         name=outcome.case.name,
         kind=outcome.case.kind,  # type: ignore[arg-type]
         prompt=max(map(len, outcome.case.prompts)),
@@ -168,7 +168,7 @@ def calls_note(calls: Mapping[str, Any]) -> str:
     return f"The target {chosen}: measured on {calls['tokens']} tokens, {times}.{reason}"
 
 
-def environment(threads: int | None) -> report.Env:
+def environment(threads: int | None) -> schema.Env:
     """Versions and machine."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -178,7 +178,7 @@ def environment(threads: int | None) -> report.Env:
         except PackageNotFoundError:
             return None
 
-    return report.Env(
+    return schema.Env(
         python=platform.python_version(),
         torch=torch.__version__,
         onnxruntime=found("onnxruntime"),

@@ -8,7 +8,7 @@ from aropt.ir.executor import Executor
 from aropt.ir.program import Program
 from aropt.loops import runtime
 from aropt.loops.request import workload
-from aropt.pipeline.report import Memory
+from aropt.pipeline.schema import Memory
 
 TOKENS = 32  # new ids of the answer in which values are counted: enough for drafts that count and for ones that don't
 
