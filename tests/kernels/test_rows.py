@@ -16,7 +16,7 @@ def sequences(op: OpDef, rows: int, padded: bool) -> Args:
     *args, _ = wide(mixer(op).tree, rows)
     positions = torch.arange(rows).repeat(2, 1)
     positions[0] = torch.where((positions[0] < rows // 9) | (positions[0] >= rows - rows // 7), -1, positions[0])
-    return placed((*args, positions if padded else None))
+    return (*args, positions if padded else None)
 
 
 def piece(op: OpDef, args: Args, start: int, end: int) -> Args:
@@ -44,7 +44,7 @@ def test_kernel_of_many_tiles(op: OpDef, rows: int, padded: bool) -> None:
     pytest.importorskip("triton", reason="needs aropt[triton], which is for Linux alone")
     if not (INTERPRET or torch.cuda.is_available()):
         pytest.skip("needs a GPU; test_trees does it in the interpreter")
-    args, launch = sequences(op, rows, padded), op.launch
+    args, launch = placed(sequences(op, rows, padded)), op.launch
     assert launch is not None and op.supports(*args) is None
     y, *left = launch(*args)
     assert_matches(op, (y, *left), op.reference(*args))

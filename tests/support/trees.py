@@ -98,7 +98,7 @@ def beside(data: st.DataObject, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 COMMITS = [op for op in RECURRENT if mixer(op).commit]
 every_commit = pytest.mark.parametrize("op", COMMITS, ids=lambda op: op.name)
-LONG = ("gated_delta", "selective_scan")  # in Triton's interpreter, where 64 rows of each take ten seconds
+LONG = ("gated_delta", "kda", "selective_scan", "wkv")  # in Triton's interpreter, with 64 rows of each
 
 
 def with_rows(ops: list[OpDef]) -> Any:
