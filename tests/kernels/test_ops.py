@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from aropt.ir import opdef, ops
 from aropt.ir.opdef import OpDef
+from aropt.targets.ort import files
 from tests.support.op_models import Call, assert_matches, filled, flat, free, sizable, symbolic, tensors
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,8 @@ def test_onnx(op: OpDef, contrib: bool, count: int) -> None:
             verbose=False,
         ).model_proto
         assert contrib or {node.domain for node in model.graph.node} == {""}, "standard ops only"
+        for graph in files.graphs(model.graph):  # an artifact that has them can be read again
+            files.check_nodes(Path("model.onnx"), graph)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
         session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -82,3 +82,21 @@ def test_a_compiled_program_is_shown_and_saved(tiny_program: Program, tmp_path: 
 
     mine = Counted(tiny_program)
     assert made.generate(PROMPTS, 5, executor=mine) == want and mine.calls > 5
+
+
+def test_a_model_with_recurrent_state_is_read_again(tmp_path: Path) -> None:
+    """Its files have operators of ONNX Runtime's own for recurrences."""
+    pytest.importorskip("transformers", reason="needs aropt[hf]")
+    onnx = pytest.importorskip("onnx", reason="needs aropt[onnx]")
+    from aropt.targets.ort.files import graphs
+    from tests.support import draft_models
+
+    passes = [make(name) for name in ("canonicalize", "kv-cache", "fuse-sampler", "prune")]
+    program = aropt.capture(draft_models.mamba2(), capacity=32)
+    made = aropt.optimize(program, "onnxruntime", passes, check=False, threads=1)
+    made.save(str(tmp_path / "out"))
+    models = [onnx.load(path, load_external_data=False).graph for path in tmp_path.glob("out/models/*/*/model.onnx")]
+    own = {node.op_type for model in models for graph in graphs(model) for node in graph.node if node.domain}
+    assert {"LinearAttention", "CausalConvWithState"} <= own
+    prompts = [[5, 6, 7], [9]]
+    assert aropt.load(tmp_path / "out").generate(prompts, 9, plain=True) == made.generate(prompts, 9, plain=True)

@@ -18,8 +18,8 @@ from aropt.ir.program import Program, Spec
 RUNTIME = {  # ONNX Runtime's own operators that exporters write; of ONNX's all are taken: none reads files or runs code
     "": ("SimplifiedLayerNormalization",),
     "com.microsoft": (
-        "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding", "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
+        "CausalConvWithState", "GroupQueryAttention", "LinearAttention", "MatMulNBits", "MultiHeadAttention",
+        "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
     ),
 }  # fmt: skip
 LARGEST = 2**31  # bytes of a protobuf
