@@ -21,7 +21,13 @@ SHAPES = ("chain:3", "chain:5", "2x1x1", "grown:3x2:4", "grown:5x2:7")  # of the
 
 
 def asked_drafts(do: Doing) -> list[str]:
-    """The draft models that a command names, by --draft or as an option of the pass."""
+    """The draft models that a command names, by --draft or as an option of the pass.
+
+    Raises UsageError for --draft without the pass that takes it.
+    """
+    if do.draft and TREES in (do.no_pass or ()):
+        raise UsageError(what=f"{do.draft} can't draft", where=f"--draft, --no-pass {TREES}",
+                         why="the pass that takes a draft model is left out", hint="leave one of them out")  # fmt: skip
     told = [options.get("draft", "") for name, options in map(parse, do.passes or ()) if name == TREES]
     return [m for m in dict.fromkeys([do.draft or "", *told]) if m and (m == do.draft or m not in SOURCES)]
 

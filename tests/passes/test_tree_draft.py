@@ -287,3 +287,5 @@ def test_a_draft_model_of_the_pass_is_looked_for_before_any_work(tmp_path: Path)
     assert make("tree-draft", {"draft": "text-ar-draft", "shape": "2x1", "accept": "rejection"}) in told
     with pytest.raises(UsageError, match="two draft models"):
         with_draft(pipeline(["tree-draft:draft=text"]), "text-ar-draft", False)
+    with pytest.raises(UsageError, match="is left out"):
+        asked(Reading("text-ar"), Doing(draft="text-ar-draft", no_pass=["tree-draft"]), Writing(tmp_path))
