@@ -147,7 +147,7 @@ def optimize(
         executor, verdict, drift = lowered(rewritten.program), Verdict(), None
     wanted = measure and (verdict.passed or not check)
     executor, calls = executor.tuned(rewritten.program, instruments.say) if wanted else (executor, {})
-    held = measured(rewritten.program, executor) if measure else {}
+    held = measured(rewritten.program, executor) if wanted else {}
     run = Run(program, rewritten.program, target, threads, rewritten.results, verdict, trials, drift,
               instruments.budget, calls, executor.executed(), held)  # fmt: skip
     if strict:
