@@ -83,7 +83,12 @@ def onnx(tokens, picks, parents, pairs, depth, stop, room, deepest):  # type: ig
     zero, nothing = op.Constant(value_int=0), op.Constant(value_int=-1)
     place = op.Range(zero, op.Squeeze(op.Shape(tokens, start=1, end=2)), op.Constant(value_int=1))
     open_ = op.And(op.GreaterOrEqual(parents, zero), op.Less(depth, op.Unsqueeze(room, ints(1))))
-    hits = op.ReduceMax(op.Equal(op.Unsqueeze(tokens, ints(2)), stop), ints(2), keepdims=0)
+    def among(ids: Any, axis: int) -> Any:
+        """Whether one along the axis is a stop id; as numbers, since TensorRT reduces no booleans."""
+        found = op.Cast(op.Equal(ids, stop), to=1)
+        return op.Greater(op.ReduceMax(found, ints(axis), keepdims=0), op.Constant(value_float=0.0))
+
+    hits = among(op.Unsqueeze(tokens, ints(2)), 2)
     before = onnx_within(picks, op.Max(parents, zero), parents)
     wrong = op.Or(op.Not(op.And(op.Equal(before, tokens), open_)), hits)
     wrong = op.And(wrong, op.Greater(place, zero))  # the root counts
@@ -102,7 +107,7 @@ def onnx(tokens, picks, parents, pairs, depth, stop, room, deepest):  # type: ig
     emitted = op.Where(found, op.GatherElements(picks, op.Max(path, zero), axis=1), nothing)
     count = op.Unsqueeze(op.Add(depth, op.Constant(value_int=1)), ints(2))
     count = op.Squeeze(onnx_of_node(count, leaf, depth), ints(1))
-    after = op.ReduceMax(op.Equal(op.GatherElements(picks, last, axis=1), stop), ints(1), keepdims=0)
+    after = among(op.GatherElements(picks, last, axis=1), 1)
     return leaf, path, emitted, op.Where(free, count, zero), op.And(after, free)
 
 
