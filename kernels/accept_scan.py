@@ -83,6 +83,7 @@ def onnx(tokens, picks, parents, pairs, depth, stop, room, deepest):  # type: ig
     zero, nothing = op.Constant(value_int=0), op.Constant(value_int=-1)
     place = op.Range(zero, op.Squeeze(op.Shape(tokens, start=1, end=2)), op.Constant(value_int=1))
     open_ = op.And(op.GreaterOrEqual(parents, zero), op.Less(depth, op.Unsqueeze(room, ints(1))))
+
     def among(ids: Any, axis: int) -> Any:
         """Whether one along the axis is a stop id; as numbers, since TensorRT reduces no booleans."""
         found = op.Cast(op.Equal(ids, stop), to=1)
@@ -209,12 +210,13 @@ def samples(like: tuple[Any, ...] | None = None) -> SearchStrategy[tuple[Any, ..
 
     @st.composite
     def build(draw: Any) -> tuple[Any, ...]:
-        batch, rows = draw(st.integers(1, 3)), draw(st.integers(2, 17))
+        same = like[2].shape[0] < like[0].shape[0] if like else draw(st.booleans())  # one tree of all sequences
+        batch, rows = draw(st.integers(2 if like and same else 1, 3)), draw(st.integers(2, 17))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         parents, most = drawn(draw, batch, rows), like[7] if like else rows
         depth = pairs_of(parents).sum(2) - 1
         parents = torch.where((depth > most) | (torch.rand(batch, rows, generator=generator) < 0.05), -1, parents)
-        if (draw(st.booleans()) and not like) or (like and like[2].shape[0] == 1):
+        if same:
             parents = parents[:1]
         pairs = pairs_of(parents)
         depth = pairs.sum(2) - 1
