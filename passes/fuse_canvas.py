@@ -7,10 +7,10 @@ recognised by what it computes (`aropt/rewriting/attention.py`); a graph with an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from aropt.ir import ops
 from aropt.ir.control import calls, loops
@@ -19,9 +19,9 @@ from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.scheme import scheme_of
 from aropt.loops.unmask.cache_policy import CHOSEN_ROWS
-from aropt.rewriting.attention import PLACES, Match, NotThis, matches
+from aropt.rewriting.attention import PLACES, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rewriting.fused import fuse, table_weights
+from aropt.rewriting.fused import changed, fuse, planned, table_weights, visible
 from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
@@ -35,26 +35,10 @@ class FuseCanvas:
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not target.has("multi-head-attention"):
             return Skips(f"the target {target} has no kernel for it")
-        found, rejected = [], []
-        for graph in restricted(program):
-            try:
-                count = len(matches(graph, program.weights, program.meta["capacity"], "canvas"))
-                found += [f"{graph.name}: {count} attentions"] if count else []
-            except NotThis as reason:
-                rejected.append((reason.where or graph.name, reason.what))
-        if not found:
-            return Skips(rejected[0][1] if rejected else "no forward over chosen rows of a canvas", tuple(rejected))
-        return Applies(tuple(found), tuple(rejected))
+        return planned(program, restricted(program), "canvas", "no forward over chosen rows of a canvas")
 
     def run(self, program: Program) -> Program:
-        weights, graphs = dict(program.weights), dict(program.graphs)
-        for graph in restricted(program):
-            try:
-                graphs[graph.name] = fused(graph, weights, program.meta["capacity"])
-            except NotThis:
-                continue  # `plan` says why
-        used = {w for g in graphs.values() for w in g.weights()}
-        return program.replace(graphs=graphs, weights={w: v for w, v in weights.items() if w in used})
+        return changed(program, restricted(program), fused)
 
 
 PASS = FuseCanvas
@@ -84,12 +68,3 @@ def fused(graph: Graph, weights: dict[str, Tensor], capacity: int) -> Graph:
         places = (placed["slots"], placed["positions"], visible(copy.fx, one))
         fuse(copy.fx, one, "canvas_attention", places, (heads, scale, interleaved), tables)
     return build(graph.name, copy.fx, graph.inputs, list(graph.outputs), weights)
-
-
-def visible(graph: fx.Graph, one: Match) -> fx.Node:
-    """The mask bool [B, R, S] that is the same for all heads."""
-    mask: Any = one.node.args[3]
-    if mask.target is aten.unsqueeze.default and mask.args[1] == 1:
-        return mask.args[0]  # type: ignore[no-any-return]
-    with graph.inserting_before(one.result):
-        return graph.call_function(aten.select.int, (mask, 1, 0))

@@ -17,10 +17,9 @@ from aropt.ir.edit import copied
 from aropt.ir.program import Graph, Program
 from aropt.ir.torch_compat import build
 from aropt.loops.speculate import DRAFTS
-from aropt.passes.fuse_canvas import visible
-from aropt.rewriting.attention import PLACES, NotThis, matches
+from aropt.rewriting.attention import PLACES, matches
 from aropt.rewriting.contract import Applies, Contract, Skips
-from aropt.rewriting.fused import fuse, table_weights
+from aropt.rewriting.fused import changed, fuse, planned, table_weights, visible
 from aropt.rewriting.target import Target
 
 aten = torch.ops.aten
@@ -34,26 +33,10 @@ class FuseTree:
     def plan(self, program: Program, target: Target) -> Applies | Skips:
         if not target.has("grouped-query-attention"):
             return Skips(f"the target {target} has no kernel for it")
-        found, rejected = [], []
-        for graph in beside_caches(program):
-            try:
-                count = len(matches(graph, program.weights, program.meta["capacity"], "tree"))
-                found += [f"{graph.name}: {count} attentions"] if count else []
-            except NotThis as reason:
-                rejected.append((reason.where or graph.name, reason.what))
-        if not found:
-            return Skips(rejected[0][1] if rejected else "no step for the nodes of a tree", tuple(rejected))
-        return Applies(tuple(found), tuple(rejected))
+        return planned(program, beside_caches(program), "tree", "no step for the nodes of a tree")
 
     def run(self, program: Program) -> Program:
-        weights, graphs = dict(program.weights), dict(program.graphs)
-        for graph in beside_caches(program):
-            try:
-                graphs[graph.name] = fused(graph, weights, program.meta["capacity"])
-            except NotThis:
-                continue  # `plan` says why
-        used = {w for g in graphs.values() for w in g.weights()}
-        return program.replace(graphs=graphs, weights={w: v for w, v in weights.items() if w in used})
+        return changed(program, beside_caches(program), fused)
 
 
 PASS = FuseTree
@@ -74,21 +57,15 @@ def fused(graph: Graph, weights: dict[str, Tensor], capacity: int) -> Graph:
     copy = replace(graph, fx=copied(graph.fx))
     found = matches(copy, weights, capacity, "tree")
     made: dict[str, Tensor] = {}
-    tables = table_weights(found, made)
+    known_as = table_weights(found, made)
     names = {n: known(f"rotary.{graph.name}{n.removeprefix('rotary')}", value, weights) for n, value in made.items()}
+    tables = {table: [names[n] for n in given] for table, given in known_as.items()}
     weights |= {names[n]: value for n, value in made.items()}
     positions = next(n for n in copy.fx.nodes if n.op == "placeholder" and n.name == "positions")
     for one in found:
         heads, kv_heads, scale, _, interleaved = one.numbers
         places, numbers = (visible(copy.fx, one), positions), (heads, kv_heads, scale, interleaved)
-        fuse(
-            copy.fx,
-            one,
-            "tree_attention",
-            places,
-            numbers,
-            {t: [names[n] for n in given] for t, given in tables.items()},
-        )
+        fuse(copy.fx, one, "tree_attention", places, numbers, tables)
     return build(graph.name, copy.fx, graph.inputs, list(graph.outputs), weights, graph.role)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def step_bytes(program: Program, stored: int | None = None) -> int:
         body = body.then
     called = list(calls(body))
     graphs = {c.graph: program.graphs[c.graph] for c in called}
-    sizes = {"B": 1, "R": 1, "Q": 1, "T": rows, "S": rows, "P": 1, "K": 1}
+    sizes = defaultdict(lambda: 1, T=rows, S=rows)  # one of whatever else a loop counts
     read = {v for c in called for v in c.reads.values()}
     total = sum(program.weights[w].nbytes for w in set().union(*map(multiplied, graphs.values())))
     total += sum(s.nbytes(sizes) for n, s in program.state.items() if n in read)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch import Tensor
 
 from aropt.ir.executor import Executor
@@ -15,7 +17,7 @@ TOKENS = 32  # new ids of the answer in which values are counted: enough for dra
 
 def memory(program: Program) -> Memory:
     """The bytes that the program declares, for one sequence with all rows of the capacity."""
-    sizes = {"S": int(program.meta["capacity"]), **dict.fromkeys("BPQRTCK", 1)}
+    sizes = defaultdict(lambda: 1, S=int(program.meta["capacity"]))  # one of whatever else a loop counts
     state: dict[str, int] = {}
     for one in program.state.values():
         state[one.kind] = state.get(one.kind, 0) + one.nbytes(sizes)

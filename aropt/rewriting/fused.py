@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from aropt.ir import ops
-from aropt.rewriting.attention import Match, Source, beside
+from aropt.ir.program import Graph, Program
+from aropt.rewriting.attention import Form, Match, NotThis, Source, beside, matches
+from aropt.rewriting.contract import Applies, Skips
 
 aten = torch.ops.aten
 END = 2**63 - 1
+
+
+def planned(program: Program, graphs: Sequence[Graph], form: Form, otherwise: str) -> Applies | Skips:
+    """What there is to fuse in these graphs, whose attention has that form; `otherwise`: why there is nothing."""
+    found, rejected = [], []
+    for graph in graphs:
+        try:
+            count = len(matches(graph, program.weights, program.meta["capacity"], form))
+            found += [f"{graph.name}: {count} attentions"] if count else []
+        except NotThis as reason:
+            rejected.append((reason.where or graph.name, reason.what))
+    if not found:
+        return Skips(rejected[0][1] if rejected else otherwise, tuple(rejected))
+    return Applies(tuple(found), tuple(rejected))
+
+
+def changed(
+    program: Program, graphs: Sequence[Graph], fused: Callable[[Graph, dict[str, Tensor], int], Graph]
+) -> Program:
+    """The program with each of these graphs that `planned` counts changed by `fused`, which adds to the weights."""
+    weights, made = dict(program.weights), dict(program.graphs)
+    for graph in graphs:
+        try:
+            made[graph.name] = fused(graph, weights, program.meta["capacity"])
+        except NotThis:
+            continue  # `planned` says why
+    used = {w for g in made.values() for w in g.weights()}
+    return program.replace(graphs=made, weights={w: v for w, v in weights.items() if w in used})
+
+
+def visible(graph: fx.Graph, one: Match) -> fx.Node:
+    """The mask bool [B, R, S] that is the same for all heads."""
+    mask: Any = one.node.args[3]
+    if mask.target is aten.unsqueeze.default and mask.args[1] == 1:
+        return mask.args[0]  # type: ignore[no-any-return]
+    with graph.inserting_before(one.result):
+        return graph.call_function(aten.select.int, (mask, 1, 0))
 
 
 def table_weights(found: list[Match], weights: dict[str, Tensor]) -> dict[Any, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -31,9 +31,9 @@ def graphs(text: str, root: bool, sampled: bool) -> tuple[list[Call], dict[str, 
     shape, _ = shaped(text)
     assert isinstance(shape, Grown)
     made = Made({}, {}, VOCAB, 64)
-    function = lambda **options: rule(chosen(()), VOCAB, sampled, **options)  # noqa: E731
+    function = partial(rule, chosen(()), VOCAB, sampled)
     ranked = Ranked(
-        Call("rule", {}, {}), lambda best: function(best=best), lambda: function(chances=True), drawn=sampled
+        Call("rule", {}, {}), lambda best: function(best=best), partial(function, chances=True), drawn=sampled
     )
     growth = growing(made, shape, ranked)
     calls = [growth.children(0, root)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from aropt.ir.program import Program
+from aropt.ir.program import Program, Spec, StateSpec
 from aropt.passes.ngram_draft import NgramDraft
 from aropt.passes.tree_draft import TreeDraft
 from aropt.pipeline import api, report
@@ -89,3 +90,10 @@ def test_a_report_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["memory"]["peak"] > found["memory"]["tokens"] > 1
     page = report.html(found)
     assert "<h2>Drafts</h2>" in page and "1.50×" in page and "<h2>Memory</h2>" in page and "aside, tree-draft" in page
+
+
+def test_a_size_that_a_loop_of_one_s_own_counts_is_one() -> None:
+    """Nothing here knows the symbols of all loops."""
+    program = texts()
+    state = {**program.state, "boxes": StateSpec("tokens", Spec(torch.int64, ("B", "2*J", 3)), 0)}
+    assert memory(program.replace(state=state)).state["tokens"] == memory(program).state["tokens"] + 8 * 2 * 3

@@ -45,6 +45,14 @@ def nearly(seed: int = 0) -> nn.Module:
     return model
 
 
+def opposite(seed: int = 0) -> nn.Module:
+    """The model of `llama`, whose likeliest id is the least likely one."""
+    model = llama(seed)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()  # type: ignore[union-attr, operator]
+    return model
+
+
 class Few(nn.Module):
     """Five ids, whose chances depend on those before: all texts can be counted."""
 
